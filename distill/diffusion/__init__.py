@@ -1,0 +1,1 @@
+"""Floor 0: the mathematics of diffusion ODEs. Needs torch and nothing else; knows no network, file, device or rank."""

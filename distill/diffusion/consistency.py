@@ -1,0 +1,43 @@
+"""Consistency functions: f(x_t, t, s) jumps from x_t to where its ODE path passes time s, in one network call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.diffusion.prediction import Denoised
+from distill.diffusion.schedule import NoiseSchedule, wide
+from distill.diffusion.solver import ddim_step
+
+
+def boundary_scalings(
+    t: Tensor, like: Tensor, sigma_data: float = 0.5, timestep_scaling: float = 10.0
+) -> tuple[Tensor, Tensor]:
+    """LCM's c_skip and c_out at t [B], shaped to multiply `like` (Luo et al. 2023, eq. 9; diffusers' LCMScheduler).
+
+    They are functions of the network's index t - 1, and (1, 0) at clean data, where the jump is the identity.
+    """
+    r = wide(like).new_tensor(timestep_scaling) * (t.to(like.device) - 1).clamp(min=0)
+    c_skip, c_out = sigma_data**2 / (r**2 + sigma_data**2), r / (r**2 + sigma_data**2).sqrt()
+    shape = (-1, *[1] * (like.ndim - 1))
+    return c_skip.reshape(shape), c_out.reshape(shape)
+
+
+def jump(schedule: NoiseSchedule, denoised: Denoised, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """f(x_t, t, s) without boundary scalings: the DDIM jump to s, and x_t itself where t = s. [B, ...]
+
+    A single DDIM step reaches any s, so boundary conditions hold by construction (Heek et al. 2024, alg. 1).
+    """
+    return where(t == s, wide(x_t), ddim_step(schedule, denoised, s))
+
+
+def inverse_jump(schedule: NoiseSchedule, x_s: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The x0 whose DDIM jump takes x_t to x_s, for s < t (Heek et al. 2024, eq. 6). [B, ...]"""
+    x_s, x_t = wide(x_s), wide(x_t)
+    shrink = schedule.sigma(s, x_t) / schedule.sigma(t, x_t)
+    return (x_s - shrink * x_t) / (schedule.alpha(s, x_t) - schedule.alpha(t, x_t) * shrink)
+
+
+def where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Chooses whole samples: mask [B], a and b [B, ...]."""
+    return torch.where(mask.to(a.device).reshape(-1, *[1] * (a.ndim - 1)), a, b)

@@ -1,0 +1,42 @@
+"""Classifier-free guidance (Ho & Salimans 2022): `uncond + w (cond - uncond)`, so w = 1 is no guidance.
+
+The LCM papers and scripts print `cond + w (cond - uncond)`: their w is this w minus 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
+
+
+def lcm_guidance(w: float) -> float:
+    """This module's w for a guidance weight as the LCM papers print it."""
+    return w + 1
+
+
+def guide(cond: Denoised, uncond: Denoised, w: Tensor | float) -> Denoised:
+    """Guides x0 and eps alike, which is one thing: at a fixed x_t each is affine in the other. w: scalar or [B]."""
+    if isinstance(w, Tensor) and w.ndim:
+        w = w.to(cond.x0).reshape(-1, *[1] * (cond.x0.ndim - 1))
+    return Denoised(uncond.x0 + w * (cond.x0 - uncond.x0), uncond.eps + w * (cond.eps - uncond.eps))
+
+
+def guided(denoiser: Denoiser, unconditional: Conditioning, w: Tensor | float) -> Denoiser:
+    """A denoiser that follows guidance w, with both passes in one batched forward.
+
+    `unconditional` replaces the entries of the conditioning that it names ([B, ...] or [1, ...]); the others, such as
+    SDXL's time ids, are the same in both passes. A plain w = 1 makes no unconditional pass at all.
+    """
+    if not isinstance(w, Tensor) and w == 1:
+        return denoiser
+
+    def call(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
+        empty = {k: unconditional.get(k, v).to(v).expand_as(v) for k, v in conditioning.items()}
+        both = {k: torch.cat([conditioning[k], empty[k]]) for k in conditioning}
+        out = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        (c0, u0), (ce, ue) = out.x0.chunk(2), out.eps.chunk(2)
+        return guide(Denoised(c0, ce), Denoised(u0, ue), w)
+
+    return call

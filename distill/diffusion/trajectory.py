@@ -1,0 +1,122 @@
+"""Teacher trajectories as data: what a stored solve is, which of its states a method reads, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distill.diffusion.prediction import Conditioning
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The kept states of teacher ODE solves, one for each of B prompts.
+
+    `states` [B, K, C, h, w] at the falling `times` [K]; `guidance` [B] is the w that each was solved with; `seeds` [B]
+    made their starting noise.
+    """
+
+    states: Tensor
+    times: tuple[int, ...]
+    conditioning: Conditioning
+    guidance: Tensor
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A step along one trajectory, from x_t at t to x_s at s < t. States [B, C, h, w], times [B]."""
+
+    x_t: Tensor
+    t: Tensor
+    x_s: Tensor
+    s: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a method's loss sees: for each of B samples the n states that it asked for.
+
+    `states` [B, n, C, h, w] at `times` [B, n] (int64); `conditioning` and `unconditional` hold the network's keyword
+    tensors [B, ...]; `guidance` [B] is the teacher's w; `positions` are places in the stream of global batches.
+    """
+
+    states: Tensor
+    times: Tensor
+    conditioning: Conditioning
+    unconditional: Conditioning
+    guidance: Tensor
+    keys: tuple[str, ...] = field(default=())
+    positions: tuple[int, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            states=move(self.states),
+            times=move(self.times),
+            conditioning={k: move(v) for k, v in self.conditioning.items()},
+            unconditional={k: move(v) for k, v in self.unconditional.items()},
+            guidance=move(self.guidance),
+        )
+
+    def transition(self, i: int = 0, j: int = 1) -> Transition:
+        """The i-th and j-th of the states read, as a step of the teacher's solver."""
+        return Transition(self.states[:, i], self.times[:, i], self.states[:, j], self.times[:, j])
+
+
+class Reads(Protocol):
+    """Which states of a stored trajectory a method wants; the reader fetches those bytes only."""
+
+    def check(self, times: Sequence[int]) -> None:
+        """Raises ValueError if a trajectory stored at `times` cannot serve this."""
+
+    def pick(self, times: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
+        """Places in `times` of the states to fetch, drawn with `generator`."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two states whose times lie `skip` apart, uniformly among all such pairs: one step of the teacher's solver."""
+
+    skip: int
+
+    def check(self, times: Sequence[int]) -> None:
+        if not self._pairs(times):
+            raise ValueError(f"skip {self.skip} is off the stored grid: no two of {_short(times)} lie so far apart")
+
+    def pick(self, times: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
+        pairs = self._pairs(times)
+        return pairs[int(torch.randint(len(pairs), (), generator=generator))]
+
+    def _pairs(self, times: Sequence[int]) -> list[tuple[int, int]]:
+        place = {int(t): i for i, t in enumerate(times)}
+        return [(i, place[t - self.skip]) for t, i in place.items() if t - self.skip in place]
+
+
+@dataclass(frozen=True)
+class CleanEnd:
+    """The end of the solve: the clean latent at time 0."""
+
+    def check(self, times: Sequence[int]) -> None:
+        if 0 not in tuple(times):
+            raise ValueError(f"the store keeps no clean latent: its times {_short(times)} lack 0")
+
+    def pick(self, times: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
+        return (tuple(times).index(0),)
+
+
+def _short(times: Sequence[int]) -> str:
+    times = [int(t) for t in times]
+    return str(times) if len(times) <= 8 else f"[{times[0]}, {times[1]}, … {times[-2]}, {times[-1]}]"

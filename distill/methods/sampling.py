@@ -1,0 +1,71 @@
+"""Sampling from students and teachers: one generator a picture, so that a plain diffusers pipeline draws the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.diffusion.consistency import boundary_scalings
+from distill.diffusion.prediction import Conditioning, Denoiser
+from distill.diffusion.schedule import NoiseSchedule, add_noise
+from distill.diffusion.solver import SOLVERS, solve
+
+SAMPLERS = ("lcm", *SOLVERS)
+
+
+def starting_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """x_T [B, C, h, w], the first thing drawn from each of B generators."""
+    return torch.cat([torch.randn((1, *shape), generator=g, device=g.device) for g in generators])
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Sequence[int],
+    conditioning: Conditioning,
+    sampler: str = "lcm",
+    generators: Sequence[torch.Generator] = (),
+) -> Tensor:
+    """Clean latents [B, C, h, w] from noise x at times[0].
+
+    Args:
+        denoiser: guided already, if it is to be.
+        times: falling, ending at 0; one network call for each but the last (two, for Heun).
+        sampler: `lcm` (jump to clean data, noise again to the next time) or one of the ODE solvers.
+        generators: one a picture, for the fresh noise of `lcm`.
+
+    Raises:
+        ValueError: unknown sampler, or times that do not end at 0.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not known; allowed: {', '.join(SAMPLERS)}")
+    if times[-1] != 0:
+        raise ValueError(f"sampling times must end at 0, got {list(times)}")
+    if sampler == "lcm":
+        return multistep_consistency(denoiser, schedule, x, times, conditioning, generators)
+    for _, state in solve(denoiser, schedule, x, times, conditioning, sampler):
+        x = state
+    return x
+
+
+def multistep_consistency(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Sequence[int],
+    conditioning: Conditioning,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Multistep latent consistency sampling (LCM, algorithm 3), number for number diffusers' `LCMScheduler`."""
+    for t, following in zip(times[:-1], times[1:], strict=True):
+        t_batch = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        c_skip, c_out = boundary_scalings(t_batch, x)
+        x0 = c_skip * x + c_out * denoiser(x, t_batch, conditioning).x0
+        x = x0
+        if following > 0:
+            x = add_noise(schedule, x0, starting_noise(generators, tuple(x.shape[1:])).to(x), following)
+    return x
