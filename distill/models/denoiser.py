@@ -1,0 +1,86 @@
+"""A diffusers UNet behind the floor-0 wall: whatever it predicts, what comes out is (x0, eps)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from distill.diffusion.prediction import Conditioning, Denoised, Prediction, to_denoised
+from distill.diffusion.schedule import NoiseSchedule
+from distill.models.lora import adapters_off, lora_layers
+
+_DIRECT = ("encoder_hidden_states", "timestep_cond")
+_ADDED = ("text_embeds", "time_ids")  # diffusers wants these inside the keyword `added_cond_kwargs`
+_NUMBERS = ("time_ids",)  # pixel counts: bfloat16 would round 1023 to 1024
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The network inside DDP's or DeepSpeed's wrapper."""
+    while isinstance(inner := getattr(module, "module", None), nn.Module):
+        module = inner
+    return module
+
+
+@dataclass(frozen=True)
+class NetworkDenoiser:
+    """The `Denoiser` of a UNet. `dataclasses.replace(denoiser, module=wrapped)` is the same one inside an engine.
+
+    Args:
+        module: a diffusers UNet2DConditionModel, bare or wrapped.
+        schedule: of the noise it was trained on.
+        prediction: what it predicts.
+        adapters: False switches its LoRA off around each call, which makes a LoRA student its own teacher.
+    """
+
+    module: nn.Module
+    schedule: NoiseSchedule
+    prediction: Prediction
+    adapters: bool = True
+    _found: list[BaseTunerLayer] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
+        """x_t [B, C, h, w], t [B] int64 -> (x0, eps), both [B, C, h, w] in float32 or wider.
+
+        The network runs in the dtype of its frozen weights (or in autocast's), the arithmetic around it does not.
+        A clean sample (t = 0) has no timestep index; it is shown to the network as index 0, for the caller to mask.
+
+        Raises:
+            ValueError: for a conditioning entry that a UNet does not take, or without `encoder_hidden_states`.
+        """
+        dtype = self.dtype
+        keywords = _keywords(conditioning, dtype)
+        with nullcontext() if self.adapters else adapters_off(self._lora_layers):
+            output = self.module(x_t.to(dtype), (t - 1).clamp(min=0), return_dict=False, **keywords)[0]
+        return to_denoised(self.prediction, output, x_t, t, self.schedule)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the network expects its inputs in: that of its first layer, which no standard LoRA touches."""
+        first: Any = bare(self.module).conv_in
+        return first.weight.dtype
+
+    @property
+    def _lora_layers(self) -> list[BaseTunerLayer]:
+        if not self._found:  # nothing yet, but a LoRA may still be added
+            self._found.extend(lora_layers(self.module))
+        return self._found
+
+
+def _keywords(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor | Mapping[str, Tensor]]:
+    """The UNet's keyword arguments for a flat conditioning."""
+    for key in conditioning:
+        if key not in _DIRECT + _ADDED:
+            raise ValueError(f"conditioning {key!r} is not known; allowed: {', '.join(_DIRECT + _ADDED)}")
+    if "encoder_hidden_states" not in conditioning:
+        raise ValueError(f"the conditioning lacks 'encoder_hidden_states'; it has {sorted(conditioning)}")
+    cast = {key: x if key in _NUMBERS else x.to(dtype) for key, x in conditioning.items()}
+    keywords: dict[str, Any] = {key: cast[key] for key in _DIRECT if key in cast}
+    if added := {key: cast[key] for key in _ADDED if key in cast}:
+        keywords["added_cond_kwargs"] = added
+    return keywords
