@@ -66,8 +66,9 @@ def add_lora(
     Raises:
         ValueError: for a rank, alpha or dropout out of range, or a target that no module matches.
     """
+    targets = [t for t in LCM_LORA_TARGETS if _matches(unet, t)] if targets is None else list(targets)
     _check(unet, rank, alpha, dropout, targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator; ours replaces it
         unet.add_adapter(config, adapter_name=_ADAPTER)  # freezes the rest
     for name, parameter in adapters(unet).items():
