@@ -1,0 +1,293 @@
+"""What a store is: the plan it is written to, and the index that says what has been written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distill.data.record import GUIDANCE, SHARD, STATE_DTYPES, STATES, TIMES, BadShard, Layout, StoreError, TensorSpec
+from distill.diffusion.random import generator
+from distill.diffusion.segments import Segments
+
+SCHEMA = 1
+INDEX, PLAN, UNCONDITIONAL = "index.json", "plan.json", "unconditional.safetensors"
+NUMBERS = {"guidance": float, "times": int}
+
+
+class StoreMismatch(StoreError):
+    """A store and what is asked of it differ; the message names both values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides a store's bytes, beside the teacher's weights and the machine's arithmetic.
+
+    Args:
+        teacher_id, teacher_hash: the teacher as a name and as a hash of its weights.
+        schedule_fingerprint: `NoiseSchedule.fingerprint`.
+        solver, solver_steps, spacing: the ODE solve, and the grid it runs on (`make_times`).
+        guidance: w of every sample, or [w_min, w_max] when each draws its own; w = 1 is none.
+        times: those of the states kept, falling (`kept_times`).
+        dtype: of the states: float16 or float32.
+        resolution: of the images, in pixels.
+        prompt_source: where the prompts come from, for people to read.
+        seed: sample i depends on (seed, i) only.
+        samples, samples_per_shard: how many.
+        batch_size: samples that the teacher solves at once; batches never straddle a shard. (It is part of the plan
+            because a network's arithmetic is not the same to the last bit in another batch size.)
+        prompts_sha256, unconditional_sha256: filled in by the writer.
+
+    Raises:
+        StoreError: a value out of its range, naming it.
+    """
+
+    teacher_id: str
+    teacher_hash: str
+    schedule_fingerprint: str
+    solver: str
+    solver_steps: int
+    spacing: str
+    guidance: float | tuple[float, float]
+    times: tuple[int, ...]
+    resolution: int
+    prompt_source: str
+    seed: int
+    samples: int
+    samples_per_shard: int
+    batch_size: int
+    dtype: str = "float16"
+    prompts_sha256: str = ""
+    unconditional_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in NUMBERS.items():
+            object.__setattr__(self, name, _exact(getattr(self, name), kind))
+        for name in ("solver_steps", "resolution", "samples", "samples_per_shard", "batch_size"):
+            if getattr(self, name) < 1:
+                raise StoreError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in STATE_DTYPES:
+            raise StoreError(f"dtype must be one of {', '.join(STATE_DTYPES)}, got {self.dtype!r}")
+        if not self.times or self.times[-1] < 0 or any(t <= s for t, s in pairwise(self.times)):
+            raise StoreError(f"times must fall strictly and end at 0 or above, got {list(self.times)}")
+        low, high = self.guidance_range
+        if not 0 <= low <= high:
+            raise StoreError(f"guidance must be w >= 0 or 0 <= w_min <= w_max, got {self.guidance}")
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
+
+    @property
+    def planned_shards(self) -> int:
+        return -(-self.samples // self.samples_per_shard)
+
+    def shard_samples(self, shard: int) -> range:
+        """Indices of the samples in a shard; only the last one may be shorter."""
+        first = shard * self.samples_per_shard
+        return range(first, min(first + self.samples_per_shard, self.samples))
+
+    def draw_guidance(self, i: int) -> float:
+        """The w of sample i: fixed, or uniform in the range, from (seed, i)."""
+        low, high = self.guidance_range
+        return low + (high - low) * float(torch.rand((), generator=generator(self.seed, "guidance", i)))
+
+    def digest(self) -> str:
+        return hashlib.sha256(dump(plan_facts(self))).hexdigest()
+
+    def require(self, **expected: Any) -> None:
+        """Checks what a run expects of the store; None is no expectation. `times` need only be among those stored.
+
+        Raises:
+            StoreMismatch: one line with every value that differs, the store's and the run's.
+        """
+        wrong = []
+        for name, value in expected.items():
+            if name not in PLAN_FIELDS:
+                raise TypeError(f"a store has no {name!r}; it has {', '.join(PLAN_FIELDS)}")
+            stored, value = getattr(self, name), _exact(value, NUMBERS[name]) if name in NUMBERS else value
+            fits = set(value or ()) <= set(stored) if name == "times" else value in (None, stored)
+            if not fits:
+                wrong.append(f"{name} is {_short(stored)} in the store and {_short(value)} in the run")
+        if wrong:
+            raise StoreMismatch("the trajectory store does not fit this run: " + "; ".join(wrong))
+
+
+PLAN_FIELDS = tuple(f.name for f in fields(Plan))
+PROVENANCE = ("teacher_id", "teacher_hash", "schedule_fingerprint", "solver", "solver_steps", "spacing")
+"""What every sample repeats of the plan, so that it means something outside its store."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One finished shard. `offsets`: where each sample's safetensors payload starts, in bytes, as decimal numbers.
+
+    They stay text until a sample of the shard is read: 10^7 of them load in a tenth of a second, not in two.
+    """
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    offsets: str
+
+    @property
+    def number(self) -> int:
+        return int(self.name[6:-4])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreIndex(Plan):
+    """A plan, and what has been written of it: the shards that are whole, and what is in each sample."""
+
+    layout: Layout
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned shard is there."""
+        return len(self.shards) == self.planned_shards
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a sample's tensors; states are [K, C, h, w]."""
+        return self.layout.shapes
+
+    def __len__(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def to_json(self) -> bytes:
+        facts = {"schema": SCHEMA, "complete": self.complete, **plan_facts(self)}
+        facts |= {"shapes": self.shapes, "header": self.layout.header[8:].decode()}
+        return dump(facts | {"shards": [asdict(shard) for shard in self.shards]})
+
+    @classmethod
+    def from_json(cls, data: bytes) -> StoreIndex:
+        """Reads an index, and trusts nothing in it.
+
+        Raises:
+            StoreError: not JSON, of another schema, a field missing or wrong, or a shard name that is not one.
+        """
+        facts = load_facts(data, INDEX)
+        try:
+            shards = tuple(ShardInfo(**shard) for shard in facts["shards"])
+            header = facts["header"].encode()
+            layout = Layout.parse(struct.pack("<Q", len(header)) + header)
+            index = cls(layout=layout, shards=shards, **{name: facts[name] for name in PLAN_FIELDS})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{INDEX} is not understood: {type(error).__name__} {error}") from None
+        for shard in shards:
+            _check_shard(shard, index)
+        if len({shard.name for shard in shards}) < len(shards):
+            raise StoreError(f"{INDEX} names a shard twice")
+        _check_layout(index)
+        return index
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON holds it."""
+    return {name: getattr(plan, name) for name in PLAN_FIELDS}
+
+
+def dump(facts: Mapping[str, Any]) -> bytes:
+    """JSON with a line for each entry and for each shard. The same facts give the same bytes."""
+    lines = []
+    for name, value in facts.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if name == "shards":
+            text = "[\n" + ",\n".join(json.dumps(shard) for shard in value) + "\n]"
+        lines.append(f"{json.dumps(name)}: {text}")
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def load_facts(data: bytes | bytearray, name: str) -> dict[str, Any]:
+    """Reads what `dump` wrote. Raises StoreError: not a JSON object of this schema."""
+    try:
+        facts = json.loads(data)
+    except ValueError as error:
+        raise StoreError(f"{name} is not JSON ({error})") from None
+    if not isinstance(facts, dict) or facts.get("schema", SCHEMA) != SCHEMA:
+        found = facts.get("schema") if isinstance(facts, dict) else type(facts).__name__
+        raise StoreError(f"{name} has schema {found!r}; this version reads {SCHEMA}")
+    return facts
+
+
+@lru_cache(maxsize=256)
+def payload_offsets(shard: ShardInfo, payload_bytes: int) -> NDArray[np.int64]:
+    """Where the payload of each of a shard's samples starts, [samples].
+
+    Raises:
+        BadShard: not as many as samples, out of the shard's bounds, or out of order.
+    """
+    try:
+        offsets = np.fromiter(map(int, shard.offsets.split()), dtype=np.int64)
+    except (ValueError, OverflowError):
+        raise BadShard(f"{INDEX} holds offsets of {shard.name} that are not numbers") from None
+    if len(offsets) != shard.samples:
+        raise BadShard(f"{INDEX} holds {len(offsets)} offsets for the {shard.samples} samples of {shard.name}")
+    inside = offsets.min() >= 512 and offsets.max() <= shard.bytes - payload_bytes
+    if not inside or (np.diff(offsets) < payload_bytes + 512).any():
+        raise BadShard(f"{INDEX} holds offsets of {shard.name} that lie outside its {shard.bytes} bytes, or overlap")
+    return offsets
+
+
+def kept_times(grid: Sequence[int], keep: str | Sequence[int] = "all", segments: int = 8) -> tuple[int, ...]:
+    """Which of a solve's times are stored: `all`, `milestones` (edges of `segments` equal ones), or a list.
+
+    Raises:
+        StoreError: an unknown name, or times that the solver does not visit.
+    """
+    if isinstance(keep, str) and keep not in ("all", "milestones"):
+        raise StoreError(f"times to keep must be all, milestones or a list of times, got {keep!r}")
+    if keep == "all":
+        return tuple(grid)
+    wanted = Segments(grid[0], segments).milestones if keep == "milestones" else [int(t) for t in keep]
+    if missing := sorted(set(wanted) - set(grid)):
+        raise StoreError(f"times {missing} are to be kept, but the solver's grid is {_short(tuple(grid))}")
+    return tuple(sorted(set(wanted), reverse=True))
+
+
+def _check_shard(shard: ShardInfo, plan: Plan) -> None:
+    if not isinstance(shard.name, str) or not SHARD.fullmatch(shard.name):
+        raise StoreError(f"{INDEX} names a shard {shard.name!r}; allowed: shard-000000.tar and so on")
+    if shard.samples != len(plan.shard_samples(shard.number)) or not (isinstance(shard.bytes, int) and shard.bytes > 0):
+        raise BadShard(f"{INDEX} gives {shard.name} {shard.samples!r} samples in {shard.bytes!r} bytes")
+    if not isinstance(shard.offsets, str) or not re.fullmatch("[0-9a-f]{64}", str(shard.sha256)):
+        raise BadShard(f"{INDEX} has no offsets or no sha256 for {shard.name}")
+
+
+def _check_layout(index: StoreIndex) -> None:
+    """Every sample has states [K, C, h, w] of the plan's dtype, its times, its guidance."""
+    tensors, K = index.layout.tensors, len(index.times)
+    states = tensors.get(STATES)
+    if states is None or len(states.shape) != 4 or states.shape[0] != K or states.dtype != STATE_DTYPES[index.dtype]:
+        raise StoreError(f"{INDEX}: states are {states}, not [{K}, C, h, w] of {index.dtype}")
+    for name, dtype, shape in ((TIMES, torch.int32, (K,)), (GUIDANCE, torch.float32, (1,))):
+        found: TensorSpec | None = tensors.get(name)
+        if found is None or (found.dtype, found.shape) != (dtype, shape):
+            raise StoreError(f"{INDEX}: {name} is {found}, not {dtype} {list(shape)}")
+
+
+def _exact(value: Any, kind: type) -> Any:
+    """Lists become tuples, and numbers of one kind, so that what JSON gives back equals what went in."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    return tuple(kind(v) for v in value) if isinstance(value, Sequence) else kind(value)
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return repr(value)
+    if len(value) <= 9:
+        return str(list(value))
+    return f"[{value[0]}, {value[1]}, … {value[-2]}, {value[-1]}] ({len(value)})"

@@ -1,0 +1,165 @@
+"""Batches for training, without end: read ahead by worker processes, and the same on any number of ranks and workers.
+
+A sample that is bad is replaced by the next good one of the index, if `max_bad_fraction` of the store allows any. Which
+one that is depends on the store alone, so ranks stay in step without talking. Replaced samples are counted and said;
+seen and skipped ones together are the index. Each rank counts those that it meets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from distill.data.order import Order, Share
+from distill.data.reader import Store
+from distill.data.record import BadSample, Sample
+from distill.diffusion.random import generator
+from distill.diffusion.trajectory import Batch, Reads
+
+log = logging.getLogger(__name__)
+Place = tuple[int, int]
+"""Position in the run, index of the sample that stands there."""
+
+
+def make_loader(
+    store: Store,
+    reads: Reads,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+) -> Loader:
+    """A loader of this rank's micro-batches, from optimizer step `start_step` on; nothing is fast-forwarded.
+
+    Args:
+        reads: which states of each trajectory, drawn from (seed, position).
+        num_workers: processes that read ahead, each `prefetch_factor` micro-batches; 0 reads in this process.
+
+    Raises:
+        ValueError: the stored times cannot serve `reads`, or the global batch does not divide among the ranks.
+    """
+    reads.check(store.index.times)
+    share = Share(global_batch_size, micro_batch_size, rank, world_size)
+    return Loader(store, reads, seed, share, start_step, num_workers, prefetch_factor)
+
+
+class Loader:
+    """An endless iterable of `Batch`: `share.accumulation` micro-batches a step. Each `iter` begins at `start_step`.
+
+    `skipped` names every sample that was replaced, by key, and why.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        reads: Reads,
+        seed: int,
+        share: Share,
+        start_step: int,
+        num_workers: int,
+        prefetch_factor: int,
+    ) -> None:
+        self.store, self.seed, self.share, self.start_step = store, seed, share, start_step
+        self.skipped: dict[str, str] = {}
+        self.allowed = int(store.max_bad_fraction * len(store))
+        self._loader: DataLoader[dict[str, Any]] = DataLoader(
+            _Samples(store, reads, seed, self.allowed),
+            batch_sampler=_Places(Order(seed, len(store)), share, start_step),  # type: ignore[arg-type]
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=generator(seed, "loader"),  # or each `iter` would draw from the global one
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for found in self._loader:
+            self._note(found["bad"])
+            yield self._batch(found)
+
+    def _note(self, bad: dict[str, str]) -> None:
+        """Counts bad samples, and stops the run when they are more than allowed. Raises BadSample."""
+        for key, problem in bad.items():
+            if key in self.skipped:
+                continue
+            self.skipped[key] = problem
+            if len(self.skipped) > self.allowed:
+                raise BadSample(f"{problem} ({len(self.skipped)} bad of {len(self.store)}, allowed: {self.allowed})")
+            log.warning("skipped %s (%d of %d allowed)", problem, len(self.skipped), self.allowed)
+
+    def _batch(self, found: dict[str, Any]) -> Batch:
+        B, conditioning = len(found["states"]), found["conditioning"]
+        empty = {name: x.expand(B, *x.shape[1:]) for name, x in self.store.unconditional.items()}
+        return Batch(
+            states=found["states"],
+            times=found["times"],
+            conditioning=conditioning,
+            unconditional={**conditioning, **empty},  # time ids and the like are the prompt's
+            guidance=found["guidance"],
+            keys=tuple(found["keys"]),
+            positions=tuple(found["positions"]),
+        )
+
+
+class _Places:
+    """A batch sampler over positions."""
+
+    def __init__(self, order: Order, share: Share, start_step: int) -> None:
+        self.order, self.share, self.start_step = order, share, start_step
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for positions in self.share.micro_batches(self.start_step):
+            yield [(position, self.order.index(position)) for position in positions]
+
+
+class _Samples(Dataset[dict[str, Any]]):
+    """Reads micro-batches, in a worker process. Gives dicts: their tensors are pinned, unlike those of a dataclass."""
+
+    def __init__(self, store: Store, reads: Reads, seed: int, allowed: int) -> None:
+        self.store, self.reads, self.seed, self.allowed = store, reads, seed, allowed
+
+    def __getitems__(self, places: Sequence[Place]) -> dict[str, Any]:
+        picks = [self.reads.pick(self.store.index.times, generator(self.seed, "read", p)) for p, _ in places]
+        bad: dict[str, str] = {}
+        samples = []
+        found = self.store.read_many([(i, pick) for (_, i), pick in zip(places, picks, strict=True)])
+        for (_, i), pick, sample in zip(places, picks, found, strict=True):
+            good = self._replacement(i, pick, bad, sample) if isinstance(sample, BadSample) else sample
+            if good is None:
+                return {"bad": bad}  # more than allowed: the loader stops at it
+            samples.append(good)
+        return {"bad": bad, "positions": [p for p, _ in places], **_stack(samples)}
+
+    def _replacement(self, i: int, pick: tuple[int, ...], bad: dict[str, str], first: BadSample) -> Sample | None:
+        """The next good sample of the index after i; None once more are bad than allowed."""
+        bad[self.store.key(i)] = str(first)
+        for offset in range(1, self.allowed + 1):
+            j = (i + offset) % len(self.store)
+            sample = self.store.read_many([(j, pick)])[0]
+            if not isinstance(sample, BadSample):
+                return sample
+            bad[self.store.key(j)] = str(sample)
+        return None
+
+
+def _stack(samples: Sequence[Sample]) -> dict[str, Any]:
+    return {
+        "states": torch.stack([s.states for s in samples]),  # [B, n, C, h, w]
+        "times": torch.stack([s.times for s in samples]),  # [B, n]
+        "conditioning": {k: torch.stack([s.conditioning[k] for s in samples]) for k in samples[0].conditioning},
+        "guidance": torch.tensor([s.guidance for s in samples]),  # [B]
+        "keys": [s.key for s in samples],
+    }
+
+
+def _as_it_is(found: Any) -> Any:
+    return found

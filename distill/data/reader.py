@@ -1,0 +1,296 @@
+"""Reads a trajectory store: of each sample only the states that are asked for.
+
+A sample's head (its tar header, safetensors header, times, guidance and conditioning) and each of its states are byte
+ranges known from the index alone. The head is compared with what the index says it must be, so that a shard that was
+cut, shifted or overwritten is noticed at the first sample read from the damage; nothing is unpacked, no name from an
+archive is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, islice
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from distill.data import tar
+from distill.data.index import INDEX, PLAN, UNCONDITIONAL, ShardInfo, StoreIndex, payload_offsets
+from distill.data.record import (
+    CONDITIONING,
+    GUIDANCE,
+    STATES,
+    TIMES,
+    BadSample,
+    BadShard,
+    Layout,
+    Sample,
+    StoreError,
+    finite,
+    make_key,
+    view,
+)
+from distill.data.storage import Folder, Range
+from distill.diffusion.prediction import Conditioning
+
+log = logging.getLogger(__name__)
+MERGE_BYTES = 4096
+Request = tuple[int, tuple[int, ...]]
+"""Index of a sample, and places of the states wanted."""
+
+
+def open_store(
+    url: str, *, allow_partial: bool = False, max_bad_fraction: float = 0.0, verify_sha256: bool = False
+) -> Store:
+    """Opens a store for reading, and checks what can be checked without reading its shards.
+
+    Args:
+        url: a folder or an fsspec URL.
+        allow_partial: accept a store whose writing has not finished; its samples then come in another order than those
+            of the finished store.
+        max_bad_fraction: share of samples that the loader may replace (see `loader`). Above 0, a shard of the wrong
+            size is a warning; a missing one is always an error.
+        verify_sha256: before the first read from a shard, and once in each process, read all of it and compare its
+            sha256 with the index.
+
+    Raises:
+        StoreError: no store there, unfinished, or an index that makes no sense.
+        BadShard: a shard is missing, or not of the size that the index says; names it.
+    """
+    if not 0 <= max_bad_fraction < 1:
+        raise StoreError(f"max_bad_fraction must be within [0, 1), got {max_bad_fraction}")
+    folder = Folder(url)
+    index = read_index(folder)
+    if not index.complete and not allow_partial:
+        raise StoreError(
+            f"{url} is unfinished: {len(index.shards)} of {index.planned_shards} shards are written. "
+            "Run the writer again, or allow a partial store"
+        )
+    _check_sizes(folder, index, max_bad_fraction > 0)
+    return Store(folder, index, read_unconditional(folder, index), max_bad_fraction, verify_sha256)
+
+
+class Store:
+    """A trajectory store that is open. Built by `open_store`; may be handed to other processes.
+
+    `index` says what it is (see `StoreIndex`); `unconditional` holds the keyword tensors for no prompt, [1, ...].
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        index: StoreIndex,
+        unconditional: Conditioning,
+        max_bad_fraction: float = 0.0,
+        verify_sha256: bool = False,
+    ) -> None:
+        self.folder, self.index, self.unconditional = folder, index, unconditional
+        self.max_bad_fraction, self.verify_sha256 = max_bad_fraction, verify_sha256
+        self._starts = [0, *accumulate(shard.samples for shard in index.shards)]
+        self._verified: dict[str, str | None] = {}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def locate(self, i: int) -> tuple[ShardInfo, int]:
+        """The shard of sample i, and its row there. Raises IndexError."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of a store of {len(self)}")
+        shard = bisect_right(self._starts, i) - 1
+        return self.index.shards[shard], i - self._starts[shard]
+
+    def key(self, i: int) -> str:
+        shard, row = self.locate(i)
+        return make_key(shard.number, row)
+
+    def read(self, i: int, states: Sequence[int] | None = None) -> Sample:
+        """Sample i with the states at these places of `index.times` (all of them by default), in the order given.
+
+        Raises:
+            BadSample: it is not what the index says, or not finite; names its key and shard.
+        """
+        wanted = range(len(self.index.times)) if states is None else states
+        found = self.read_many([(i, tuple(wanted))])[0]
+        if isinstance(found, BadSample):
+            raise found
+        return found
+
+    def read_many(self, requests: Sequence[Request]) -> list[Sample | BadSample]:
+        """Several samples at once, remote ones in parallel; a `BadSample` in the place of one that is bad."""
+        located = [(*self.locate(i), plan_reads(self.index.layout, states)) for i, states in requests]
+        ranges: list[Range] = []
+        bad: dict[int, str] = {}
+        for at, (shard, row, spans) in enumerate(located):
+            try:
+                base = self._sample_start(shard, row)
+                ranges += [(shard.name, base + span.begin, base + span.end) for span in spans]
+            except BadShard as error:
+                bad[at] = str(error)
+        buffers = iter(self.folder.ranges(ranges))
+        results: list[Sample | BadSample] = []
+        for at, (shard, row, spans) in enumerate(located):
+            key = make_key(shard.number, row)
+            try:
+                if at in bad:
+                    raise BadSample(bad[at])
+                pieces = [_piece(span, data) for span, data in zip(spans, islice(buffers, len(spans)), strict=True)]
+                results.append(_assemble(self.index, key, requests[at][1], pieces))
+            except BadSample as error:
+                results.append(BadSample(f"sample {key} in {shard.name} of {self.folder.url}: {error}"))
+        return results
+
+    def _sample_start(self, shard: ShardInfo, row: int) -> int:
+        """Byte of the shard at which the sample's tar header begins."""
+        if self.verify_sha256:
+            self._verify(shard)
+        return int(payload_offsets(shard, self.index.layout.payload_bytes)[row]) - tar.BLOCK
+
+    def _verify(self, shard: ShardInfo) -> None:
+        if shard.name not in self._verified:
+            self._verified[shard.name] = _sha256_problem(self.folder, shard)
+        if problem := self._verified[shard.name]:
+            raise BadShard(problem)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes begin ... end of a sample, counted from its tar header."""
+
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A span and the bytes read for it; fewer if the shard ends within it."""
+
+    span: Span
+    data: bytearray
+
+
+@lru_cache(maxsize=4096)
+def _spans(layout_bytes: bytes, states: tuple[int, ...]) -> tuple[Span, ...]:
+    layout = Layout.parse(layout_bytes)
+    payload = tar.BLOCK
+    wanted = [Span(0, payload + len(layout.header))]
+    for name, spec in layout.tensors.items():
+        if name != STATES:
+            start = payload + layout.start(name)
+            wanted.append(Span(start, start + spec.end - spec.begin))
+    first = payload + layout.start(STATES)
+    wanted += [Span(first + k * layout.state_bytes, first + (k + 1) * layout.state_bytes) for k in states]
+    return tuple(_merge(wanted))
+
+
+def plan_reads(layout: Layout, states: tuple[int, ...]) -> tuple[Span, ...]:
+    """The byte ranges of a sample to read for its head and these states; neighbours become one range."""
+    K = layout.tensors[STATES].shape[0]
+    if any(not 0 <= k < K for k in states) or not states:
+        raise IndexError(f"states {list(states)} of samples that have {K}")
+    return _spans(layout.header, states)
+
+
+def _merge(spans: Iterable[Span]) -> list[Span]:
+    """Joins ranges (equal or disjoint ones) that lie within a page of each other: one read is cheaper than two."""
+    merged: list[Span] = []
+    for span in sorted(spans, key=lambda s: s.begin):
+        if merged and span.begin - merged[-1].end <= MERGE_BYTES:
+            merged[-1] = Span(merged[-1].begin, span.end)
+        else:
+            merged.append(span)
+    return merged
+
+
+def _piece(span: Span, data: bytearray | bytes | OSError) -> Piece:
+    if isinstance(data, OSError):
+        raise BadSample(f"cannot be read ({data})")
+    if len(data) < span.end - span.begin:
+        raise BadSample("the shard ends within it")
+    return Piece(span, data if isinstance(data, bytearray) else bytearray(data))
+
+
+def _assemble(index: StoreIndex, key: str, states: tuple[int, ...], pieces: Sequence[Piece]) -> Sample:
+    """Checks the pieces of one sample and makes tensors of them. Raises BadSample."""
+    layout = index.layout
+    head = pieces[0].data
+    if head[: tar.BLOCK] != tar.header(f"{key}.safetensors", layout.payload_bytes):
+        raise BadSample("its tar header is damaged or another sample's")
+    if head[tar.BLOCK : tar.BLOCK + len(layout.header)] != layout.header:
+        raise BadSample("its safetensors header is damaged or of another shape")
+
+    def tensor(name: str) -> Tensor:
+        spec = layout.tensors[name]
+        return _cut(pieces, tar.BLOCK + layout.start(name), spec.dtype, spec.shape)
+
+    if tuple(tensor(TIMES).tolist()) != index.times:
+        raise BadSample(f"its times {tensor(TIMES).tolist()} are not the store's")
+    spec, first = layout.tensors[STATES], tar.BLOCK + layout.start(STATES)
+    cut = [_cut(pieces, first + k * layout.state_bytes, spec.dtype, spec.shape[1:]) for k in states]
+    found = {name.removeprefix(CONDITIONING): tensor(name) for name in layout.tensors if name.startswith(CONDITIONING)}
+    guidance = tensor(GUIDANCE)
+    named = [*found.items(), (GUIDANCE, guidance), *((f"state {k}", x) for k, x in zip(states, cut, strict=True))]
+    for name, x in named:
+        if not finite(x):
+            raise BadSample(f"{name} has values that are not finite")
+    times = torch.tensor([index.times[k] for k in states])
+    return Sample(key, torch.stack(cut), times, found, float(guidance))
+
+
+def _cut(pieces: Sequence[Piece], begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that begins at byte `begin` of the sample."""
+    piece = next(p for p in reversed(pieces) if p.span.begin <= begin)
+    return view(piece.data, begin - piece.span.begin, dtype, shape)
+
+
+def read_index(folder: Folder) -> StoreIndex:
+    try:
+        return StoreIndex.from_json(folder.read(INDEX))
+    except FileNotFoundError:
+        begun = PLAN in folder.sizes()
+        why = "its writing has begun, but no shard is finished" if begun else f"{INDEX} is missing"
+        raise StoreError(f"no trajectory store at {folder.url}: {why}") from None
+    except StoreError as error:
+        raise type(error)(f"{folder.url}: {error}") from None
+
+
+def _check_sizes(folder: Folder, index: StoreIndex, tolerant: bool) -> None:
+    sizes = folder.sizes()
+    for shard in index.shards:
+        if shard.name not in sizes:
+            raise BadShard(f"{shard.name} of {folder.url} is missing")
+        if sizes[shard.name] != shard.bytes:
+            problem = f"{shard.name} of {folder.url} has {sizes[shard.name]} bytes, {INDEX} says {shard.bytes}"
+            if not tolerant:
+                raise BadShard(problem)
+            log.warning("%s; its samples are read as far as they go", problem)
+
+
+def read_unconditional(folder: Folder, index: StoreIndex) -> Conditioning:
+    try:
+        data = folder.read(UNCONDITIONAL)
+    except FileNotFoundError:
+        raise StoreError(f"{UNCONDITIONAL} of {folder.url} is missing") from None
+    if (found := hashlib.sha256(data).hexdigest()) != index.unconditional_sha256:
+        raise StoreError(
+            f"{UNCONDITIONAL} of {folder.url} is damaged: sha256 {found}, {INDEX} says {index.unconditional_sha256}"
+        )
+    return safetensors.torch.load(data)
+
+
+def _sha256_problem(folder: Folder, shard: ShardInfo) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        with folder.open(shard.name) as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except OSError as error:
+        return f"the shard cannot be read ({error})"
+    if digest.hexdigest() == shard.sha256:
+        return None
+    return f"the shard's sha256 is {digest.hexdigest()}, {INDEX} says {shard.sha256}"

@@ -1,0 +1,179 @@
+"""One sample of the store: `KEY.safetensors` with its tensors and `KEY.json` with where they come from.
+
+The tensors of a store have one shape, so the safetensors header is the same bytes in every sample. That makes the place
+of any state computable from the index, and the check of a sample's schema a comparison of bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from distill.diffusion.prediction import Conditioning
+
+STATES, TIMES, GUIDANCE, CONDITIONING = "states", "times", "guidance", "conditioning."
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+STATE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+MAX_HEADER_BYTES = 1 << 16
+KEY = re.compile(r"(\d{6,})-(\d{6,})")
+SHARD = re.compile(r"shard-(\d{6,})\.tar")
+
+
+class StoreError(ValueError):
+    """Something about a trajectory store that the reader or writer does not accept."""
+
+
+class BadShard(StoreError):
+    """A shard that is missing or not what the index says; the message names it."""
+
+
+class BadSample(BadShard):
+    """A sample that is not what the index says; the message names its key and its shard."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's place among the data of a safetensors payload: bytes begin ... end."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What every payload of a store looks like: its header, byte for byte, and where the tensors lie after it."""
+
+    header: bytes
+    tensors: Mapping[str, TensorSpec]
+    payload_bytes: int
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Layout:
+        """Reads the header at the start of a payload; no more than 64 KiB of it.
+
+        Raises:
+            StoreError: the header is cut, too long, not JSON, or its tensors do not fill the data without gaps.
+        """
+        if len(payload) < 8:
+            raise StoreError("safetensors header is cut short")
+        (length,) = struct.unpack("<Q", payload[:8])
+        if length > MAX_HEADER_BYTES:
+            raise StoreError(f"safetensors header claims {length} bytes; allowed: {MAX_HEADER_BYTES}")
+        header = bytes(payload[: 8 + length])
+        if len(header) < 8 + length:
+            raise StoreError("safetensors header is cut short")
+        try:
+            entries = json.loads(header[8:])
+            tensors = {str(name): _spec(entry) for name, entry in entries.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"safetensors header is not understood ({error})") from None
+        return cls(header, tensors, len(header) + _data_bytes(tensors))
+
+    def start(self, name: str) -> int:
+        """Where a tensor's bytes begin, counted from the start of the payload."""
+        return len(self.header) + self.tensors[name].begin
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one state."""
+        spec = self.tensors[STATES]
+        return (spec.end - spec.begin) // spec.shape[0]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in self.tensors.items()}
+
+
+def _spec(entry: dict[str, Any]) -> TensorSpec:
+    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+    begin, end = (int(n) for n in entry["data_offsets"])
+    if min(shape, default=0) < 0 or end - begin != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{entry} is inconsistent")
+    return TensorSpec(dtype, shape, begin, end)
+
+
+def _data_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    end = 0
+    for name, spec in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if spec.begin != end:
+            raise StoreError(f"safetensors header leaves a gap or overlap before tensor {name!r}")
+        end = spec.end
+    return end
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some states of one trajectory.
+
+    `states` [n, C, h, w] at `times` [n] (int64); `conditioning` holds tensors without a batch dimension.
+    """
+
+    key: str
+    states: Tensor
+    times: Tensor
+    conditioning: Conditioning
+    guidance: float
+
+
+def make_key(shard: int, row: int) -> str:
+    """The key of a sample: unique in its store, without dots, and it carries its shard."""
+    return f"{shard:06d}-{row:06d}"
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:06d}.tar"
+
+
+def encode(states: Tensor, times: tuple[int, ...], guidance: float, conditioning: Conditioning) -> bytes:
+    """A sample's tensors (on the CPU) as safetensors; the same values give the same bytes.
+
+    Raises:
+        StoreError: a value is not finite.
+    """
+    tensors = {CONDITIONING + name: x for name, x in conditioning.items()}
+    tensors |= {STATES: states, TIMES: torch.tensor(times, dtype=torch.int32), GUIDANCE: torch.tensor([guidance])}
+    tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    for name, x in tensors.items():
+        if not finite(x):
+            raise StoreError(f"{name} has values that are not finite")
+    return safetensors.torch.save(tensors)
+
+
+def describe(**facts: object) -> bytes:
+    """A sample's JSON: where it comes from. The same facts give the same bytes."""
+    return json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+
+
+def view(buffer: bytearray, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over the bytes from `start`, without a copy."""
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=start).reshape(shape)
+
+
+def finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite (numpy is several times faster at it than torch)."""
+    if not x.is_floating_point():
+        return True
+    return bool(np.isfinite((x.float() if x.dtype == torch.bfloat16 else x).numpy()).all())

@@ -1,0 +1,141 @@
+"""Reads all of a store, and says everything that is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import torch
+
+from distill.data import tar
+from distill.data.index import INDEX, PROVENANCE, ShardInfo, StoreIndex, payload_offsets
+from distill.data.record import GUIDANCE, TIMES, StoreError, finite, make_key, view
+from distill.data.storage import Folder
+
+MAX_JSON_BYTES = 1 << 20
+MAX_PROBLEMS = 8
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in one shard: samples read, and what is wrong, if anything."""
+
+    shard: str
+    samples: int
+    problems: tuple[str, ...]
+
+
+def verify_shard(
+    folder: Folder, index: StoreIndex, shard: ShardInfo, seen: Callable[[int], None] = lambda samples: None
+) -> Verdict:
+    """Checks a shard's size, sha256 and tar structure, and every sample's schema, times, numbers and facts.
+
+    One pass over the file, one sample in memory. `seen` is told of each sample.
+    """
+    size = folder.sizes().get(shard.name)
+    if size is None:
+        return Verdict(shard.name, 0, ("the shard is missing",))
+    problems = [f"{size} bytes, {INDEX} says {shard.bytes}"] if size != shard.bytes else []
+    good = 0
+    with folder.open(shard.name) as raw:
+        file = _Hashing(raw)
+        try:
+            for problem in _samples(file, index, shard):
+                seen(1)
+                if problem is None:
+                    good += 1
+                elif len(problems) < MAX_PROBLEMS:
+                    problems.append(problem)
+            if file.read(len(tar.END) + 1) != tar.END:
+                problems.append(f"no end mark at byte {file.at}, after its last sample")
+        except StoreError as error:
+            problems.append(str(error))  # the tar itself is broken here: no telling what follows
+        while file.read(1 << 22):
+            pass
+    if file.sha256.hexdigest() != shard.sha256:
+        problems.append(f"sha256 is {file.sha256.hexdigest()}, {INDEX} says {shard.sha256}")
+    return Verdict(shard.name, good, tuple(problems))
+
+
+class _Hashing:
+    """Reads a stream from start to end, and hashes and counts what it reads."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.at, self.sha256 = file, 0, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.at += len(data)
+        self.sha256.update(data)
+        return data
+
+
+def _samples(file: _Hashing, index: StoreIndex, shard: ShardInfo) -> Iterator[str | None]:
+    """Reads sample after sample and yields what is wrong with each. Raises StoreError where the tar breaks."""
+    offsets = payload_offsets(shard, index.layout.payload_bytes)
+    indices = index.shard_samples(shard.number)
+    for row in range(shard.samples):
+        key = make_key(shard.number, row)
+        payload = _member(file, f"{key}.safetensors", index.layout.payload_bytes)
+        start = file.at - len(payload) - tar.padding(len(payload))
+        if start != offsets[row]:
+            raise StoreError(f"sample {key} starts at byte {start}, {INDEX} says {offsets[row]}")
+        facts = _member(file, f"{key}.json", MAX_JSON_BYTES)
+        problem = _payload_problem(index, payload) or _facts_problem(index, key, indices[row], payload, facts)
+        yield f"sample {key}: {problem}" if problem else None
+
+
+def _member(file: _Hashing, name: str, most: int) -> bytes:
+    start = file.at
+    block = file.read(tar.BLOCK)
+    try:
+        found = tar.parse_header(block, start + tar.BLOCK)
+    except ValueError as error:
+        raise StoreError(f"{error}, where {name} should begin") from None
+    if found.name != name or not found.regular:
+        raise StoreError(f"byte {start} has a member {found.name!r}, where the file {name} should begin")
+    if found.size > most:
+        raise StoreError(f"{name} claims {found.size} bytes, at most {most} fit")
+    whole = found.size + tar.padding(found.size)
+    data = file.read(whole)
+    if len(data) < whole:
+        raise StoreError(f"the shard ends within {name}")
+    return data[: found.size]
+
+
+def _payload_problem(index: StoreIndex, payload: bytes) -> str | None:
+    layout = index.layout
+    if len(payload) != layout.payload_bytes:
+        return f"its tensors take {len(payload)} bytes, {INDEX} says {layout.payload_bytes}"
+    if not payload.startswith(layout.header):
+        return "its safetensors header is damaged or of another shape"
+    buffer = bytearray(payload)
+    for name, spec in layout.tensors.items():
+        x = view(buffer, layout.start(name), spec.dtype, spec.shape)
+        if not finite(x):
+            return f"{name} has values that are not finite"
+        if name == TIMES and tuple(x.tolist()) != index.times:
+            return f"its times {x.tolist()} are not the store's"
+    return None
+
+
+def _facts_problem(plan: StoreIndex, key: str, i: int, payload: bytes, data: bytes) -> str | None:
+    """Whether KEY.json belongs to this sample of this store."""
+    try:
+        facts = json.loads(data)
+    except ValueError as error:
+        return f"{key}.json is not JSON ({error})"
+    w = float(view(bytearray(payload), plan.layout.start(GUIDANCE), torch.float32, (1,)))
+    expected = {"key": key, "index": i, **{name: getattr(plan, name) for name in PROVENANCE}}
+    for name, value in expected.items():
+        if not isinstance(facts, dict) or facts.get(name) != value:
+            return f"{key}.json does not say {name} {value!r}"
+    if abs(facts.get("guidance", -1.0) - w) > 1e-4:
+        return f"guidance is {w} among its tensors and {facts.get('guidance')} in {key}.json"
+    low, high = plan.guidance_range
+    if not low - 1e-4 <= w <= high + 1e-4:
+        return f"guidance is {w}, {INDEX} says {plan.guidance}"
+    return None

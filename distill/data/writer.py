@@ -1,0 +1,281 @@
+"""Writes a trajectory store: sharded, resumable, and the same bytes from any number of processes.
+
+The teacher arrives as a function; nothing here knows a model. Work is split by shard and the processes never talk: each
+writes its shards, a note beside every finished one, and an index made from all the notes it sees. A process may die at
+any moment. Started again it skips what is finished and redoes the shard it was in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import IO
+
+import safetensors.torch
+
+from distill.data import tar
+from distill.data.faults import reached
+from distill.data.index import (
+    INDEX,
+    PLAN,
+    PLAN_FIELDS,
+    PROVENANCE,
+    SCHEMA,
+    UNCONDITIONAL,
+    Plan,
+    ShardInfo,
+    StoreIndex,
+    StoreMismatch,
+    dump,
+    load_facts,
+    plan_facts,
+)
+from distill.data.progress import Progress
+from distill.data.record import STATE_DTYPES, Layout, StoreError, describe, encode, make_key, shard_name
+from distill.data.storage import Folder
+from distill.diffusion.prediction import Conditioning
+from distill.diffusion.trajectory import Trajectory
+
+log = logging.getLogger(__name__)
+PUBLISH_SECONDS = 30.0
+
+Solve = Callable[[Sequence[int], Sequence[str]], Trajectory]
+"""The teacher: indices and prompts of B samples to their trajectories. Sample i may depend on (seed, i) only."""
+
+
+def write_store(
+    url: str,
+    plan: Plan,
+    prompts: Sequence[str],
+    unconditional: Conditioning,
+    solve: Solve,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Writes this process's shards of a store, and the index over everybody's.
+
+    Args:
+        url: a folder or an fsspec URL.
+        plan: what to write. Sample i is of `prompts[i % len(prompts)]`.
+        unconditional: the network's keyword tensors for no prompt, [1, ...].
+        solve: the teacher. States are stored in the plan's dtype, conditioning in the dtype it arrives in.
+        rank, world_size: this process among those that write (`work_split`). Rank r writes shards r, r + world_size, ….
+
+    Raises:
+        StoreMismatch: the folder holds a store with another plan; both values are named.
+        StoreError: no prompts, or the teacher's answer is not what the plan says or not finite; the key is named.
+    """
+    if not prompts:
+        raise StoreError("no prompts to make trajectories of")
+    if not 0 <= rank < world_size:
+        raise StoreError(f"rank must be within 0 ... {world_size - 1}, got {rank}")
+    empty = safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in unconditional.items()})
+    plan = replace(plan, prompts_sha256=_digest(prompts), unconditional_sha256=hashlib.sha256(empty).hexdigest())
+
+    folder = Folder(url)
+    folder.make()
+    _agree(folder, plan)
+    folder.publish(UNCONDITIONAL, empty)
+
+    notes = Notes(folder, plan)
+    mine = range(rank, plan.planned_shards, world_size)
+    finished = notes.finished(mine)
+    todo = [shard for shard in mine if shard not in finished]
+    log.info("%s: rank %d of %d has %d of its %d shards to write", url, rank, world_size, len(todo), len(mine))
+    samples = sum(len(plan.shard_samples(shard)) for shard in todo)
+    progress = Progress(f"trajectories, rank {rank}", samples, "samples", bar=rank == 0)
+    due = 0.0
+    for shard in todo:
+        if shard not in notes.finished([shard]):  # another job may be writing the same store
+            write_shard(notes, shard, prompts, solve, progress)
+        if (start := time.monotonic()) >= due:
+            notes.publish_index()
+            end = time.monotonic()
+            due = end + max(PUBLISH_SECONDS, 100 * (end - start))  # the index of a large store takes a while
+    notes.publish_index()
+
+
+def write_shard(notes: Notes, shard: int, prompts: Sequence[str], solve: Solve, progress: Progress) -> None:
+    """Writes one shard, then the note that says it is finished; nothing if someone else finished it meanwhile."""
+    folder, plan, name = notes.folder, notes.plan, shard_name(shard)
+    with folder.staged(name) as (path, file):
+        out = _Hashed(file)
+        offsets, header = [], b""
+        for key, payload, description in _records(plan, shard, prompts, solve):
+            header = header or Layout.parse(payload).header
+            if not payload.startswith(header):
+                raise StoreError(f"sample {key}: its tensors differ in shape or kind from the shard's first sample")
+            offsets.append(out.size + tar.BLOCK)
+            out.write(tar.member(f"{key}.safetensors", payload) + tar.member(f"{key}.json", description))
+            reached("sample-written")
+            progress.update(1)
+        out.write(tar.END)
+        reached("shard-written")
+        if shard in notes.finished([shard]):
+            return
+        folder.commit_staged(path, file, name)
+    reached("shard-renamed")
+    info = ShardInfo(name, len(offsets), out.size, out.sha256.hexdigest(), " ".join(map(str, offsets)))
+    facts = {"schema": SCHEMA, "plan": plan.digest(), "header": header[8:].decode(), **asdict(info)}
+    folder.publish(_note_name(shard), dump(facts))
+    reached("note-written")
+
+
+class Notes:
+    """The notes beside finished shards, `shard-000000.json`, from which every process derives the same index."""
+
+    def __init__(self, folder: Folder, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+        self._digest = plan.digest()
+        self._read: dict[int, tuple[ShardInfo, str]] = {}
+
+    def finished(self, shards: Iterable[int] | None = None) -> dict[int, ShardInfo]:
+        """Of these shards (or of all), the ones with a note of this plan and a file of the size it says."""
+        sizes = self.folder.sizes()
+        asked = range(self.plan.planned_shards) if shards is None else shards
+        noted = [shard for shard in asked if _note_name(shard) in sizes]
+        self._read_notes({shard: sizes[_note_name(shard)] for shard in noted if shard not in self._read})
+        found = {shard: self._read[shard][0] for shard in noted if shard in self._read}
+        return {shard: info for shard, info in found.items() if sizes.get(info.name) == info.bytes}
+
+    def publish_index(self) -> None:
+        """Writes the index over all finished shards.
+
+        Two processes may do so at once, and the one that saw less may come last. So each looks again after it wrote,
+        until what it wrote is all there is: whoever is last has listed everything.
+        """
+        listed: set[int] | None = None
+        while (shards := self.finished()) and set(shards) != listed:
+            listed = set(shards)
+            self.folder.publish(INDEX, self._index(shards).to_json())
+            reached("index-written")
+
+    def _read_notes(self, sizes: Mapping[int, int]) -> None:
+        found = self.folder.ranges([(_note_name(shard), 0, size) for shard, size in sizes.items()])
+        for shard, data in zip(sizes, found, strict=True):
+            if isinstance(data, OSError):
+                raise data
+            facts = load_facts(data, _note_name(shard))
+            if facts.get("plan") != self._digest:
+                continue
+            try:
+                info = ShardInfo(**{f.name: facts[f.name] for f in fields(ShardInfo)})
+                self._read[shard] = (info, facts["header"])
+            except KeyError as error:
+                raise StoreError(f"{_note_name(shard)} of {self.folder.url} lacks {error}") from None
+
+    def _index(self, shards: Mapping[int, ShardInfo]) -> StoreIndex:
+        headers = {self._read[shard][1]: shard for shard in shards}
+        if len(headers) > 1:
+            (one, first), (other, second) = list(headers.items())[:2]
+            raise StoreMismatch(
+                f"samples of {shard_name(first)} and {shard_name(second)} differ in shape or kind: {one} and {other}"
+            )
+        header = next(iter(headers)).encode()
+        layout = Layout.parse(len(header).to_bytes(8, "little") + header)
+        return StoreIndex(layout=layout, shards=tuple(shards.values()), **plan_facts(self.plan))
+
+
+def work_split(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """This process's (rank, world_size) from a launcher's RANK and WORLD_SIZE, a SLURM array, or both at once.
+
+    Raises:
+        StoreError: the array's task ids do not follow one another.
+    """
+    rank, world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+    if "SLURM_ARRAY_TASK_ID" not in environ:
+        return rank, world_size
+    task, first, tasks = (int(environ[f"SLURM_ARRAY_TASK_{x}"]) for x in ("ID", "MIN", "COUNT"))
+    last = int(environ["SLURM_ARRAY_TASK_MAX"])
+    if last - first + 1 != tasks:
+        raise StoreError(
+            f"SLURM array ids must follow one another, such as 0-{tasks - 1}; got {tasks} of {first}-{last}"
+        )
+    return (task - first) * world_size + rank, tasks * world_size
+
+
+def _records(plan: Plan, shard: int, prompts: Sequence[str], solve: Solve) -> Iterator[tuple[str, bytes, bytes]]:
+    """Key, safetensors payload and JSON of each sample of a shard, solved batch by batch."""
+    samples = plan.shard_samples(shard)
+    for at in range(0, len(samples), plan.batch_size):
+        indices = list(samples[at : at + plan.batch_size])
+        texts = [prompts[i % len(prompts)] for i in indices]
+        trajectory = solve(indices, texts)
+        _check(trajectory, plan, make_key(shard, at), len(indices))
+        states = trajectory.states.detach().cpu().to(STATE_DTYPES[plan.dtype])
+        conditioning = {name: x.detach().cpu() for name, x in trajectory.conditioning.items()}
+        for b, (i, text) in enumerate(zip(indices, texts, strict=True)):
+            key = make_key(shard, at + b)
+            w = float(trajectory.guidance[b])
+            try:
+                payload = encode(states[b], plan.times, w, {k: x[b] for k, x in conditioning.items()})
+            except StoreError as error:
+                raise StoreError(f"sample {key} (prompt {text!r}): {error}") from None
+            yield key, payload, _facts(plan, key, i, text, trajectory.seeds[b], w)
+
+
+def _facts(plan: Plan, key: str, i: int, prompt: str, seed: int, w: float) -> bytes:
+    provenance = {name: getattr(plan, name) for name in PROVENANCE}
+    return describe(key=key, index=i, prompt=prompt, seed=seed, guidance=w, **provenance)
+
+
+def _check(trajectory: Trajectory, plan: Plan, key: str, B: int) -> None:
+    """Refuses what does not fit the plan; `key` is the batch's first."""
+    shape, K = tuple(trajectory.states.shape), len(plan.times)
+    if len(shape) != 5 or shape[:2] != (B, K) or tuple(trajectory.times) != plan.times:
+        raise StoreError(
+            f"batch at {key}: the teacher gave states {list(shape)} at {len(trajectory.times)} times, "
+            f"the plan says [{B}, {K}, C, h, w] at {list(plan.times)}"
+        )
+    given = {name: len(x) for name, x in trajectory.conditioning.items()}
+    for name, found in {**given, "guidance": len(trajectory.guidance), "seeds": len(trajectory.seeds)}.items():
+        if found != B:
+            raise StoreError(f"batch at {key}: the teacher gave {found} of {name} for {B} samples")
+    low, high = plan.guidance_range
+    if bool(((trajectory.guidance < low - 1e-4) | (trajectory.guidance > high + 1e-4)).any()):
+        raise StoreError(f"batch at {key}: guidance {trajectory.guidance.tolist()}, the plan says {plan.guidance}")
+
+
+def _agree(folder: Folder, plan: Plan) -> None:
+    """Lays down the plan, or checks that the one already there is this one."""
+    folder.publish_first(PLAN, dump({"schema": SCHEMA, **plan_facts(plan)}))
+    reached("plan-written")
+    facts = load_facts(folder.read(PLAN), PLAN)
+    try:
+        begun = Plan(**{name: facts[name] for name in PLAN_FIELDS})
+        begun.require(**plan_facts(plan))
+        plan.require(times=begun.times)  # `require` alone lets a run ask for fewer times than are stored
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{PLAN} of {folder.url} is not understood: {type(error).__name__} {error}") from None
+    except StoreMismatch as error:
+        raise StoreMismatch(f"{folder.url} was begun with another plan (write to a new folder): {error}") from None
+
+
+def _digest(prompts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
+def _note_name(shard: int) -> str:
+    return shard_name(shard).replace(".tar", ".json")
+
+
+@dataclass
+class _Hashed:
+    """Writes to a file, and counts and hashes what it writes."""
+
+    file: IO[bytes]
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.size += len(data)

@@ -1,0 +1,96 @@
+"""A small store to write, break and read: its teacher draws sample i from (seed, i), its states are worth reading."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.data.index import Plan
+from distill.data.writer import Solve, write_store
+from distill.diffusion.random import generator, seed_of
+from distill.diffusion.trajectory import Trajectory
+
+PROMPTS = ["a red square", "ein grüner Kreis", '"quotes", commas\tand tabs', "", "a long prompt " * 60]
+UNCONDITIONAL = {"encoder_hidden_states": torch.full((1, 7, 6), -1.0, dtype=torch.float16)}
+
+PLAN = Plan(
+    teacher_id="tests/teacher",
+    teacher_hash="0123abcd",
+    schedule_fingerprint="fedc9876",
+    solver="ddim",
+    solver_steps=4,
+    spacing="trailing",
+    guidance=(2.0, 8.0),
+    times=(1000, 750, 500, 250, 0),
+    resolution=64,
+    prompt_source="PROMPTS",
+    seed=11,
+    samples=11,
+    samples_per_shard=4,
+    batch_size=3,
+)
+
+
+def states_of(plan: Plan, i: int, shape: tuple[int, ...] = (4, 8, 8)) -> Tensor:
+    """The states of sample i before they are rounded for storage, [K, C, h, w]."""
+    return torch.randn(len(plan.times), *shape, generator=generator(plan.seed, "states", i))
+
+
+def embedding_of(prompt: str) -> Tensor:
+    return torch.randn(7, 6, generator=generator("embedding", prompt)).half()
+
+
+def teacher(plan: Plan, shape: tuple[int, ...] = (4, 8, 8), solved: list[int] | None = None) -> Solve:
+    """A solve function; it notes the samples it was asked for in `solved`."""
+
+    def solve(indices: Sequence[int], prompts: Sequence[str]) -> Trajectory:
+        if solved is not None:
+            solved.extend(indices)
+        return Trajectory(
+            states=torch.stack([states_of(plan, i, shape) for i in indices]),
+            times=plan.times,
+            conditioning={
+                "encoder_hidden_states": torch.stack([embedding_of(p) for p in prompts]),
+                "time_ids": torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, float(i)] for i in indices]),
+            },
+            guidance=torch.tensor([plan.draw_guidance(i) for i in indices]),
+            seeds=tuple(seed_of(plan.seed, i) for i in indices),
+        )
+
+    return solve
+
+
+def write(url: str | Path, plan: Plan = PLAN, **arguments: Any) -> str:
+    """Writes a store with the teacher above and gives back its URL."""
+    solve = arguments.pop("solve", None) or teacher(plan)
+    prompts = arguments.pop("prompts", PROMPTS)
+    write_store(str(url), plan, prompts, UNCONDITIONAL, solve, **arguments)
+    return str(url)
+
+
+def in_processes(*jobs: Callable[[], object], fault: str = "") -> list[int | None]:
+    """Runs each job in a process of its own, all at once; their exit codes (-9 for one that was killed)."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_run, args=(job, fault)) for job in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def _run(job: Callable[[], object], fault: str) -> None:
+    if fault:
+        os.environ["DISTILL_FAULT"] = fault
+    job()
+
+
+def files(folder: str | Path) -> dict[str, bytes]:
+    """Every file of a folder, byte for byte."""
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
