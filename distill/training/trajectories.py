@@ -1,0 +1,54 @@
+"""Teacher solves for the store: prompts in, trajectories out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distill.data.index import Plan
+from distill.data.record import STATE_DTYPES
+from distill.diffusion.guidance import guided
+from distill.diffusion.prediction import Conditioning
+from distill.diffusion.random import generator, seed_of
+from distill.diffusion.solver import make_times, solve
+from distill.diffusion.trajectory import Trajectory
+from distill.models.families import Teacher
+
+
+@dataclass(frozen=True)
+class TrajectorySolver:
+    """Solves the teacher's guided ODE as a plan says, from noise that depends on (seed, sample number) alone.
+
+    Args:
+        teacher: with its UNet and text encoders, on `device`.
+        plan: the store's.
+    """
+
+    teacher: Teacher
+    plan: Plan
+    device: torch.device | str
+
+    @torch.no_grad()
+    def __call__(self, indices: Sequence[int], prompts: Sequence[str]) -> Trajectory:
+        """The trajectories of samples `indices`, one for each prompt."""
+        plan, schedule = self.plan, self.teacher.schedule
+        seeds = tuple(seed_of(plan.seed, "x_T", i) for i in indices)
+        x = torch.stack(
+            [torch.randn(self.teacher.latent_shape, generator=generator(plan.seed, "x_T", i)) for i in indices]
+        )
+        w = torch.tensor([plan.draw_guidance(i) for i in indices], device=self.device)
+        conditioning = self.teacher.encode(prompts)
+
+        weight = 1.0 if plan.guidance == 1 else w  # a plain 1 saves the unconditional passes
+        denoiser = guided(self.teacher.denoiser(), self.teacher.unconditional(), weight)
+        times = make_times(plan.spacing, schedule.T, plan.solver_steps)
+        steps = solve(denoiser, schedule, x.to(self.device), times, conditioning, plan.solver)
+        states = torch.stack([state for t, state in steps if t in plan.times], dim=1)  # [B, K, C, h, w]
+        return Trajectory(states, plan.times, self.stored(conditioning), w, seeds)
+
+    def stored(self, conditioning: Conditioning) -> Conditioning:
+        """Text in the plan's dtype; sizes in pixels stay exact."""
+        dtype = STATE_DTYPES[self.plan.dtype]
+        return {name: x if name == "time_ids" else x.to(dtype) for name, x in conditioning.items()}

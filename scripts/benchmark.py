@@ -1,0 +1,254 @@
+"""Timings, as ratios within one run (single ones mean little on shared machines).
+
+python scripts/benchmark.py step --size toy      # a training step against the bare network passes that it needs
+python scripts/benchmark.py step --size sd15
+python scripts/benchmark.py reader               # planned reads against a sequential read of the same bytes
+python scripts/benchmark.py start                # from an index to the first batch, for 10^3, 10^5, 10^7 samples
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from distill.data.index import Plan, ShardInfo, StoreIndex
+from distill.data.loader import make_loader
+from distill.data.reader import Store, open_store
+from distill.data.writer import write_store
+from distill.diffusion.prediction import Prediction
+from distill.diffusion.random import generator
+from distill.diffusion.schedule import NoiseSchedule
+from distill.diffusion.solver import trailing_times
+from distill.diffusion.trajectory import Batch, Trajectory
+from distill.methods.lcm import LCM
+from distill.models.denoiser import NetworkDenoiser
+from distill.models.full_size import build_unet, unet_config
+from distill.models.lora import add_lora
+from distill.training.engine import Engine, TrainedNetwork
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+SHAPES = {"toy": ((8, 8), 12), "sd15": ((32, 32), 77)}  # latents (h, w), text tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    step = commands.add_parser("step")
+    step.add_argument("--size", choices=("toy", "sd15"), default="toy")
+    step.add_argument("--repeats", type=int, help="counted steps (toy: 40, sd15: 5)")
+    step.add_argument("--batch-size", type=int, help="samples a step (toy: 64, sd15: 1)")
+    step.set_defaults(run=lambda a: bench_step(a.size, a.repeats, a.batch_size))
+    reader = commands.add_parser("reader")
+    reader.add_argument("--samples", type=int, default=512)
+    reader.add_argument("--workers", type=int, default=1)
+    reader.set_defaults(run=lambda a: bench_reader(a.samples, a.workers))
+    start = commands.add_parser("start")
+    start.add_argument("--samples", type=int, nargs="+", default=[10**3, 10**5, 10**7])
+    start.set_defaults(run=lambda a: bench_start(a.samples))
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def bench_step(size: str, repeats: int | None, batch_size: int | None) -> None:
+    """Steps and bare passes in turn; the ratio is of medians."""
+    repeats, batch_size = repeats or {"toy": 40, "sd15": 5}[size], batch_size or {"toy": 64, "sd15": 1}[size]
+    unet = toy_unet() if size == "toy" else build_unet(unet_config("sd15"))
+    add_lora(unet, rank=64, alpha=64)
+    (h, w), tokens = SHAPES[size]
+    student = NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON)
+    method = LCM(SCHEDULE)
+    engine = Engine(kind="single").start()
+    engine.prepare({"student": student}, {"student": TrainedNetwork(partial(torch.optim.AdamW, lr=1e-4))})
+    (turn,) = method.turns(0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(folder, unet.config, (h, w), tokens, samples=max(64, batch_size))
+        loader = make_loader(
+            store, method.reads(), seed=0, global_batch_size=batch_size, micro_batch_size=batch_size, num_workers=1
+        )
+        batches = iter(loader)
+        fixed = next(batches).to(engine.device)
+        seconds: dict[str, list[float]] = {"step": [], "passes": [], "data": []}
+        for i in range(repeats + 2):
+            waited, batch = timed(lambda: next(batches))
+            took, _ = timed(partial(engine.update, turn, [batch], i))
+            bare, _ = timed(partial(bare_passes, student, fixed))
+            if i >= 2:  # the first ones allocate
+                for name, value in (("step", waited + took), ("passes", bare), ("data", waited)):
+                    seconds[name].append(value)
+    unet.zero_grad(set_to_none=True)
+    step, passes, data = (median(seconds[name]) for name in ("step", "passes", "data"))
+    target = {"toy": 1.10, "sd15": 1.03}[size]
+    print(f"{size}, batch {batch_size}, latents {h} x {w}, {repeats} steps, medians, {machine(engine.device)}")
+    print(f"  training step       {step:9.4f} s   {batch_size / step:8.2f} samples/s")
+    print(f"  bare passes         {passes:9.4f} s   student forward and backward, target forward")
+    print(f"  ratio               {step / passes:9.3f}     target <= {target}")
+    print(f"  of it waiting data  {100 * data / step:9.2f} %")
+
+
+def bare_passes(student: NetworkDenoiser, batch: Batch) -> None:
+    """The network passes of an LCM-LoRA step on stored states, and nothing else."""
+    for p in student.module.parameters():
+        p.grad = None
+    step = batch.transition()
+    with torch.no_grad():
+        student(step.x_s, step.s, batch.conditioning)
+    student(step.x_t, step.t, batch.conditioning).x0.mean().backward()
+
+
+def bench_reader(samples: int, workers: int) -> None:
+    """LCM's two states of 41 at SDXL's sizes: what is read, how fast, and how fast the same bytes come in a row."""
+    method = LCM(SCHEDULE, skip=25)
+    config = {**unet_config("sd15"), "cross_attention_dim": 2048}
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(folder, config, (128, 128), 77, samples=samples, solver_steps=40)
+        shards = sorted(Path(folder).glob("shard-*.tar"))
+        whole = sum(shard.stat().st_size for shard in shards)
+        ratios, rates = [], []
+        for repeat in range(3):
+            loader = make_loader(
+                store, method.reads(), seed=repeat, global_batch_size=8, micro_batch_size=8, num_workers=workers
+            )
+            batches = iter(loader)
+            next(batches)
+            before = bytes_read_by(store, method)
+            seconds, _ = timed(lambda batches=batches: [next(batches) for _ in range(samples // 8 - 1)])
+            sequential, _ = timed(lambda: read_in_a_row(shards, before * (samples - 8)))
+            ratios.append(seconds / sequential)
+            rates.append((samples - 8) / seconds)
+            del batches
+        print(f"{samples} samples of 41 states [4, 128, 128] fp16 and text [77, 2048]; {machine('cpu')}")
+        print(f"  stored a sample            {whole / samples / 2**20:8.2f} MiB")
+        print(f"  read a sample, planned     {before / 2**20:8.2f} MiB")
+        print(f"  planned reads              {median(rates):8.1f} samples/s, {workers} worker(s), batches assembled")
+        print(f"  time against the same bytes read in a row {median(ratios):5.2f} x")
+
+
+def bytes_read_by(store: Store, method: LCM) -> float:
+    """Mean bytes that the reader plans to read of a sample."""
+    from distill.data.reader import plan_reads
+
+    times = store.index.times
+    picks = [method.reads().pick(times, generator("benchmark", i)) for i in range(64)]
+    return sum(span.end - span.begin for pick in picks for span in plan_reads(store.index.layout, pick)) / len(picks)
+
+
+def read_in_a_row(files: Sequence[Path], wanted: float) -> int:
+    left = int(wanted)
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+                left -= len(chunk)
+    return left
+
+
+def bench_start(counts: Sequence[int]) -> None:
+    """Synthetic indexes over one real shard's layout; the first batch's order is drawn, its bytes are not read."""
+    from distill.data.order import Order, Share
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(folder, unet_config("sd15"), (8, 8), 12, samples=100)
+        for count in counts:
+            data = grown(store.index, count).to_json()
+            path = Path(folder) / "grown.json"
+            path.write_bytes(data)
+
+            def first_batch(path: Path = path, count: int = count) -> list[int]:
+                index = StoreIndex.from_json(path.read_bytes())
+                order = Order(0, len(index))
+                return [order.index(p) for p in next(Share(64, 64).micro_batches())]
+
+            seconds, _ = timed(first_batch)
+            print(f"{count:>12,} samples: index {len(data) / 2**20:8.2f} MiB, {seconds:6.2f} s to the first batch")
+
+
+def grown(index: StoreIndex, count: int) -> StoreIndex:
+    """The same index, as if it had `count` samples in shards of 1,000."""
+    from dataclasses import replace
+
+    one = index.shards[0]
+    offsets = [int(x) for x in one.offsets.split()]
+    stride = offsets[1] - offsets[0]
+    many = " ".join(str(offsets[0] + i * stride) for i in range(1000))
+    size = offsets[0] + 1000 * stride + 10240
+    shards = [
+        ShardInfo(f"shard-{i:06d}.tar", min(1000, count - 1000 * i), size, one.sha256, many)
+        for i in range(-(-count // 1000))
+    ]
+    return replace(index, samples=count, samples_per_shard=1000, shards=tuple(shards))
+
+
+def random_store(
+    folder: str, config: dict, latent: tuple[int, int], tokens: int, samples: int, solver_steps: int = 50
+) -> Store:
+    """A store of noise, written and opened like any other."""
+    times = tuple(trailing_times(SCHEDULE.T, solver_steps))
+    width = config["cross_attention_dim"]
+    added = config.get("addition_embed_type") == "text_time"
+    plan = Plan(
+        teacher_id="noise",
+        teacher_hash="0" * 16,
+        schedule_fingerprint=SCHEDULE.fingerprint,
+        solver="ddim",
+        solver_steps=solver_steps,
+        spacing="trailing",
+        guidance=7.5,
+        times=times,
+        resolution=latent[0] * 8,
+        prompt_source="benchmark",
+        seed=0,
+        samples=samples,
+        samples_per_shard=64,
+        batch_size=8,
+    )
+
+    def solve(indices: Sequence[int], prompts: Sequence[str]) -> Trajectory:
+        g, B = generator("benchmark", indices[0]), len(indices)
+        text = {"encoder_hidden_states": torch.randn(B, tokens, width, generator=g, dtype=torch.float32).half()}
+        if added:
+            text["text_embeds"] = torch.randn(
+                B, config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"], generator=g
+            )
+            text["time_ids"] = torch.full((B, 6), 32.0)
+        states = torch.randn(B, len(times), config["in_channels"], *latent, generator=g)
+        return Trajectory(states, times, text, torch.full((B,), 7.5), tuple(indices))
+
+    empty = {"encoder_hidden_states": torch.zeros(1, tokens, width)}
+    write_store(folder, plan, ["noise"], empty, solve)
+    return open_store(folder)
+
+
+def toy_unet():  # type: ignore[no-untyped-def]
+    from distill.models.families import load_teacher
+    from distill.toy.teacher import teacher_folder
+
+    return load_teacher(teacher_folder()).unet
+
+
+def timed(work: Callable[[], object]) -> tuple[float, object]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def machine(device: torch.device | str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()

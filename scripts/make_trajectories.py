@@ -1,0 +1,76 @@
+"""Writes a store of teacher trajectories:
+
+accelerate launch scripts/make_trajectories.py experiment=lcm_lora_sd15 data.prompts=prompts.txt data.store=STORE
+
+Every process, under a launcher or in a SLURM array, writes shards of its own; killed at any moment and started again,
+each goes on. Settings are the `data` group of `configs/train.yaml`; `--cfg` prints them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from distill.data.index import Plan, kept_times
+from distill.data.prompts import read_prompts
+from distill.data.writer import work_split, write_store
+from distill.diffusion.solver import make_times
+from distill.models.families import load_teacher
+from distill.training.config import ConfigError, TrainSettings, checking, run_script
+from distill.training.run import launched_rank
+from distill.training.tracking import setup_logging
+from distill.training.trajectories import TrajectorySolver
+
+log = logging.getLogger("distill")
+
+
+def main(cfg: TrainSettings) -> None:
+    setup_logging(launched_rank())
+    data, model = cfg.data, cfg.model
+    if data.prompts is None:
+        raise ConfigError("data.prompts has no value: set data.prompts=FILE")
+    with checking():
+        prompts = read_prompts(data.prompts, data.prompt_column)
+        teacher = load_teacher(
+            model.pretrained_model_name_or_path,
+            parts=("unet", "text"),
+            dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" and torch.cuda.is_available() else torch.float32,
+            revision=model.revision,
+            variant=model.variant,
+        ).at_resolution(model.resolution)
+        plan = Plan(
+            teacher_id=teacher.teacher_id,
+            teacher_hash=teacher.teacher_hash,
+            schedule_fingerprint=teacher.schedule.fingerprint,
+            solver=data.solver,
+            solver_steps=data.solver_steps,
+            spacing="trailing",
+            guidance=data.guidance,
+            times=kept_times(make_times("trailing", teacher.schedule.T, data.solver_steps), data.keep, data.segments),
+            resolution=teacher.resolution,
+            prompt_source=os.path.basename(data.prompts),
+            seed=cfg.seed,
+            samples=data.num_samples,
+            samples_per_shard=data.samples_per_shard,
+            batch_size=data.batch_size,
+            dtype=data.dtype,
+        )
+        rank, world_size = work_split()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    solver = TrajectorySolver(teacher.to(device), plan, device)
+    with checking():
+        write_store(
+            data.store,
+            plan,
+            prompts,
+            solver.stored(teacher.unconditional()),
+            solver,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+if __name__ == "__main__":
+    run_script(main, "train", TrainSettings)

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# From nothing to a distilled LoRA: sets up, writes a trajectory store from the bundled toy teacher, distils an LCM-LoRA
+# from it, exports, judges and draws it. Run again, it skips what is finished; killed and run again, it goes on.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+
+out=outputs/quickstart
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -gt 0 ]; then
+    processes=$gpus
+else
+    processes=2
+    export ACCELERATE_USE_CPU=true OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+fi
+launch() { accelerate launch --num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no "$@"; }
+several=$([ "$processes" -gt 1 ] && echo --multi_gpu || true)
+
+echo "== 1/4 teacher trajectories -> $out/store"
+launch $several scripts/make_trajectories.py experiment=quickstart
+echo "== 2/4 LCM-LoRA, $processes processes, DeepSpeed ZeRO-2 -> $out/run"
+launch --use_deepspeed scripts/train.py experiment=quickstart
+echo "== 3/4 the LoRA as files -> $out/lora"
+python scripts/export.py run=$out/run output_dir=$out/lora
+echo "== 4/4 student and teacher judged -> $out/report.md"
+[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=2
+python scripts/evaluate.py run=$out/run lora=$out/lora output_dir=$out

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up what the tests need, then runs format, lint, types and tests. Arguments go to pytest: scripts/test.sh -m slow
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 WANDB_MODE=offline
+ruff format --check .
+ruff check .
+mypy distill
+exec python -m pytest "$@"

@@ -1,0 +1,149 @@
+"""Distils: `accelerate launch scripts/train.py experiment=lcm_lora_sd15 data.store=STORE output_dir=runs/a`.
+
+Settings are `configs/train.yaml` and its groups; `--cfg` prints them. Run again, it goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import partial
+
+from distill.data.loader import Loader, make_loader
+from distill.data.prompts import read_prompts
+from distill.data.reader import Store, open_store
+from distill.methods.base import Method
+from distill.models.families import Teacher, load_teacher
+from distill.training.checkpoint import Checkpoints
+from distill.training.config import ConfigError, TrainSettings, build, checking, run_script
+from distill.training.engine import Engine, LearningRate, TrainedNetwork
+from distill.training.loop import Every, train
+from distill.training.preemption import Preemption
+from distill.training.run import checkpoints_of, finished, launched_rank, launched_world_size, mark_finished, open_run
+from distill.training.tracking import Meter, Progress, Tracker, open_trackers, setup_logging
+from distill.training.validation import Validation
+
+log = logging.getLogger("distill")
+
+PREEMPTED = 75  # EX_TEMPFAIL: saved, and to be run again
+
+
+def main(cfg: TrainSettings) -> None:
+    setup_logging(launched_rank())
+    # Everything that the user may have to mend is built and checked before the first network is loaded.
+    engine: Engine = build(cfg.engine)
+    micro_batch_size = split_batch(cfg, launched_world_size())
+    teacher = teacher_of(cfg, parts=())
+    method: Method = build(cfg.method, schedule=teacher.schedule)
+    student = build(cfg.student)
+    with checking():
+        rate = LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
+        plan = TrainedNetwork(build(cfg.optimizer), rate, cfg.ema_decay)
+        store = fitting_store(cfg, teacher, method)
+
+    folder = open_run(cfg)
+    if finished(folder, cfg.max_train_steps):
+        log.info("%s has taken its %d steps already", folder, cfg.max_train_steps)
+        return
+    engine.start()
+    checkpoints = Checkpoints(checkpoints_of(folder), cfg.checkpoints_total_limit, cfg.model_dump(mode="json"))
+    engine.prepare(student.networks(teacher_of(cfg, parts=("unet",)), cfg.seed), {"student": plan})
+    resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
+    start_step = resumed.step if resumed else 0
+
+    tracker = open_trackers(
+        cfg.report_to, folder, cfg.model_dump(mode="json"), resume_step=start_step, main=engine.is_main
+    )
+    progress = Progress(cfg.max_train_steps, start_step, main=engine.is_main)
+    with Preemption(folder, writes=engine.is_main) as preemption:
+        step = train(
+            method,
+            engine,
+            iter(loader_of(cfg, store, method, engine, micro_batch_size, start_step)),
+            start_step=start_step,
+            max_train_steps=cfg.max_train_steps,
+            every=Every(cfg.log_every, cfg.checkpointing_steps, cfg.validation_steps),
+            meter=Meter(cfg.max_train_steps, cfg.global_batch_size, start_step),
+            progress=progress,
+            tracker=tracker,
+            checkpoints=checkpoints,
+            preemption=preemption,
+            validate=validation_of(cfg, engine, tracker),
+        )
+        if step < cfg.max_train_steps:
+            preemption.mark(step)
+    progress.close()
+    tracker.close()
+    if engine.is_main and step == cfg.max_train_steps:
+        mark_finished(folder, step)
+    engine.close()
+    if step < cfg.max_train_steps:
+        sys.exit(PREEMPTED)
+
+
+def split_batch(cfg: TrainSettings, world_size: int) -> int:
+    """Samples of one micro-batch of one rank."""
+    parts = world_size * cfg.gradient_accumulation_steps
+    if cfg.global_batch_size % parts:
+        raise ConfigError(
+            f"global_batch_size={cfg.global_batch_size} must be a multiple of {parts}: "
+            f"{world_size} processes x gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
+        )
+    return cfg.global_batch_size // parts
+
+
+def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
+    model = cfg.model
+    with checking("model."):
+        return load_teacher(
+            model.pretrained_model_name_or_path, parts=parts, revision=model.revision, variant=model.variant
+        ).at_resolution(model.resolution)
+
+
+def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method) -> Store:
+    """The store, once it is known to be this teacher's and to hold what the method reads."""
+    store = open_store(
+        cfg.data.store, max_bad_fraction=cfg.data.max_bad_fraction, verify_sha256=cfg.data.verify_on_first_read
+    )
+    method.reads().check(store.index.times)
+    if launched_rank() == 0:  # the hash reads all weights once
+        store.index.require(
+            schedule_fingerprint=teacher.schedule.fingerprint,
+            teacher_hash=teacher.teacher_hash,
+            guidance=cfg.data.guidance,
+            resolution=teacher.resolution,
+        )
+    return store
+
+
+def loader_of(
+    cfg: TrainSettings, store: Store, method: Method, engine: Engine, micro_batch_size: int, start_step: int
+) -> Loader:
+    return make_loader(
+        store,
+        method.reads(),
+        seed=cfg.seed,
+        global_batch_size=cfg.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        start_step=start_step,
+        num_workers=cfg.dataloader_num_workers,
+    )
+
+
+def validation_of(cfg: TrainSettings, engine: Engine, tracker: Tracker) -> Callable[[int], None]:
+    """Draws the validation prompts, if there are any. Text encoders are needed once, and dropped."""
+    if cfg.validation_prompts is None:
+        return lambda step: None
+    prompts = cfg.validation_prompts
+    prompts = read_prompts(prompts) if isinstance(prompts, str) else prompts
+    teacher = teacher_of(cfg, parts=("text", "vae"))
+    conditioning = teacher.encode(prompts)
+    del teacher.parts["text"]
+    return partial(Validation(teacher, prompts, conditioning, cfg.validation_sampling_steps, cfg.seed), engine, tracker)
+
+
+if __name__ == "__main__":
+    run_script(main, "train", TrainSettings)

@@ -1,0 +1,97 @@
+"""What every `configs/method/*.yaml` promises, a new one too: no list here names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from distill.diffusion.prediction import Conditioning, Denoised, Prediction, to_denoised
+from distill.diffusion.random import Context, generator
+from distill.diffusion.schedule import NoiseSchedule
+from distill.diffusion.solver import trailing_times
+from distill.diffusion.trajectory import Batch
+from distill.methods.base import Method
+from distill.training.config import CONFIGS, build, check_component
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+TIMES = trailing_times(SCHEDULE.T, 50)
+METHODS = sorted((CONFIGS / "method").glob("*.yaml"))
+
+
+class Network(nn.Module):
+    """A denoiser small enough to write down: one linear map of state, time and text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(4, 4, 1)
+        self.text = nn.Linear(3, 4)
+
+    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
+        c = self.text(conditioning["encoder_hidden_states"]).mean(1)[:, :, None, None]
+        return to_denoised(Prediction.EPSILON, self.mix(x_t) + c * t[:, None, None, None] / 1000, x_t, t, SCHEDULE)
+
+
+def batch(method: Method, positions: tuple[int, ...]) -> Batch:
+    reads = method.reads()
+    reads.check(TIMES)
+    picked = [reads.pick(TIMES, generator("pick", p)) for p in positions]
+    states = [torch.randn(len(picks), 4, 5, 6, generator=generator("state", p)) for p, picks in zip(positions, picked)]
+    text = [torch.randn(2, 3, generator=generator("text", p)) for p in positions]
+    return Batch(
+        states=torch.stack(states),
+        times=torch.tensor([[TIMES[i] for i in picks] for picks in picked]),
+        conditioning={"encoder_hidden_states": torch.stack(text)},
+        unconditional={"encoder_hidden_states": torch.zeros(len(positions), 2, 3)},
+        guidance=torch.full((len(positions),), 7.5),
+        positions=positions,
+    )
+
+
+@pytest.fixture(params=METHODS, ids=lambda path: path.stem)
+def method(request: pytest.FixtureRequest) -> Method:
+    node = yaml.safe_load(Path(request.param).read_text())
+    return build(check_component(node), schedule=SCHEDULE)
+
+
+@pytest.fixture
+def networks(method: Method) -> dict[str, Network]:
+    torch.manual_seed(0)
+    return {name: Network() for name in {*method.trains, "student", "teacher"}}
+
+
+def test_each_turn_trains_its_network_and_no_other(method: Method, networks: dict[str, Network]) -> None:
+    for turn in method.turns(step=0):
+        assert turn.updates in method.trains
+        losses = turn.loss(networks, batch(method, (0, 1, 2)), Context(seed=0, step=0, positions=(0, 1, 2)))
+        assert losses.total.ndim == 0 and torch.isfinite(losses.total)
+        losses.total.backward()
+        for name, network in networks.items():
+            gradients = [p.grad for p in network.parameters()]
+            if name == turn.updates:
+                assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+            elif name not in method.trains:
+                assert all(g is None for g in gradients)
+            network.zero_grad(set_to_none=True)
+
+
+def test_a_loss_is_a_mean_over_samples_however_they_are_grouped(method: Method, networks: dict[str, Network]) -> None:
+    for turn in method.turns(step=3):
+
+        def loss(positions: tuple[int, ...], turn=turn) -> float:  # type: ignore[no-untyped-def]
+            context = Context(seed=5, step=3, positions=positions)
+            return float(turn.loss(networks, batch(method, positions), context).total)
+
+        whole, halves = loss((8, 9, 10, 11)), [loss((8, 9)), loss((10, 11))]
+        assert whole == pytest.approx(sum(halves) / 2, rel=1e-5)
+        assert loss((8, 9)) != pytest.approx(loss((10, 11)), rel=1e-3)
+
+
+def test_the_global_generator_is_left_alone(method: Method, networks: dict[str, Network]) -> None:
+    before = torch.get_rng_state()
+    for turn in method.turns(step=0):
+        turn.loss(networks, batch(method, (0, 1)), Context(seed=0, step=0, positions=(0, 1)))
+    assert torch.equal(before, torch.get_rng_state())
