@@ -28,11 +28,16 @@ def guided(denoiser: Denoiser, unconditional: Conditioning, w: Tensor | float) -
 
     `unconditional` replaces the entries of the conditioning that it names ([B, ...] or [1, ...]); the others, such as
     SDXL's time ids, are the same in both passes. A plain w = 1 makes no unconditional pass at all.
+
+    Raises:
+        ValueError: when called, if the conditioning lacks an entry that `unconditional` names.
     """
     if not isinstance(w, Tensor) and w == 1:
         return denoiser
 
     def call(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
+        if missing := sorted(unconditional.keys() - conditioning.keys()):
+            raise ValueError(f"the conditioning lacks {missing[0]!r}, which the unconditional pass replaces")
         empty = {k: unconditional.get(k, v).to(v).expand_as(v) for k, v in conditioning.items()}
         both = {k: torch.cat([conditioning[k], empty[k]]) for k in conditioning}
         out = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)

@@ -28,7 +28,10 @@ class Denoised:
 
 
 class Denoiser(Protocol):
-    """A network behind the wall: x_t [B, C, h, w] and t [B] (int64, 1 ... T) to `Denoised`."""
+    """A network behind the wall: x_t [B, C, h, w] and t [B] (int64, 1 ... T) to `Denoised`.
+
+    Of a sample at t = 0, which is clean, nothing is asked but that x0 be finite: whoever asked gives it no weight.
+    """
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised: ...
 

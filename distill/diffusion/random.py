@@ -15,7 +15,13 @@ from torch import Tensor
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from a list of numbers and names; different lists give unrelated seeds."""
+    """A 63-bit seed from a list of numbers and names; different lists give unrelated seeds.
+
+    Raises:
+        TypeError: a part of another type (NumPy's integers, say), whose seed would not be that of the number it equals.
+    """
+    if strange := [part for part in parts if type(part) not in (int, str)]:
+        raise TypeError(f"a seed is made of int and str, got {type(strange[0]).__name__} {strange[0]!r}")
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

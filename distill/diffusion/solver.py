@@ -42,8 +42,7 @@ def solve(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is not known; allowed: {', '.join(SOLVERS)}")
-    if any(t <= s for t, s in pairwise(times)) or times[0] > schedule.T or times[-1] < 0:
-        raise ValueError(f"solver times must fall strictly within {schedule.T} ... 0, got {list(times)}")
+    check_times(schedule, times)
     yield times[0], wide(x)
     yield from SOLVERS[solver](denoiser, schedule, wide(x), times, conditioning)
 
@@ -59,11 +58,14 @@ def _ddim(
 def _heun(
     denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, times: Sequence[int], c: Conditioning
 ) -> Iterator[tuple[int, Tensor]]:
-    """Trapezoidal rule in u = sigma/alpha, where d(x/alpha)/du = eps; its last step, to clean data, is Euler's."""
+    """Trapezoidal rule in u = sigma/alpha, where d(x/alpha)/du = eps.
+
+    Euler's step to clean data, and from the pure noise (u infinite) in which a zero-terminal-SNR schedule ends.
+    """
     for t, s in pairwise(times):
         here = denoiser(x, _batch(t, x), c)
         x_s = ddim_step(schedule, here, s)
-        if s > 0:
+        if s > 0 and schedule.alphas_cumprod[t] > 0:
             there = denoiser(x_s, _batch(s, x), c)
             u_t, u_s = (schedule.sigma(r, x) / schedule.alpha(r, x) for r in (t, s))
             x_s = schedule.alpha(s, x) * (x / schedule.alpha(t, x) + (u_s - u_t) * (here.eps + there.eps) / 2)
@@ -126,6 +128,12 @@ def make_times(spacing: str, T: int, steps: int) -> list[int]:
     if spacing not in TIMES:
         raise ValueError(f"spacing {spacing!r} is not known; allowed: {', '.join(TIMES)}")
     return TIMES[spacing](T, steps)
+
+
+def check_times(schedule: NoiseSchedule, times: Sequence[int]) -> None:
+    """Raises ValueError for times that do not fall strictly, or that leave the schedule."""
+    if any(t <= s for t, s in pairwise(times)) or times[0] > schedule.T or times[-1] < 0:
+        raise ValueError(f"times must fall strictly within {schedule.T} ... 0, got {list(times)}")
 
 
 def _check_steps(available: int, steps: int) -> None:

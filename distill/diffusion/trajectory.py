@@ -88,12 +88,17 @@ class Reads(Protocol):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two states whose times lie `skip` apart, uniformly among all such pairs: one step of the teacher's solver."""
+    """Two states, x_t and the one `skip` later in the solve, uniformly among all t that have one.
+
+    From times nearer to clean data than `skip` it is the clean end itself. So every stored time is taught, and every
+    chain of pairs runs down to clean data. With the solver's own step as `skip` a pair is one step of the solver; a
+    longer one spans several, no less exactly, since both states lie on the solve.
+    """
 
     skip: int
 
     def check(self, times: Sequence[int]) -> None:
-        if not self._pairs(times):
+        if all(t - self.skip not in times for t in times):
             raise ValueError(f"skip {self.skip} is off the stored grid: no two of {_short(times)} lie so far apart")
 
     def pick(self, times: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
@@ -102,7 +107,8 @@ class Pair:
 
     def _pairs(self, times: Sequence[int]) -> list[tuple[int, int]]:
         place = {int(t): i for i, t in enumerate(times)}
-        return [(i, place[t - self.skip]) for t, i in place.items() if t - self.skip in place]
+        follows = {t: max(t - self.skip, 0) for t in place if t > 0}
+        return [(place[t], place[s]) for t, s in follows.items() if s in place]
 
 
 @dataclass(frozen=True)

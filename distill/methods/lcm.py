@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -53,9 +54,9 @@ class LCM(Method):
             raise ValueError(f"method.loss must be one of {', '.join(DISTANCES)}, got {loss!r}")
         if not 1 <= skip <= schedule.T or schedule.T % skip:
             raise ValueError(f"method.skip must divide the schedule's {schedule.T} times, got {skip}")
-        if not 0 <= w_min <= w_max:
+        if not 0 <= w_min <= w_max < math.inf:
             raise ValueError(f"method.w_min and w_max must satisfy 0 <= w_min <= w_max, got {w_min} and {w_max}")
-        if huber_c <= 0:
+        if not 0 < huber_c < math.inf:
             raise ValueError(f"method.huber_c must be above 0, got {huber_c}")
         self.schedule, self.source, self.skip = schedule, source, skip
         self.w_min, self.w_max = w_min, w_max

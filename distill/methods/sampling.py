@@ -10,7 +10,7 @@ from torch import Tensor
 from distill.diffusion.consistency import boundary_scalings
 from distill.diffusion.prediction import Conditioning, Denoiser
 from distill.diffusion.schedule import NoiseSchedule, add_noise
-from distill.diffusion.solver import SOLVERS, solve
+from distill.diffusion.solver import SOLVERS, check_times, solve
 
 SAMPLERS = ("lcm", *SOLVERS)
 
@@ -39,12 +39,13 @@ def sample(
         generators: one a picture, for the fresh noise of `lcm`.
 
     Raises:
-        ValueError: unknown sampler, or times that do not end at 0.
+        ValueError: unknown sampler, or times that do not fall to 0.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is not known; allowed: {', '.join(SAMPLERS)}")
     if times[-1] != 0:
         raise ValueError(f"sampling times must end at 0, got {list(times)}")
+    check_times(schedule, times)
     if sampler == "lcm":
         return multistep_consistency(denoiser, schedule, x, times, conditioning, generators)
     for _, state in solve(denoiser, schedule, x, times, conditioning, sampler):
@@ -60,7 +61,13 @@ def multistep_consistency(
     conditioning: Conditioning,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Multistep latent consistency sampling (LCM, algorithm 3), number for number diffusers' `LCMScheduler`."""
+    """Multistep latent consistency sampling (LCM, algorithm 3), number for number diffusers' `LCMScheduler`.
+
+    Raises:
+        ValueError: more than one step, and not one generator for each picture.
+    """
+    if len(times) > 2 and len(generators) != len(x):
+        raise ValueError(f"{len(x)} pictures need a generator each for their fresh noise, got {len(generators)}")
     for t, following in zip(times[:-1], times[1:], strict=True):
         t_batch = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
         c_skip, c_out = boundary_scalings(t_batch, x)

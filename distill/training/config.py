@@ -298,7 +298,8 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _validation_line(error: ValidationError, schema: type[Settings]) -> str:
-    first = error.errors()[0]
+    # A wrong flat key is wrong in the nodes that take it over too: say the one that was set.
+    first = min(error.errors(), key=lambda e: e["type"] == "value_error")
     # Names of union members and the like stand in `loc` beside keys; only keys help the reader.
     path = [str(part) for part in first["loc"] if re.fullmatch(r"[a-z_]\w*|\d+", str(part)) and part not in _KINDS]
     key = ".".join(path)

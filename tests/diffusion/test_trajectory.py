@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from distill.diffusion.random import generator
+from distill.diffusion.solver import trailing_times
+from distill.diffusion.trajectory import Batch, CleanEnd, Pair
+
+GRID = trailing_times(1000, 50)  # 1000, 980, ... 0
+
+
+@pytest.mark.parametrize("skip", [20, 40, 100, 1000])
+def test_pair_teaches_every_stored_time_alike(skip: int) -> None:
+    """Near clean data it is clamped there: were 120 taught by 20, nothing would teach 20."""
+    g, n = generator("pick", skip), 4000
+    picked = Counter(Pair(skip).pick(GRID, g) for _ in range(n))
+    pairs = {(GRID.index(t), GRID.index(max(t - skip, 0))) for t in range(20, 1001, 20)}
+    assert set(picked) == pairs
+    expected = n / len(pairs)
+    assert sum((picked[p] - expected) ** 2 / expected for p in pairs) < len(pairs) + 5 * (2 * len(pairs)) ** 0.5
+
+
+def test_pair_takes_the_pairs_that_the_store_kept() -> None:
+    g, kept = generator("kept"), [1000, 980, 500, 480, 20, 0]
+    assert {Pair(20).pick(kept, g) for _ in range(200)} == {(0, 1), (2, 3), (4, 5)}
+
+
+def test_pair_depends_on_nothing_but_its_generator() -> None:
+    draws = [[Pair(20).pick(GRID, g) for _ in range(20)] for g in (generator("a"), generator("a"), generator("b"))]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("skip", [1, 30, 130, 1020])
+def test_refuses_a_skip_off_the_stored_grid(skip: int) -> None:
+    message = rf"^skip {skip} is off the stored grid: no two of \[1000, 980, … 20, 0\] lie so far apart$"
+    with pytest.raises(ValueError, match=message):
+        Pair(skip).check(GRID)
+
+
+def test_accepts_a_skip_on_it() -> None:
+    for skip in (20, 60, 1000):
+        Pair(skip).check(GRID)
+
+
+def test_clean_end_is_time_0() -> None:
+    CleanEnd().check(GRID)
+    assert CleanEnd().pick(GRID, generator()) == (50,)
+    with pytest.raises(ValueError, match=r"^the store keeps no clean latent: its times \[1000, 20\] lack 0$"):
+        CleanEnd().check([1000, 20])
+
+
+def batch() -> Batch:
+    return Batch(
+        states=torch.randn(2, 3, 4, 2, 2),
+        times=torch.tensor([[60, 40, 20], [1000, 980, 960]]),
+        conditioning={"text": torch.randn(2, 7, 8)},
+        unconditional={"text": torch.randn(2, 7, 8)},
+        guidance=torch.tensor([1.0, 7.5]),
+        keys=("a", "b"),
+        positions=(4, 5),
+    )
+
+
+@pytest.mark.parametrize(("i", "j"), [(0, 1), (0, 2), (1, 2)])
+def test_a_transition_is_two_of_the_states(i: int, j: int) -> None:
+    b = batch()
+    step = b.transition(i, j)
+    assert torch.equal(step.x_t, b.states[:, i]) and torch.equal(step.x_s, b.states[:, j])
+    assert torch.equal(step.t, b.times[:, i]) and torch.equal(step.s, b.times[:, j]) and (step.s < step.t).all()
+
+
+def test_a_batch_moves_whole() -> None:
+    """The meta device stands for an accelerator: nothing may stay behind."""
+    b = batch()
+    moved = b.to("meta")
+    tensors = [moved.states, moved.times, moved.guidance, *moved.conditioning.values(), *moved.unconditional.values()]
+    assert all(x.device.type == "meta" for x in tensors) and len(tensors) == 5
+    assert len(moved) == len(b) == 2 and (moved.keys, moved.positions) == (b.keys, b.positions)
+    assert moved.states.shape == b.states.shape and moved.times.dtype == torch.int64
