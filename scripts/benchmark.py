@@ -9,11 +9,10 @@ python scripts/benchmark.py start                # from an index to the first ba
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -122,7 +121,7 @@ def bench_reader(samples: int, workers: int) -> None:
             next(batches)
             before = bytes_read_by(store, method)
             seconds, _ = timed(lambda batches=batches: [next(batches) for _ in range(samples // 8 - 1)])
-            sequential, _ = timed(lambda: read_in_a_row(shards, before * (samples - 8)))
+            sequential, _ = timed(partial(read_in_a_row, shards, before * (samples - 8)))
             ratios.append(seconds / sequential)
             rates.append((samples - 8) / seconds)
             del batches

@@ -88,8 +88,8 @@ def _about(run: str) -> str:
     settings = read_run(run)
     return (
         f"An LCM-LoRA of rank {settings.lora_rank} for the toy teacher: {settings.max_train_steps} steps of "
-        f"{settings.global_batch_size} samples from {settings.data.num_samples} stored {settings.data.solver_steps}-step "
-        f"trajectories with guidance {settings.data.guidance:g}."
+        f"{settings.global_batch_size} samples from {settings.data.num_samples} stored trajectories of "
+        f"{settings.data.solver_steps} steps with guidance {settings.data.guidance:g}."
     )
 
 

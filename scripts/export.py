@@ -1,4 +1,4 @@
-"""Writes a run's student as files for diffusers and PEFT: `python scripts/export.py run=runs/a output_dir=exports/a`."""
+"""A run's student as files for diffusers and PEFT: `python scripts/export.py run=runs/a output_dir=exports/a`."""
 
 from __future__ import annotations
 

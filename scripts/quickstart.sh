@@ -23,5 +23,5 @@ launch --use_deepspeed scripts/train.py experiment=quickstart
 echo "== 3/4 the LoRA as files -> $out/lora"
 python scripts/export.py run=$out/run output_dir=$out/lora
 echo "== 4/4 student and teacher judged -> $out/report.md"
-[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=2
+[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 python scripts/evaluate.py run=$out/run lora=$out/lora output_dir=$out

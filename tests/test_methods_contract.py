@@ -39,7 +39,8 @@ def batch(method: Method, positions: tuple[int, ...]) -> Batch:
     reads = method.reads()
     reads.check(TIMES)
     picked = [reads.pick(TIMES, generator("pick", p)) for p in positions]
-    states = [torch.randn(len(picks), 4, 5, 6, generator=generator("state", p)) for p, picks in zip(positions, picked)]
+    kept = len(picked[0])
+    states = [torch.randn(kept, 4, 5, 6, generator=generator("state", p)) for p in positions]
     text = [torch.randn(2, 3, generator=generator("text", p)) for p in positions]
     return Batch(
         states=torch.stack(states),

@@ -1,8 +1,8 @@
 """From a command line to checked settings, and from settings to built objects.
 
 Hydra composes `configs/`; pydantic checks the flat keys against the classes below, and every node with a `_target_`
-against the signature of what it names. A mistake is one line that names the key, the value and what is allowed, and exit
-code 2, before any network is built.
+against the signature of what it names. A mistake is one line that names the key, the value and what is allowed, and
+exit code 2, before any network is built.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """The trajectory store: how it is written (all but the last two) and read.
 
-    `guidance` is the teacher's w in `uncond + w (cond - uncond)`, a number or a range [w_min, w_max] drawn from for each
-    trajectory. `keep` is all, milestones (the edges of `segments` equal segments), or a list of times.
+    `guidance` is the teacher's w in `uncond + w (cond - uncond)`, a number or a range [w_min, w_max] that each trajectory
+    draws its own from. `keep` is all, milestones (the edges of `segments` equal segments), or a list of times.
     """
 
     store: str

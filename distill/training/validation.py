@@ -40,7 +40,7 @@ class Validation:
             conditioning = {k: v.to(engine.device) for k, v in self.conditioning.items()}
             latents = sample(student, self.teacher.schedule, x, self.times, conditioning, "lcm", generators)
         if engine.is_main:
-            self.teacher.vae.to(engine.device)
+            self.teacher.to(engine.device)
             pictures = torch.cat([self.teacher.decode(latent[None]).cpu() for latent in latents])
-            self.teacher.vae.to("cpu")
+            self.teacher.to("cpu")
             tracker.images("validation", to_pictures(pictures), step, self.prompts)

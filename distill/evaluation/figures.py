@@ -1,0 +1,181 @@
+"""Pictures of a comparison: a grid of samples, curves of quality against steps, and the training's own curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import get_data_path
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL, GAP, LABEL_WIDTH, HEADER = 96, 4, 230, 44  # pixels
+INK, GREY = "#222222", "#808080"
+COLOURS = {"teacher": "#4477aa", "undistilled": "#aaaaaa", "student": "#ee6633"}
+METRICS = {  # row key: title, logarithmic axis, which way is better
+    "caption_accuracy": ("captions right", False, "higher"),
+    "frechet": ("Fréchet distance", True, "lower"),
+    "teacher_consistency": ("teacher consistency", True, "lower"),
+}
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """A line of the grid: images [G, 3, H, W] in [-1, 1], a title and a smaller line below it."""
+
+    title: str
+    detail: str
+    images: Tensor
+
+
+def draw_grid(path: Path, prompts: Sequence[str], groups: Sequence[Sequence[GridRow]]) -> None:
+    """Draws rows of images under their prompts; groups of rows stand a little apart. Small images are magnified by a
+    whole factor, pixel by pixel; large ones are shrunk."""
+    rows = sum(len(group) for group in groups)
+    width = LABEL_WIDTH + len(prompts) * (CELL + GAP) + 2 * GAP
+    height = HEADER + rows * (CELL + GAP) + len(groups) * 3 * GAP
+    canvas = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, prompt in enumerate(prompts):
+        x = LABEL_WIDTH + column * (CELL + GAP) + CELL // 2
+        pen.multiline_text((x, HEADER - 6), _wrapped(prompt), INK, _font(12), "md", align="center")
+    top = HEADER
+    for group in groups:
+        for row in group:
+            pen.text((14, top + CELL / 2 - 4), row.title, INK, _font(15), "ls")
+            pen.text((14, top + CELL / 2 + 16), row.detail, GREY, _font(11), "ls")
+            for column, image in enumerate(row.images):
+                canvas.paste(_cell(image), (LABEL_WIDTH + column * (CELL + GAP), top))
+            top += CELL + GAP
+        top += 3 * GAP
+    canvas.save(path)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Matplotlib's own font, which is everywhere where matplotlib is, and knows more letters than Pillow's."""
+    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _cell(image: Tensor) -> Image.Image:
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels)
+    longest = max(picture.size)
+    if longest > CELL:
+        picture.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    else:
+        factor = CELL // longest
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return picture
+
+
+def _wrapped(prompt: str, width: int = 15, lines: int = 2) -> str:
+    """The beginning of a prompt on few short lines."""
+    wrapped = [""]
+    for word in prompt.split():
+        if wrapped[-1] and len(wrapped[-1]) + 1 + len(word) > width:
+            wrapped.append(word)
+        else:
+            wrapped[-1] = f"{wrapped[-1]} {word}".strip()
+    return "\n".join(wrapped[:lines]) + ("…" if len(wrapped) > lines else "")
+
+
+def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], real: Mapping[str, float] | None = None) -> None:
+    """Each metric against steps (above) and against network evaluations (below), with standard errors.
+
+    The first row is the teacher at full steps, drawn as a dashed line; `real` pictures' own scores as a dotted one.
+    """
+    full, rest = rows[0], rows[1:]
+    metrics = [name for name in METRICS if name in full]
+    figure = Figure(figsize=(4.3 * len(metrics), 7.2), layout="constrained")
+    axes = figure.subplots(2, len(metrics), squeeze=False, sharey="col")
+    for column, name in enumerate(metrics):
+        title, logarithmic, better = METRICS[name]
+        for axis, x in zip(axes[:, column], ("steps", "nfe"), strict=True):
+            for line, points in _lines(rest).items():
+                _draw_line(axis, line, sorted(points, key=lambda row: row[x]), x, name)
+            _draw_levels(axis, name, full, real)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sorted({row[x] for row in rest}), [str(v) for v in sorted({row[x] for row in rest})])
+            axis.minorticks_off()
+            axis.set_xlabel("steps" if x == "steps" else "network evaluations a picture")
+            axis.set_yscale("log" if logarithmic else "linear")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0, column].set_title(f"{title} ({better} is better)", fontsize=11)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=10, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(line_of(row), []).append(row)
+    return lines
+
+
+def line_of(row: Mapping[str, Any]) -> str:
+    """A row's curve: "student", the tuned "teacher", or the "undistilled" teacher in the student's sampler."""
+    if row["model"] == "student":
+        return "student"
+    return "teacher" if row["sampler"] == "ddim" else "undistilled"
+
+
+def _draw_line(axis: Axes, line: str, points: Sequence[Mapping[str, Any]], x: str, name: str) -> None:
+    names = {
+        "student": "student",
+        "teacher": "teacher, best settings at these steps",
+        "undistilled": "teacher in the student's sampler",
+    }
+    errors = [point.get(f"{name}_se", 0.0) for point in points]
+    axis.errorbar(
+        [point[x] for point in points],
+        [point[name] for point in points],
+        errors,
+        label=names[line],
+        color=COLOURS[line],
+        marker="o",
+        markersize=5,
+        linewidth=2.4 if line == "student" else 1.6,
+        capsize=3,
+        zorder=3 if line == "student" else 2,
+    )
+
+
+def _draw_levels(axis: Axes, name: str, full: Mapping[str, Any], real: Mapping[str, float] | None) -> None:
+    if full[name] > 0:  # the teacher's distance from itself is 0, which no logarithmic axis shows
+        axis.axhline(full[name], color=COLOURS["teacher"], linestyle="--", label=f"teacher, {full['steps']} steps")
+    if real and name in real:
+        axis.axhline(real[name], color=GREY, linestyle=":", label="real pictures")
+
+
+def draw_training(path: Path, metrics_file: Path) -> None:
+    """The losses, the learning rate and the gradient norm of a run's metrics.jsonl, against steps.
+
+    Raises:
+        ValueError: the file holds no line of metrics.
+    """
+    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    if not lines:
+        raise ValueError(f"{metrics_file} holds no metrics")
+    losses = [name for name in lines[-1] if "loss" in name]
+    panels = {"loss": losses} | {name: [name] for name in ("lr", "grad_norm") if name in lines[-1]}
+    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name in names:
+            points = [(line["step"], float(line[name])) for line in lines if name in line]
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("step")
+        axis.set_yscale("linear" if title == "lr" else "log")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axis.legend(fontsize=9, frameon=False)
+    figure.savefig(path, dpi=110)

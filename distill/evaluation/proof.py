@@ -1,0 +1,38 @@
+"""The proof that exported files are right: a plain diffusers pipeline draws what our own sampler draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from distill.evaluation.pipelines import draw, load_pipeline, use_sampler
+
+
+def plain_pipeline_agrees(
+    pretrained_model_name_or_path: str,
+    lora: str | Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    expected: Tensor,
+) -> float:
+    """The greatest difference of any pixel between our sampler's pictures and those of diffusers' own pipeline.
+
+    `expected` [B, 3, H, W] in [-1, 1] are ours; the pipeline draws with its LCMScheduler and without guidance, after
+    `load_lora_weights(lora)`.
+
+    Raises:
+        ValueError: not one prompt and seed a picture, or pictures of another size.
+    """
+    if not len(prompts) == len(seeds) == len(expected):
+        raise ValueError(
+            f"{len(expected)} pictures need as many prompts and seeds, got {len(prompts)} and {len(seeds)}"
+        )
+    pipeline = load_pipeline(str(pretrained_model_name_or_path), lora)
+    use_sampler(pipeline, "lcm", "lcm")
+    drawn = draw(pipeline, prompts, seeds, steps) * 2 - 1
+    if drawn.shape != expected.shape:
+        raise ValueError(f"the pipeline draws {tuple(drawn.shape)}, expected are {tuple(expected.shape)}")
+    return float((drawn.float().cpu() - expected.cpu()).abs().max())

@@ -1,0 +1,75 @@
+"""The toy world's protocol: prompts balanced over its captions, a judge trained on real pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.diffusion.random import generator
+from distill.evaluation.cache import weights_hash
+from distill.evaluation.frechet import frechet_with_error
+from distill.toy.judge import Judge
+from distill.toy.world import CAPTIONS, balanced_labels, labels_of, render
+
+
+class JudgeScorer:
+    """Scores toy pictures with the judge.
+
+    Metrics: caption_accuracy, the share in which the judge reads the prompt, and its standard error; frechet, between
+    the judge's features of the pictures and of as many real ones of the same captions, and its standard error;
+    sharpness, the high-frequency energy relative to those real ones (1: as sharp, less: blurred).
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.name = f"toy judge {weights_hash(judge)}"
+        self._real: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+    def prompts(self, split: str, n: int) -> list[str]:
+        """The captions in turn."""
+        return [CAPTIONS[label] for label in balanced_labels(n)]
+
+    @torch.no_grad()
+    def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Features [B, F], whether the caption is right [B], high-frequency energy [B]."""
+        device = next(self.judge.parameters()).device
+        return {
+            "features": self.judge.features(images.to(device)).cpu(),
+            "right": (self.judge.logits(images.to(device)).argmax(1).cpu() == labels_of(prompts)).double(),
+            "energy": _laplacian_energy(images),
+        }
+
+    def summarise(self, measured: Mapping[str, Tensor], split: str) -> dict[str, float]:
+        """The metrics named above. Raises ValueError if there are no more pictures than features."""
+        n = len(measured["right"])
+        real = self._real_measured(split, n)
+        share = float(measured["right"].mean())
+        frechet, frechet_se = frechet_with_error(measured["features"], real["features"])
+        return {
+            "caption_accuracy": share,
+            "caption_accuracy_se": math.sqrt(share * (1 - share) / n),
+            "frechet": frechet,
+            "frechet_se": frechet_se,
+            "sharpness": float(measured["energy"].mean() / real["energy"].mean()),
+        }
+
+    def real_pictures(self, n: int) -> dict[str, float]:
+        """What n other real pictures score: the best that can be reached."""
+        return self.summarise(self._real_measured("other", n), "report")
+
+    def _real_measured(self, split: str, n: int) -> dict[str, Tensor]:
+        if (split, n) not in self._real:
+            images = render(balanced_labels(n), generator("real pictures", split))
+            self._real[split, n] = self.measure(images, self.prompts(split, n))
+        return self._real[split, n]
+
+
+def _laplacian_energy(images: Tensor) -> Tensor:
+    """Mean squared response of the 3x3 Laplacian of each of the pictures [B, C, H, W]: [B]."""
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
+    response = F.conv2d(images.flatten(0, 1)[:, None], kernel[None, None].to(images))  # [B C, 1, H - 2, W - 2]
+    return response.square().reshape(len(images), -1).double().mean(1)

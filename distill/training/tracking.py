@@ -1,0 +1,418 @@
+"""Tracking: a run's scalars and pictures go to files in its folder, and on to wandb and TensorBoard if asked.
+
+The local file is the record. What is beyond it (a network, a service) may fail at any time and never holds a step up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import queue
+import re
+import resource
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import diffusers
+import psutil
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+Scalars = Mapping[str, float]
+TRACKERS = ("jsonl", "wandb", "tensorboard")
+
+
+class Tracker(Protocol):
+    """Where a run's numbers and pictures go. `step` counts the optimizer steps taken."""
+
+    def log(self, scalars: Scalars, step: int) -> None: ...
+
+    def images(self, name: str, images: Sequence[Image.Image], step: int, captions: Sequence[str] = ()) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_trackers(
+    report_to: Sequence[str],
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    resume_step: int = 0,
+    main: bool = True,
+    project: str = "distill",
+    wandb_mode: str | None = None,
+) -> Trackers:
+    """One tracker that hands on to metrics.jsonl, always, and to those named in `report_to`; on other ranks to none.
+
+    Args:
+        resume_step: steps that the run had taken where it now goes on (0: a new run). What was logged beyond is cut.
+        wandb_mode: `online`, `offline` or `disabled`; None leaves it to wandb (WANDB_MODE).
+
+    Raises:
+        ValueError: a name that is not one of `TRACKERS`.
+    """
+    if unknown := [name for name in report_to if name not in TRACKERS]:
+        raise ValueError(f"report_to: {unknown[0]!r} is not known; allowed: {', '.join(TRACKERS)}")
+    if not main:
+        return Trackers([])
+    trackers: list[Tracker] = [JsonlTracker(folder, resume_step)]
+    if "wandb" in report_to:
+        trackers.append(
+            Background("wandb", lambda: WandbTracker(folder, config, project, wandb_mode), abandon=end_wandb)
+        )
+    if "tensorboard" in report_to:
+        trackers.append(Background("tensorboard", lambda: TensorboardTracker(folder, resume_step)))
+    return Trackers(trackers)
+
+
+class Trackers:
+    """Several trackers as one; scalars may arrive as tensors of one element."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self.trackers = tuple(trackers)
+
+    def log(self, scalars: Mapping[str, float | Tensor], step: int) -> None:
+        numbers = {name: float(value) for name, value in scalars.items()} if self.trackers else {}
+        for tracker in self.trackers:
+            tracker.log(numbers, step)
+
+    def images(self, name: str, images: Sequence[Image.Image], step: int, captions: Sequence[str] = ()) -> None:
+        for tracker in self.trackers:
+            tracker.images(name, images, step, captions)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+
+
+class JsonlTracker:
+    """metrics.jsonl: one object a line, `step` first; pictures as samples/step-000100/<name>-00.png.
+
+    Each line reaches the operating system at once, so a killed process loses none. Lines beyond `resume_step` are cut
+    on opening: a run that was interrupted and resumed leaves the file of one that was not. Numbers that JSON has no
+    word for are the strings "nan", "inf" and "-inf".
+    """
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        cut_after(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def log(self, scalars: Scalars, step: int) -> None:
+        row = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+
+    def images(self, name: str, images: Sequence[Image.Image], step: int, captions: Sequence[str] = ()) -> None:
+        folder = self.folder / "samples" / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            image.save(folder / f"{name}-{i:02d}.png")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drops the lines of a metrics.jsonl that lie beyond `step` or are torn; all at once, or not at all."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if 0 <= _step_of(line) <= step]
+    if len(kept) == len(lines):
+        return
+    logger.info("%s: %d lines beyond step %d (or torn) cut", path.name, len(lines) - len(kept), step)
+    whole = path.with_suffix(".tmp")
+    with open(whole, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(whole, path)
+
+
+def _step_of(line: str) -> int:
+    """The line's step; -1 for a torn line."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else -1
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
+class Background:
+    """Runs another tracker in a thread of its own, so that neither its failures nor its waiting reach the training.
+
+    Calls go through a bounded queue. When it is full they are dropped, and counted in a warning. Failures are warned
+    about once; a tracker that cannot start is left out. One that does not end within `patience` seconds of `close` is
+    given up: `abandon` is called, and must see to it that it cannot hold up the end of the process either.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[], Tracker],
+        capacity: int = 1000,
+        patience: float = 60.0,
+        abandon: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name, self.patience, self.dropped = name, patience, 0
+        self._abandon = abandon
+        self._failed = False
+        self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(capacity)
+        self._thread = threading.Thread(target=self._work, args=(start,), name=f"tracker-{name}", daemon=True)
+        self._thread.start()
+
+    def log(self, scalars: Scalars, step: int) -> None:
+        self._put(lambda tracker: tracker.log(scalars, step))
+
+    def images(self, name: str, images: Sequence[Image.Image], step: int, captions: Sequence[str] = ()) -> None:
+        self._put(lambda tracker: tracker.images(name, images, step, captions))
+
+    def close(self) -> None:
+        """Waits at most `patience` seconds for what is still in the queue."""
+        deadline = time.monotonic() + self.patience
+        try:
+            self._calls.put(None, timeout=self.patience)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        except queue.Full:
+            pass  # stuck: the thread is still alive
+        if self._thread.is_alive():
+            logger.warning("%s did not finish within %.0f s and is given up", self.name, self.patience)
+            self._abandon()
+
+    def _put(self, call: Callable[[Tracker], None]) -> None:
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            self.dropped += 1
+            if self.dropped & (self.dropped - 1) == 0:  # 1, 2, 4, 8, ...: seen, but no flood
+                logger.warning(
+                    "%s is too slow: %d calls dropped so far (metrics.jsonl has them)", self.name, self.dropped
+                )
+
+    def _work(self, start: Callable[[], Tracker]) -> None:
+        tracker = self._guard(start)
+        while (call := self._calls.get()) is not None:
+            if tracker is not None:
+                self._guard(lambda call=call: call(tracker))  # type: ignore[misc]
+        if tracker is not None:
+            self._guard(tracker.close)
+
+    def _guard(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # whatever a service throws: it is not the training's business
+            if not self._failed:
+                first_line = (str(error).splitlines() or [""])[0]
+                logger.warning(
+                    "%s failed; metrics.jsonl goes on, and further failures are not shown: %s: %s",
+                    self.name,
+                    type(error).__name__,
+                    first_line,
+                )
+            self._failed = True
+            return None
+
+
+class WandbTracker:
+    """A wandb run whose id follows from the run folder, so that a requeued job finds its own. Blocks, and may raise."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], project: str, mode: str | None = None) -> None:
+        import wandb
+
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=project,
+            name=Path(folder).name,
+            id=run_id(folder),
+            dir=str(folder),
+            config=dict(config),
+            mode=mode,  # type: ignore[arg-type]
+            resume="allow",
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        )
+        # wandb's own step may not fall, which a run resumed from an earlier checkpoint needs
+        self._run.define_metric("*", step_metric="step")
+        logger.info("wandb: run %s, %s", self._run.id, "offline" if self._run.offline else self._run.url)
+
+    def log(self, scalars: Scalars, step: int) -> None:
+        self._run.log({**scalars, "step": step})
+
+    def images(self, name: str, images: Sequence[Image.Image], step: int, captions: Sequence[str] = ()) -> None:
+        titles = captions or [""] * len(images)
+        pictures = [self._wandb.Image(image, caption=title) for image, title in zip(images, titles, strict=True)]
+        self._run.log({name: pictures, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def end_wandb() -> None:
+    """Kills the service process that wandb started for us: its exit hook would wait for it for ever."""
+    for process in psutil.Process().children():
+        if process.name().startswith("wandb-core"):
+            process.kill()
+
+
+def run_id(folder: Path) -> str:
+    """A wandb id for a run folder: its name and a hash of its place; the same at every start."""
+    place = Path(folder).resolve()
+    readable = re.sub(r"[^A-Za-z0-9_.-]", "-", place.name)[:40]
+    return f"{readable}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+
+
+class TensorboardTracker:
+    """Event files under tensorboard/ in the run folder; events beyond `resume_step` are marked as gone."""
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resume_step + 1)
+
+    def log(self, scalars: Scalars, step: int) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def images(self, name: str, images: Sequence[Image.Image], step: int, captions: Sequence[str] = ()) -> None:
+        from torchvision.transforms.functional import pil_to_tensor
+
+        for i, image in enumerate(images):
+            self._writer.add_image(f"{name}/{i:02d}", pil_to_tensor(image), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """RGB pictures of images [B, 3, H, W] in [-1, 1]; what lies outside is clipped."""
+    bytes_ = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in bytes_]
+
+
+class Meter:
+    """Measures speed between two readings, and how much longer the run will take.
+
+    Args:
+        total: steps of the whole run; `done`: those taken before this start.
+        samples: of one step, over all ranks.
+        clock: seconds, rising.
+    """
+
+    def __init__(self, total: int, samples: int, done: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.total, self.samples, self.done = total, samples, done
+        self._clock = clock
+        self._since, self._steps, self._waited = clock(), 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for data."""
+        start = self._clock()
+        yield
+        self._waited += self._clock() - start
+
+    def step(self) -> None:
+        """After each step."""
+        self.done += 1
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Of the steps since the last reading: samples_per_second, data_wait (share of the time, 0 ... 1),
+        step_seconds; peak_memory_gib so far; eta_seconds at this pace. Starts anew."""
+        now = self._clock()
+        seconds = max(now - self._since, 1e-9)
+        pace = seconds / max(self._steps, 1)
+        numbers = {
+            "samples_per_second": self._steps * self.samples / seconds,
+            "data_wait": self._waited / seconds,
+            "step_seconds": pace,
+            "peak_memory_gib": peak_memory_gib(),
+            "eta_seconds": pace * (self.total - self.done),
+        }
+        self._since, self._steps, self._waited = now, 0, 0.0
+        return numbers
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held: the accelerator's if there is one, else main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def setup_logging(rank: int = 0, stream: TextIO | None = None) -> None:
+    """Log lines with time and rank on `stream` (standard error): ours from INFO on rank 0, warnings from all others."""
+    handler = _BarSafe(stream or sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [{rank}] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("distill").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for library in (diffusers, transformers):  # they draw bars into log files
+        library.utils.logging.disable_progress_bar()
+    # Newer diffusers say `dtype`; the oldest that we support knows `torch_dtype` alone.
+    warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+
+
+class _BarSafe(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes log lines above a progress bar, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+
+
+class Progress:
+    """Shows where a run is: a bar on a terminal, elsewhere (and always in SLURM) a log line for each `show`."""
+
+    def __init__(self, total: int, done: int = 0, stream: TextIO | None = None, main: bool = True) -> None:
+        stream = stream or sys.stderr
+        self.total = total
+        self._main = main
+        self._bar = tqdm(total=total, initial=done, file=stream, unit="step") if main and wants_bar(stream) else None
+
+    def step(self) -> None:
+        """After each step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, step: int, scalars: Scalars) -> None:
+        """The scalars of a step; those that `Meter.read` gives are written with their units."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(describe(scalars))
+        elif self._main:
+            logger.info("step %d/%d (%.0f %%)  %s", step, self.total, 100 * step / self.total, describe(scalars))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def wants_bar(stream: TextIO) -> bool:
+    """Whether somebody sits in front of this stream."""
+    return stream.isatty() and "SLURM_JOB_ID" not in os.environ
+
+
+def describe(scalars: Scalars) -> str:
+    """One line of scalars for people: `loss 0.1234  lr 1e-04  812 samples/s  data 3 %  0.4 GiB  eta 12:31`."""
+    units: dict[str, Callable[[float], str]] = {
+        "samples_per_second": lambda v: f"{v:.4g} samples/s",
+        "data_wait": lambda v: f"data {100 * v:.0f} %",
+        "step_seconds": lambda v: "",
+        "peak_memory_gib": lambda v: f"{v:.1f} GiB",
+        "eta_seconds": lambda v: f"eta {tqdm.format_interval(v)}",
+    }
+    words = [units[name](value) if name in units else f"{name} {value:.4g}" for name, value in scalars.items()]
+    return "  ".join(word for word in words if word)

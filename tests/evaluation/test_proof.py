@@ -1,0 +1,54 @@
+"""What is exported is what was trained: a plain diffusers pipeline with the LoRA draws our sampler's pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.evaluation.compare import Setting, generate
+from distill.evaluation.proof import plain_pipeline_agrees
+from distill.models.families import Teacher, load_teacher
+from distill.models.lora import add_lora, save_lora
+from tests.tiny import FAMILIES, save_tiny
+
+PROMPTS, SEEDS = ["a cat", "two dogs"], [3, 10_000_000]
+
+
+def trained_student(folder: str) -> Teacher:
+    """The pipeline's teacher with a LoRA that is not zero."""
+    teacher = load_teacher(folder, parts=("unet", "text", "vae"))
+    random = torch.Generator().manual_seed(1)
+    for parameter in add_lora(teacher.unet, rank=3, alpha=2.0):
+        parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=random))
+    return teacher
+
+
+def ours(teacher: Teacher, steps: int, adapters: bool = True) -> Tensor:
+    student = replace(teacher.denoiser(), adapters=adapters)
+    batches = generate(teacher, student, PROMPTS, SEEDS, Setting("student", "lcm", steps, 1.0, "lcm"))
+    return torch.cat([batch.images for batch in batches])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_pipeline_draws_the_same(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "teacher", family)
+    teacher = trained_student(folder)
+    save_lora(tmp_path / "lora", teacher.unet)
+    assert plain_pipeline_agrees(folder, tmp_path / "lora", PROMPTS, SEEDS, 4, ours(teacher, 4)) < 1e-4
+
+
+def test_it_would_notice_another_network(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "teacher")
+    teacher = trained_student(folder)
+    save_lora(tmp_path / "lora", teacher.unet)
+    without = ours(teacher, 4, adapters=False)
+    assert plain_pipeline_agrees(folder, tmp_path / "lora", PROMPTS, SEEDS, 4, without) > 1e-2
+
+
+def test_numbers_that_do_not_match_are_refused() -> None:
+    with pytest.raises(ValueError, match="^2 pictures need as many prompts and seeds, got 1 and 2$"):
+        plain_pipeline_agrees("nowhere", "nowhere", ["a"], [1, 2], 4, torch.zeros(2, 3, 8, 8))

@@ -1,0 +1,326 @@
+"""Tracking: what a run leaves behind, also when it was killed, and that no service can hold it up."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill.training.tracking import (
+    Background,
+    JsonlTracker,
+    Meter,
+    Progress,
+    describe,
+    open_trackers,
+    run_id,
+    setup_logging,
+    to_pictures,
+    wants_bar,
+)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(folder: Path, first: int, last: int, resume_step: int) -> None:
+    tracker = JsonlTracker(folder, resume_step)
+    for step in range(first, last + 1):
+        tracker.log({"loss": 1 / step, "lr": 1e-4}, step)
+    tracker.close()
+
+
+class TestJsonl:
+    def test_an_interrupted_and_resumed_file_equals_an_undisturbed_one(self, tmp_path: Path) -> None:
+        run(tmp_path / "whole", 1, 10, 0)
+        run(tmp_path / "broken", 1, 7, 0)  # killed at step 7, its last checkpoint is of step 4
+        run(tmp_path / "broken", 5, 10, 4)
+        whole, broken = (tmp_path / name / "metrics.jsonl" for name in ("whole", "broken"))
+        assert broken.read_bytes() == whole.read_bytes()
+        assert [row["step"] for row in rows(tmp_path / "whole")] == list(range(1, 11))
+
+    @pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3, "loss": 0.3}', "\x00\x00\x00\n", '{"loss": 1}\n'])
+    def test_a_torn_end_is_cut(self, tmp_path: Path, torn: str) -> None:
+        run(tmp_path, 1, 2, 0)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write(torn)
+        run(tmp_path, 3, 4, 2)
+        assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+    def test_every_line_is_on_its_way_before_the_next_step(self, tmp_path: Path) -> None:
+        tracker = JsonlTracker(tmp_path)
+        tracker.log({"loss": 0.5}, 1)
+        assert rows(tmp_path) == [{"step": 1, "loss": 0.5}]  # while the tracker is still open
+        tracker.close()
+
+    def test_what_json_cannot_say_stays_json_and_a_number(self, tmp_path: Path) -> None:
+        tracker = JsonlTracker(tmp_path)
+        tracker.log({"a": math.nan, "b": math.inf, "c": -math.inf}, 1)
+        tracker.close()
+        row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda word: pytest.fail(word))
+        assert math.isnan(float(row["a"])) and float(row["b"]) == math.inf and float(row["c"]) == -math.inf
+
+    def test_pictures_are_png_files(self, tmp_path: Path) -> None:
+        tracker = JsonlTracker(tmp_path)
+        tracker.images("validation", to_pictures(torch.zeros(2, 3, 4, 6)), 100)
+        tracker.close()
+        files = sorted((tmp_path / "samples" / "step-000100").iterdir())
+        assert [file.name for file in files] == ["validation-00.png", "validation-01.png"]
+        assert Image.open(files[0]).size == (6, 4)
+
+
+def test_pictures_span_black_to_white_and_clip() -> None:
+    image = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).expand(1, 3, 1, 5)
+    (picture,) = to_pictures(image)
+    assert np.asarray(picture)[0, :, 1].tolist() == [0, 0, 128, 255, 255]
+
+
+class TestOpening:
+    def test_an_unknown_name_is_one_clear_line(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="^report_to: 'mlflow' is not known; allowed: jsonl, wandb, tensorboard$"):
+            open_trackers(["jsonl", "mlflow"], tmp_path, {})
+
+    def test_the_local_file_is_written_unasked(self, tmp_path: Path) -> None:
+        tracker = open_trackers([], tmp_path, {})
+        tracker.log({"loss": torch.tensor(0.25)}, 3)
+        tracker.close()
+        assert rows(tmp_path) == [{"step": 3, "loss": 0.25}]
+
+    def test_other_ranks_track_nothing(self, tmp_path: Path) -> None:
+        tracker = open_trackers(["jsonl", "tensorboard", "wandb"], tmp_path, {}, main=False)
+        tracker.log({"loss": 1.0}, 1)
+        tracker.images("validation", to_pictures(torch.zeros(1, 3, 2, 2)), 1)
+        tracker.close()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_wandb_offline_and_tensorboard_hold_what_was_logged(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        tracker = open_trackers(["wandb", "tensorboard"], tmp_path / "run", {"learning_rate": 1e-4})
+        tracker.log({"loss_here": 0.123456789}, 7)
+        tracker.images("validation", to_pictures(torch.zeros(1, 3, 4, 4)), 7, ["red rings"])
+        tracker.close()
+
+        (record,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id(tmp_path / 'run')}.wandb")
+        content = record.read_bytes()
+        assert b"loss_here" in content and b"0.123456789" in content and b"red rings" in content
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+        (scalar,) = events.Scalars("loss_here")
+        assert (scalar.step, scalar.value) == (7, pytest.approx(0.123456789))
+        assert [image.step for image in events.Images("validation/00")] == [7]
+
+    def test_wandb_without_a_key_does_not_stop_the_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+        for name in ("WANDB_API_KEY", "WANDB_MODE"):
+            monkeypatch.delenv(name, raising=False)
+        tracker = open_trackers(["wandb"], tmp_path / "run", {}, wandb_mode="online")
+        for step in range(1, 4):
+            tracker.log({"loss": 1.0}, step)
+        tracker.close()
+        assert len(rows(tmp_path / "run")) == 3
+        assert [r.message for r in caplog.records if r.levelno >= logging.WARNING and "wandb failed" in r.message]
+
+    def test_a_run_folder_has_one_wandb_id(self, tmp_path: Path) -> None:
+        folder = tmp_path / "lcm lora/α=1"
+        assert run_id(folder) == run_id(folder.parent / "." / folder.name)
+        assert run_id(folder) != run_id(tmp_path / "elsewhere" / folder.name)
+        assert not set(run_id(folder)) & set("/\\#?%: ")
+
+
+HANGING_SERVICE = """
+import signal, sys, time, psutil
+from pathlib import Path
+from distill.training.tracking import open_trackers
+
+tracker = open_trackers(["wandb"], Path(sys.argv[1]), {}, wandb_mode="offline")
+tracker.trackers[1].patience = 1.0
+tracker.log({"loss": 1.0}, 1)
+deadline = time.monotonic() + 60
+while not (started := [p for p in psutil.Process().children() if p.name().startswith("wandb-core")]):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+time.sleep(0.5)
+started[0].send_signal(signal.SIGSTOP)
+for step in range(2, 51):
+    tracker.log({"loss": 1.0}, step)
+tracker.close()
+"""
+
+
+def test_a_wandb_service_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HANGING_SERVICE, str(tmp_path / "run")]
+    # without WANDB_SERVICE, by which it would use the service of another test
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    env = clean | {"HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "wandb did not finish within 1 s and is given up" in done.stderr
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 51))
+
+
+class Service:
+    """A tracker that keeps what it gets, once `gate` is open; fails at the steps in `fails`."""
+
+    def __init__(self, fails: Sequence[int] = ()) -> None:
+        self.fails, self.closed = fails, False
+        self.steps: list[int] = []
+        self.gate = threading.Event()
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        assert self.gate.wait(20)
+        if step in self.fails:
+            raise ConnectionError("service gone\nwith a long story")
+        self.steps.append(step)
+
+    def images(self, name: str, images: Sequence[Image.Image], step: int, captions: Sequence[str] = ()) -> None:
+        self.log({}, step)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class TestBackground:
+    def test_failures_are_told_once_and_the_rest_arrives_in_order(self, caplog: pytest.LogCaptureFixture) -> None:
+        service = Service(fails=(2, 3))
+        service.gate.set()
+        tracker = Background("service", lambda: service)
+        for step in range(1, 6):
+            tracker.log({}, step)
+        tracker.close()
+        assert service.steps == [1, 4, 5] and service.closed
+        (warning,) = caplog.records
+        assert warning.message.startswith("service failed") and warning.message.endswith(
+            "ConnectionError: service gone"
+        )
+
+    def test_a_full_queue_drops_and_counts_and_never_waits(self, caplog: pytest.LogCaptureFixture) -> None:
+        service = Service()
+        tracker = Background("service", lambda: service, capacity=4)
+        start = time.monotonic()
+        for step in range(100):
+            tracker.log({}, step)
+        assert time.monotonic() - start < 5
+        service.gate.set()
+        tracker.close()
+        assert len(service.steps) + tracker.dropped == 100 and tracker.dropped >= 95
+        assert [r.message for r in caplog.records][-1].startswith("service is too slow: 64 calls dropped")
+
+    def test_one_that_cannot_start_is_left_out(self, caplog: pytest.LogCaptureFixture) -> None:
+        def start() -> Service:
+            raise OSError("no route")
+
+        tracker = Background("service", start)
+        tracker.log({}, 1)
+        tracker.close()
+        assert [r.message for r in caplog.records] and not tracker._thread.is_alive()
+
+    def test_one_that_hangs_is_given_up(self, caplog: pytest.LogCaptureFixture) -> None:
+        service = Service()
+        given_up: list[bool] = []
+        tracker = Background("service", lambda: service, patience=0.2, abandon=lambda: given_up.append(True))
+        tracker.log({}, 1)
+        start = time.monotonic()
+        tracker.close()
+        assert time.monotonic() - start < 5 and given_up == [True]
+        service.gate.set()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_meter_measures_speed_waiting_and_what_is_left() -> None:
+    clock = Clock()
+    meter = Meter(total=100, samples=8, done=40, clock=clock)
+    for _ in range(10):
+        with meter.waiting():
+            clock.now += 0.5
+        clock.now += 1.5
+        meter.step()
+    numbers = meter.read()
+    assert numbers["samples_per_second"] == pytest.approx(4)
+    assert numbers["data_wait"] == pytest.approx(0.25)
+    assert numbers["step_seconds"] == pytest.approx(2)
+    assert numbers["eta_seconds"] == pytest.approx(2 * 50)
+    assert 0.01 < numbers["peak_memory_gib"] < 1000
+
+    clock.now += 1.0  # a window of its own
+    meter.step()
+    assert meter.read()["samples_per_second"] == pytest.approx(8)
+
+
+def test_scalars_for_people() -> None:
+    scalars = {"loss": 0.12345, "samples_per_second": 812.3, "data_wait": 0.031, "step_seconds": 1, "eta_seconds": 751}
+    assert describe(scalars) == "loss 0.1235  812.3 samples/s  data 3 %  eta 12:31"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "slurm", "bar"), [(Terminal, 0, True), (Terminal, 1, False), (io.StringIO, 0, False)]
+)
+def test_a_bar_is_for_terminals_and_never_for_slurm(
+    stream: type[io.StringIO], slurm: int, bar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if slurm:
+        monkeypatch.setitem(os.environ, "SLURM_JOB_ID", "17")
+    out = stream()
+    assert wants_bar(out) == bar
+    progress = Progress(10, stream=out)
+    progress.step()
+    progress.close()
+    assert ("1/10" in out.getvalue()) == bar
+
+
+@pytest.fixture
+def plain_logging() -> Any:
+    root, ours = logging.getLogger(), logging.getLogger("distill")
+    handlers, level, our_level = root.handlers[:], root.level, ours.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    ours.setLevel(our_level)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_ranks_other_than_the_first_say_only_what_is_wrong(rank: int, plain_logging: None) -> None:
+    out = io.StringIO()
+    setup_logging(rank, out)
+    Progress(200, stream=out, main=rank == 0).show(50, {"loss": 0.5})
+    logging.getLogger("distill.data").warning("shard cut")
+    logging.getLogger("somebody.else").info("chatter")
+    lines = out.getvalue().splitlines()
+    assert [line.split("] ")[1] for line in lines] == ["INFO step 50/200 (25 %)  loss 0.5"] * (rank == 0) + [
+        "WARNING shard cut"
+    ]
+    assert all(f"[{rank}]" in line for line in lines)
