@@ -86,8 +86,8 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """The trajectory store: how it is written (all but the last two) and read.
 
-    `guidance` is the teacher's w in `uncond + w (cond - uncond)`, a number or a range [w_min, w_max] that each trajectory
-    draws its own from. `keep` is all, milestones (the edges of `segments` equal segments), or a list of times.
+    `guidance` is the teacher's w in `uncond + w (cond - uncond)`: a number, or a range [w_min, w_max] that every
+    trajectory draws its own from. `keep` is all, milestones (the edges of `segments` equal segments), or times.
     """
 
     store: str

@@ -1,0 +1,376 @@
+"""Checkpoints that are whole or not there: written aside, sealed by a manifest, renamed; verified before they are read.
+
+    checkpoints/
+        step-00000100/            one folder a checkpoint, written as step-00000100.tmp and renamed when it is complete
+            manifest.json         size and sha256 of every file, versions, settings, what an engine must fit
+            student/              a trained network: weights.safetensors, ema.safetensors, every rank's optimizer state
+        latest                    the name of the newest one, for people and batch scripts
+
+All ranks call the methods of `Checkpoints` together; the folder is one that all of them see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distill.training.engine import Engine
+from distill.training.trained import weights_file
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_NAME = re.compile(r"step-(\d{8,})")
+_GO_ON = "resume_from_checkpoint=latest goes on from it; for a new run choose another output_dir"
+_PACKAGES = ("distill", "torch", "accelerate", "deepspeed", "diffusers", "peft")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that was asked for is missing, damaged, or not this run's; one line."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: `step` optimizer steps were taken, and `state` is what `save` was given then."""
+
+    step: int
+    state: Mapping[str, Any]
+    folder: Path
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they lie.
+        total_limit: keep the newest so many; None keeps all.
+        config: the run's settings, for the record.
+        must_match: settings (values of JSON) that a resumed run must share with the one that saved.
+
+    Raises:
+        ValueError: a limit below 1.
+    """
+
+    folder: Path
+    total_limit: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    must_match: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        if self.total_limit is not None and self.total_limit < 1:
+            raise ValueError(f"checkpoints_total_limit must be null or at least 1, got {self.total_limit}")
+        self._current: int | None = None  # the step that was saved or resumed from last
+
+    # ---- writing ------------------------------------------------------------------------------------------------
+
+    def save(self, engine: Engine, step: int, state: Mapping[str, Any] | None = None) -> Path:
+        """Writes the checkpoint of `step`, with `state` (values of JSON) beside the engine's, and drops old ones.
+
+        A kill at any moment leaves the checkpoints before it as they were. Saving a step that was just saved or
+        resumed from does nothing.
+        """
+        final = self.folder / f"step-{step:08d}"
+        if self._current == step:
+            return final
+        aside = final.with_name(final.name + ".tmp")
+        if engine.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        engine.barrier()
+        engine.save(aside)
+        files = self._digests(engine, aside)
+        if engine.is_main:
+            _write_manifest(aside, self._manifest(engine, step, state or {}, files))
+            _publish(aside, final)
+            self._drop_old()
+        engine.barrier()
+        self._current = step
+        return final
+
+    def _digests(self, engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
+        """Size and hash of every file below `folder`, each read (and flushed to the disk) by one of the ranks."""
+        paths = engine.from_main(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
+        mine = {path: _digest(folder / path) for path in paths[engine.rank :: engine.world_size]}
+        return dict(sorted(item for part in engine.gathered(mine) for item in part.items()))
+
+    def _manifest(
+        self, engine: Engine, step: int, state: Mapping[str, Any], files: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "step": step,
+            "state": dict(state),
+            "engine_state": engine.state_dict(),
+            "engine": engine.describe(),
+            "must_match": dict(self.must_match),
+            "versions": _versions(),
+            "config": dict(self.config),
+            "files": dict(files),
+        }
+
+    def _drop_old(self) -> None:
+        if self.total_limit is not None:
+            for _, folder in self.found()[self.total_limit :]:
+                doomed = folder.with_name(folder.name + ".tmp")  # half deleted, it must not look like a checkpoint
+                folder.rename(doomed)
+                shutil.rmtree(doomed)
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def found(self) -> list[tuple[int, Path]]:
+        """(step, folder) of the checkpoints that were completed, newest first."""
+        return _found(self.folder)
+
+    def resume(self, engine: Engine, where: str | int | None) -> Resumed | None:
+        """Loads a checkpoint into a prepared engine; None if the run starts at step 0.
+
+        Args:
+            where: `latest` (the newest whole one of this run; a damaged one is passed over and said so; with none
+                saved yet, start), a step, a checkpoint's folder, or None for a new run.
+
+        Checkpoints of this run that are newer than the one loaded are renamed to `*.set-aside`: they belong to a
+        course that this run no longer follows.
+
+        Raises:
+            CheckpointError: named and missing or damaged; saved by a run this one does not fit; no whole one left; or
+                a new run is asked for in a folder that has checkpoints.
+        """
+        if engine.is_main:
+            self._clean()
+        candidates = engine.from_main(_candidates(self.folder, where))
+        if isinstance(candidates, str):
+            raise CheckpointError(candidates)
+        for folder in candidates:
+            manifest, problem = self._verify(engine, folder)
+            if problem is None:
+                return self._load(engine, folder, manifest)
+            if where != LATEST:
+                raise CheckpointError(f"{folder} is damaged: {problem}")
+            if engine.is_main:
+                log.warning("checkpoint %s is damaged (%s); trying the one before", folder.name, problem)
+        if candidates:
+            raise CheckpointError(f"none of the {len(candidates)} checkpoints in {self.folder} is whole")
+        if engine.is_main:
+            log.info("no checkpoint in %s: starting at step 0", self.folder)
+        return None
+
+    def _verify(self, engine: Engine, folder: Path) -> tuple[dict[str, Any], str | None]:
+        """The manifest, and what is wrong with the checkpoint, the same on all ranks; nothing is unpickled."""
+        manifest, problem = _read_manifest(folder)
+        if problem is None:
+            paths = sorted(manifest["files"])[engine.rank :: engine.world_size]
+            problem = next((p for path in paths if (p := _difference(folder, path, manifest["files"][path]))), None)
+        problems = [p for p in engine.gathered(problem) if p]
+        return manifest, problems[0] if problems else None
+
+    def _load(self, engine: Engine, folder: Path, manifest: Mapping[str, Any]) -> Resumed:
+        problem = engine.misfit(manifest["engine"]) or _mismatch(manifest["must_match"], self.must_match)
+        if problem:
+            raise CheckpointError(f"{folder} does not fit this run: {problem}")
+        engine.load(folder)
+        engine.load_state_dict(manifest["engine_state"])
+        step = int(manifest["step"])
+        if engine.is_main:
+            self._set_aside_after(step)
+            if folder.parent.resolve() == self.folder.resolve():
+                _write_atomically(self.folder / LATEST, folder.name + "\n")
+            log.info("resumed from %s at step %d", folder, step)
+        engine.barrier()
+        self._current = step if (self.folder / folder.name).is_dir() else None
+        return Resumed(step, manifest["state"], folder)
+
+    def _set_aside_after(self, step: int) -> None:
+        for later, folder in self.found():
+            if later > step:
+                target = next(p for p in _numbered(folder.with_name(folder.name + ".set-aside")) if not p.exists())
+                folder.rename(target)
+                log.warning(
+                    "%s is newer than step %d, where this run goes on: renamed to %s", folder, step, target.name
+                )
+
+    def _clean(self) -> None:
+        for torn in self.folder.glob("step-*.tmp"):
+            log.warning("removing %s: it was never completed", torn)
+            shutil.rmtree(torn)
+
+
+def read_weights(
+    folder: Path, network: str, where: str | int = LATEST, ema: bool = True
+) -> tuple[int, dict[str, Tensor]]:
+    """The step and the trained weights of a network (its moving average if `ema` and there is one), from checkpoints.
+
+    Needs no engine, and no more processes than one, whatever saved them; reads safetensors only.
+
+    Args:
+        folder: the run's checkpoints.
+        where: `latest` (a damaged one is passed over, and said so), a step, or a checkpoint's folder.
+
+    Raises:
+        CheckpointError: no such checkpoint, a damaged one, or one without that network.
+    """
+    candidates = _candidates(folder, where)
+    if isinstance(candidates, str):
+        raise CheckpointError(candidates)
+    for candidate in candidates:
+        manifest, problem = _read_manifest(candidate)
+        if problem is None:
+            files = manifest["files"]
+            path = next((p for e in (ema, False) if (p := f"{network}/{weights_file(e)}") in files), None)
+            if path is None:
+                raise CheckpointError(f"{candidate} has no trained network {network!r}: it holds {', '.join(files)}")
+            problem = _difference(candidate, path, files[path])
+            if problem is None:
+                return int(manifest["step"]), load_file(candidate / path)
+        if where != LATEST:
+            raise CheckpointError(f"{candidate} is damaged: {problem}")
+        log.warning("checkpoint %s is damaged (%s); trying the one before", candidate.name, problem)
+    raise CheckpointError(f"no whole checkpoint in {folder}")
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    named = [(_NAME.fullmatch(p.name), p) for p in folder.iterdir() if p.is_dir()]
+    return sorted(((int(m[1]), p) for m, p in named if m), reverse=True)
+
+
+def _candidates(root: Path, where: str | int | None) -> list[Path] | str:
+    """The folders to try in their order, or what is wrong with `where`."""
+    there = dict(_found(root))
+    if where is None:
+        return f"{root} has a checkpoint of step {max(there)}: {_GO_ON}" if there else []
+    if where == LATEST:
+        return list(there.values())
+    if isinstance(where, int) or where.isdigit():
+        steps = ", ".join(map(str, there)) or "none"
+        return [there[int(where)]] if int(where) in there else f"no checkpoint of step {where}; there are: {steps}"
+    folder = Path(where)
+    if not (folder / MANIFEST).is_file():
+        return f"resume_from_checkpoint={where} is neither latest, nor a step, nor a folder with a {MANIFEST}"
+    if there and folder.resolve().parent != root.resolve():
+        return f"resume_from_checkpoint={where}, but {root} has its own checkpoints: use latest"
+    return [folder]
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for i in range(2, 1000):
+        yield path.with_name(f"{path.name}-{i}")
+
+
+def _mismatch(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    here = json.loads(json.dumps(here))  # as the saved ones have come back: tuples are lists, keys strings
+    for key in sorted(saved.keys() | here.keys()):
+        if saved.get(key) != here.get(key):
+            return f"{key} was {saved.get(key)!r}, is {here.get(key)!r}"
+    return None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            found[package] = "not installed"
+    return found
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, once it is on the disk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _difference(folder: Path, path: str, expected: Mapping[str, Any]) -> str | None:
+    file = folder / path
+    if not file.is_file():
+        return f"{path} is missing"
+    if (size := file.stat().st_size) != expected["size"]:
+        return f"{path} has {size} bytes, not {expected['size']}"
+    return None if _digest(file)["sha256"] == expected["sha256"] else f"{path} has other contents than were saved"
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest = json.loads(json.dumps(manifest))
+    text = json.dumps({**manifest, "seal": _seal(manifest)}, indent=1)
+    _write_atomically(folder / MANIFEST, text)
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], str | None]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        seal = manifest.pop("seal")
+    except FileNotFoundError:
+        return {}, f"{MANIFEST} is missing"
+    except (ValueError, KeyError, AttributeError):
+        return {}, f"{MANIFEST} is not readable"
+    if _seal(manifest) != seal:
+        return {}, f"{MANIFEST} has other contents than were saved"
+    if manifest["format"] != FORMAT:
+        return {}, f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
+    return manifest, None
+
+
+def _publish(aside: Path, final: Path) -> None:
+    """Renames a complete folder, replacing a checkpoint of the same step, and points `latest` at it."""
+    for folder in (p for p in aside.rglob("*") if p.is_dir()):
+        _sync_folder(folder)
+    _sync_folder(aside)
+    if final.exists():  # a damaged one of this step, passed over at resume, or one made anew by another course
+        replaced = final.with_name(final.name + ".replaced.tmp")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        aside.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        aside.rename(final)
+    _sync_folder(final.parent)
+    _write_atomically(final.parent / LATEST, final.name + "\n")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Readers see the old contents or the new, never a part."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

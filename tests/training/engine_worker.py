@@ -1,0 +1,216 @@
+"""Runs training cases in real processes: `python -m tests.training.engine_worker cases.json`, under a launcher or not.
+
+A case is a small run of a tiny SDXL-shaped UNet; what it computed is written by rank 0 for the test to compare.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.diffusion.losses import l2
+from distill.diffusion.prediction import Prediction
+from distill.diffusion.random import Context, generator
+from distill.diffusion.schedule import NoiseSchedule
+from distill.diffusion.trajectory import Batch, CleanEnd, Reads
+from distill.methods.base import Losses, Method, Networks, Turn
+from distill.methods.lcm import LCM
+from distill.models.denoiser import NetworkDenoiser
+from distill.models.lora import add_lora
+from distill.training.checkpoint import Checkpoints
+from distill.training.engine import Engine, LearningRate, TrainedNetwork
+from distill.training.preemption import Preemption
+from tests.tiny import CHANNELS, tiny_conditioning, tiny_unet
+
+GLOBAL_BATCH = 8
+SCHEDULE = NoiseSchedule.scaled_linear()
+# Two levels are enough here, and ZeRO-3 gathers each weight of each level by itself.
+TWO_LEVELS: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (1, 2),
+}
+
+
+def tiny_batch(step: int, first: int, size: int) -> Batch:
+    """Samples `first` ... of the global batch of a step: the same ones however they are dealt out."""
+    positions = range(step * GLOBAL_BATCH + first, step * GLOBAL_BATCH + first + size)
+    draws = [generator("sample", p) for p in positions]
+    times = torch.stack([20 * torch.randint(1, 51, (), generator=g) for g in draws])
+    conditioning = [tiny_conditioning("sdxl", 1, p) for p in positions]
+    return Batch(
+        states=torch.stack([torch.randn(2, CHANNELS, 8, 8, generator=g) for g in draws]),
+        times=torch.stack([times, times - 20], 1),
+        conditioning={key: torch.cat([c[key] for c in conditioning]) for key in conditioning[0]},
+        unconditional={},
+        guidance=torch.full((size,), 7.5),
+        keys=tuple(f"sample-{p}" for p in positions),
+        positions=tuple(positions),
+    )
+
+
+def micro_batches(engine: Engine, step: int) -> list[Batch]:
+    size = GLOBAL_BATCH // engine.world_size // engine.gradient_accumulation_steps
+    mine = engine.rank * size * engine.gradient_accumulation_steps
+    return [tiny_batch(step, mine + i * size, size) for i in range(engine.gradient_accumulation_steps)]
+
+
+class Duel(Method):
+    """Two trained networks that need each other's gradients, as an adversarial method has them."""
+
+    trains = ("student", "discriminator")
+
+    def reads(self) -> Reads:
+        return CleanEnd()
+
+    def turns(self, step: int) -> Iterable[Turn]:
+        return (Turn("discriminator", self.judge), Turn("student", self.draw))
+
+    def judge(self, networks: Networks, batch: Batch, context: Context) -> Losses:
+        real = batch.states[:, 1]
+        with torch.no_grad():
+            fake = self.fake(networks, batch)
+        return self.losses(self.score(networks, real, batch) - self.score(networks, fake, batch))
+
+    def draw(self, networks: Networks, batch: Batch, context: Context) -> Losses:
+        return self.losses(self.score(networks, self.fake(networks, batch), batch))
+
+    def fake(self, networks: Networks, batch: Batch) -> torch.Tensor:
+        return networks["student"](batch.states[:, 0], batch.times[:, 0], batch.conditioning).x0
+
+    def score(self, networks: Networks, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        t = torch.full((len(x),), 100, device=x.device)
+        return networks["discriminator"](x, t, batch.conditioning).eps
+
+    def losses(self, difference: torch.Tensor) -> Losses:
+        loss = torch.nn.functional.softplus(difference).mean()
+        return Losses(loss, {"margin": difference.mean()})
+
+
+class Distance(Method):
+    """The student's distance to its teacher (itself without adapters): two views of one module in one loss."""
+
+    def __init__(self, poison: dict[int, list[int]] | None = None) -> None:
+        self.poison = poison or {}
+
+    def reads(self) -> Reads:
+        return CleanEnd()
+
+    def turns(self, step: int) -> Iterable[Turn]:
+        return (Turn("student", self.loss),)
+
+    def loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
+        x, t, c = batch.states[:, 0], batch.times[:, 0], batch.conditioning
+        with torch.no_grad():
+            target = networks["teacher"](x, t, c).x0 + batch.states[:, 1]
+        d = l2(networks["student"](x, t, c).x0, target)
+        bad = [p % GLOBAL_BATCH in self.poison.get(context.step, []) for p in batch.positions]
+        d = torch.where(torch.tensor(bad, device=d.device), torch.nan, d)
+        return Losses(d.mean(), {"l2": d.mean()})
+
+
+def student(lora: bool, dropout: float = 0.0) -> dict[str, NetworkDenoiser]:
+    """A network trained whole; or one with adapters that change something, and its teacher on the same module."""
+    view = NetworkDenoiser(tiny_unet("sdxl", **TWO_LEVELS), SCHEDULE, Prediction.EPSILON)
+    if not lora:
+        return {"student": view}
+    add_lora(view.module, rank=4, alpha=4, dropout=dropout)
+    for name, p in view.module.named_parameters():  # B starts at zero, which would leave A without a gradient
+        if "lora_B" in name:
+            p.data.normal_(0, 0.05, generator=generator("B", name))
+    return {"student": view, "teacher": replace(view, adapters=False)}
+
+
+def build(case: dict[str, Any]) -> tuple[Engine, Method]:
+    """A prepared engine and its method for a case."""
+    engine = Engine(**case["engine"]).start()
+    networks = student(case["method"] == "distance")
+    method: Method = LCM(SCHEDULE)
+    if case["method"] == "distance":
+        method = Distance({int(k): v for k, v in case.get("poison", {}).items()})
+    if case["method"] == "duel":
+        method = Duel()
+        networks["discriminator"] = NetworkDenoiser(
+            tiny_unet("sdxl", seed=1, **TWO_LEVELS), SCHEDULE, Prediction.EPSILON
+        )
+    plan = TrainedNetwork(
+        lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01),
+        LearningRate("cosine", warmup_steps=2, total_steps=20),
+        ema_decay=0.9,
+    )
+    engine.prepare(networks, dict.fromkeys(method.trains, plan))
+    return engine, method
+
+
+def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
+    """Trains a case to its end, or until a signal; all there is to compare is complete on rank 0 only."""
+    engine, method = build(case)
+    folder = Path(case["run"]) if "run" in case else None
+    checkpoints = Checkpoints(folder / "checkpoints") if folder else None
+    resumed = checkpoints.resume(engine, case["resume"]) if checkpoints and "resume" in case else None
+    step = resumed.step if resumed else 0
+    rows = []
+    with Preemption(folder or Path(), writes=folder is not None and engine.is_main) as preemption:
+        while step < case["steps"] and not (stop := engine.any(preemption.requested)):
+            row: dict[str, float] = {}
+            for turn in method.turns(step):
+                row |= engine.update(turn, micro_batches(engine, step), step)
+            rows.append(row)
+            step += 1
+            if case.get("signal") == [engine.rank, step]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if checkpoints and step in case.get("save_at", []):
+                checkpoints.save(engine, step, {"note": f"after {step}"})
+        if checkpoints and step < case["steps"] and stop:
+            checkpoints.save(engine, step, {"note": "preempted"})
+            preemption.mark(step)
+    return engine, {
+        "scalars": rows,
+        "start": resumed.step if resumed else 0,
+        "state": dict(resumed.state) if resumed else {},
+        "weights": {name: engine.export_weights(name) for name in method.trains},
+        "ema": {name: engine.export_weights(name, ema=True) for name in method.trains},
+        "ema_output": ema_output(engine),
+    }
+
+
+def ema_output(engine: Engine) -> torch.Tensor:
+    """What the student's average answers: shows that it reached the network, not only the masters."""
+    batch = tiny_batch(0, 0, 2)
+    with engine.inference("student", ema=True) as denoiser:
+        return denoiser(batch.states[:, 0], batch.times[:, 0], batch.conditioning).eps
+
+
+def relative_distance(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
+    """|a - b| / |b| over all tensors together."""
+    assert a.keys() == b.keys()
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in b)
+    return math.sqrt(difference / sum(float(b[name].double().square().sum()) for name in b))
+
+
+def main(path: str) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    torch.set_num_threads(1)
+    plan = json.loads(Path(path).read_text())
+    for name, case in plan["cases"].items():
+        engine, result = run(case)
+        if engine.is_main:
+            torch.save(result, Path(plan["out"]) / f"{name}.pt")
+        engine.release()
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,217 @@
+"""Two real processes over gloo, and real ZeRO, against one process.
+
+Each launch costs seconds before its first step, so there are three for all tests: one trains every case, one goes on
+from the checkpoints of the first, and one runs ZeRO as `accelerate launch` starts it without being told anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill.training.checkpoint import CheckpointError, read_weights
+from tests.training.engine_worker import relative_distance
+from tests.training.engine_worker import run as run_here
+from tests.training.test_checkpoint import Bomb
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-5
+MAX_GRAD_NORM = 0.02
+STEPS = 6
+POISON = {"1": [7]}  # the last sample of the second step's global batch: on one rank of two, in its second micro-batch
+TWO = ("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+def engine(name: str, **changes: Any) -> dict[str, Any]:
+    """Settings of an engine, by its name; two micro-batches a step, and clipping that takes hold."""
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_grad_norm": MAX_GRAD_NORM, **changes}
+    if not name.startswith("zero"):
+        return {**settings, "kind": name}
+    zero: dict[str, Any] = {"stage": int(name[-1]), "reduce_bucket_size": 1_000_000}
+    if name == "zero3":
+        zero["stage3_param_persistence_threshold"] = 0  # or nothing of so small a network would ever be cut
+    deepspeed = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}
+    return {**settings, "kind": "deepspeed", "deepspeed": deepspeed}
+
+
+# name of the case: engine, method, and what is special about it
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ddp-lora": ("ddp", "distance", {"poison": POISON, "save_at": [3]}),
+    "ddp-duel": ("ddp", "duel", {}),
+    "zero1-lcm": ("zero1", "lcm", {}),
+    "zero2-lora": ("zero2", "distance", {"poison": POISON, "signal": [1, 3]}),
+    "zero2-duel": ("zero2", "duel", {"save_at": [3, 6]}),
+    "zero3-lora": ("zero3", "distance", {"poison": POISON, "save_at": [3, 6]}),
+    "zero3-lcm": ("zero3", "lcm", {}),
+    "zero2-bf16": ("zero2", "distance", {"mixed_precision": "bf16"}),
+}
+RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero3-lora": 3}
+
+
+def case(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
+    kind, method, special = CASES[name]
+    special = {**special, **changes}
+    precision = special.pop("mixed_precision", "no")
+    common = {"engine": engine(kind, mixed_precision=precision), "method": method, "steps": STEPS}
+    return {**common, "run": str(folder / name), **special}
+
+
+def launch(folder: Path, cases: dict[str, Any], *flags: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """What rank 0 wrote for each case, and what all ranks printed."""
+    folder.mkdir()
+    plan = folder / "cases.json"
+    plan.write_text(json.dumps({"out": str(folder), "cases": cases}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--main_process_port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "-m", "tests.training.engine_worker", str(plan)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return {name: torch.load(folder / f"{name}.pt") for name in cases}, done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> tuple[dict[str, dict[str, Any]], str]:
+    """Every case, from its start on two processes."""
+    return launch(folder / "first", {name: case(name, folder) for name in CASES}, "--use_deepspeed", *TWO)
+
+
+@pytest.fixture(scope="module")
+def second(folder: Path, first: Any) -> tuple[dict[str, dict[str, Any]], str]:
+    """Some cases, from the checkpoints of the first launch; one of those has been poisoned."""
+    shutil.copytree(folder / "zero2-duel", folder / "uninterrupted" / "zero2-duel")
+    shutil.copytree(folder / "zero3-lora", folder / "uninterrupted" / "zero3-lora")
+    file = next((folder / "zero2-duel/checkpoints/step-00000006/student").glob("*rank_1*optim_states.pt"))
+    file.write_bytes(pickle.dumps(Bomb(folder / "executed")))
+    cases = {name: case(name, folder, resume=where, signal=None) for name, where in RESUMED.items()}
+    return launch(folder / "second", cases, "--use_deepspeed", *TWO)
+
+
+@functools.cache
+def alone(method: str, poison: bool, mixed_precision: str = "no", steps: int = STEPS) -> dict[str, Any]:
+    """The same training by one process without Accelerate's launcher or DeepSpeed."""
+    settings = engine("single", gradient_accumulation_steps=1, mixed_precision=mixed_precision)
+    special = {"poison": POISON} if poison else {}
+    started, result = run_here({"engine": settings, "method": method, "steps": steps, **special})
+    started.release()
+    return result
+
+
+def assert_agree(found: dict[str, Any], wanted: dict[str, Any], tolerance: float = TOLERANCE) -> None:
+    """Scalars, weights, averages, and what the averaged network answers."""
+    for row, expected in zip(found["scalars"], wanted["scalars"][found["start"] :], strict=True):
+        skipped = {key.replace("skipped", "grad_norm") for key, value in expected.items() if "skipped" in key and value}
+        for key in expected.keys() - skipped:  # the norm of a skipped step is inf here and nan there
+            assert row[key] == pytest.approx(expected[key], rel=10 * tolerance, nan_ok=True), key
+    for part in ("weights", "ema"):
+        for network in wanted[part]:
+            assert relative_distance(found[part][network], wanted[part][network]) < tolerance, (part, network)
+    assert relative_distance({"": found["ema_output"]}, {"": wanted["ema_output"]}) < 10 * tolerance
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("zero2-bf16", "zero2-lora")])
+def test_two_processes_compute_what_one_does(first: Any, name: str) -> None:
+    _, method, special = CASES[name]
+    assert_agree(first[0][name], alone(method, "poison" in special))
+
+
+@pytest.mark.parametrize("method", ["lcm", "distance", "duel"])
+def test_every_step_of_those_was_clipped_and_moved_the_weights(method: str) -> None:
+    """Without which the agreement above would be worth little."""
+    result, start = alone(method, False), alone(method, False, steps=0)
+    norms = [value for row in result["scalars"] for key, value in row.items() if key.endswith("grad_norm")]
+    assert min(norms) > MAX_GRAD_NORM
+    for network, weights in result["weights"].items():
+        assert relative_distance(weights, start["weights"][network]) > 100 * TOLERANCE
+
+
+def test_bf16_under_deepspeed_stays_near_bf16_without(first: Any) -> None:
+    """All weights are bf16 copies of masters here, trained ones are float32 under autocast there: alike, not equal."""
+    assert_agree(first[0]["zero2-bf16"], alone("distance", False, "bf16"), tolerance=1e-2)
+
+
+@pytest.mark.parametrize("name", ["ddp-lora", "zero3-lora"])
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(first: Any, name: str) -> None:
+    rows = first[0][name]["scalars"]
+    assert [row["skipped"] for row in rows] == [0, 1, 0, 0, 0, 0]
+    assert math.isnan(rows[1]["loss"])
+    assert "step 1: student skipped" in first[1] and "sample-14 sample-15" in first[1]
+
+
+def test_one_signalled_rank_stops_both_at_one_step_and_the_run_goes_on(first: Any, second: Any, folder: Path) -> None:
+    stopped, rest = first[0]["zero2-lora"], second[0]["zero2-lora"]
+    assert len(stopped["scalars"]) == 3
+    assert (rest["start"], rest["state"]) == (3, {"note": "preempted"})
+    assert_agree(rest, alone("distance", True))
+    assert not (folder / "zero2-lora/PREEMPTED").exists()  # the second run took it away; the first had left it:
+    assert (folder / "zero2-lora/checkpoints/latest").read_text() == "step-00000003\n"
+
+
+@pytest.mark.parametrize("name", ["zero2-duel", "zero3-lora"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(first: Any, second: Any, folder: Path, name: str) -> None:
+    whole, rest = first[0][name], second[0][name]
+    assert (rest["start"], rest["state"]) == (3, {"note": "after 3"})
+    assert rest["scalars"] == whole["scalars"][3:]
+    place = f"{name}/checkpoints/step-00000006/manifest.json"
+    manifests = [json.loads((root / place).read_text()) for root in (folder, folder / "uninterrupted")]
+    assert manifests[0]["files"] == manifests[1]["files"]  # every byte of weights, averages and optimizer states
+    assert manifests[0]["engine_state"] == manifests[1]["engine_state"]
+
+
+def test_a_poisoned_checkpoint_is_passed_over_by_all_ranks_and_not_opened(second: Any, folder: Path) -> None:
+    assert not (folder / "executed").exists()
+    assert "checkpoint step-00000006 is damaged (student/zero_pp_rank_1" in second[1]
+
+
+def test_weights_of_a_zero3_checkpoint_are_read_without_deepspeed(first: Any, second: Any, folder: Path) -> None:
+    for ema, part in ((False, "weights"), (True, "ema")):
+        step, weights = read_weights(folder / "uninterrupted/zero3-lora/checkpoints", "student", ema=ema)
+        wanted = first[0]["zero3-lora"][part]["student"]
+        assert step == 6 and all(torch.equal(weights[n], w) for n, w in wanted.items())
+        assert all("lora" in name for name in weights)
+
+
+def test_one_process_goes_on_where_two_under_ddp_stopped(first: Any, folder: Path) -> None:
+    going_on = case("ddp-lora", folder, resume=3, save_at=[])
+    going_on["engine"] = engine("single", gradient_accumulation_steps=4)
+    started, rest = run_here(going_on)
+    started.release()
+    assert rest["start"] == 3
+    assert_agree(rest, alone("distance", True))
+
+
+def test_one_process_is_refused_the_checkpoint_of_two_under_zero(second: Any, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="saved with engine=zero2, this run has engine=single"):
+        run_here({**case("zero2-duel", folder, resume="latest", signal=None), "engine": engine("single")})
+
+
+def test_zero_runs_in_the_one_process_of_a_plain_launch(tmp_path: Path) -> None:
+    """`accelerate launch` without a config and without GPUs starts one process without a process group."""
+    one = {"engine": engine("zero2"), "method": "distance", "steps": STEPS, "run": str(tmp_path / "run")}
+    results, printed = launch(tmp_path / "one", {"one": {**one, "save_at": [3]}}, "--num_machines", "1")
+    assert_agree(results["one"], alone("distance", False))
+    assert printed.count("\n") < 20, printed  # DeepSpeed is kept quiet
