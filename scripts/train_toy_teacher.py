@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--vae-steps", type=int, default=2500)
     parser.add_argument("--judge-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=25_000, help="of the denoiser and the text encoders")
+    parser.add_argument("--steps", type=int, default=19_000, help="of the denoiser and the text encoders")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--pictures", type=int, default=80_000, help="that the denoiser learns from")
     parser.add_argument("--evaluate", action="store_true", help="measure instead of training")
@@ -185,6 +185,7 @@ def train_denoiser(output: Path, steps: int, batch_size: int, pictures: int, see
     torch.manual_seed(seed)
     pipeline = toy.build_pipeline()
     pipeline.register_modules(vae=AutoencoderKL.from_pretrained(output / "checkpoints" / "vae"))
+    pipeline.vae.register_to_config(_name_or_path=None)  # or this machine's path would be stored with the weights
     latents, labels = encoded_pictures(output, pipeline.vae, pictures, seed)
     online = Generator(pipeline)
     average = copy.deepcopy(online).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The four commands of the README, on a pipeline of somebody else's: odd sizes, trained elsewhere, no hub name."""
+"""The commands of the README, on pipelines of somebody else's: odd sizes, trained elsewhere, no hub name."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 from distill.data.reader import open_store
 from tests.tiny import save_tiny
@@ -84,6 +88,82 @@ def test_four_commands_from_prompts_to_pictures(family: str, processes: int, tmp
     after = pipeline(PROMPTS[1], num_inference_steps=4, guidance_scale=1.0, generator=torch.manual_seed(1)).images[0]
     assert _difference(after, drawn[1]) <= 1
     assert _difference(before, drawn[1]) > 1
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a tiny SDXL-shaped teacher whose store is written."""
+    folder = tmp_path_factory.mktemp("xl")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    settings = [
+        "experiment=lcm_lora_sdxl",
+        f"model.pretrained_model_name_or_path={save_tiny(folder / 'teacher', 'sdxl')}",
+        f"data.prompts={folder}/prompts.txt",
+        f"data.store={folder}/store",
+        "data.num_samples=12",
+        "mixed_precision=no",
+    ]
+    run(sys.executable, "scripts/make_trajectories.py", *settings)
+    return settings
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine, processes", [("single", 1), ("zero2", 2)])
+def test_killed_and_run_again_is_as_if_it_had_not_been(
+    engine: str, processes: int, xl: list[str], tmp_path: Path
+) -> None:
+    """Weights, moving average and metrics, bit for bit, with loader workers."""
+    command = [sys.executable] if processes == 1 else [*LAUNCH, "--use_deepspeed", "--num_processes", str(processes)]
+    command += ["scripts/train.py", *xl, f"engine={engine}", "global_batch_size=4", "lora_rank=2", "lora_alpha=2"]
+    command += ["max_train_steps=60", "lr_warmup_steps=5", "lr_scheduler=cosine", "ema_decay=0.9", "log_every=1"]
+    command += ["checkpointing_steps=10", "dataloader_num_workers=2", "gradient_accumulation_steps=2"]
+    run(*command, f"output_dir={tmp_path}/whole")
+    _kill_at_step(15, tmp_path / "killed", [*command, f"output_dir={tmp_path}/killed"])
+    run(*command, f"output_dir={tmp_path}/killed")
+
+    whole, killed = (_lasting(tmp_path / name) for name in ("whole", "killed"))
+    assert killed["metrics"] == whole["metrics"] and len(whole["metrics"]) == 60
+    assert killed["weights"].keys() == whole["weights"].keys() and len(whole["weights"]) > 20
+    assert all(torch.equal(w, killed["weights"][name]) for name, w in whole["weights"].items())
+
+
+def test_a_store_that_does_not_fit_is_refused_with_both_values(xl: list[str], tmp_path: Path) -> None:
+    """Another guidance, another teacher, a skip off its grid: one line each, before anything is trained."""
+    other = save_tiny(tmp_path / "other", "sdxl", seed=1)
+    for override, words in (
+        ("data.guidance=3", ["guidance", "7.5", "3"]),
+        (f"model.pretrained_model_name_or_path={other}", ["teacher_hash"]),
+        ("method.skip=25", ["skip 25", "1000, 980"]),
+    ):
+        command = [sys.executable, "scripts/train.py", *xl, f"output_dir={tmp_path}/run", override]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+        assert ended.returncode == 2 and len(lines) == 1, ended.stderr
+        assert all(word in lines[0] for word in words)
+        assert not (tmp_path / "run").exists()
+
+
+def _kill_at_step(step: int, folder: Path, command: list[str]) -> None:
+    """Starts a run and kills all of its processes, without a word, once it has logged `step`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+        time.sleep(0.01)
+    doomed = [process, *process.children(recursive=True)]  # a launcher's workers have sessions of their own
+    for one in doomed:
+        one.kill()
+    psutil.wait_procs(doomed, timeout=60)
+    assert not (folder / "DONE").exists()
+
+
+def _lasting(folder: Path) -> dict[str, Any]:
+    """What of a run must not depend on when it was interrupted."""
+    clocks = {"samples_per_second", "data_wait", "step_seconds", "peak_memory_gib", "eta_seconds"}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    files = sorted((folder / "checkpoints" / "step-00000060").rglob("*.safetensors"))
+    weights = {f"{file.name}/{name}": w for file in files for name, w in load_file(file).items()}
+    return {"metrics": [{k: v for k, v in row.items() if k not in clocks} for row in rows], "weights": weights}
 
 
 def _difference(a: Image.Image, b: Image.Image) -> int:

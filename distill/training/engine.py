@@ -26,11 +26,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import (
-    DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
-    DistributedType,
-)
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -93,7 +89,7 @@ class Engine:
         self,
         kind: Literal["single", "ddp", "deepspeed"] = "single",
         deepspeed: dict[str, Any] | None = None,
-        mixed_precision: Literal["no", "bf16", "fp16"] = "no",
+        mixed_precision: Literal["no", "bf16"] = "no",
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = 1.0,
         gradient_checkpointing: bool = False,
@@ -420,8 +416,8 @@ class Engine:
 
     def _backward(
         self, turn: Turn, trained: Trained, micro_batches: Sequence[Batch], step: int
-    ) -> tuple[dict[str, float], list[float]]:
-        """Forward and backward of every micro-batch: the mean of each scalar over all, and this rank's own losses."""
+    ) -> tuple[dict[str, float], Tensor]:
+        """Forward and backward of every micro-batch: the mean of each scalar over all, and the losses of this rank's."""
         rows: list[Tensor] = []
         names: list[str] = []
         with self.networks(turn) as networks:
@@ -439,8 +435,7 @@ class Engine:
                         # and the check of the gradient's norm decides for all ranks alike.
                         loss = loss * (1 + 0 * means[0]).to(loss.dtype)
                     trained.backward(loss)
-        own = torch.stack(rows)[:, 0].tolist()
-        return dict(zip(names, means.tolist(), strict=True)), own
+        return dict(zip(names, means.tolist(), strict=True)), torch.stack(rows)[:, 0]
 
     def _mean_over_ranks(self, values: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -449,11 +444,11 @@ class Engine:
         return values
 
     def _skipped(
-        self, turn: Turn, micro_batches: Sequence[Batch], step: int, scalars: Mapping[str, float], mine: list[float]
+        self, turn: Turn, micro_batches: Sequence[Batch], step: int, scalars: Mapping[str, float], mine: Tensor
     ) -> None:
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        bad = [key for loss, batch in zip(mine, micro_batches, strict=True) if loss * 0 != 0 for key in batch.keys]
+        bad = [k for loss, batch in zip(mine, micro_batches, strict=True) if not loss.isfinite() for k in batch.keys]
         keys = [key for rank in self.gathered(bad) for key in rank]
         if not keys:  # every loss was finite, a gradient was not: any sample may be the one
             keys = [key for rank in self.gathered([k for b in micro_batches for k in b.keys]) for key in rank]

@@ -183,7 +183,15 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
         "weights": {name: engine.export_weights(name) for name in method.trains},
         "ema": {name: engine.export_weights(name, ema=True) for name in method.trains},
         "ema_output": ema_output(engine),
+        "cut": cut(engine),
     }
+
+
+def cut(engine: Engine) -> float:
+    """The share of the student's trained weights that this rank does not hold whole between steps: ZeRO-3's point."""
+    with engine.inference("student") as denoiser:
+        weights = [p for p in denoiser.module.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+    return sum(p.numel() == 0 for p in weights) / len(weights)
 
 
 def ema_output(engine: Engine) -> torch.Tensor:

@@ -42,7 +42,7 @@ def engine(name: str, **changes: Any) -> dict[str, Any]:
         return {**settings, "kind": name}
     zero: dict[str, Any] = {"stage": int(name[-1]), "reduce_bucket_size": 1_000_000}
     if name == "zero3":
-        zero["stage3_param_persistence_threshold"] = 0  # or nothing of so small a network would ever be cut
+        zero["stage3_param_persistence_threshold"] = 20  # biases stay whole; by default all of so small a network would
     deepspeed = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}
     return {**settings, "kind": "deepspeed", "deepspeed": deepspeed}
 
@@ -55,7 +55,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero2-lora": ("zero2", "distance", {"poison": POISON, "signal": [1, 3]}),
     "zero2-duel": ("zero2", "duel", {"save_at": [3, 6]}),
     "zero3-lora": ("zero3", "distance", {"poison": POISON, "save_at": [3, 6]}),
-    "zero3-lcm": ("zero3", "lcm", {}),
     "zero2-bf16": ("zero2", "distance", {"mixed_precision": "bf16"}),
 }
 RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero3-lora": 3}
@@ -137,6 +136,10 @@ def assert_agree(found: dict[str, Any], wanted: dict[str, Any], tolerance: float
 def test_two_processes_compute_what_one_does(first: Any, name: str) -> None:
     _, method, special = CASES[name]
     assert_agree(first[0][name], alone(method, "poison" in special))
+
+
+def test_zero3_cuts_the_weights_and_the_others_do_not(first: Any) -> None:
+    assert {name: result["cut"] for name, result in first[0].items()} == {name: "zero3" in name for name in CASES}
 
 
 @pytest.mark.parametrize("method", ["lcm", "distance", "duel"])

@@ -1,0 +1,75 @@
+"""The training script, at a few steps: it builds all from nothing, the same twice, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import train_toy_teacher as training  # noqa: E402
+
+from distill.toy.judge import load_judge  # noqa: E402
+
+
+def train(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> None:
+    sizes = ["--vae-steps", "1", "--judge-steps", "1", "--pictures", "500", "--batch-size", "4"]
+    monkeypatch.setattr(sys, "argv", ["train_toy_teacher.py", "--output", str(output), *sizes, *arguments])
+    training.main()
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return StableDiffusionXLPipeline.from_pretrained(output / "teacher").unet.state_dict()
+
+
+def test_training_from_nothing_is_reproducible_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(monkeypatch, tmp_path / "one", "--steps", "2")
+    shutil.copytree(tmp_path / "one" / "checkpoints" / "vae", tmp_path / "two" / "checkpoints" / "vae")
+    train(monkeypatch, tmp_path / "two", "--steps", "2", "--stages", "denoiser")
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert load_judge(tmp_path / "one" / "judge.safetensors").logits(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
+    capsys.readouterr()
+    train(monkeypatch, tmp_path / "one", "--steps", "4", "--stages", "denoiser")
+    assert "resuming denoiser at step 2" in capsys.readouterr().out
+    assert any(not torch.equal(first[key], value) for key, value in weights(tmp_path / "one").items())
+
+
+def test_the_measured_scale_makes_unit_variance_without_changing_reconstructions() -> None:
+    torch.manual_seed(0)
+    vae = training.toy.build_vae()
+    pictures = training.render(training.balanced_labels(100), torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+        training.measure_scale(vae, seed=0)
+        latents = vae.encode(pictures).latent_dist.mean
+        assert torch.allclose(vae.decode(latents).sample, before, atol=1e-4)
+    assert (latents * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.15)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.15 * latents.std()
+
+
+def test_the_evaluation_draws_what_the_pipeline_draws() -> None:
+    torch.manual_seed(0)
+    pipeline = training.toy.build_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    ours = training.draw(pipeline, 20, seed=3, steps=3, spacing="trailing", guidance=2.0)
+    pipeline.scheduler = training.DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    noise = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    theirs = pipeline(
+        list(training.CAPTIONS),
+        height=32,
+        width=32,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        latents=noise,
+        output_type="pt",
+    ).images
+    assert torch.allclose(ours, theirs * 2 - 1, atol=1e-5)
