@@ -66,7 +66,7 @@ def bench_step(size: str, repeats: int | None, batch_size: int | None) -> None:
     student = NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON)
     method = LCM(SCHEDULE)
     engine = Engine(kind="single").start()
-    engine.prepare({"student": student}, {"student": TrainedNetwork(partial(torch.optim.AdamW, lr=1e-4))})
+    engine.prepare({"student": student}, {"student": TrainedNetwork(partial(torch.optim.AdamW, lr=1e-4, fused=True))})
     (turn,) = method.turns(0)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -345,14 +345,11 @@ def _publish(aside: Path, final: Path) -> None:
     for folder in (p for p in aside.rglob("*") if p.is_dir()):
         _sync_folder(folder)
     _sync_folder(aside)
-    if final.exists():  # a damaged one of this step, passed over at resume, or one made anew by another course
-        replaced = final.with_name(final.name + ".replaced.tmp")
-        shutil.rmtree(replaced, ignore_errors=True)
+    replaced = final.with_name(final.name + ".replaced.tmp")
+    if final.exists():
         final.rename(replaced)
-        aside.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        aside.rename(final)
+    aside.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     _sync_folder(final.parent)
     _write_atomically(final.parent / LATEST, final.name + "\n")
 

@@ -203,10 +203,14 @@ class Engine:
         _forget_accelerate()
 
     def close(self) -> None:
-        """Releases, and leaves the process group: the last act of a run."""
+        """Releases, and leaves the process group for good: launched processes do not form another."""
         self.release()
         if dist.is_initialized():
-            dist.destroy_process_group()
+            if self.kind == "deepspeed":
+                from deepspeed.comm import destroy_process_group  # DeepSpeed forgets the groups that it made, too
+            else:
+                from torch.distributed import destroy_process_group
+            destroy_process_group()
         for key in self._borrowed_environment:
             os.environ.pop(key, None)
 
@@ -354,12 +358,11 @@ class Engine:
             optimizer = plan.optimizer(list(parameters.values()))
             wrapped, _ = accelerator.prepare(module, optimizer)
             self._check_wrapping(accelerator, name, wrapped)
-            return Partitioned(wrapped, module, parameters, optimizer, plan, rank=self.rank)
+            return Partitioned(wrapped, parameters, optimizer, plan, rank=self.rank)
         wrapped = accelerator.prepare(module)
         self._check_wrapping(accelerator, name, wrapped)
         return Replicated(
             wrapped,
-            module,
             parameters,
             plan.optimizer(list(parameters.values())),
             plan,
@@ -417,7 +420,7 @@ class Engine:
     def _backward(
         self, turn: Turn, trained: Trained, micro_batches: Sequence[Batch], step: int
     ) -> tuple[dict[str, float], Tensor]:
-        """Forward and backward of every micro-batch: the mean of each scalar over all, and the losses of this rank's."""
+        """Forward and backward of every micro-batch: each scalar's mean over all, and this rank's losses."""
         rows: list[Tensor] = []
         names: list[str] = []
         with self.networks(turn) as networks:

@@ -361,8 +361,9 @@ def setup_logging(rank: int = 0, stream: TextIO | None = None) -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s [{rank}] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("distill").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    for library in (diffusers, transformers):  # they draw bars into log files
+    for library in (diffusers, transformers):  # they draw bars into log files, and warn of what is meant so
         library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     # Newer diffusers say `dtype`; the oldest that we support knows `torch_dtype` alone.
     warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
 

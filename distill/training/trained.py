@@ -87,8 +87,7 @@ class Trained(ABC):
     """A network in training, its module wrapped or partitioned by then. Methods are called on all ranks alike.
 
     Args:
-        wrapped: what the turn that trains this network calls.
-        bare: the module inside, which everyone else calls.
+        wrapped: what the turn that trains this network calls; everyone else calls the module inside.
         parameters: its trained parameters by name.
         optimizer: over those parameters.
         plan: schedule and average.
@@ -97,12 +96,11 @@ class Trained(ABC):
     def __init__(
         self,
         wrapped: nn.Module,
-        bare: nn.Module,
         parameters: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         plan: TrainedNetwork,
     ) -> None:
-        self.wrapped, self.bare, self.parameters, self.optimizer, self.plan = wrapped, bare, parameters, optimizer, plan
+        self.wrapped, self.parameters, self.optimizer, self.plan = wrapped, parameters, optimizer, plan
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.ema = None if plan.ema_decay is None else [m.detach().clone() for m in self.masters()]
 

@@ -184,6 +184,7 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
         "ema": {name: engine.export_weights(name, ema=True) for name in method.trains},
         "ema_output": ema_output(engine),
         "cut": cut(engine),
+        "said": [(f(engine.rank == 1), f(True), f(False)) for f in (engine.any, engine.all_agree)],
     }
 
 
@@ -216,7 +217,7 @@ def main(path: str) -> None:
         engine, result = run(case)
         if engine.is_main:
             torch.save(result, Path(plan["out"]) / f"{name}.pt")
-        engine.release()
+        engine.close() if engine.world_size == 1 else engine.release()
     engine.close()
 
 

@@ -138,6 +138,11 @@ def test_two_processes_compute_what_one_does(first: Any, name: str) -> None:
     assert_agree(first[0][name], alone(method, "poison" in special))
 
 
+def test_ranks_agree_on_flags(first: Any) -> None:
+    for result in first[0].values():
+        assert result["said"] == [(True, True, False), (False, True, False)]
+
+
 def test_zero3_cuts_the_weights_and_the_others_do_not(first: Any) -> None:
     assert {name: result["cut"] for name, result in first[0].items()} == {name: "zero3" in name for name in CASES}
 
@@ -212,9 +217,19 @@ def test_one_process_is_refused_the_checkpoint_of_two_under_zero(second: Any, fo
         run_here({**case("zero2-duel", folder, resume="latest", signal=None), "engine": engine("single")})
 
 
-def test_zero_runs_in_the_one_process_of_a_plain_launch(tmp_path: Path) -> None:
+def test_zero_runs_in_the_one_process_of_a_plain_launch_and_then_again(tmp_path: Path) -> None:
     """`accelerate launch` without a config and without GPUs starts one process without a process group."""
-    one = {"engine": engine("zero2"), "method": "distance", "steps": STEPS, "run": str(tmp_path / "run")}
-    results, printed = launch(tmp_path / "one", {"one": {**one, "save_at": [3]}}, "--num_machines", "1")
-    assert_agree(results["one"], alone("distance", False))
+    cases = {
+        name: {
+            "engine": engine(name),
+            "method": "distance",
+            "steps": STEPS,
+            "run": str(tmp_path / name),
+            "save_at": [3],
+        }
+        for name in ("zero2", "zero3")
+    }
+    results, printed = launch(tmp_path / "one", cases, "--num_machines", "1")
+    for result in results.values():
+        assert_agree(result, alone("distance", False))
     assert printed.count("\n") < 20, printed  # DeepSpeed is kept quiet
