@@ -46,15 +46,15 @@ def main(cfg: TrainSettings) -> None:
     if finished(folder, cfg.max_train_steps):
         log.info("%s has taken its %d steps already", folder, cfg.max_train_steps)
         return
-    engine.start()
     checkpoints = Checkpoints(checkpoints_of(folder), cfg.checkpoints_total_limit, cfg.model_dump(mode="json"))
-    engine.prepare(student.networks(teacher_of(cfg, parts=("unet",)), cfg.seed), {"student": plan})
-    resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
+    with checking():
+        engine.start()
+        engine.prepare(student.networks(teacher_of(cfg, parts=("unet",)), cfg.seed), {"student": plan})
+        resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
     start_step = resumed.step if resumed else 0
 
-    tracker = open_trackers(
-        cfg.report_to, folder, cfg.model_dump(mode="json"), resume_step=start_step, main=engine.is_main
-    )
+    report_to = [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to
+    tracker = open_trackers(report_to, folder, cfg.model_dump(mode="json"), resume_step=start_step, main=engine.is_main)
     progress = Progress(cfg.max_train_steps, start_step, main=engine.is_main)
     with Preemption(folder, writes=engine.is_main) as preemption:
         step = train(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.models.families import load_teacher
 from distill.training.checkpoint import read_weights
-from distill.training.config import build
+from distill.training.config import build, checking
 from distill.training.run import checkpoints_of, read_run
 
 
@@ -20,10 +20,11 @@ def export_run(run: str | Path, output_dir: str | Path, checkpoint: str | int = 
 
     Raises:
         FileNotFoundError: no run there.
-        CheckpointError: no such checkpoint, or a damaged one.
+        ConfigError: no such checkpoint, or a damaged one.
     """
     settings = read_run(run)
-    step, weights = read_weights(checkpoints_of(run), "student", checkpoint, use_ema)
+    with checking():
+        step, weights = read_weights(checkpoints_of(run), "student", checkpoint, use_ema)
     model = settings.model
     teacher = load_teacher(model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant)
     student = build(settings.student)

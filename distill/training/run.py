@@ -61,7 +61,7 @@ def open_run(settings: TrainSettings) -> Path:
     folder = Path(settings.output_dir)
     wanted = settings.model_dump(mode="json")
     recorded = folder / "config.yaml"
-    if recorded.is_file():
+    if recorded.is_file() and any(checkpoints_of(folder).glob("step-*")):
         _same_run(folder, yaml.safe_load(recorded.read_text()), wanted)
     if launched_rank() > 0:
         return folder
