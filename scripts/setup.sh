@@ -18,8 +18,9 @@ find_python() {
 installed_torch() { # prints torch== and torchvision== lines if this Python has a usable pair
     "$1" - 2>/dev/null <<'PY'
 import re, torch, torchvision
+from importlib.metadata import version  # what pip compares: torch.__version__ may have a local part that it lacks
 if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 8):
-    print(f"torch=={torch.__version__}\ntorchvision=={torchvision.__version__}")
+    print(f"torch=={version('torch')}\ntorchvision=={version('torchvision')}")
 PY
 }
 
