@@ -9,6 +9,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then
     processes=$gpus
+    while [ $((64 % processes)) -ne 0 ]; do processes=$((processes - 1)); done # the batch of 64 is dealt out evenly
 else
     processes=2
     export ACCELERATE_USE_CPU=true OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
