@@ -60,7 +60,14 @@ def test_four_commands_from_prompts_to_pictures(family: str, processes: int, tmp
     run(*launch, "scripts/make_trajectories.py", *settings, ACCELERATE_USE_CPU="true")
     assert len(open_store(str(tmp_path / "store"))) == 24
 
-    sizes = ["global_batch_size=8", "lora_rank=4", "lora_alpha=2", "max_train_steps=6", "lr_warmup_steps=0"]
+    sizes = [
+        "global_batch_size=8",
+        "lora_rank=4",
+        "lora_alpha=2",
+        "max_train_steps=6",
+        "lr_warmup_steps=0",
+        "learning_rate=0.03",
+    ]
     more = ["log_every=1", "checkpointing_steps=3", "validation_steps=3", "validation_prompts=[snow]", "engine=zero2"]
     deepspeed = [*LAUNCH, *several, "--use_deepspeed"]
     run(*deepspeed, "scripts/train.py", *settings, *sizes, *more, "dataloader_num_workers=1")
