@@ -84,7 +84,7 @@ def test_a_loss_is_a_mean_over_samples_however_they_are_grouped(method: Method, 
 
         def loss(positions: tuple[int, ...], turn=turn) -> float:  # type: ignore[no-untyped-def]
             context = Context(seed=5, step=3, positions=positions)
-            return float(turn.loss(networks, batch(method, positions), context).total)
+            return float(turn.loss(networks, batch(method, positions), context).total.detach())
 
         whole, halves = loss((8, 9, 10, 11)), [loss((8, 9)), loss((10, 11))]
         assert whole == pytest.approx(sum(halves) / 2, rel=1e-5)

@@ -73,9 +73,9 @@ class LCM(Method):
         c = batch.conditioning
         step = batch.transition() if self.source == "trajectory" else self.noised(networks["teacher"], batch, context)
 
-        f_t = self.f(networks["student"], step.x_t, step.t, c)
-        with torch.no_grad():
+        with torch.no_grad():  # first, while no activations are held for the backward pass
             f_s = self.f(networks["student"], step.x_s, step.s, c)
+        f_t = self.f(networks["student"], step.x_t, step.t, c)
 
         loss = self.d(f_t, f_s).mean()
         return Losses(loss, {"loss": loss.detach()})
