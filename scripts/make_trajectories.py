@@ -8,7 +8,6 @@ each goes on. Settings are the `data` group of `configs/train.yaml`; `--cfg` pri
 
 from __future__ import annotations
 
-import logging
 import os
 
 import torch
@@ -22,8 +21,6 @@ from distill.training.config import ConfigError, TrainSettings, checking, run_sc
 from distill.training.run import launched_rank
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver
-
-log = logging.getLogger("distill")
 
 
 def main(cfg: TrainSettings) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distill.data.storage import sync_folder
 from distill.training.engine import Engine
 from distill.training.trained import weights_file
 
@@ -343,14 +344,14 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str | None]:
 def _publish(aside: Path, final: Path) -> None:
     """Renames a complete folder, replacing a checkpoint of the same step, and points `latest` at it."""
     for folder in (p for p in aside.rglob("*") if p.is_dir()):
-        _sync_folder(folder)
-    _sync_folder(aside)
+        sync_folder(folder)
+    sync_folder(aside)
     replaced = final.with_name(final.name + ".replaced.tmp")
     if final.exists():
         final.rename(replaced)
     aside.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     _write_atomically(final.parent / LATEST, final.name + "\n")
 
 
@@ -362,12 +363,4 @@ def _write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
