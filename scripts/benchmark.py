@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py step --size toy      # a training step against the bare network passes that it needs
 python scripts/benchmark.py step --size sd15
+python scripts/benchmark.py lcm --size sd15      # LCM-LoRA's step here against that of the usual scripts
 python scripts/benchmark.py reader               # planned reads against a sequential read of the same bytes
 python scripts/benchmark.py start                # from an index to the first batch, for 10^3, 10^5, 10^7 samples
 """
@@ -46,6 +47,11 @@ def main() -> None:
     step.add_argument("--repeats", type=int, help="counted steps (toy: 40, sd15: 5)")
     step.add_argument("--batch-size", type=int, help="samples a step (toy: 64, sd15: 1)")
     step.set_defaults(run=lambda a: bench_step(a.size, a.repeats, a.batch_size))
+    lcm = commands.add_parser("lcm")
+    lcm.add_argument("--size", choices=("toy", "sd15"), default="toy")
+    lcm.add_argument("--rounds", type=int, default=2, help="processes of each variant, in turn")
+    lcm.add_argument("--repeats", type=int, help="counted steps of each process (toy: 20, sd15: 3)")
+    lcm.set_defaults(run=lambda a: bench_lcm(a.size, a.rounds, a.repeats))
     reader = commands.add_parser("reader")
     reader.add_argument("--samples", type=int, default=512)
     reader.add_argument("--workers", type=int, default=1)
@@ -55,6 +61,12 @@ def main() -> None:
     start.set_defaults(run=lambda a: bench_start(a.samples))
     arguments = parser.parse_args()
     arguments.run(arguments)
+
+
+def bench_lcm(size: str, rounds: int, repeats: int | None) -> None:
+    import benchmark_lcm
+
+    benchmark_lcm.compare(size, rounds, repeats)
 
 
 def bench_step(size: str, repeats: int | None, batch_size: int | None) -> None:

@@ -11,14 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from distill.evaluation.cache import Cache
 from distill.evaluation.compare import Comparison, Plan, seeds_of
 from distill.evaluation.proof import plain_pipeline_agrees
 from distill.evaluation.report import format_table, write_report
 from distill.evaluation.toy import JudgeScorer
-from distill.models.families import load_teacher
-from distill.models.folder import stored_tensors, weights_hash
+from distill.models.denoiser import NetworkDenoiser
+from distill.models.families import Teacher, load_teacher
+from distill.models.folder import stored_tensors, weight_files, weights_hash
 from distill.models.lora import load_lora
 from distill.toy.judge import load_judge
 from distill.training.config import ConfigError, EvaluateSettings, run_script
@@ -32,24 +34,25 @@ REPRODUCE = "bash scripts/quickstart.sh"
 def main(cfg: EvaluateSettings) -> None:
     setup_logging()
     settings = read_run(cfg.run)
-    if isinstance(settings.data.guidance, tuple):
-        raise ConfigError("data.guidance of the run is a range; the teacher to compare with needs one number")
+    guidance = settings.data.guidance if cfg.guidance is None else cfg.guidance
+    if not isinstance(guidance, float):
+        raise ConfigError(f"data.guidance of the run is {guidance}: set guidance=W, for the teacher to compare with")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_teacher(settings.model.pretrained_model_name_or_path, parts=("unet", "text", "vae"))
     denoiser = teacher.denoiser()
-    lora = Path(cfg.lora)
-    load_lora(teacher.unet, lora)
+    student, student_hash = student_of(Path(cfg.lora), teacher)
+    embedded = student.guidance_embedding_dim is not None
+    student.module.to(device)
     teacher.to(device)
     comparison = Comparison(
         teacher=teacher,
-        denoisers={"teacher": denoiser, "student": replace(denoiser, adapters=True)},
-        hashes={
-            "teacher": teacher.teacher_hash,
-            "student": weights_hash(stored_tensors([lora / "pytorch_lora_weights.safetensors"])),
-        },
+        denoisers={"teacher": denoiser, "student": student},
+        hashes={"teacher": teacher.teacher_hash, "student": student_hash},
         scorer=JudgeScorer(load_judge().to(device)),
         plan=Plan(
-            guidance=settings.data.guidance,
+            guidance=guidance,
+            student_guidance=guidance if embedded else 1.0,
+            student_embedded=embedded,
             n=cfg.n,
             tuning_n=cfg.tuning_n,
             steps=tuple(cfg.steps),
@@ -61,22 +64,34 @@ def main(cfg: EvaluateSettings) -> None:
     rows = write_report(
         Path(cfg.output_dir),
         comparison,
-        about=_about(cfg.run),
+        about=_about(cfg.run, guidance),
         reproduce=REPRODUCE,
         real=comparison.scorer.real_pictures(cfg.n),
         metrics_file=Path(cfg.run) / "metrics.jsonl",
-        agreement=_agreement(comparison, settings.model.pretrained_model_name_or_path, lora),
+        agreement=_agreement(comparison, settings.model.pretrained_model_name_or_path, cfg.lora),
     )
     print(format_table(rows))
     print(f"report: {cfg.output_dir}/report.md, pictures: {cfg.output_dir}/grid.png")
 
 
-def _agreement(comparison: Comparison, pretrained: str, lora: Path) -> float:
-    """How far a plain diffusers pipeline with the exported LoRA is from our own pictures; raises if it is far."""
+def student_of(export: Path, teacher: Teacher) -> tuple[NetworkDenoiser, str]:
+    """The exported student and the hash of its weights: a LoRA, which is put onto the teacher's network, or a UNet."""
+    if not (export / "unet").is_dir():
+        load_lora(teacher.unet, export)
+        return replace(teacher.denoiser(), adapters=True), weights_hash(
+            stored_tensors([export / "pytorch_lora_weights.safetensors"])
+        )
+    unet = UNet2DConditionModel.from_pretrained(export / "unet").eval().requires_grad_(False)
+    return replace(teacher.denoiser(), module=unet), weights_hash(stored_tensors(weight_files(export, "unet")))
+
+
+def _agreement(comparison: Comparison, pretrained: str, lora: str) -> float:
+    """How far a plain diffusers pipeline with the exported student is from our own pictures; raises if it is far."""
     steps = 4
     expected = comparison.pictures(comparison.plan.student(steps), range(PROVEN))
     prompts, seeds = comparison.scorer.prompts("report", PROVEN), seeds_of("report", PROVEN)
-    difference = plain_pipeline_agrees(pretrained, lora, prompts, seeds, steps, expected)
+    guidance = comparison.plan.student_guidance
+    difference = plain_pipeline_agrees(pretrained, lora, prompts, seeds, steps, expected, guidance)
     if difference > 1e-2:
         raise RuntimeError(
             f"a plain diffusers pipeline draws other pictures: greatest difference {difference:.3g} of 2"
@@ -84,12 +99,13 @@ def _agreement(comparison: Comparison, pretrained: str, lora: Path) -> float:
     return difference
 
 
-def _about(run: str) -> str:
+def _about(run: str, guidance: float) -> str:
     settings = read_run(run)
+    kind = str(settings.student["_target_"]).rpartition(".")[2]
+    what = f"An LCM-LoRA of rank {settings.lora_rank}" if kind == "LoRAStudent" else "A full network"
     return (
-        f"An LCM-LoRA of rank {settings.lora_rank} for the toy teacher: {settings.max_train_steps} steps of "
-        f"{settings.global_batch_size} samples from {settings.data.num_samples} stored trajectories of "
-        f"{settings.data.solver_steps} steps with guidance {settings.data.guidance:g}."
+        f"{what} for the toy teacher: {settings.max_train_steps} steps of {settings.global_batch_size} samples from "
+        f"{settings.data.num_samples} stored trajectories of {settings.data.solver_steps} steps; guidance {guidance:g}."
     )
 
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from distill.data.loader import Loader, make_loader
 from distill.data.prompts import read_prompts
 from distill.data.reader import Store, open_store
@@ -36,6 +38,7 @@ def main(cfg: TrainSettings) -> None:
     micro_batch_size = split_batch(cfg, launched_world_size())
     teacher = teacher_of(cfg, parts=())
     method: Method = build(cfg.method, schedule=teacher.schedule)
+    check_averages(cfg, method)
     student = build(cfg.student)
     with checking():
         rate = LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
@@ -49,7 +52,8 @@ def main(cfg: TrainSettings) -> None:
     checkpoints = Checkpoints(checkpoints_of(folder), cfg.checkpoints_total_limit, cfg.model_dump(mode="json"))
     with checking():
         engine.start()
-        engine.prepare(student.networks(teacher_of(cfg, parts=("unet",)), cfg.seed), {"student": plan})
+        networks = student.networks(teacher_of(cfg, parts=("unet",)), cfg.seed, "teacher" in method.asks)
+        engine.prepare(networks, {"student": plan})
         resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
     start_step = resumed.step if resumed else 0
 
@@ -93,6 +97,12 @@ def split_batch(cfg: TrainSettings, world_size: int) -> int:
     return cfg.global_batch_size // parts
 
 
+def check_averages(cfg: TrainSettings, method: Method) -> None:
+    """A moving average that the losses ask for has to be kept."""
+    if cfg.ema_decay is None and any(f"{name}_ema" in method.asks for name in method.trains):
+        raise ConfigError("the method's target is the moving average of the student, and none is kept: set ema_decay")
+
+
 def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
     model = cfg.model
     with checking("model."):
@@ -106,7 +116,14 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method) -> Store
     store = open_store(
         cfg.data.store, max_bad_fraction=cfg.data.max_bad_fraction, verify_sha256=cfg.data.verify_on_first_read
     )
-    method.reads().check(store.index.times)
+    try:
+        method.reads().check(store.index.times)
+    except ValueError as error:
+        if store.index.kind == "pictures":
+            raise ConfigError(
+                f"a store of pictures has no teacher solves, method=lcm_noised needs none: {error}"
+            ) from None
+        raise
     if launched_rank() == 0:  # the hash reads all weights once
         store.index.require(
             schedule_fingerprint=teacher.schedule.fingerprint,
@@ -142,6 +159,7 @@ def validation_of(cfg: TrainSettings, engine: Engine, tracker: Tracker) -> Calla
     teacher = teacher_of(cfg, parts=("text", "vae"))
     conditioning = teacher.encode(prompts)
     del teacher.parts["text"]
+    conditioning |= {"guidance": torch.full((len(prompts),), cfg.validation_guidance)}
     return partial(Validation(teacher, prompts, conditioning, cfg.validation_sampling_steps, cfg.seed), engine, tracker)
 
 

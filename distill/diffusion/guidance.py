@@ -5,6 +5,8 @@ The LCM papers and scripts print `cond + w (cond - uncond)`: their w is this w m
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,17 @@ from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
 def lcm_guidance(w: float) -> float:
     """This module's w for a guidance weight as the LCM papers print it."""
     return w + 1
+
+
+def guidance_embedding(w: Tensor, dim: int) -> Tensor:
+    """Fourier features [B, dim] of guidance weights w [B] (Meng et al. 2023), for networks that take w as an input.
+
+    Number for number what a diffusers pipeline shows its UNet for `guidance_scale` = w, which is of the printed w - 1.
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, device=w.device) * (-math.log(10_000.0) / (half - 1)))
+    angles = 1000 * (w.float() - 1)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def guide(cond: Denoised, uncond: Denoised, w: Tensor | float) -> Denoised:

@@ -66,13 +66,17 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to make pictures: which network, and how it is sampled from. Guidance 1 is none."""
+    """One way to make pictures: which network, and how it is sampled from. Guidance 1 is none.
+
+    `embedded`: the network takes the guidance as an input and follows it in one pass, at 1 too.
+    """
 
     model: str
     sampler: str
     steps: int
     guidance: float = 1.0
     spacing: str = "trailing"
+    embedded: bool = False
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -86,7 +90,7 @@ class Setting:
     def nfe(self) -> int:
         """Network evaluations a picture: guided steps count twice, Heun's steps (but the last) too."""
         calls = 2 * self.steps - 1 if self.sampler == "heun" else self.steps
-        return calls if self.guidance == 1 else 2 * calls
+        return calls if self.guidance == 1 or self.embedded else 2 * calls
 
     @property
     def work(self) -> int:
@@ -123,12 +127,15 @@ def generate(
     if len(prompts) != len(seeds):
         raise ValueError(f"need one seed a prompt, got {len(seeds)} for {len(prompts)}")
     times = make_times(setting.spacing, teacher.schedule.T, setting.steps)
-    follow = guided(denoiser, teacher.unconditional(), setting.guidance)
+    follow = denoiser if setting.embedded else guided(denoiser, teacher.unconditional(), setting.guidance)
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
-        conditioning = teacher.encode(chunk)
+        conditioning = dict(teacher.encode(chunk))
+        device = next(iter(conditioning.values())).device
+        if setting.embedded:
+            conditioning["guidance"] = torch.full((len(chunk),), setting.guidance, device=device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        x = starting_noise(generators, tuple(teacher.latent_shape)).to(next(iter(conditioning.values())).device)
+        x = starting_noise(generators, tuple(teacher.latent_shape)).to(device)
         latents = sample(follow, teacher.schedule, x, times, conditioning, setting.sampler, generators)
         yield Generated(teacher.decode(latents).cpu(), latents.cpu(), chunk)
         advance(setting.work * len(chunk))
@@ -143,7 +150,7 @@ class Plan:
         n: pictures of each row; tuning_n: of each setting tried.
         steps: of student and teacher.
         guidances, spacings: tried for the teacher at each number of steps.
-        student_sampler, student_spacing, student_guidance: how the student is sampled from.
+        student_sampler, student_spacing, student_guidance, student_embedded: how the student is sampled from.
     """
 
     guidance: float
@@ -156,6 +163,7 @@ class Plan:
     student_sampler: str = "lcm"
     student_spacing: str = "lcm"
     student_guidance: float = 1.0
+    student_embedded: bool = False
     batch_size: int = 64
 
     def reference(self) -> Setting:
@@ -171,7 +179,9 @@ class Plan:
         return Setting("teacher", self.student_sampler, steps, self.guidance, self.student_spacing)
 
     def student(self, steps: int) -> Setting:
-        return Setting("student", self.student_sampler, steps, self.student_guidance, self.student_spacing)
+        return Setting(
+            "student", self.student_sampler, steps, self.student_guidance, self.student_spacing, self.student_embedded
+        )
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ def plain_pipeline_agrees(
     seeds: Sequence[int],
     steps: int,
     expected: Tensor,
+    guidance: float = 1.0,
 ) -> float:
     """The greatest difference of any pixel between our sampler's pictures and those of diffusers' own pipeline.
 
-    `expected` [B, 3, H, W] in [-1, 1] are ours; the pipeline draws with its LCMScheduler and without guidance, after
-    `load_lora_weights(lora)`.
+    `expected` [B, 3, H, W] in [-1, 1] are ours; the pipeline draws with its LCMScheduler, after
+    `load_lora_weights(lora)` or with the UNet of an exported network. `guidance` is for one that takes it as an input.
 
     Raises:
         ValueError: not one prompt and seed a picture, or pictures of another size.
@@ -32,7 +33,7 @@ def plain_pipeline_agrees(
         )
     pipeline = load_pipeline(str(pretrained_model_name_or_path), lora)
     use_sampler(pipeline, "lcm", "lcm")
-    drawn = draw(pipeline, prompts, seeds, steps) * 2 - 1
+    drawn = draw(pipeline, prompts, seeds, steps, guidance) * 2 - 1
     if drawn.shape != expected.shape:
         raise ValueError(f"the pipeline draws {tuple(drawn.shape)}, expected are {tuple(expected.shape)}")
     return float((drawn.float().cpu() - expected.cpu()).abs().max())

@@ -37,9 +37,14 @@ class Turn:
 
 
 class Method(ABC):
-    """A paper: its constants are the constructor's arguments, its algorithm box is a loss."""
+    """A paper: its constants are the constructor's arguments, its algorithm box is a loss.
+
+    `trains` names the networks that its turns update; `asks`, the further ones that its losses call: "teacher", or
+    "NAME_ema" for the moving average of a trained one.
+    """
 
     trains: tuple[str, ...] = ("student",)
+    asks: tuple[str, ...] = ()
 
     @abstractmethod
     def reads(self) -> Reads:

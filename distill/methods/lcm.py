@@ -20,15 +20,18 @@ from distill.methods.base import Losses, Method, Networks, Turn
 
 SOURCES = ("trajectory", "noised")
 DISTANCES = ("huber", "l2")
+TARGETS = {"student": "student", "ema": "student_ema"}
 
 
 class LCM(Method):
-    """Consistency distillation over one solver step (LCM, algorithm 1), the student without gradient as its own target.
+    """Consistency distillation over one solver step (LCM, algorithm 1).
 
     Args:
         schedule: the teacher's.
         source: where (x_t, x_s) comes from. `trajectory`: two stored states of a teacher solve, so that no teacher is
             in memory. `noised`: the store's clean latent with fresh noise, and one guided DDIM step of the "teacher".
+        target: whose answer at x_s is matched: the `student` itself without gradient (LCM-LoRA), or the moving average
+            of its weights (`ema`: the paper's theta⁻, for full networks).
         skip: t - s, in units of time: T divided by the number of solver steps (the papers' k = 20).
         w_min, w_max: guidance of the noised source, drawn uniformly a sample, in this project's convention
             (`uncond + w (cond - uncond)`: the papers' printed w plus 1). A trajectory has its own.
@@ -42,6 +45,7 @@ class LCM(Method):
         self,
         schedule: NoiseSchedule,
         source: str = "trajectory",
+        target: str = "student",
         skip: int = 20,
         w_min: float = 4.0,
         w_max: float = 16.0,
@@ -50,6 +54,8 @@ class LCM(Method):
     ) -> None:
         if source not in SOURCES:
             raise ValueError(f"method.source must be one of {', '.join(SOURCES)}, got {source!r}")
+        if target not in TARGETS:
+            raise ValueError(f"method.target must be one of {', '.join(TARGETS)}, got {target!r}")
         if loss not in DISTANCES:
             raise ValueError(f"method.loss must be one of {', '.join(DISTANCES)}, got {loss!r}")
         if not 1 <= skip <= schedule.T or schedule.T % skip:
@@ -61,6 +67,8 @@ class LCM(Method):
         self.schedule, self.source, self.skip = schedule, source, skip
         self.w_min, self.w_max = w_min, w_max
         self.distance, self.huber_c = loss, huber_c
+        self.target = TARGETS[target]
+        self.asks = (("teacher",) if source == "noised" else ()) + ((self.target,) if target == "ema" else ())
 
     def reads(self) -> Reads:
         return Pair(self.skip) if self.source == "trajectory" else CleanEnd()
@@ -69,19 +77,22 @@ class LCM(Method):
         return (Turn("student", self.loss),)
 
     def loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
-        """|| f(x_t, t) - f⁻(x_s, s) ||, where x_s is one solver step from x_t and f⁻ has no gradient (LCM, eq. 14)."""
-        c = batch.conditioning
-        step = batch.transition() if self.source == "trajectory" else self.noised(networks["teacher"], batch, context)
+        """|| f(x_t, w, t) - f⁻(x_s, w, s) ||, x_s one solver step of guidance w from x_t (LCM, algorithm 1, eq. 14)."""
+        if self.source == "trajectory":
+            step, w = batch.transition(), batch.guidance
+        else:
+            step, w = self.noised(networks["teacher"], batch, context)
+        c = {**batch.conditioning, "guidance": w}  # a network without an embedding of w does not see it
 
         with torch.no_grad():  # first, while no activations are held for the backward pass
-            f_s = self.f(networks["student"], step.x_s, step.s, c)
+            f_s = self.f(networks[self.target], step.x_s, step.s, c)
         f_t = self.f(networks["student"], step.x_t, step.t, c)
 
         loss = self.d(f_t, f_s).mean()
         return Losses(loss, {"loss": loss.detach()})
 
     def f(self, student: Denoiser, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """The consistency function c_skip(t) x + c_out(t) x0(x, t, c), which is x itself at t = 0 (LCM, eq. 9)."""
+        """The consistency function c_skip(t) x + c_out(t) x0(x, w, c, t), which is x itself at t = 0 (LCM, eq. 9)."""
         c_skip, c_out = boundary_scalings(t, x)
         return c_skip * x + c_out * student(x, t, c).x0
 
@@ -90,8 +101,8 @@ class LCM(Method):
         return pseudo_huber(a, b, self.huber_c) if self.distance == "huber" else l2(a, b)
 
     @torch.no_grad()
-    def noised(self, teacher: Denoiser, batch: Batch, context: Context) -> Transition:
-        """Noises the clean latents to a time of the solver's grid; one guided DDIM step of the teacher gives x_s."""
+    def noised(self, teacher: Denoiser, batch: Batch, context: Context) -> tuple[Transition, Tensor]:
+        """From clean latents, noised to a time of the solver's grid, one DDIM step of the teacher; and its w [B]."""
         x_0 = batch.states[:, 0]  # [B, C, h, w]
         device = x_0.device
         t = self.skip * context.integers(1, self.schedule.T // self.skip + 1, "t", device)
@@ -100,4 +111,4 @@ class LCM(Method):
 
         s = t - self.skip
         x_s = ddim_step(self.schedule, guided(teacher, batch.unconditional, w)(x_t, t, batch.conditioning), s)
-        return Transition(x_t, t, x_s, s)
+        return Transition(x_t, t, x_s, s), w

@@ -11,11 +11,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from distill.diffusion.guidance import guidance_embedding
 from distill.diffusion.prediction import Conditioning, Denoised, Prediction, to_denoised
 from distill.diffusion.schedule import NoiseSchedule
 from distill.models.lora import adapters_off, lora_layers
 
-_DIRECT = ("encoder_hidden_states", "timestep_cond")
+_TEXT, _GUIDANCE = "encoder_hidden_states", "guidance"
 _ADDED = ("text_embeds", "time_ids")  # diffusers wants these inside the keyword `added_cond_kwargs`
 _NUMBERS = ("time_ids",)  # pixel counts: bfloat16 would round 1023 to 1024
 
@@ -49,12 +50,13 @@ class NetworkDenoiser:
 
         The network runs in the dtype of its frozen weights (or in autocast's), the arithmetic around it does not.
         A clean sample (t = 0) has no timestep index; it is shown to the network as index 0, for the caller to mask.
+        The entry "guidance" [B], a weight w, reaches a network that was built to take it, and no other.
 
         Raises:
-            ValueError: for a conditioning entry that a UNet does not take, or without `encoder_hidden_states`.
+            ValueError: for a conditioning entry that a UNet does not take, or without one that it needs.
         """
         dtype = self.dtype
-        keywords = _keywords(conditioning, dtype)
+        keywords = _keywords(conditioning, dtype, self.guidance_embedding_dim)
         with nullcontext() if self.adapters else adapters_off(self._lora_layers):
             output = self.module(x_t.to(dtype), (t - 1).clamp(min=0), return_dict=False, **keywords)[0]
         return to_denoised(self.prediction, output, x_t, t, self.schedule)
@@ -66,21 +68,31 @@ class NetworkDenoiser:
         return first.weight.dtype
 
     @property
+    def guidance_embedding_dim(self) -> int | None:
+        """Width of the features in which the network is shown a guidance weight; None if it takes none."""
+        return getattr(getattr(bare(self.module), "config", None), "time_cond_proj_dim", None)
+
+    @property
     def _lora_layers(self) -> list[BaseTunerLayer]:
         if not self._found:  # nothing yet, but a LoRA may still be added
             self._found.extend(lora_layers(self.module))
         return self._found
 
 
-def _keywords(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor | Mapping[str, Tensor]]:
+def _keywords(
+    conditioning: Conditioning, dtype: torch.dtype, guidance_dim: int | None
+) -> dict[str, Tensor | Mapping[str, Tensor]]:
     """The UNet's keyword arguments for a flat conditioning."""
+    allowed = (_TEXT, *_ADDED, _GUIDANCE)
     for key in conditioning:
-        if key not in _DIRECT + _ADDED:
-            raise ValueError(f"conditioning {key!r} is not known; allowed: {', '.join(_DIRECT + _ADDED)}")
-    if "encoder_hidden_states" not in conditioning:
-        raise ValueError(f"the conditioning lacks 'encoder_hidden_states'; it has {sorted(conditioning)}")
-    cast = {key: x if key in _NUMBERS else x.to(dtype) for key, x in conditioning.items()}
-    keywords: dict[str, Any] = {key: cast[key] for key in _DIRECT if key in cast}
-    if added := {key: cast[key] for key in _ADDED if key in cast}:
+        if key not in allowed:
+            raise ValueError(f"conditioning {key!r} is not known; allowed: {', '.join(allowed)}")
+    for key in [_TEXT] if guidance_dim is None else [_TEXT, _GUIDANCE]:
+        if key not in conditioning:
+            raise ValueError(f"the conditioning lacks {key!r}; it has {sorted(conditioning)}")
+    keywords: dict[str, Any] = {_TEXT: conditioning[_TEXT].to(dtype)}
+    if guidance_dim is not None:
+        keywords["timestep_cond"] = guidance_embedding(conditioning[_GUIDANCE], guidance_dim).to(dtype)
+    if added := {k: x if k in _NUMBERS else x.to(dtype) for k, x in conditioning.items() if k in _ADDED}:
         keywords["added_cond_kwargs"] = added
     return keywords

@@ -1,4 +1,4 @@
-"""LoRA adapters on a diffusers UNet (Hu et al. 2021): adding, switching off, saving and loading them.
+"""LoRA adapters on a diffusers UNet (Hu et al. 2021): adding, switching off, saving, loading and merging them.
 
 The base stays frozen and the adapters are float32 whatever the base's dtype: at a learning rate of 1e-4 a bfloat16
 weight would not feel most updates.
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.diffusion.random import generator
+from distill.models.formats import rounded
 
 LCM_LORA_TARGETS: tuple[str, ...] = (
     "to_q",
@@ -124,7 +125,14 @@ def adapters_off(module: nn.Module | Iterable[BaseTunerLayer]) -> Iterator[None]
             layer._disable_adapters = flag
 
 
-def lora_state_dict(unet: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def lora_config(unet: UNet2DConditionModel) -> LoraConfig:
+    """Rank, alpha and targets of the adapters; raises ValueError if there are none."""
+    if not getattr(unet, "peft_config", None):
+        raise ValueError("the network has no LoRA adapter")
+    return unet.peft_config[_ADAPTER]
+
+
+def lora_state_dict(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapters on the CPU under peft's names, `down_blocks.….to_q.lora_A.weight`.
 
     `state` replaces the values, under the names of `unet.named_parameters()`: an average of them, or parameters
@@ -133,31 +141,66 @@ def lora_state_dict(unet: nn.Module, state: Mapping[str, Tensor] | None = None) 
     Raises:
         ValueError: if there is no adapter, or `state` lacks one of them.
     """
-    names = list(adapters(unet))
-    if not names:
-        raise ValueError("the network has no LoRA adapter")
-    values: Mapping[str, Tensor] = adapters(unet) if state is None else state
-    for name in names:
-        if name not in values:
+    values = _values(unet, state)
+    return {
+        name.replace(f".{_ADAPTER}.", "."): value.detach().to("cpu", copy=True).contiguous()
+        for name, value in values.items()
+    }
+
+
+def _values(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    lora_config(unet)
+    own: Mapping[str, Tensor] = adapters(unet)
+    if state is None:
+        return own
+    for name in own:
+        if name not in state:
             raise ValueError(f"the state to export lacks the LoRA parameter {name!r}")
-    return {n.replace(f".{_ADAPTER}.", "."): values[n].detach().to("cpu", copy=True).contiguous() for n in names}
+    return {name: state[name] for name in own}
 
 
-def save_lora(folder: str | Path, unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None = None) -> None:
-    """Writes the adapters twice, alpha included: for diffusers and, in the sub-folder `peft`, for peft.
+def save_lora(
+    folder: str | Path,
+    unet: UNet2DConditionModel,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    formats: Sequence[str] = ("diffusers", "peft"),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes the adapters, alpha included: for diffusers and, in the sub-folder `peft`, for peft.
 
     `pipe.load_lora_weights(folder)` of an SD or SDXL pipeline and `PeftModel.from_pretrained(unet, folder / "peft")`
     then compute what `unet` computes. For `state` see `lora_state_dict`.
+
+    Raises:
+        ValueError: an adapter that `state` lacks, or a value that the dtype cannot hold.
     """
-    weights: dict[str, Any] = lora_state_dict(unet, state)
-    config: LoraConfig = unet.peft_config[_ADAPTER]
-    StableDiffusionLoraLoaderMixin.save_lora_weights(  # SDXL's file is no different
-        folder, unet_lora_layers=weights, unet_lora_adapter_metadata=_portable(config)
-    )
-    peft_folder = Path(folder) / _PEFT_FOLDER
-    config.save_pretrained(str(peft_folder))
-    prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-    save_file(prefixed, peft_folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights: dict[str, Any] = {n: rounded(n, tensor, dtype) for n, tensor in lora_state_dict(unet, state).items()}
+    config = lora_config(unet)
+    if "diffusers" in formats:
+        StableDiffusionLoraLoaderMixin.save_lora_weights(  # SDXL's file is no different
+            folder, unet_lora_layers=weights, unet_lora_adapter_metadata=_portable(config)
+        )
+    if "peft" in formats:
+        peft_folder = Path(folder) / _PEFT_FOLDER
+        config.save_pretrained(str(peft_folder))
+        prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        save_file(prefixed, peft_folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def merge_lora(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None = None) -> None:
+    """Adds the adapters to the weights they adapt and takes them off: a plain network that computes the same.
+
+    For `state` see `lora_state_dict`.
+
+    Raises:
+        ValueError: if there is no adapter, or `state` lacks one of them.
+    """
+    values = _values(unet, state)
+    for name, parameter in adapters(unet).items():
+        parameter.data.copy_(values[name])
+    unet.fuse_lora()
+    unet.unload_lora()
 
 
 def _portable(config: LoraConfig) -> dict[str, Any]:

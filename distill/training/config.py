@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
@@ -84,20 +85,30 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """The trajectory store: how it is written (all but the last two) and read.
+    """The store: how it is written (all but the last two) and read.
 
     `guidance` is the teacher's w in `uncond + w (cond - uncond)`: a number, or a range [w_min, w_max] that every
-    trajectory draws its own from. `keep` is all, milestones (the edges of `segments` equal segments), or times.
+    trajectory draws its own from; null where nothing was solved. `keep` is all, milestones (the edges of `segments`
+    equal segments), or times.
+
+    From pictures (`data=images`): `images` are tars or a folder, `min_size` is pixels of the shorter side (null: the
+    teacher's resolution), `max_aspect_ratio` longer over shorter side, `vae` an autoencoder in place of the teacher's,
+    `prompt_column` names the caption in JSON, and `num_samples` null takes them all.
     """
 
     store: str
     prompts: str | None = None
     prompt_column: str | None = None
-    num_samples: Positive = 2000
+    images: str | None = None
+    min_size: Positive | None = None
+    max_aspect_ratio: Annotated[float, Field(ge=1)] = 2.0
+    crop: Literal["center", "random"] = "center"
+    vae: str | None = None
+    num_samples: Positive | None = 2000
     samples_per_shard: Positive = 100
     solver: Literal["ddim", "heun", "dpmpp_2m"] = "ddim"
     solver_steps: Positive = 50
-    guidance: Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+    guidance: Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None
     keep: Literal["all", "milestones"] | list[Natural] = "all"
     segments: Positive = 8
     dtype: Literal["float16", "float32"] = "float16"
@@ -136,35 +147,83 @@ class TrainSettings(Settings):
     validation_prompts: list[str] | str | None
     validation_steps: Positive
     validation_sampling_steps: Positive
+    validation_guidance: Annotated[float, Field(ge=0)] = 7.5  # runs of before it existed have none
     report_to: list[Literal["jsonl", "wandb", "tensorboard"]] | Literal["jsonl", "wandb", "tensorboard"]
     log_every: Positive
 
 
 class SampleSettings(Settings):
-    """`configs/sample.yaml`: pictures from a pipeline, with or without a LoRA, or from a run."""
+    """`configs/sample.yaml`: pictures from a pipeline, with or without a LoRA, or from a run; or a sweep over settings."""
 
     model: ModelSettings
     run: str | None
     lora: str | None
     lora_scale: float
     prompts: str | list[str]
-    steps: Positive | list[Positive]
-    guidance: Annotated[float, Field(ge=0)] | None
+    negative_prompt: str | None
+    sweep: Literal["steps", "guidance", "lora"] | None
+    steps: Positive | list[Positive] | None
+    guidance: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=1)]] | None
     sampler: Literal["lcm", "ddim", "heun", "dpmpp_2m"] | None
     spacing: Literal["lcm", "trailing", "leading"] | None
+    teacher: str | None
+    teacher_steps: Positive
+    teacher_guidance: Annotated[float, Field(ge=0)]
     num_images_per_prompt: Positive
     batch_size: Positive
     seed: Natural
     output_dir: str
 
 
+class PlugInSettings(Settings):
+    """`configs/plug_in.yaml`: the toy LCM-LoRA on a fine-tuned teacher and beside a style LoRA."""
+
+    lora: str
+    output_dir: str
+    n: Annotated[int, Field(ge=100)]
+    steps: list[Positive]
+    weights: list[float]
+    teacher_steps: Positive
+    guidance: Annotated[float, Field(ge=0)]
+    guidances: list[Annotated[float, Field(ge=0)]]
+    fine_tune_steps: Positive
+    style_steps: Positive
+    style_rank: Positive
+    style_alpha: Annotated[float, Field(gt=0)]
+    pictures: Positive
+    train_batch_size: Positive
+    batch_size: Positive
+    seed: Natural
+
+
+def check_repository(name: str | None) -> str | None:
+    """Raises ValueError for what cannot be the name of a repository on the hub; None is no repository."""
+    if name is not None:
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            name = ""
+        if name.count("/") != 1:
+            raise ValueError("must be organisation/name, of letters, digits, '-', '_' and '.', or null")
+    return name
+
+
+Repository = Annotated[str | None, AfterValidator(check_repository)]
+
+
 class ExportSettings(Settings):
-    """`configs/export.yaml`: files that diffusers and PEFT load, from a run's checkpoint."""
+    """`configs/export.yaml`: files that other people's programs load, from a run's checkpoint."""
 
     run: str
     checkpoint: str | int
     use_ema: bool
     output_dir: str
+    formats: Annotated[list[str], Field(min_length=1)] | None
+    dtype: Literal["float16", "bfloat16", "float32"]
+    card_prompts: list[str] | None
+    metrics: str | None
+    push_to_hub: Repository
+    hub_private: bool
 
 
 class EvaluateSettings(Settings):
@@ -172,6 +231,7 @@ class EvaluateSettings(Settings):
 
     run: str
     lora: str
+    guidance: Annotated[float, Field(ge=0)] | None
     output_dir: str
     n: Annotated[int, Field(ge=100)]
     tuning_n: Annotated[int, Field(ge=100)]

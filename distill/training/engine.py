@@ -18,7 +18,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from distill.diffusion.prediction import Denoiser
+from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
 from distill.diffusion.random import Context, seed_of
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Losses, Turn
@@ -65,6 +65,19 @@ _OWN_DEEPSPEED_KEYS = (
 
 class NonFiniteError(RuntimeError):
     """Loss or gradient was not finite for too many steps in a row."""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """A trained network that answers, without gradient, as the moving average of its weights."""
+
+    denoiser: Denoiser
+    trained: Trained
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
+        with self.trained.averaged():
+            return self.denoiser(x_t, t, conditioning)
 
 
 class Engine:
@@ -255,16 +268,24 @@ class Engine:
 
     @contextmanager
     def networks(self, turn: Turn) -> Iterator[Mapping[str, Denoiser]]:
-        """This turn's networks: the one it updates wrapped and trainable, the others bare and frozen, until the end."""
+        """This turn's networks: the one it updates wrapped and trainable, the others bare and frozen, until the end.
+
+        The moving average of a trained network is there too, as "NAME_ema".
+        """
         updated = self._in_training(turn.updates)
         others = [p for name, t in self._trained.items() if name != turn.updates for p in t.parameters.values()]
         for p in others:
             p.requires_grad_(False)
         try:
-            yield {**self._denoisers, turn.updates: replace(self._denoisers[turn.updates], module=updated.wrapped)}
+            wrapped = replace(self._denoisers[turn.updates], module=updated.wrapped)
+            yield {**self._denoisers, **self._averages(), turn.updates: wrapped}
         finally:
             for p in others:
                 p.requires_grad_(True)
+
+    def _averages(self) -> dict[str, Denoiser]:
+        kept = {name: trained for name, trained in self._trained.items() if trained.ema is not None}
+        return {f"{name}_ema": Averaged(self._denoisers[name], trained) for name, trained in kept.items()}
 
     @contextmanager
     def inference(self, name: str, ema: bool = False) -> Iterator[Denoiser]:

@@ -1,37 +1,285 @@
-"""From a run's checkpoint to files that other people's programs load."""
+"""From a run's checkpoint to a folder of files that other people's programs load."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from hydra.utils import get_class
+
+from distill.data.storage import sync_folder
 from distill.models.families import load_teacher
+from distill.models.formats import LORA_FORMATS, save_pipeline, save_unet
 from distill.training.checkpoint import read_weights
-from distill.training.config import build, checking
+from distill.training.config import ConfigError, TrainSettings, build, checking
 from distill.training.run import checkpoints_of, read_run
 
+FACTS = "distill.json"
+"""In every export: what it is and which files it wrote, for machines. `README.md` is for people."""
 
-def export_run(run: str | Path, output_dir: str | Path, checkpoint: str | int = "latest", use_ema: bool = True) -> Path:
-    """Writes the student of a run to `output_dir` and returns that folder.
+
+@dataclass(frozen=True)
+class Export:
+    """What is known of an exported student.
 
     Args:
-        checkpoint: `latest` or a step.
-        use_ema: the moving average of the weights, where the run keeps one.
+        name: of the export, and of kohya's file.
+        formats: those it holds.
+        dtype: of its weights in the files.
+        base_model: the teacher's hub id, or its folder's name; `base_hash` is its identity.
+        family: the teacher's.
+        step: of the checkpoint.
+        ema: whether its weights are the moving average.
+        guidance: lowest and highest w that the student learned from.
+        told_guidance: whether w is an input of the student; else it is built in.
+        settings: of the run.
+    """
+
+    name: str
+    formats: tuple[str, ...]
+    dtype: str
+    base_model: str
+    base_hash: str
+    family: str
+    step: int
+    ema: bool
+    guidance: tuple[float, float]
+    told_guidance: bool
+    settings: TrainSettings
+
+    @property
+    def guidance_scale(self) -> float:
+        """What to draw with: 1, or, where w is an input, the validation's w as far as the student has learned it."""
+        low, high = self.guidance
+        return min(max(self.settings.validation_guidance, low), high) if self.told_guidance else 1.0
+
+    def facts(self) -> dict[str, Any]:
+        """Values of JSON, without this machine's paths."""
+        return asdict(self) | {"settings": _without_paths(self.settings.model_dump(mode="json"))}
+
+
+def export_run(
+    run: str | Path,
+    output_dir: str | Path,
+    checkpoint: str | int = "latest",
+    use_ema: bool = True,
+    formats: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Writes the student of a run to `output_dir` and returns that folder; for the arguments see `write_student`.
 
     Raises:
         FileNotFoundError: no run there.
-        ConfigError: no such checkpoint, or a damaged one.
+        ConfigError: see `write_student` and `published`.
+    """
+    with published(output_dir) as folder:
+        write_student(folder, run, Path(output_dir).resolve().name, checkpoint, use_ema, formats, dtype)
+    return Path(output_dir)
+
+
+def write_student(
+    folder: Path,
+    run: str | Path,
+    name: str,
+    checkpoint: str | int = "latest",
+    use_ema: bool = True,
+    formats: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Export:
+    """Writes a run's student and `distill.json` to a folder.
+
+    Args:
+        name: of the export.
+        checkpoint: `latest` or a step.
+        use_ema: the moving average of the weights, where the run keeps one.
+        formats: `diffusers`, `peft`, `kohya` (LoRA files), `unet` (a whole network), `pipeline` (the teacher's, with
+            that network and LCMScheduler); None takes the student's usual ones.
+        dtype: of the student's weights in the files; a pipeline's other parts are float32.
+
+    Raises:
+        FileNotFoundError: no run there, or its teacher is gone.
+        ConfigError: a format that the student cannot give; no such checkpoint, or a damaged one; a weight that the
+            dtype cannot hold.
     """
     settings = read_run(run)
+    student = build(settings.student)
+    wanted = _chosen(student, formats)
     with checking():
         step, weights = read_weights(checkpoints_of(run), "student", checkpoint, use_ema)
     model = settings.model
     teacher = load_teacher(model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant)
-    student = build(settings.student)
-    student.networks(teacher)
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    student.export(folder, teacher, weights)
-    facts = {"step": step, "use_ema": use_ema, "settings": settings.model_dump(mode="json")}
-    (folder / "distill.json").write_text(json.dumps(facts, indent=1) + "\n")
-    return folder
+    student.networks(teacher, keep_teacher=False)
+    export = Export(
+        name=name,
+        formats=wanted,
+        dtype=str(dtype).removeprefix("torch."),
+        base_model=teacher.teacher_id.removesuffix(f"@{model.revision}"),
+        base_hash=teacher.teacher_hash,
+        family=teacher.family.name,
+        step=step,
+        ema=use_ema and settings.ema_decay is not None,
+        guidance=learned_guidance(settings),
+        told_guidance=teacher.denoiser().guidance_embedding_dim is not None,
+        settings=settings,
+    )
+    with checking():
+        if lora := [f for f in wanted if f in LORA_FORMATS]:
+            student.export_lora(folder, teacher, weights, lora, dtype, name)
+        if len(lora) < len(wanted):
+            student.finish(teacher, weights)
+        if "pipeline" in wanted:  # which has the sub-folder `unet` too
+            path = model.pretrained_model_name_or_path
+            save_pipeline(folder, teacher.unet, path, dtype, model.revision, model.variant)
+        elif "unet" in wanted:
+            save_unet(folder, teacher.unet, dtype)
+    (folder / FACTS).write_text(json.dumps(export.facts(), indent=1) + "\n")
+    return export
+
+
+def _chosen(student: Any, formats: Sequence[str] | None) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(student.usual_formats if formats is None else formats))
+    for name in chosen:
+        if name not in student.formats:
+            kind = type(student).__name__
+            raise ConfigError(
+                f"formats: a {kind} cannot be exported as {name!r}; allowed: {', '.join(student.formats)}"
+            )
+    return chosen
+
+
+def check_formats(settings: TrainSettings, formats: Sequence[str] | None) -> None:
+    """Raises ConfigError for a format that the run's student cannot give, before anything is loaded."""
+    _chosen(build(settings.student), formats)
+
+
+def learned_guidance(settings: TrainSettings) -> tuple[float, float]:
+    """The lowest and the highest w that a run's student learns from: its method's own, or its trajectories'."""
+    constants = {
+        **{name: p.default for name, p in inspect.signature(get_class(settings.method["_target_"])).parameters.items()},
+        **settings.method,
+    }
+    if constants.get("source") == "noised":
+        return constants["w_min"], constants["w_max"]
+    w = 1.0 if settings.data.guidance is None else settings.data.guidance
+    return w if isinstance(w, tuple) else (w, w)
+
+
+def _without_paths(value: Any) -> Any:
+    """Values of JSON with the last part of each path that only this machine has."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(v) for v in value]
+    return Path(value).name if isinstance(value, str) and re.match(r"[/~]", value) else value
+
+
+# ---- the folder ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def published(output_dir: str | Path) -> Iterator[Path]:
+    """A folder to write an export to; it becomes `output_dir` when all is written, and is removed if something fails.
+
+    An export that is there already is replaced, and nothing else ever is.
+
+    Raises:
+        ConfigError: something else than an export is at `output_dir`.
+    """
+    final = Path(output_dir).expanduser().resolve()
+    _require_replaceable(final)
+    aside = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        _seal(aside)
+        _require_replaceable(final)
+        _replace(final, aside)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _require_replaceable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir={folder} is a file")
+    found = _sizes(folder)
+    if not found:
+        return
+    try:
+        written: Mapping[str, int] = json.loads((folder / FACTS).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"output_dir={folder} holds something else than an export: choose another") from None
+    for path, size in found.items():
+        if path != FACTS and written.get(path) != size:
+            state = "was changed since" if path in written else "is not of it"
+            raise ConfigError(f"output_dir={folder} holds an export, but {path} {state}: move it, or choose another")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(p for p in folder.rglob("*") if not p.is_dir())
+    return {p.relative_to(folder).as_posix(): p.lstat().st_size for p in files}
+
+
+def _seal(folder: Path) -> None:
+    """Notes in distill.json which files the export has, and has them all on the disk."""
+    facts = json.loads((folder / FACTS).read_text())
+    files = {path: size for path, size in _sizes(folder).items() if path != FACTS}
+    (folder / FACTS).write_text(json.dumps(facts | {"files": files}, indent=1) + "\n")
+    for path in (*files, FACTS):
+        with (folder / path).open("rb") as file:
+            os.fsync(file.fileno())
+    for inner in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        sync_folder(inner)
+
+
+def _replace(final: Path, aside: Path) -> None:
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    aside.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# ---- the hub ------------------------------------------------------------------------------------------------------
+
+
+def require_login(repository: str) -> None:
+    """Raises ConfigError, without asking the hub, if huggingface_hub knows no login."""
+    if get_token() is None:
+        raise ConfigError(f"push_to_hub={repository} needs a login, and there is none: run `hf auth login`")
+
+
+def push(folder: Path, repository: str, private: bool = True) -> str:
+    """Uploads an export, as it is, to a model repository of the hub, which is made if it is not there.
+
+    Returns its address. Uses huggingface_hub's own login.
+
+    Raises:
+        ConfigError: the hub refuses or cannot be reached, or a public repository is there and a private one is wanted.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise ConfigError(
+                f"push_to_hub={repository} is public: if that is meant, set hub_private=false "
+                f"(the export is complete in {folder})"
+            )
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export of {folder.name}")
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"push_to_hub={repository}: {reason} (the export is complete in {folder})") from None
+    return str(url)

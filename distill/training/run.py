@@ -34,6 +34,7 @@ FREE = frozenset(
         "validation_prompts",
         "validation_steps",
         "validation_sampling_steps",
+        "validation_guidance",
         "report_to",
         "log_every",
         "data",

@@ -147,12 +147,16 @@ class Trained(ABC):
             _copy(self.masters(), self.ema)
         self.load_state(folder)
 
-    @contextmanager
-    def _average_in_masters(self) -> Iterator[None]:
+    @property
+    def _average(self) -> list[Tensor]:
         if self.ema is None:
             raise ValueError("no moving average is kept: set ema_decay")
+        return self.ema
+
+    @contextmanager
+    def _average_in_masters(self) -> Iterator[None]:
         kept = [m.detach().clone() for m in self.masters()]
-        _copy(self.ema, self.masters())
+        _copy(self._average, self.masters())
         try:
             yield
         finally:
@@ -233,6 +237,19 @@ class Replicated(Trained):
     def load_whole(self, weights: Mapping[str, Tensor]) -> None:
         _copy([weights[name] for name in self.parameters], self.masters())
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Weights and average change places, without a copy: a target network may do so in every step."""
+        for p, average in zip(self.parameters.values(), self._average, strict=True):
+            p.data, average.data = average.data, p.data
+
     def spread(self) -> None:
         pass  # the masters are the network's weights
 
@@ -284,10 +301,8 @@ class Partitioned(Trained):
         return weights
 
     def load_whole(self, weights: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, parameter in self.parameters.items():
-            safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+            _set_fp32(parameter, weights[name].to(parameter.device))
 
     def spread(self) -> None:
         _spread_partitions(self._engine.optimizer)
@@ -326,11 +341,26 @@ def _copy(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 
 
 def _fp32_partitions(optimizer: Any) -> list[Tensor]:
-    """This rank's share of the float32 weights. DeepSpeed's internals: named in these two functions, nowhere else."""
+    """This rank's share of the float32 weights. DeepSpeed's internals: named in these functions, nowhere else."""
     for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
         if partitions := getattr(optimizer, attribute, None):
             return [partition.detach() for partition in partitions]
     raise RuntimeError(f"this DeepSpeed's {type(optimizer).__name__} does not show its float32 partitions")
+
+
+@torch.no_grad()
+def _set_fp32(parameter: Any, value: Tensor) -> None:
+    """`safe_set_full_fp32_param`, which at ZeRO-3 cannot set a weight whose elements the ranks do not share evenly."""
+    if not hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value)
+        return
+    optimizer = parameter._z3_optimizer
+    share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=None)
+    first = share.numel() * optimizer._get_param_partition_rank(parameter)
+    mine = value.flatten()[first : first + share.numel()]
+    share[: mine.numel()].copy_(mine)
 
 
 @torch.no_grad()

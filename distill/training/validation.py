@@ -20,7 +20,7 @@ class Validation:
 
     Args:
         teacher: with its VAE.
-        conditioning: of the prompts, [B, ...].
+        conditioning: of the prompts, [B, ...]; its "guidance" [B] is told to a student that takes it as an input.
         steps: of LCM sampling.
         seed: of the pictures' noise.
     """

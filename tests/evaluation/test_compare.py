@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.diffusion.guidance import guided
+from distill.diffusion.prediction import Conditioning, Denoised
 from distill.evaluation.cache import Cache, weights_hash
 from distill.evaluation.compare import FIRST_SEED, Setting, generate, seeds_of
 from tests.analytic import gaussian, gaussian_flow
@@ -32,6 +34,7 @@ def latents(setting: Setting, batch_size: int = 64, prompts: list[str] = PROMPTS
         (Setting("teacher", "heun", 3, 2.0), 10),
         (Setting("teacher", "dpmpp_2m", 5, 2.0), 10),
         (Setting("student", "lcm", 2, 1.0, "lcm"), 2),
+        (Setting("student", "lcm", 2, 7.5, "lcm", embedded=True), 2),
     ],
 )
 def test_nfe_is_what_the_network_is_asked(setting: Setting, nfe: int) -> None:
@@ -41,6 +44,25 @@ def test_nfe_is_what_the_network_is_asked(setting: Setting, nfe: int) -> None:
     assert setting.nfe == nfe
     assert denoiser.evaluations == nfe * len(PROMPTS)
     assert told == [2 * setting.work, 2 * setting.work, setting.work]
+
+
+@pytest.mark.parametrize("w", [1.0, 4.0])
+def test_a_network_that_takes_the_guidance_is_told_it(w: float) -> None:
+    """One that answers as its guided teacher does draws the guided teacher's pictures, in half the evaluations."""
+    teacher, told = GaussianDenoiser(), []
+
+    def student(x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> Denoised:
+        told.append(conditioning["guidance"])
+        return guided(teacher, Surroundings().unconditional(), conditioning["guidance"])(x_t, t, plain(conditioning))
+
+    def plain(conditioning: Conditioning) -> Conditioning:
+        return {name: x for name, x in conditioning.items() if name != "guidance"}
+
+    setting = Setting("s", "ddim", 5, w, embedded=True)
+    batches = list(generate(Surroundings(), student, PROMPTS, range(5, 10), setting, 2))
+    expected = latents(Setting("t", "ddim", 5, w))
+    torch.testing.assert_close(torch.cat([b.latents for b in batches]), expected, rtol=0, atol=1e-5)
+    assert [t.tolist() for t in told[::5]] == [[w, w], [w, w], [w]]
 
 
 @pytest.mark.parametrize("setting", [Setting("t", "ddim", 5, 2.0), Setting("t", "lcm", 4, 1.0, "lcm")])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -52,9 +53,13 @@ def gradients(*nets: nn.Module) -> list[Tensor | None]:
 # --- the recipe of diffusers' consistency-distillation scripts, from its formulas: network indices, the printed w ---
 
 
+Raw = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
 def recipe(
-    student: Net,
-    teacher: Net,
+    student: Raw,
+    target: Raw,
+    teacher: Raw,
     prediction: Prediction,
     z0: Tensor,
     noise: Tensor,
@@ -66,7 +71,7 @@ def recipe(
     loss_type: str,
     huber_c: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, z_s, z_n) for solver intervals i [B] and printed guidance weights w [B]."""
+    """(loss, z_s, z_n) for solver intervals i [B] and printed guidance weights w [B]; `target` is theta'."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = torch.cumprod(1 - betas, 0)
     tau = torch.arange(1, 1000 // k + 1) * k - 1
@@ -84,20 +89,20 @@ def recipe(
             return output, (z - alpha * output) / sigma
         return alpha * z - sigma * output, alpha * output + sigma * z
 
-    def consistency(z: Tensor, index: Tensor) -> Tensor:
+    def consistency(network: Raw, z: Tensor, index: Tensor) -> Tensor:
         scaled = 10.0 * index.double()
         c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
-        x0, _ = x0_and_eps(student(z, index, {"prompt": prompt}), z, index)
+        x0, _ = x0_and_eps(network(z, index, {"prompt": prompt}), z, index)
         return wide(c_skip) * z + wide(c_out) * x0
 
     z_s = wide(abar[start].sqrt()) * z0 + wide((1 - abar[start]).sqrt()) * noise
-    f_s = consistency(z_s, start)
+    f_s = consistency(student, z_s, start)
     with torch.no_grad():
         x0_c, e_c = x0_and_eps(teacher(z_s, start, {"prompt": prompt}), z_s, start)
         x0_u, e_u = x0_and_eps(teacher(z_s, start, {"prompt": empty}), z_s, start)
         x0, e = x0_c + wide(w) * (x0_c - x0_u), e_c + wide(w) * (e_c - e_u)
         z_n = wide(abar_prev[i].sqrt()) * x0 + wide((1 - abar_prev[i]).sqrt()) * e
-        y = consistency(z_n, ended)
+        y = consistency(target, z_n, ended)
     if loss_type == "l2":
         loss = ((f_s - y) ** 2).mean()
     else:
@@ -108,17 +113,17 @@ def recipe(
 class Setting:
     """One student, teacher and batch, seen by both implementations."""
 
-    def __init__(self, prediction: Prediction, loss: str, lowest: bool, skip: int = 20) -> None:
-        self.lcm = LCM(SCHEDULE, "noised", skip=skip, w_min=4.0, w_max=16.0, loss=loss, huber_c=0.01)
-        self.prediction, self.student, self.teacher = prediction, Net(), Net()
+    def __init__(self, prediction: Prediction, loss: str, lowest: bool, target: str = "student") -> None:
+        self.lcm = LCM(SCHEDULE, "noised", target, skip=20, w_min=4.0, w_max=16.0, loss=loss, huber_c=0.01)
+        self.prediction, self.student, self.average, self.teacher = prediction, Net(), Net(), Net()
         several = Context(seed=1, step=5, positions=tuple(range(400)))
-        is_lowest = several.integers(1, 1000 // skip + 1, "t") == 1
+        is_lowest = several.integers(1, 51, "t") == 1
         self.context = replace(several, positions=tuple(torch.where(is_lowest == lowest)[0][:60].tolist()))
         self.batch = clean_batch(len(self.context.positions))
 
     @property
     def networks(self) -> dict[str, Denoiser]:
-        nets = {"student": self.student, "teacher": self.teacher}
+        nets = {"student": self.student, "student_ema": self.average, "teacher": self.teacher}
         return {name: denoiser_of(net, self.prediction, SCHEDULE) for name, net in nets.items()}
 
     def theirs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +134,8 @@ class Setting:
         c, u = self.batch.conditioning["prompt"], self.batch.unconditional["prompt"]
         noise = self.context.normal(x, "noise")
         arguments = (self.prediction, x, noise, i, w, c, u, self.lcm.skip, self.lcm.distance, self.lcm.huber_c)
-        return recipe(self.student, self.teacher, *arguments)
+        target = self.average if self.lcm.target == "student_ema" else self.student
+        return recipe(self.student, target, self.teacher, *arguments)
 
     def gradients_of(self, loss: Tensor) -> list[Tensor | None]:
         self.student.zero_grad()
@@ -139,18 +145,19 @@ class Setting:
 
 @pytest.mark.parametrize("prediction", Prediction)
 @pytest.mark.parametrize("loss", ["huber", "l2"])
-def test_noised_source_is_the_recipe_number_for_number(prediction: Prediction, loss: str) -> None:
+@pytest.mark.parametrize("target", ["student", "ema"])
+def test_noised_source_is_the_recipe_number_for_number(prediction: Prediction, loss: str, target: str) -> None:
     """Loss and gradients, on every interval but the lowest."""
-    both = Setting(prediction, loss, lowest=False)
+    both = Setting(prediction, loss, lowest=False, target=target)
     theirs, z_s, z_n = both.theirs()
     ours = both.lcm.loss(both.networks, both.batch, both.context).total
-    step = both.lcm.noised(both.networks["teacher"], both.batch, both.context)
+    step, _ = both.lcm.noised(both.networks["teacher"], both.batch, both.context)
 
     assert len(set(step.t.tolist())) > 30 and step.t.min() == 40
     torch.testing.assert_close((step.x_t, step.x_s), (z_s, z_n), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
     torch.testing.assert_close(both.gradients_of(ours), both.gradients_of(theirs), rtol=1e-8, atol=1e-12)
-    assert all(p.grad is None for p in both.teacher.parameters())
+    assert all(p.grad is None for net in (both.teacher, both.average) for p in net.parameters())
 
 
 @pytest.mark.parametrize("prediction", Prediction)
@@ -173,7 +180,7 @@ def test_the_lowest_interval_ends_at_clean_data_and_the_recipes_at_index_0(predi
     """Ours compares with the guided teacher's x0 itself; theirs with what still has the noise of index 0 on it."""
     both = Setting(prediction, "l2", lowest=True)
     theirs, z_s, z_n = both.theirs()
-    step = both.lcm.noised(both.networks["teacher"], both.batch, both.context)
+    step, _ = both.lcm.noised(both.networks["teacher"], both.batch, both.context)
     assert set(step.t.tolist()) == {20} and set(step.s.tolist()) == {0}
     torch.testing.assert_close(step.x_t, z_s, rtol=0, atol=1e-12)
 
@@ -193,7 +200,7 @@ def test_the_lowest_interval_ends_at_clean_data_and_the_recipes_at_index_0(predi
 def test_a_trajectorys_pair_is_the_noised_sources_pair() -> None:
     """From the same x_t at the same w, one DDIM step of a stored solve is the step of the noised source."""
     both = Setting(Prediction.EPSILON, "l2", lowest=False)
-    step = both.lcm.noised(both.networks["teacher"], both.batch, both.context)
+    step, _ = both.lcm.noised(both.networks["teacher"], both.batch, both.context)
     w = both.context.uniform(4.0, 16.0, "w")
     for i in range(0, len(w), 7):
         c, u = ({"prompt": x["prompt"][i : i + 1]} for x in (both.batch.conditioning, both.batch.unconditional))
@@ -246,7 +253,7 @@ def test_the_teacher_gets_no_gradient(source: str) -> None:
 
 def test_no_graph_of_the_teacher_is_kept() -> None:
     both = Setting(Prediction.EPSILON, "l2", lowest=False)
-    step = both.lcm.noised(both.networks["teacher"], both.batch, both.context)
+    step, _ = both.lcm.noised(both.networks["teacher"], both.batch, both.context)
     assert not step.x_t.requires_grad and not step.x_s.requires_grad
 
 
@@ -325,8 +332,9 @@ def test_noised_source_draws_its_times_and_guidance_as_told(skip: int, w_min: fl
         {"prompt": torch.zeros(1, 1)},
         torch.ones(n),
     )
-    step = lcm.noised(teacher, batch, Context(0, 0, tuple(range(n))))
+    step, drawn = lcm.noised(teacher, batch, Context(0, 0, tuple(range(n))))
     w = step.x_s.flatten() / SCHEDULE.alpha(step.s, step.x_s).flatten()
+    torch.testing.assert_close(w, drawn.double())
     counts = torch.bincount(step.t // skip)[1:]
     assert torch.equal(step.s, step.t - skip) and len(counts) == 1000 // skip
     assert (counts - n * skip / 1000).abs().max() <= 4 * (n * skip / 1000) ** 0.5
@@ -352,9 +360,51 @@ def test_reads_and_turns() -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "target", "asks"),
+    [
+        ("trajectory", "student", ()),
+        ("trajectory", "ema", ("student_ema",)),
+        ("noised", "student", ("teacher",)),
+        ("noised", "ema", ("teacher", "student_ema")),
+    ],
+)
+def test_asks_for_the_networks_that_its_loss_calls_and_no_others(
+    source: str, target: str, asks: tuple[str, ...]
+) -> None:
+    lcm = LCM(SCHEDULE, source, target)
+    assert lcm.asks == asks
+    networks = {name: denoiser_of(Net(), Prediction.EPSILON, SCHEDULE) for name in ("student", *asks)}
+    batch = stored_batch(torch.tensor([[40, 20]]))
+    lcm.loss(networks, batch, Context(0, 0, (0,)))
+    for name in asks:
+        with pytest.raises(KeyError, match=name):
+            lcm.loss({n: d for n, d in networks.items() if n != name}, batch, Context(0, 0, (0,)))
+
+
+@pytest.mark.parametrize("source", ["trajectory", "noised"])
+def test_the_student_is_told_the_guidance_of_its_step_and_the_teacher_is_not(source: str) -> None:
+    told: dict[str, list[Tensor | None]] = {"student": [], "teacher": []}
+
+    def spy(name: str) -> Denoiser:
+        def call(x: Tensor, t: Tensor, c: Conditioning) -> Denoised:
+            told[name].append(c.get("guidance"))
+            return Denoised(x, x)
+
+        return call
+
+    batch = replace(stored_batch(torch.tensor([[40, 20], [60, 40]])), guidance=torch.tensor([3.0, 8.0]))
+    context = Context(0, 0, (0, 1))
+    LCM(SCHEDULE, source).loss({name: spy(name) for name in told}, batch, context)
+    w = batch.guidance if source == "trajectory" else context.uniform(4.0, 16.0, "w")
+    assert len(told["student"]) == 2 and all(torch.equal(seen, w) for seen in told["student"])  # type: ignore[arg-type]
+    assert all(seen is None for seen in told["teacher"])
+
+
+@pytest.mark.parametrize(
     ("bad", "message"),
     [
         ({"source": "images"}, "method.source must be one of trajectory, noised, got 'images'"),
+        ({"target": "mean"}, "method.target must be one of student, ema, got 'mean'"),
         ({"loss": "l1"}, "method.loss must be one of huber, l2, got 'l1'"),
         ({"skip": 0}, "method.skip must divide the schedule's 1000 times, got 0"),
         ({"skip": -20}, "method.skip must divide the schedule's 1000 times, got -20"),

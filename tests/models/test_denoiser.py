@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,18 +92,35 @@ def test_picture_sizes_are_not_rounded_to_bfloat16():
 
 @torch.no_grad()
 def test_a_guidance_embedding_reaches_the_time_embedding():
-    unet = tiny_unet(time_cond_proj_dim=6)
-    c = tiny_conditioning("sd15", len(T)) | {"timestep_cond": torch.randn(len(T), 6)}
-    got = NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON)(_noisy(), T, c)
-    expected = unet(_noisy(), T - 1, c["encoder_hidden_states"], timestep_cond=c["timestep_cond"]).sample
-    assert torch.equal(got.eps, expected)
-    assert not torch.equal(got.eps, _raw(unet, _noisy(), T - 1, c))
+    """As the features that diffusers' own pipelines make of `guidance_scale`, less one."""
+    unet, w = tiny_unet(time_cond_proj_dim=6), torch.linspace(1, 8, len(T))
+    c = tiny_conditioning("sd15", len(T))
+    got = NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON)(_noisy(), T, c | {"guidance": w})
+    features = StableDiffusionPipeline.get_guidance_scale_embedding(None, w - 1, embedding_dim=6)
+    expected = unet(_noisy(), T - 1, c["encoder_hidden_states"], timestep_cond=features).sample
+    torch.testing.assert_close(got.eps, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(got.eps, _raw(unet, _noisy(), T - 1, c), atol=1e-3)
+
+
+@torch.no_grad()
+def test_guidance_is_nothing_to_a_network_without_an_embedding_of_it():
+    denoiser, c = NetworkDenoiser(tiny_unet(), SCHEDULE, Prediction.EPSILON), tiny_conditioning("sd15", len(T))
+    assert torch.equal(denoiser(_noisy(), T, c).eps, denoiser(_noisy(), T, c | {"guidance": torch.ones(len(T))}).eps)
+
+
+def test_a_network_with_a_guidance_embedding_wants_the_guidance():
+    denoiser = NetworkDenoiser(tiny_unet(time_cond_proj_dim=6), SCHEDULE, Prediction.EPSILON)
+    with pytest.raises(ValueError, match="the conditioning lacks 'guidance'; it has"):
+        denoiser(_noisy(), T, tiny_conditioning("sd15", len(T)))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c | {"prompt": T}, "'prompt' is not known; allowed: encoder_hidden_states, timestep_cond, text_e"),
+        (
+            lambda c: c | {"prompt": T},
+            "'prompt' is not known; allowed: encoder_hidden_states, text_embeds, time_ids",
+        ),
         (lambda c: {}, "lacks 'encoder_hidden_states'"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import distill.toy
 from distill.diffusion.guidance import guided
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.schedule import NoiseSchedule
@@ -19,6 +20,7 @@ from distill.diffusion.solver import solve, trailing_times
 from distill.models.families import load_teacher
 from distill.models.folder import _patterns
 from distill.models.lora import add_lora
+from distill.toy import world
 from tests.tiny import CHANNELS, FAMILIES, TOKENS, save_tiny, tiny_pipeline
 
 PROMPTS = ["a cat", "", "ein Öl-Gemälde, viel länger als das Fenster", "two  Cats!"]
@@ -154,6 +156,124 @@ def test_decode_undoes_the_autoencoders_normalisation(config, normalise, tmp_pat
     with torch.no_grad():
         expected = pipe.vae.decode(z).sample.clamp(-1, 1)
     torch.testing.assert_close(load_teacher(tmp_path, parts=("vae",)).decode(normalise(z)), expected)
+
+
+def pictures(teacher, count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 3, *(teacher.resolution,) * 2, generator=torch.Generator().manual_seed(4)) * 2 - 1
+
+
+def test_pictures_become_the_latents_that_diffusers_trains_on(teacher, pipeline):
+    """Its training scripts: `vae.encode(pixels).latent_dist.sample() * scaling_factor`."""
+    x = pictures(teacher)
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(x).latent_dist
+        expected = posterior.sample(torch.Generator().manual_seed(5)) * pipeline.vae.config.scaling_factor
+    noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(teacher.encode_pictures(x, noise), expected)
+    assert expected.shape == (2, *teacher.latent_shape)
+
+
+NORMALISED = [
+    {},
+    {"shift_factor": 0.4},
+    {"latents_mean": [1.0, 2, 3, 4, 5], "latents_std": [5.0, 4, 3, 2, 1], "shift_factor": 9.0},
+]
+
+
+@pytest.mark.parametrize("config", NORMALISED, ids=["plain", "shift", "mean and std"])
+def test_encoding_is_the_inverse_of_decoding(config, tmp_path):
+    """What `decode` hands the autoencoder's decoder is what its encoder gave `encode_pictures`."""
+    pipe = tiny_pipeline("sdxl")
+    pipe.vae.register_to_config(**config)
+    pipe.save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path, parts=("vae",))
+    x = pictures(teacher)
+    with torch.no_grad():
+        mean = pipe.vae.encode(x).latent_dist.mean
+        expected = pipe.vae.decode(mean).sample.clamp(-1, 1)
+    latents = teacher.encode_pictures(x, torch.zeros_like(mean))
+    torch.testing.assert_close(teacher.decode(latents), expected)
+
+
+def test_the_toys_pictures_come_back():
+    teacher = load_teacher(Path(distill.toy.__file__).parent / "teacher", parts=("vae",))
+    x, _, _ = world.sample(8, seed=1)
+    noise = torch.randn(8, *teacher.latent_shape, generator=torch.Generator().manual_seed(6))
+    back = teacher.decode(teacher.encode_pictures(x, noise))
+    assert (back - x).square().mean() < 0.02 * x.var()
+
+
+CROPS = [((1024, 683), (171, 0)), ((24, 24), (0, 0)), ((33, 50), (0, 7))]
+
+
+def test_cut_pictures_are_described_as_the_pipeline_describes_them(teacher, pipeline, family):
+    originals, corners = zip(*CROPS, strict=True)
+    ours = teacher.family.crop_conditioning(originals, corners, (24, 32))
+    if family == "sd15":
+        assert ours == {}
+        return
+    width = pipeline.text_encoder_2.config.projection_dim
+    theirs = [
+        pipeline._get_add_time_ids(original, corner, (24, 32), torch.float32, text_encoder_projection_dim=width)
+        for original, corner in CROPS
+    ]
+    assert torch.equal(ours["time_ids"], torch.cat(theirs))
+    assert ours["time_ids"][0].tolist() == [1024, 683, 171, 0, 24, 32]  # height first
+
+
+@pytest.fixture
+def fixed_vae(tmp_path) -> Path:
+    """The SDXL-shaped autoencoder with other weights, for itself."""
+    vae = tiny_pipeline("sdxl", seed=1).vae
+    vae.save_pretrained(tmp_path / "fixed")
+    return tmp_path / "fixed"
+
+
+def test_another_autoencoder_takes_the_place_of_the_teachers(fixed_vae, tmp_path):
+    folder = save_tiny(tmp_path / "teacher", "sdxl")
+    own = load_teacher(folder, parts=("text", "vae"))
+    other = load_teacher(folder, parts=("text", "vae"), vae=fixed_vae)
+    half = load_teacher(folder, parts=("text", "vae"), vae=fixed_vae, vae_dtype=torch.bfloat16)
+    assert half.vae.dtype == torch.bfloat16 and half.text[0].encoder.dtype == torch.float32
+    assert len({own.vae_hash, other.vae_hash, half.vae_hash}) == 3
+    assert own.vae_hash == load_teacher(folder, parts=("vae",)).vae_hash
+    assert own.teacher_hash == other.teacher_hash
+    assert not any(p.requires_grad for p in other.vae.parameters())
+
+    x, noise = pictures(own), torch.zeros(2, *own.latent_shape)
+    exact, rounded = (teacher.encode_pictures(x, noise) for teacher in (other, half))
+    with torch.no_grad():
+        mean = tiny_pipeline("sdxl", seed=1).vae.encode(x).latent_dist.mean
+    assert torch.equal(exact, mean * 0.7)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05 * exact.std().item())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scaling_factor": 0.3}, "has scaling_factor 0.3, the teacher's own has 0.7"),
+        ({"latent_channels": 4}, "has latent_channels 4, the teacher's own has 5"),
+        ({"shift_factor": 0.1}, "has shift_factor 0.1, the teacher's own has None"),
+        ({"block_out_channels": [8]}, "halves its pictures more or less often"),
+        ({"_class_name": "AutoencoderTiny"}, "is a AutoencoderTiny, not an AutoencoderKL"),
+    ],
+)
+def test_an_autoencoder_of_other_latents_is_refused(fixed_vae, tmp_path, changes, message):
+    folder = save_tiny(tmp_path / "teacher", "sdxl")
+    _edit(fixed_vae, "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_teacher(folder, parts=("vae",), vae=fixed_vae)
+
+
+def test_an_autoencoder_that_is_not_there_is_named(fixed_vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = save_tiny(tmp_path / "teacher", "sdxl")
+    (fixed_vae / "diffusion_pytorch_model.safetensors").rename(fixed_vae / "diffusion_pytorch_model.bin")
+    for path in (fixed_vae, "/nowhere/at/all", "nobody/nothing"):
+        with pytest.raises(FileNotFoundError, match=f"no autoencoder with safetensors weights at '{path}'") as caught:
+            load_teacher(folder, parts=("vae",), vae=path)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("force", "expected"), [(True, torch.float32), (False, torch.float16)])

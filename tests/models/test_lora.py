@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -22,6 +22,7 @@ from distill.models.lora import (
     load_lora,
     lora_layers,
     lora_state_dict,
+    merge_lora,
     save_lora,
 )
 from tests.tiny import CHANNELS, FAMILIES, save_tiny, tiny_conditioning, tiny_unet
@@ -29,7 +30,7 @@ from tests.tiny import CHANNELS, FAMILIES, save_tiny, tiny_conditioning, tiny_un
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
-def _output(unet: nn.Module, family: str) -> torch.Tensor:
+def output(unet: nn.Module, family: str) -> torch.Tensor:
     c = tiny_conditioning(family, 2)
     x = torch.randn(2, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0))
     added = {key: c[key] for key in ("text_embeds", "time_ids") if key in c}
@@ -65,24 +66,24 @@ def test_sizes_are_the_published_ones(name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_student_starts_as_the_teacher_and_off_stays_it_to_the_bit(family):
     unet = tiny_unet(family).requires_grad_(False)  # as loaded; torch rounds otherwise where weights are trainable
-    teacher = _output(unet, family)
+    teacher = output(unet, family)
     trained = add_lora(unet, rank=3, alpha=7)
-    torch.testing.assert_close(_output(unet, family), teacher)
+    torch.testing.assert_close(output(unet, family), teacher)
     for parameter in trained:
         nn.init.normal_(parameter, std=0.3)
-    student = _output(unet, family)
+    student = output(unet, family)
     assert not torch.allclose(student, teacher, atol=0.1)
 
     with adapters_off(unet):
-        assert torch.equal(_output(unet, family), teacher)
+        assert torch.equal(output(unet, family), teacher)
         with adapters_off(unet):
             pass
-        assert torch.equal(_output(unet, family), teacher)
+        assert torch.equal(output(unet, family), teacher)
         assert all(parameter.requires_grad for parameter in trained)
-    assert torch.equal(_output(unet, family), student)
+    assert torch.equal(output(unet, family), student)
     with pytest.raises(RuntimeError), adapters_off(unet):
         raise RuntimeError
-    assert torch.equal(_output(unet, family), student)
+    assert torch.equal(output(unet, family), student)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,10 +137,10 @@ def test_a_plain_diffusers_pipeline_computes_what_was_trained(family, alpha, tmp
     student = _trained(family, rank=4, alpha=alpha)
     save_lora(tmp_path / "lora", student)
     pipe = PIPELINES[family].from_pretrained(save_tiny(tmp_path / "teacher", family), safety_checker=None)
-    teacher = _output(pipe.unet, family)
+    teacher = output(pipe.unet, family)
     pipe.load_lora_weights(tmp_path / "lora")
-    torch.testing.assert_close(_output(pipe.unet, family), _output(student, family), rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(_output(student, family), teacher, atol=0.1)
+    torch.testing.assert_close(output(pipe.unet, family), output(student, family), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(output(student, family), teacher, atol=0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,7 +148,38 @@ def test_peft_computes_what_was_trained(family, tmp_path):
     student = _trained(family, rank=4, alpha=0.5)
     save_lora(tmp_path, student)
     loaded = PeftModel.from_pretrained(tiny_unet(family), tmp_path / "peft")
-    torch.testing.assert_close(_output(loaded, family), _output(student, family), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output(loaded, family), output(student, family), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rank, alpha", [(4, 2.5), (3, 8)])
+def test_a_merged_network_is_plain_and_computes_what_was_trained(family, rank, alpha):
+    student = _trained(family, rank, alpha)
+    expected, halves = output(student, family), {n: p / 2 for n, p in adapters(student).items()}
+    other = _trained(family, rank, alpha)
+    merge_lora(student)
+    assert type(student) is UNet2DConditionModel and not lora_layers(student)
+    assert student.state_dict().keys() == tiny_unet(family).state_dict().keys()
+    torch.testing.assert_close(output(student, family), expected, rtol=1e-4, atol=1e-4)
+
+    merge_lora(other, halves)  # B/2 times A/2
+    assert not torch.allclose(output(other, family), expected, atol=0.1)
+    layer, own = "mid_block.attentions.0.proj_out.weight", tiny_unet(family).state_dict()
+    quarter = (student.state_dict()[layer] - own[layer]) / 4
+    torch.testing.assert_close(other.state_dict()[layer] - own[layer], quarter, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="has no LoRA adapter"):
+        merge_lora(student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_of_half_the_size_hold_the_rounded_values(dtype, tmp_path):
+    student = _trained()
+    save_lora(tmp_path, student, dtype=dtype)
+    for file, prefix in (("pytorch_lora_weights", "unet."), ("peft/adapter_model", "base_model.model.")):
+        saved = load_file(tmp_path / f"{file}.safetensors")
+        expected = {prefix + n: p.to(dtype) for n, p in lora_state_dict(student).items()}
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[n], w) and saved[n].dtype == dtype for n, w in expected.items())
 
 
 def test_the_file_asks_for_nothing_that_an_older_peft_lacks(tmp_path):
@@ -165,7 +197,7 @@ def test_a_loaded_lora_is_the_saved_one_and_trainable(tmp_path):
     save_lora(tmp_path, student)
     unet = tiny_unet()
     trained = load_lora(unet, tmp_path)
-    assert torch.equal(_output(unet, "sd15"), _output(student, "sd15"))
+    assert torch.equal(output(unet, "sd15"), output(student, "sd15"))
     assert all(p.requires_grad for p in trained)
     assert set(unet.peft_config["default"].target_modules) == set(LCM_LORA_TARGETS)
 

@@ -55,7 +55,7 @@ def tiny_batch(step: int, first: int, size: int) -> Batch:
         times=torch.stack([times, times - 20], 1),
         conditioning={key: torch.cat([c[key] for c in conditioning]) for key in conditioning[0]},
         unconditional={},
-        guidance=torch.full((size,), 7.5),
+        guidance=torch.tensor([1.0 + p % 8 for p in positions]),
         keys=tuple(f"sample-{p}" for p in positions),
         positions=tuple(positions),
     )
@@ -121,9 +121,9 @@ class Distance(Method):
         return Losses(d.mean(), {"l2": d.mean()})
 
 
-def student(lora: bool, dropout: float = 0.0) -> dict[str, NetworkDenoiser]:
+def student(lora: bool, dropout: float = 0.0, **changes: Any) -> dict[str, NetworkDenoiser]:
     """A network trained whole; or one with adapters that change something, and its teacher on the same module."""
-    view = NetworkDenoiser(tiny_unet("sdxl", **TWO_LEVELS), SCHEDULE, Prediction.EPSILON)
+    view = NetworkDenoiser(tiny_unet("sdxl", **TWO_LEVELS, **changes), SCHEDULE, Prediction.EPSILON)
     if not lora:
         return {"student": view}
     add_lora(view.module, rank=4, alpha=4, dropout=dropout)
@@ -138,6 +138,9 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
     engine = Engine(**case["engine"]).start()
     networks = student(case["method"] == "distance")
     method: Method = LCM(SCHEDULE)
+    if case["method"] == "lcm-ema":  # in every step the average takes the weights' place, and gives it back
+        networks = student(lora=False, time_cond_proj_dim=6)
+        method = LCM(SCHEDULE, target="ema")
     if case["method"] == "distance":
         method = Distance({int(k): v for k, v in case.get("poison", {}).items()})
     if case["method"] == "duel":
@@ -199,7 +202,7 @@ def ema_output(engine: Engine) -> torch.Tensor:
     """What the student's average answers: shows that it reached the network, not only the masters."""
     batch = tiny_batch(0, 0, 2)
     with engine.inference("student", ema=True) as denoiser:
-        return denoiser(batch.states[:, 0], batch.times[:, 0], batch.conditioning).eps
+        return denoiser(batch.states[:, 0], batch.times[:, 0], {**batch.conditioning, "guidance": batch.guidance}).eps
 
 
 def relative_distance(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:

@@ -1,0 +1,171 @@
+"""Every experiment at the size it is meant for: on the meta device always, with random weights where it is asked for.
+
+A step at full size runs in a process of its own, whose peak memory is then the step's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distill.diffusion.prediction import Prediction
+from distill.diffusion.random import Context
+from distill.diffusion.schedule import NoiseSchedule
+from distill.diffusion.trajectory import Batch
+from distill.methods.base import Method
+from distill.models.denoiser import NetworkDenoiser
+from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher
+from distill.models.full_size import build_unet, unet_config
+from distill.training.config import CONFIGS, TrainSettings, build, load
+from distill.training.engine import Engine, LearningRate, TrainedNetwork
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEDULE = NoiseSchedule.scaled_linear()
+BUNDLED = ("quickstart", "lcm_toy")
+EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if p.stem not in BUNDLED)
+# LCM-LoRA (arXiv 2311.05556) says 67.5 M, 105 M, 197 M; a full network has 256 inputs for w beside its teacher's.
+TRAINED = {
+    "lcm_lora_sd15": 67_252_224,
+    "lcm_lora_ssd1b": 104_902_656,
+    "lcm_lora_sdxl": 196_751_360,
+    "lcm_sd15": 859_520_964 + 256 * 320,
+    "lcm_ssd1b": 1_331_334_404 + 256 * 320,
+    "lcm_sdxl": 2_567_463_684 + 256 * 320,
+}
+# Masters, gradients, average and two moments in float32 are 20 bytes a weight: 24 GB hold them for SD 1.5 alone.
+GRADIENT_ONLY = ("lcm_ssd1b", "lcm_sdxl")
+GIGABYTES = {
+    "lcm_lora_sd15": 7.0,
+    "lcm_lora_ssd1b": 7.0,
+    "lcm_lora_sdxl": 11.0,
+    "lcm_sd15": 22.0,
+    "lcm_ssd1b": 8.0,
+    "lcm_sdxl": 14.0,
+}
+
+
+def settings_of(experiment: str, *overrides: str) -> TrainSettings:
+    return load("train", TrainSettings, [f"experiment={experiment}", "data.store=STORE", *overrides])
+
+
+def full_size_teacher(experiment: str, device: str, dtype: torch.dtype = torch.float32) -> Teacher:
+    """A teacher of the experiment's architecture with random weights, or with none."""
+    size = experiment.rpartition("_")[2]
+    unet = build_unet(unet_config(size), device=device, dtype=dtype).requires_grad_(False)
+    return Teacher(
+        family=StableDiffusion() if size == "sd15" else StableDiffusionXL(),
+        schedule=SCHEDULE,
+        prediction=Prediction.EPSILON,
+        scheduler_config={},
+        teacher_id=size,
+        resolution=8 * unet.config.sample_size,
+        latent_shape=(4, unet.config.sample_size, unet.config.sample_size),
+        parts={"unet": unet},
+    )
+
+
+def networks_of(cfg: TrainSettings, teacher: Teacher) -> tuple[Method, dict[str, NetworkDenoiser]]:
+    method: Method = build(cfg.method, schedule=SCHEDULE)
+    return method, build(cfg.student).networks(teacher, cfg.seed, "teacher" in method.asks)
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def test_no_experiment_is_without_its_number() -> None:
+    assert TRAINED.keys() == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("method", ["lcm", "lcm_noised"])
+def test_an_experiment_builds_at_full_size_and_trains_what_it_says(experiment: str, method: str) -> None:
+    cfg = settings_of(experiment, f"method={method}")
+    asked, networks = networks_of(cfg, full_size_teacher(experiment, "meta"))
+    assert networks.keys() >= {"student", *(name for name in asked.asks if not name.endswith("_ema"))}
+    assert sum(p.numel() for p in trained(networks["student"].module).values()) == TRAINED[experiment]
+    assert (cfg.ema_decay is not None) == ("student_ema" in asked.asks)
+    build(cfg.engine)
+    LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
+    if "teacher" in networks and "lora" not in experiment:  # the teacher is another network, and none of it is trained
+        assert networks["teacher"].module is not networks["student"].module
+        assert not trained(networks["teacher"].module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_takes_a_step_at_full_size(experiment: str) -> None:
+    command = f"from tests.test_experiments import step; step({experiment!r})"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    print(experiment, report)  # shown by -rP
+    assert math.isfinite(report["loss"]) and report["gradients"] == 1
+    assert report["peak_gb"] < GIGABYTES[experiment]
+
+
+def step(experiment: str) -> None:
+    """One step at batch 1, latents 32 x 32, in bf16; what it cost, as JSON. LoRA takes the noised source."""
+    lora = "lora" in experiment
+    method_name, precision = ("lcm_noised", "bf16") if lora else ("lcm", "bf16")
+    cfg = settings_of(experiment, f"method={method_name}", "engine=single", f"mixed_precision={precision}")
+    gradient_only = experiment in GRADIENT_ONLY
+    dtype = torch.bfloat16 if lora or gradient_only else torch.float32
+    teacher = full_size_teacher(experiment, "cpu", dtype)
+    method, networks = networks_of(cfg, teacher)
+    batch = full_size_batch(teacher.unet.config, states=1 if lora else 2)
+    (turn,) = method.turns(0)
+    parameters = trained(networks["student"].module)
+    start = time.perf_counter()
+    if gradient_only:
+        average = {"student_ema": networks["student"]}  # at the first step they are equal
+        losses = turn.loss({**networks, **average}, batch, Context(0, 0, batch.positions))
+        losses.total.backward()
+        loss = losses.total.item()
+        reached = [p.grad is not None and bool(p.grad.isfinite().all()) for p in parameters.values()]
+    else:
+        engine = Engine(mixed_precision="bf16", max_grad_norm=cfg.max_grad_norm).start()
+        engine.prepare(networks, {"student": TrainedNetwork(build(cfg.optimizer), ema_decay=cfg.ema_decay)})
+        before = [p.detach().flatten()[:4].clone() for p in parameters.values()]
+        result = engine.update(turn, [batch], 0)
+        loss = result["loss"]
+        moved = [not torch.equal(p.flatten()[:4], b) for p, b in zip(parameters.values(), before, strict=True)]
+        # the gradient of a LoRA's A is zero while its B is; cond_proj's inputs may be zero where sin is
+        reached = moved[1::2] if lora else moved
+        assert result["skipped"] == 0
+    report: dict[str, Any] = {
+        "loss": loss,
+        "gradients": sum(reached) / len(reached),
+        "seconds": round(time.perf_counter() - start, 1),
+        "trained": sum(p.numel() for p in parameters.values()),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 2),
+    }
+    print(json.dumps(report))
+
+
+def full_size_batch(config: Any, states: int) -> Batch:
+    """A clean latent or a pair, 77 tokens, and for the XL networks pooled embeddings and time ids."""
+    random = torch.Generator().manual_seed(0)
+    text = {"encoder_hidden_states": torch.randn(1, 77, config.cross_attention_dim, generator=random)}
+    sizes = {}
+    if config.addition_embed_type:
+        text["text_embeds"] = torch.randn(1, 1280, generator=random)
+        sizes["time_ids"] = torch.tensor([[256.0, 256, 0, 0, 256, 256]])
+    return Batch(
+        states=torch.randn(1, states, config.in_channels, 32, 32, generator=random),
+        times=torch.tensor([[500, 400]])[:, 2 - states :],
+        conditioning=text | sizes,
+        unconditional={key: torch.zeros_like(tensor) for key, tensor in text.items()},
+        guidance=torch.tensor([7.5]),
+        positions=(0,),
+    )

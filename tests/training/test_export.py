@@ -1,0 +1,459 @@
+"""An export: files that plain programs draw the student from, a card that is true, and nobody's files lost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from huggingface_hub import ModelCard
+from PIL import Image
+from torch import Tensor
+
+from distill.diffusion.solver import lcm_times
+from distill.methods.sampling import sample, starting_noise
+from distill.models.families import load_teacher
+from distill.models.folder import stored_tensors, weights_hash
+from distill.training.card import base_licence
+from distill.training.checkpoint import Checkpoints
+from distill.training.config import ConfigError, ExportSettings, ModelSettings, TrainSettings, build, load
+from distill.training.engine import Engine, TrainedNetwork
+from distill.training.export import export_run, published, require_login
+from distill.training.run import checkpoints_of, open_run, read_run
+from scripts.export import main
+from tests.tiny import FAMILIES, save_tiny
+
+PROMPTS, SEEDS = ["a cat", "two dogs"], [3, 10_000_000]
+LORA, LEARNED_W = ("diffusers", "peft", "kohya"), (2.0, 11.0)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run of a tiny teacher, and what its student draws in our own sampler."""
+
+    folder: Path
+    teacher: str
+    family: str
+    kind: str
+
+    @property
+    def guidances(self) -> tuple[float, ...]:
+        return LEARNED_W if self.kind == "full" else (1.0,)
+
+    def export(self, folder: Path, *overrides: str) -> Path:
+        given = [f"run={self.folder}", f"output_dir={folder}", *overrides]
+        main(load("export", ExportSettings, given))
+        return folder
+
+    def pictures(self, w: float) -> Tensor:
+        """[B, 3, H, W] in [0, 1], in four steps."""
+        settings = read_run(self.folder)
+        teacher = load_teacher(self.teacher, parts=("unet", "text", "vae"))
+        student = build(settings.student).networks(teacher, keep_teacher=False)["student"]
+        teacher.unet.load_state_dict(torch.load(self.folder / "weights.pt"), strict=False)
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        x = starting_noise(generators, teacher.latent_shape)
+        conditioning = teacher.encode(PROMPTS) | {"guidance": torch.full((len(PROMPTS),), w)}
+        times = lcm_times(teacher.schedule.T, 4)
+        latents = sample(student, teacher.schedule, x, times, conditioning, "lcm", generators)
+        return (teacher.decode(latents) + 1) / 2
+
+
+NOISED = ("method=lcm_noised", f"method.w_min={LEARNED_W[0]}", f"method.w_max={LEARNED_W[1]}")
+
+
+def a_run(folder: Path, family: str, kind: str, *overrides: str, method: Sequence[str] = NOISED) -> Trained:
+    """A run whose checkpoint holds a student far from its teacher."""
+    teacher = save_tiny(folder / "teacher", family)
+    settings = load(
+        "train",
+        TrainSettings,
+        [
+            f"student={kind}",
+            *method,
+            f"model.pretrained_model_name_or_path={teacher}",
+            f"data.store={folder}/store",
+            f"output_dir={folder}/run",
+            "lora_rank=4",
+            "lora_alpha=2.5",
+            "validation_prompts=[snow, a red boat]",
+            *overrides,
+        ],
+    )
+    run = open_run(settings)
+    networks = build(settings.student).networks(load_teacher(teacher), settings.seed, False)
+    engine = Engine().start()
+    plan = TrainedNetwork(torch.optim.SGD, ema_decay=settings.ema_decay)
+    engine.prepare({"student": networks["student"]}, {"student": plan})  # an average is kept of how it starts
+    weights = {n: p for n, p in networks["student"].module.named_parameters() if p.requires_grad}
+    random = torch.Generator().manual_seed(1)
+    for name, p in weights.items():
+        far = 0.3 if ".lora_" in name or "cond_proj" in name else 0.1 * float(p.detach().std().nan_to_num())
+        p.data.add_(far * torch.randn(p.shape, generator=random))
+    Checkpoints(checkpoints_of(run)).save(engine, 3)
+    engine.release()
+    torch.save({name: p.detach() for name, p in weights.items()}, run / "weights.pt")
+    return Trained(run, teacher, family, kind)
+
+
+Runs = Callable[[str, str], Trained]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return cache(lambda family, kind: a_run(tmp_path_factory.mktemp(family), family, kind))
+
+
+@pytest.fixture(params=[(f, k) for f in FAMILIES for k in ("lora", "full")], ids="-".join)
+def trained(request: Any, runs: Runs) -> Trained:
+    return runs(*request.param)
+
+
+@pytest.fixture(params=[("sd15", "lora"), ("sdxl", "full")], ids="-".join)
+def either(request: Any, runs: Runs) -> Trained:
+    return runs(*request.param)
+
+
+@pytest.fixture
+def lora(runs: Runs) -> Trained:
+    return runs("sd15", "lora")
+
+
+@pytest.fixture
+def full(runs: Runs) -> Trained:
+    return runs("sd15", "full")
+
+
+def drawn(pipeline: Any, w: float) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt=PROMPTS, num_inference_steps=4, guidance_scale=w, generator=generators, output_type="pt"
+    ).images
+
+
+def dtypes(folder: Path) -> set[torch.dtype]:
+    (file,) = folder.glob("*.safetensors")
+    return {tensor.dtype for _, tensor in stored_tensors([file])}
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- what the files draw ------------------------------------------------------------------------------------------
+
+
+def test_the_pipeline_draws_what_our_sampler_draws(trained: Trained, tmp_path: Path) -> None:
+    folder = trained.export(tmp_path / "a", "formats=[pipeline]", "dtype=float32", "card_prompts=[]")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert isinstance(pipeline.scheduler, LCMScheduler)
+    ours = [trained.pictures(w) for w in trained.guidances]
+    for w, expected in zip(trained.guidances, ours, strict=True):
+        torch.testing.assert_close(drawn(pipeline, w), expected, rtol=0, atol=1e-4)
+    assert len(ours) == 1 or (ours[0] - ours[1]).abs().max() > 0.01  # told guidance matters
+
+    teacher = DiffusionPipeline.from_pretrained(trained.teacher)
+    teacher.scheduler = pipeline.scheduler
+    assert (drawn(teacher, 1.0) - ours[0]).abs().max() > 0.02
+    assert pipeline.vae.state_dict().keys() == teacher.vae.state_dict().keys()
+    parts = ("vae", "text_encoder") + (("text_encoder_2",) if trained.family == "sdxl" else ())
+    for part in parts:
+        ours_, theirs = (getattr(p, part).state_dict() for p in (pipeline, teacher))
+        assert all(torch.equal(ours_[name], theirs[name]) for name in theirs)
+
+
+def test_every_block_of_code_on_the_card_draws_the_student(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats = ["unet", "pipeline"] + (list(LORA) if trained.kind == "lora" else [])
+    folder = trained.export(tmp_path / "a", f"formats=[{','.join(formats)}]", "dtype=float32", "card_prompts=[]")
+    (tmp_path / "teacher").symlink_to(trained.teacher)  # by the names on the card
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == len(formats)
+    w = 7.5 if trained.kind == "full" else 1.0
+    expected = trained.pictures(w)
+    for block in blocks:
+        assert f"num_inference_steps=4, guidance_scale={w})" in block
+        names: dict[str, Any] = {}
+        exec(block, names)
+        assert names["image"].size == expected.shape[:1:-1]
+        torch.testing.assert_close(drawn(names["pipeline"], w), expected, rtol=0, atol=1e-4)
+
+
+def test_a_pipeline_of_half_the_size_draws_as_it_is_loaded(either: Trained, tmp_path: Path) -> None:
+    folder = either.export(tmp_path / "a", "formats=[pipeline]", "card_prompts=[]")
+    w = either.guidances[0]
+    assert (drawn(DiffusionPipeline.from_pretrained(folder), w) - either.pictures(w)).abs().mean() < 1e-3
+    assert dtypes(folder / "unet") == {torch.float16} and dtypes(folder / "vae") == {torch.float32}
+
+
+def test_the_pipeline_of_a_teacher_of_half_the_size_draws_as_it_is_loaded(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "sdxl", "lora")
+    DiffusionPipeline.from_pretrained(run.teacher).to(torch.float16).save_pretrained(run.teacher)
+    assert dtypes(Path(run.teacher) / "text_encoder") == {torch.float16}
+    folder = run.export(tmp_path / "a", "formats=[pipeline]", "card_prompts=[]")
+    pictures = drawn(DiffusionPipeline.from_pretrained(folder), 1.0)
+    assert (pictures - run.pictures(1.0)).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("chosen", [["diffusers"], ["kohya"], ["peft"], ["unet"], ["pipeline"]], ids="".join)
+def test_the_samples_are_drawn_from_whatever_was_exported(lora: Trained, chosen: list[str], tmp_path: Path) -> None:
+    everything = lora.export(tmp_path / "all", f"formats=[{','.join(LORA)}]", "dtype=float32")
+    folder = lora.export(tmp_path / "a", f"formats=[{chosen[0]}]", "dtype=float32", "card_prompts=[snow, a red boat]")
+    a, b = (Image.open(f / "samples.png").convert("RGB") for f in (folder, everything))
+    assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 2
+
+
+def test_the_average_is_exported_where_one_is_kept(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "sd15", "full", "ema_decay=0.9")
+    start = UNet2DConditionModel.from_pretrained(run.teacher, subfolder="unet").state_dict()
+    last = torch.load(run.folder / "weights.pt")
+    for use_ema, words, expected in ((True, "0.9, exported", start), (False, "0.9, left out", last)):
+        folder = run.export(tmp_path / f"{use_ema}", f"use_ema={use_ema}", "dtype=float32", "card_prompts=[]")
+        exported = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
+        assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
+        assert f"| EMA | {words} |" in (folder / "README.md").read_text()
+
+
+# ---- which files ----------------------------------------------------------------------------------------------------
+
+
+def test_each_student_has_its_usual_formats(lora: Trained, full: Trained, tmp_path: Path) -> None:
+    pictures = {"README.md", "distill.json", "samples.png"}
+    assert files(lora.export(tmp_path / "l")) == pictures | {
+        "pytorch_lora_weights.safetensors",
+        "peft/adapter_config.json",
+        "peft/adapter_model.safetensors",
+        "kohya/l.safetensors",
+    }
+    assert files(full.export(tmp_path / "f")) == pictures | {
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "f" / "unet")
+    assert unet.config["time_cond_proj_dim"] == 256
+
+
+def test_a_format_that_the_student_cannot_give_is_one_line_before_anything(full: Trained, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="^formats: a FullStudent cannot .* 'kohya'; allowed: unet, pipeline$"):
+        full.export(tmp_path / "deep" / "a", "formats=[unet,kohya]")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_the_export_that_sample_makes_is_exact(lora: Trained, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    folder = export_run(lora.folder, tmp_path / "scratch")
+    pipeline = DiffusionPipeline.from_pretrained(lora.teacher)
+    pipeline.load_lora_weights(folder)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    torch.testing.assert_close(drawn(pipeline, 1.0), lora.pictures(1.0), rtol=0, atol=1e-4)
+
+
+def test_no_file_tells_of_this_machine(either: Trained, tmp_path: Path) -> None:
+    formats = [*LORA, "pipeline"] if either.kind == "lora" else ["pipeline"]
+    folder = either.export(tmp_path / "a", f"formats=[{','.join(formats)}]")
+    for name in files(folder):
+        content = (folder / name).read_bytes()
+        assert str(tmp_path).encode() not in content and str(Path(either.teacher).parent).encode() not in content, name
+
+
+def test_facts_for_machines(full: Trained, tmp_path: Path) -> None:
+    facts = json.loads((full.export(tmp_path / "a", "card_prompts=[]") / "distill.json").read_text())
+    weights = Path(full.teacher) / "unet" / "diffusion_pytorch_model.safetensors"
+    assert facts["base_hash"] == weights_hash(stored_tensors([weights]))
+    assert facts["step"] == 3 and facts["guidance"] == list(LEARNED_W) and facts["told_guidance"] is True
+    assert facts["settings"]["method"]["skip"] == 20
+    assert facts["files"].keys() == files(tmp_path / "a") - {"distill.json"}
+
+
+# ---- the card -------------------------------------------------------------------------------------------------------
+
+
+def test_the_header_of_the_card(either: Trained, tmp_path: Path) -> None:
+    card = ModelCard.load(either.export(tmp_path / "my-student", "card_prompts=[]") / "README.md")
+    assert card.data.base_model == "teacher"
+    assert card.data.license == "other" and card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "text-to-image"
+    lora = either.kind == "lora"
+    assert card.data.to_dict()["base_model_relation"] == ("adapter" if lora else "finetune")
+    assert ("lora" in card.data.tags) == lora
+    assert {"text-to-image", "latent-consistency-distillation"} <= set(card.data.tags)
+    assert ("stable-diffusion-xl" in card.data.tags) == (either.family == "sdxl")
+
+
+def test_the_text_of_the_card(lora: Trained, full: Trained, tmp_path: Path) -> None:
+    rows = [{"model": "student", "steps": 4, "guidance": 1.0, "frechet": 0.25, "frechet_se": 0.03}]
+    (tmp_path / "metrics.json").write_text(json.dumps(rows))
+    folder = lora.export(tmp_path / "a", f"metrics={tmp_path}/metrics.json")
+    text, facts = (folder / "README.md").read_text(), json.loads((folder / "distill.json").read_text())
+    assert text.count(facts["base_hash"]) == 1 and len(facts["base_hash"]) == 16
+    for row in (
+        "| method | LCM |",
+        "| method.source | noised |",
+        "| method.skip | 20 |",
+        "| student.rank | 4 |",
+        "| student.alpha | 2.5 |",
+        "| guidance w learned from (1 is none) | 2 to 11 |",
+        "| steps | 3 of 4000 |",
+        "| batch size | 96 |",
+        "| learning rate | 0.0001, constant_with_warmup, 50 steps of warm-up |",
+        "| EMA | none |",
+    ):
+        assert row in text
+    assert "arXiv 2311.05556" in text and "![samples](samples.png)" in text and "0.250 ± 0.030" in text
+    assert "kohya/a.safetensors" in text
+    picture = Image.open(folder / "samples.png")
+    assert picture.width > 2 * 192 and picture.height > 4 * 192
+
+    text = (full.export(tmp_path / "b", "card_prompts=[]") / "README.md").read_text()
+    assert "which learned 2 to 11" in text and "samples.png" not in text and "Metrics" not in text
+
+
+def test_w_of_a_trajectorys_student_is_its_trajectories(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "sd15", "full", "model.resolution=32", method=["method=lcm", "data.guidance=3.0"])
+    text = (run.export(tmp_path / "a", "card_prompts=[]") / "README.md").read_text()
+    assert "guidance_scale=3.0, height=32, width=32)" in text and "| guidance w learned from (1 is none) | 3 |" in text
+
+
+@pytest.mark.parametrize(
+    "header, expected",
+    [
+        ("license: creativeml-openrail-m", {"license": "creativeml-openrail-m"}),
+        (
+            "license: other\nlicense_name: sai-nc\nlicense_link: https://example.org/licence",
+            {"license": "other", "license_name": "sai-nc", "license_link": "https://example.org/licence"},
+        ),
+        ("tags: [a]", {"license": "other"}),
+        ("license: [unclosed", {"license": "other"}),
+        (None, {"license": "other"}),
+    ],
+)
+def test_the_licence_is_the_base_models(header: str | None, expected: dict[str, str], tmp_path: Path) -> None:
+    if header is not None:
+        (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# A model\n")
+    assert base_licence(ModelSettings(pretrained_model_name_or_path=str(tmp_path))) == expected
+
+
+def test_a_base_model_that_the_hub_does_not_give_has_another_licence() -> None:
+    assert base_licence(ModelSettings(pretrained_model_name_or_path="nobody/nothing")) == {"license": "other"}
+
+
+def test_the_licence_reaches_the_card(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "sd15", "lora")
+    (Path(run.teacher) / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    card = ModelCard.load(run.export(tmp_path / "a", "card_prompts=[]") / "README.md")
+    assert card.data.license == "creativeml-openrail-m"
+    assert "That of the base model, `teacher`: creativeml-openrail-m." in card.text
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", '{"a": 1}', "[1]"])
+def test_metrics_that_are_none_are_named(lora: Trained, content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "m.json").write_text(content)
+    with pytest.raises((ConfigError, FileNotFoundError), match=r"^metrics=.*m\.json"):
+        lora.export(tmp_path / "a", f"metrics={tmp_path}/m.json")
+    assert not (tmp_path / "a").exists()
+
+
+# ---- nobody's files are lost ----------------------------------------------------------------------------------------
+
+
+def write(folder: Path, **contents: str) -> None:
+    for name, content in {"distill": "{}", **contents}.items():
+        (folder / f"{name}.json").write_text(content)
+
+
+def test_what_fails_leaves_nothing_and_the_export_before_it_stays(tmp_path: Path) -> None:
+    final = tmp_path / "x" / "a"
+    with pytest.raises(KeyboardInterrupt), published(final) as folder:
+        write(folder, weights="1")
+        raise KeyboardInterrupt
+    assert files(tmp_path) == set()
+    with published(final) as folder:
+        assert folder.parent == final.parent and not final.exists()
+        write(folder, weights="1")
+    with pytest.raises(RuntimeError), published(final) as folder:
+        write(folder, other="2")
+        raise RuntimeError
+    assert files(tmp_path) == {"x/a/distill.json", "x/a/weights.json"}
+
+
+def test_an_export_replaces_an_export_and_leftovers_of_a_killed_one(tmp_path: Path) -> None:
+    for name in (".a.partial", ".a.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "torn").touch()
+    for content in ("one", "two"):
+        with published(tmp_path / "a") as folder:
+            write(folder, **{content: content})
+    assert files(tmp_path) == {"a/distill.json", "a/two.json"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: (f / "mine.txt").write_text("precious"), "holds an export, but mine.txt is not of it"),
+        (lambda f: (f / "weights.json").write_text("edited"), "holds an export, but weights.json was changed since"),
+        (lambda f: (f / "distill.json").unlink(), "holds something else than an export"),
+        (lambda f: (f / "distill.json").write_text("[]"), "holds something else than an export"),
+        (lambda f: (f / "distill.json").write_text("{}"), "holds something else than an export"),
+    ],
+)
+def test_anything_else_is_left_alone(change: Any, message: str, tmp_path: Path) -> None:
+    with published(tmp_path / "a") as folder:
+        write(folder, weights="1")
+    change(tmp_path / "a")
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    with pytest.raises(ConfigError, match=message), published(tmp_path / "a"):
+        raise AssertionError("not reached")
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+def test_files_that_appear_while_an_export_is_written_stay(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds something else"), published(tmp_path / "a") as folder:
+        write(folder)
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "mine.txt").touch()
+    assert files(tmp_path) == {"a/mine.txt"}
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(ConfigError, match="a is a file"), published(tmp_path / "a"):
+        raise AssertionError("not reached")
+
+
+# ---- the hub --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["me", "me/", "/a", "a/b/c", "me/a b", "me/a--b", "https://huggingface.co/me/a"])
+def test_a_wrong_repository_is_one_line_about_the_setting(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^push_to_hub: must be organisation/name, .*, or null$"):
+        load("export", ExportSettings, ["run=r", "output_dir=o", f"push_to_hub='{name}'"])
+
+
+def test_nothing_is_pushed_by_default_and_what_is_pushed_is_private() -> None:
+    settings = load("export", ExportSettings, ["run=r", "output_dir=o"])
+    assert settings.push_to_hub is None and settings.hub_private is True
+    assert load("export", ExportSettings, ["run=r", "output_dir=o", "push_to_hub=me/a.b"]).push_to_hub == "me/a.b"
+
+
+def test_a_push_without_a_login_ends_before_anything_is_written(
+    lora: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="^push_to_hub=me/a needs a login, .* `hf auth login`$"):
+        lora.export(tmp_path / "a", "push_to_hub=me/a")
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    require_login("me/a")
