@@ -20,12 +20,16 @@ from distill.models.families import load_teacher
 from distill.training.config import ConfigError, TrainSettings, checking, run_script
 from distill.training.run import launched_rank
 from distill.training.tracking import setup_logging
-from distill.training.trajectories import TrajectorySolver
+from distill.training.trajectories import TrajectorySolver, stored
 
 
 def main(cfg: TrainSettings) -> None:
     setup_logging(launched_rank())
     data, model = cfg.data, cfg.model
+    if data.guidance is None:
+        raise ConfigError("data.guidance has no value: set data.guidance=W (data=images is for make_latents.py)")
+    if data.num_samples is None:
+        raise ConfigError("data.num_samples has no value: set data.num_samples=N")
     if data.prompts is None:
         raise ConfigError("data.prompts has no value: set data.prompts=FILE")
     with checking():
@@ -62,7 +66,7 @@ def main(cfg: TrainSettings) -> None:
             data.store,
             plan,
             prompts,
-            solver.stored(teacher.unconditional()),
+            stored(teacher.unconditional(), plan.dtype),
             solver,
             rank=rank,
             world_size=world_size,

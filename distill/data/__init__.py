@@ -1,1 +1,1 @@
-"""The trajectory store: written once by a teacher, read by every method (see `writer`, `reader` and `loader`)."""
+"""The store of trajectories, or of pictures' latents: written once, read by every method (see `writer`, `loader`)."""

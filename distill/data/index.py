@@ -23,6 +23,9 @@ from distill.diffusion.segments import Segments
 SCHEMA = 1
 INDEX, PLAN, UNCONDITIONAL = "index.json", "plan.json", "unconditional.safetensors"
 NUMBERS = {"guidance": float, "times": int}
+KINDS = ("trajectories", "pictures")
+NO_SOLVE = "none"
+"""`solver` and `spacing` of a store of pictures."""
 
 
 class StoreMismatch(StoreError):
@@ -36,7 +39,8 @@ class Plan:
     Args:
         teacher_id, teacher_hash: the teacher as a name and as a hash of its weights.
         schedule_fingerprint: `NoiseSchedule.fingerprint`.
-        solver, solver_steps, spacing: the ODE solve, and the grid it runs on (`make_times`).
+        solver, solver_steps, spacing: the ODE solve, and the grid it runs on (`make_times`); none, 0 and none for
+            pictures.
         guidance: w of every sample, or [w_min, w_max] when each draws its own; w = 1 is none.
         times: those of the states kept, falling (`kept_times`).
         dtype: of the states: float16 or float32.
@@ -47,6 +51,11 @@ class Plan:
         batch_size: samples that the teacher solves at once; batches never straddle a shard. (It is part of the plan
             because a network's arithmetic is not the same to the last bit in another batch size.)
         prompts_sha256, unconditional_sha256: filled in by the writer.
+        kind: `trajectories`: teacher solves; every shard is full. `pictures`: clean latents of pictures, at time 0
+            alone; a picture that could not be read leaves its place in its shard empty.
+        pictures_sha256: of the listing (`images.Listing`).
+        crop: which square of a picture (`pictures.CROPS`).
+        vae_hash: the autoencoder's weights.
 
     Raises:
         StoreError: a value out of its range, naming it.
@@ -69,17 +78,27 @@ class Plan:
     dtype: str = "float16"
     prompts_sha256: str = ""
     unconditional_sha256: str = ""
+    kind: str = KINDS[0]
+    pictures_sha256: str = ""
+    crop: str = ""
+    vae_hash: str = ""
 
     def __post_init__(self) -> None:
         for name, kind in NUMBERS.items():
             object.__setattr__(self, name, _exact(getattr(self, name), kind))
+        if self.kind not in KINDS:
+            raise StoreError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        least = {"solver_steps": 0 if self.kind == "pictures" else 1}
         for name in ("solver_steps", "resolution", "samples", "samples_per_shard", "batch_size"):
-            if getattr(self, name) < 1:
-                raise StoreError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) < least.get(name, 1):
+                raise StoreError(f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}")
         if self.dtype not in STATE_DTYPES:
             raise StoreError(f"dtype must be one of {', '.join(STATE_DTYPES)}, got {self.dtype!r}")
         if not self.times or self.times[-1] < 0 or any(t <= s for t, s in pairwise(self.times)):
             raise StoreError(f"times must fall strictly and end at 0 or above, got {list(self.times)}")
+        if self.kind == "pictures" and (self.times, self.solver, self.solver_steps) != ((0,), NO_SOLVE, 0):
+            found = f"{list(self.times)} and {self.solver_steps} steps of {self.solver!r}"
+            raise StoreError(f"pictures have times [0] and no solve (0 steps of {NO_SOLVE!r}), got {found}")
         low, high = self.guidance_range
         if not 0 <= low <= high:
             raise StoreError(f"guidance must be w >= 0 or 0 <= w_min <= w_max, got {self.guidance}")
@@ -124,6 +143,8 @@ class Plan:
 
 
 PLAN_FIELDS = tuple(f.name for f in fields(Plan))
+OF_PICTURES = ("kind", "pictures_sha256", "crop", "vae_hash")
+"""Fields that only stores of pictures write down."""
 PROVENANCE = ("teacher_id", "teacher_hash", "schedule_fingerprint", "solver", "solver_steps", "spacing")
 """What every sample repeats of the plan, so that it means something outside its store."""
 
@@ -131,6 +152,7 @@ PROVENANCE = ("teacher_id", "teacher_hash", "schedule_fingerprint", "solver", "s
 @dataclass(frozen=True)
 class ShardInfo:
     """One finished shard. `offsets`: where each sample's safetensors payload starts, in bytes, as decimal numbers.
+    `skipped`: the places of planned samples that it lacks, likewise.
 
     They stay text until a sample of the shard is read: 10^7 of them load in a tenth of a second, not in two.
     """
@@ -140,10 +162,15 @@ class ShardInfo:
     bytes: int
     sha256: str
     offsets: str
+    skipped: str = ""
 
     @property
     def number(self) -> int:
         return int(self.name[6:-4])
+
+    def facts(self) -> dict[str, Any]:
+        """The shard as JSON holds it; a full one says nothing of `skipped`."""
+        return {name: value for name, value in asdict(self).items() if name != "skipped" or value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +196,7 @@ class StoreIndex(Plan):
     def to_json(self) -> bytes:
         facts = {"schema": SCHEMA, "complete": self.complete, **plan_facts(self)}
         facts |= {"shapes": self.shapes, "header": self.layout.header[8:].decode()}
-        return dump(facts | {"shards": [asdict(shard) for shard in self.shards]})
+        return dump(facts | {"shards": [shard.facts() for shard in self.shards]})
 
     @classmethod
     def from_json(cls, data: bytes) -> StoreIndex:
@@ -183,7 +210,7 @@ class StoreIndex(Plan):
             shards = tuple(ShardInfo(**shard) for shard in facts["shards"])
             header = facts["header"].encode()
             layout = Layout.parse(struct.pack("<Q", len(header)) + header)
-            index = cls(layout=layout, shards=shards, **{name: facts[name] for name in PLAN_FIELDS})
+            index = cls(layout=layout, shards=shards, **plan_arguments(facts))
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{INDEX} is not understood: {type(error).__name__} {error}") from None
         for shard in shards:
@@ -195,8 +222,14 @@ class StoreIndex(Plan):
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON holds it."""
-    return {name: getattr(plan, name) for name in PLAN_FIELDS}
+    """A plan as JSON holds it; of a store of trajectories, what it has always held."""
+    names = PLAN_FIELDS if plan.kind == "pictures" else [name for name in PLAN_FIELDS if name not in OF_PICTURES]
+    return {name: getattr(plan, name) for name in names}
+
+
+def plan_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the `Plan` that was written down as `facts`. Raises KeyError: one is missing."""
+    return {name: facts[name] for name in PLAN_FIELDS if name in facts or name not in OF_PICTURES}
 
 
 def dump(facts: Mapping[str, Any]) -> bytes:
@@ -235,10 +268,21 @@ def payload_offsets(shard: ShardInfo, payload_bytes: int) -> NDArray[np.int64]:
         raise BadShard(f"{INDEX} holds offsets of {shard.name} that are not numbers") from None
     if len(offsets) != shard.samples:
         raise BadShard(f"{INDEX} holds {len(offsets)} offsets for the {shard.samples} samples of {shard.name}")
-    inside = offsets.min() >= 512 and offsets.max() <= shard.bytes - payload_bytes
+    inside = len(offsets) == 0 or (offsets.min() >= 512 and offsets.max() <= shard.bytes - payload_bytes)
     if not inside or (np.diff(offsets) < payload_bytes + 512).any():
         raise BadShard(f"{INDEX} holds offsets of {shard.name} that lie outside its {shard.bytes} bytes, or overlap")
     return offsets
+
+
+def places(shard: ShardInfo, planned: int) -> Sequence[int]:
+    """The place of each of a shard's samples among the `planned` ones, which keys and sample numbers go by."""
+    return _places(shard.skipped, planned) if shard.skipped else range(planned)
+
+
+@lru_cache(maxsize=256)
+def _places(skipped: str, planned: int) -> tuple[int, ...]:
+    missing = set(map(int, skipped.split()))
+    return tuple(place for place in range(planned) if place not in missing)
 
 
 def kept_times(grid: Sequence[int], keep: str | Sequence[int] = "all", segments: int = 8) -> tuple[int, ...]:
@@ -260,8 +304,15 @@ def kept_times(grid: Sequence[int], keep: str | Sequence[int] = "all", segments:
 def _check_shard(shard: ShardInfo, plan: Plan) -> None:
     if not isinstance(shard.name, str) or not SHARD.fullmatch(shard.name):
         raise StoreError(f"{INDEX} names a shard {shard.name!r}; allowed: shard-000000.tar and so on")
-    if shard.samples != len(plan.shard_samples(shard.number)) or not (isinstance(shard.bytes, int) and shard.bytes > 0):
-        raise BadShard(f"{INDEX} gives {shard.name} {shard.samples!r} samples in {shard.bytes!r} bytes")
+    if not isinstance(shard.skipped, str) or not re.fullmatch(r"(\d{1,9}( \d{1,9})*)?", shard.skipped):
+        raise BadShard(f"{INDEX} says that {shard.name} skips {shard.skipped!r}, not places")
+    if shard.skipped and plan.kind != "pictures":
+        raise BadShard(f"{INDEX} says that {shard.name} lacks samples; of {plan.kind} none may be missing")
+    if shard.number >= plan.planned_shards:
+        raise BadShard(f"{INDEX} names {shard.name}, and {plan.planned_shards} shards are planned")
+    there = len(places(shard, len(plan.shard_samples(shard.number))))
+    if shard.samples != there or not (isinstance(shard.bytes, int) and shard.bytes > 0):
+        raise BadShard(f"{INDEX} gives {shard.name} {shard.samples!r} samples in {shard.bytes!r} bytes, not {there}")
     if not isinstance(shard.offsets, str) or not re.fullmatch("[0-9a-f]{64}", str(shard.sha256)):
         raise BadShard(f"{INDEX} has no offsets or no sha256 for {shard.name}")
 

@@ -8,7 +8,7 @@ seen and skipped ones together are the index. Each rank counts those that it mee
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ Place = tuple[int, int]
 
 def make_loader(
     store: Store,
-    reads: Reads,
+    reads: Callable[[int], Reads],
     *,
     seed: int,
     global_batch_size: int,
@@ -41,13 +41,13 @@ def make_loader(
     """A loader of this rank's micro-batches, from optimizer step `start_step` on; nothing is fast-forwarded.
 
     Args:
-        reads: which states of each trajectory, drawn from (seed, position).
+        reads: which states of each trajectory, at an optimizer step; they are drawn from (seed, position).
         num_workers: processes that read ahead, each `prefetch_factor` micro-batches; 0 reads in this process.
 
     Raises:
-        ValueError: the stored times cannot serve `reads`, or the global batch does not divide among the ranks.
+        ValueError: the stored times cannot serve the first step, or the global batch does not divide among the ranks.
     """
-    reads.check(store.index.times)
+    reads(start_step).check(store.index.times)
     share = Share(global_batch_size, micro_batch_size, rank, world_size)
     return Loader(store, reads, seed, share, start_step, num_workers, prefetch_factor)
 
@@ -61,7 +61,7 @@ class Loader:
     def __init__(
         self,
         store: Store,
-        reads: Reads,
+        reads: Callable[[int], Reads],
         seed: int,
         share: Share,
         start_step: int,
@@ -72,7 +72,7 @@ class Loader:
         self.skipped: dict[str, str] = {}
         self.allowed = int(store.max_bad_fraction * len(store))
         self._loader: DataLoader[dict[str, Any]] = DataLoader(
-            _Samples(store, reads, seed, self.allowed),
+            _Samples(store, reads, seed, self.allowed, share.global_batch_size),
             batch_sampler=_Places(Order(seed, len(store)), share, start_step),  # type: ignore[arg-type]
             collate_fn=_as_it_is,
             num_workers=num_workers,
@@ -124,11 +124,15 @@ class _Places:
 class _Samples(Dataset[dict[str, Any]]):
     """Reads micro-batches, in a worker process. Gives dicts: their tensors are pinned, unlike those of a dataclass."""
 
-    def __init__(self, store: Store, reads: Reads, seed: int, allowed: int) -> None:
+    def __init__(
+        self, store: Store, reads: Callable[[int], Reads], seed: int, allowed: int, global_batch_size: int
+    ) -> None:
         self.store, self.reads, self.seed, self.allowed = store, reads, seed, allowed
+        self.global_batch_size = global_batch_size
 
     def __getitems__(self, places: Sequence[Place]) -> dict[str, Any]:
-        picks = [self.reads.pick(self.store.index.times, generator(self.seed, "read", p)) for p, _ in places]
+        reads = self.reads(places[0][0] // self.global_batch_size)  # a micro-batch is of one step
+        picks = [reads.pick(self.store.index.times, generator(self.seed, "read", p)) for p, _ in places]
         bad: dict[str, str] = {}
         samples = []
         found = self.store.read_many([(i, pick) for (_, i), pick in zip(places, picks, strict=True)])

@@ -33,7 +33,7 @@ def read_prompts(source: str, column: str | None = None) -> list[str]:
     if kind is None:
         raise ValueError(f"prompts in {source}: the name must end in one of {', '.join(READERS)}")
     found: list[str] = []
-    for file in _files(source):
+    for file in find_files(source):
         with file as stream:
             found += kind(stream, column, file.path)
     prompts = [text for text in (p.strip() for p in found) if text]
@@ -42,14 +42,15 @@ def read_prompts(source: str, column: str | None = None) -> list[str]:
     return prompts
 
 
-def _files(source: str) -> Sequence[Any]:
+def find_files(source: str, what: str = "prompts") -> Sequence[Any]:
+    """The files (as fsspec opens them) at a path or URL with `*` and `?`, by name. Raises FileNotFoundError: none."""
     try:
         found = fsspec.open_files(source, "rb")
         missing = [file.path for file in found if not file.fs.isfile(file.path)]
     except FileNotFoundError:
         found, missing = [], [source]
     if missing or not found:
-        raise FileNotFoundError(f"no prompts at {', '.join(missing) or source}: no such file")
+        raise FileNotFoundError(f"no {what} at {', '.join(missing) or source}: no such file")
     return sorted(found, key=lambda file: str(file.path))
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distill.data import tar
-from distill.data.index import INDEX, PLAN, UNCONDITIONAL, ShardInfo, StoreIndex, payload_offsets
+from distill.data.index import INDEX, PLAN, UNCONDITIONAL, ShardInfo, StoreIndex, payload_offsets, places
 from distill.data.record import (
     CONDITIONING,
     GUIDANCE,
@@ -106,8 +106,10 @@ class Store:
         return self.index.shards[shard], i - self._starts[shard]
 
     def key(self, i: int) -> str:
-        shard, row = self.locate(i)
-        return make_key(shard.number, row)
+        return self._key(*self.locate(i))
+
+    def _key(self, shard: ShardInfo, row: int) -> str:
+        return make_key(shard.number, places(shard, len(self.index.shard_samples(shard.number)))[row])
 
     def read(self, i: int, states: Sequence[int] | None = None) -> Sample:
         """Sample i with the states at these places of `index.times` (all of them by default), in the order given.
@@ -135,7 +137,7 @@ class Store:
         buffers = iter(self.folder.ranges(ranges))
         results: list[Sample | BadSample] = []
         for at, (shard, row, spans) in enumerate(located):
-            key = make_key(shard.number, row)
+            key = self._key(shard, row)
             try:
                 if at in bad:
                     raise BadSample(bad[at])
@@ -253,7 +255,7 @@ def read_index(folder: Folder) -> StoreIndex:
         return StoreIndex.from_json(folder.read(INDEX))
     except FileNotFoundError:
         begun = PLAN in folder.sizes()
-        why = "its writing has begun, but no shard is finished" if begun else f"{INDEX} is missing"
+        why = "its writing has begun, but no shard is finished that holds a sample" if begun else f"{INDEX} is missing"
         raise StoreError(f"no trajectory store at {folder.url}: {why}") from None
     except StoreError as error:
         raise type(error)(f"{folder.url}: {error}") from None

@@ -81,6 +81,9 @@ def walk(file: IO[bytes]) -> Iterator[Member]:
         if block[156:157] in EXTRA_TYPES:
             long_name = _path_record(file.read(_bounded(found))) or long_name
             continue
+        if block[156:157] == tarfile.GNUTYPE_LONGNAME:
+            long_name = file.read(_bounded(found)).rstrip(b"\0").decode("utf-8", "surrogateescape")
+            continue
         yield Member(long_name or found.name, found.start, found.size, found.regular)
         long_name = None
 

@@ -11,7 +11,7 @@ from typing import IO
 import torch
 
 from distill.data import tar
-from distill.data.index import INDEX, PROVENANCE, ShardInfo, StoreIndex, payload_offsets
+from distill.data.index import INDEX, PROVENANCE, ShardInfo, StoreIndex, payload_offsets, places
 from distill.data.record import GUIDANCE, TIMES, StoreError, finite, make_key, view
 from distill.data.storage import Folder
 
@@ -77,14 +77,14 @@ def _samples(file: _Hashing, index: StoreIndex, shard: ShardInfo) -> Iterator[st
     """Reads sample after sample and yields what is wrong with each. Raises StoreError where the tar breaks."""
     offsets = payload_offsets(shard, index.layout.payload_bytes)
     indices = index.shard_samples(shard.number)
-    for row in range(shard.samples):
-        key = make_key(shard.number, row)
+    for row, place in enumerate(places(shard, len(indices))):
+        key = make_key(shard.number, place)
         payload = _member(file, f"{key}.safetensors", index.layout.payload_bytes)
         start = file.at - len(payload) - tar.padding(len(payload))
         if start != offsets[row]:
             raise StoreError(f"sample {key} starts at byte {start}, {INDEX} says {offsets[row]}")
         facts = _member(file, f"{key}.json", MAX_JSON_BYTES)
-        problem = _payload_problem(index, payload) or _facts_problem(index, key, indices[row], payload, facts)
+        problem = _payload_problem(index, payload) or _facts_problem(index, key, indices[place], payload, facts)
         yield f"sample {key}: {problem}" if problem else None
 
 

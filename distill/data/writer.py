@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import IO
 
 import safetensors.torch
@@ -33,6 +33,7 @@ from distill.data.index import (
     StoreMismatch,
     dump,
     load_facts,
+    plan_arguments,
     plan_facts,
 )
 from distill.data.progress import Progress
@@ -43,8 +44,18 @@ from distill.diffusion.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
 PUBLISH_SECONDS = 30.0
+SKIPPED = "skipped.txt"
 
-Solve = Callable[[Sequence[int], Sequence[str]], Trajectory]
+
+@dataclass(frozen=True)
+class Partly:
+    """A batch some of whose samples cannot be made: `skipped` says of each, by its index, why; `rest` is the others."""
+
+    rest: Trajectory | None
+    skipped: Mapping[int, str]
+
+
+Solve = Callable[[Sequence[int], Sequence[str]], Trajectory | Partly]
 """The teacher: indices and prompts of B samples to their trajectories. Sample i may depend on (seed, i) only."""
 
 
@@ -69,10 +80,11 @@ def write_store(
 
     Raises:
         StoreMismatch: the folder holds a store with another plan; both values are named.
-        StoreError: no prompts, or the teacher's answer is not what the plan says or not finite; the key is named.
+        StoreError: no prompts, or the teacher's answer is not what the plan says or not finite; the key is named. Or
+            every sample of the store was skipped.
     """
     if not prompts:
-        raise StoreError("no prompts to make trajectories of")
+        raise StoreError(f"no prompts to make {plan.kind} of")
     if not 0 <= rank < world_size:
         raise StoreError(f"rank must be within 0 ... {world_size - 1}, got {rank}")
     empty = safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in unconditional.items()})
@@ -89,7 +101,7 @@ def write_store(
     todo = [shard for shard in mine if shard not in finished]
     log.info("%s: rank %d of %d has %d of its %d shards to write", url, rank, world_size, len(todo), len(mine))
     samples = sum(len(plan.shard_samples(shard)) for shard in todo)
-    progress = Progress(f"trajectories, rank {rank}", samples, "samples", bar=rank == 0)
+    progress = Progress(f"{plan.kind}, rank {rank}", samples, "samples", bar=rank == 0)
     due = 0.0
     for shard in todo:
         if shard not in notes.finished([shard]):  # another job may be writing the same store
@@ -99,6 +111,7 @@ def write_store(
             end = time.monotonic()
             due = end + max(PUBLISH_SECONDS, 100 * (end - start))  # the index of a large store takes a while
     notes.publish_index()
+    notes.publish_skipped()
 
 
 def write_shard(notes: Notes, shard: int, prompts: Sequence[str], solve: Solve, progress: Progress) -> None:
@@ -106,24 +119,28 @@ def write_shard(notes: Notes, shard: int, prompts: Sequence[str], solve: Solve, 
     folder, plan, name = notes.folder, notes.plan, shard_name(shard)
     with folder.staged(name) as (path, file):
         out = _Hashed(file)
-        offsets, header = [], b""
-        for key, payload, description in _records(plan, shard, prompts, solve):
+        offsets, header, skipped = [], b"", {}
+        for place, record in _records(plan, shard, prompts, solve):
+            progress.update(1)
+            if isinstance(record, str):
+                skipped[place] = record
+                continue
+            key, (payload, description) = make_key(shard, place), record
             header = header or Layout.parse(payload).header
             if not payload.startswith(header):
                 raise StoreError(f"sample {key}: its tensors differ in shape or kind from the shard's first sample")
             offsets.append(out.size + tar.BLOCK)
             out.write(tar.member(f"{key}.safetensors", payload) + tar.member(f"{key}.json", description))
             reached("sample-written")
-            progress.update(1)
         out.write(tar.END)
         reached("shard-written")
         if shard in notes.finished([shard]):
             return
         folder.commit_staged(path, file, name)
     reached("shard-renamed")
-    info = ShardInfo(name, len(offsets), out.size, out.sha256.hexdigest(), " ".join(map(str, offsets)))
-    facts = {"schema": SCHEMA, "plan": plan.digest(), "header": header[8:].decode(), **asdict(info)}
-    folder.publish(_note_name(shard), dump(facts))
+    info = ShardInfo(name, len(offsets), out.size, out.sha256.hexdigest(), _numbers(offsets), _numbers(skipped))
+    facts = {"schema": SCHEMA, "plan": plan.digest(), "header": header[8:].decode(), **info.facts()}
+    folder.publish(_note_name(shard), dump(facts | ({"reasons": list(skipped.values())} if skipped else {})))
     reached("note-written")
 
 
@@ -133,7 +150,7 @@ class Notes:
     def __init__(self, folder: Folder, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
         self._digest = plan.digest()
-        self._read: dict[int, tuple[ShardInfo, str]] = {}
+        self._read: dict[int, tuple[ShardInfo, str, tuple[str, ...]]] = {}
 
     def finished(self, shards: Iterable[int] | None = None) -> dict[int, ShardInfo]:
         """Of these shards (or of all), the ones with a note of this plan and a file of the size it says."""
@@ -148,13 +165,34 @@ class Notes:
         """Writes the index over all finished shards.
 
         Two processes may do so at once, and the one that saw less may come last. So each looks again after it wrote,
-        until what it wrote is all there is: whoever is last has listed everything.
+        until what it wrote is all there is: whoever is last has listed everything. There is none over shards that
+        hold no sample.
         """
         listed: set[int] | None = None
-        while (shards := self.finished()) and set(shards) != listed:
+        while set(shards := self.finished()) != listed and any(info.samples for info in shards.values()):
             listed = set(shards)
             self.folder.publish(INDEX, self._index(shards).to_json())
             reached("index-written")
+
+    def publish_skipped(self) -> None:
+        """Once every shard is finished, says which samples were skipped and why, if any: in a file and in the log.
+
+        Raises:
+            StoreError: all of them.
+        """
+        shards = self.finished()
+        if len(shards) < self.plan.planned_shards or not any(info.skipped for info in shards.values()):
+            return
+        lines = [
+            f"{make_key(shard, int(place))} {reason}"
+            for shard, info in shards.items()
+            for place, reason in zip(info.skipped.split(), self._read[shard][2], strict=True)
+        ]
+        self.folder.publish(SKIPPED, ("\n".join(lines) + "\n").encode())
+        said = f"{len(lines)} of {self.plan.samples} {self.plan.kind} were skipped, see {SKIPPED} of {self.folder.url}"
+        if len(lines) == self.plan.samples:
+            raise StoreError(f"{said}, such as {lines[0]}")
+        log.warning("%s", said)
 
     def _read_notes(self, sizes: Mapping[int, int]) -> None:
         found = self.folder.ranges([(_note_name(shard), 0, size) for shard, size in sizes.items()])
@@ -165,13 +203,15 @@ class Notes:
             if facts.get("plan") != self._digest:
                 continue
             try:
-                info = ShardInfo(**{f.name: facts[f.name] for f in fields(ShardInfo)})
-                self._read[shard] = (info, facts["header"])
+                info = ShardInfo(
+                    **{f.name: facts[f.name] for f in fields(ShardInfo) if f.name in facts or f.name != "skipped"}
+                )
+                self._read[shard] = (info, facts["header"], tuple(facts.get("reasons", ())))
             except KeyError as error:
                 raise StoreError(f"{_note_name(shard)} of {self.folder.url} lacks {error}") from None
 
     def _index(self, shards: Mapping[int, ShardInfo]) -> StoreIndex:
-        headers = {self._read[shard][1]: shard for shard in shards}
+        headers = {self._read[shard][1]: shard for shard, info in shards.items() if info.samples}
         if len(headers) > 1:
             (one, first), (other, second) = list(headers.items())[:2]
             raise StoreMismatch(
@@ -200,24 +240,39 @@ def work_split(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return (task - first) * world_size + rank, tasks * world_size
 
 
-def _records(plan: Plan, shard: int, prompts: Sequence[str], solve: Solve) -> Iterator[tuple[str, bytes, bytes]]:
-    """Key, safetensors payload and JSON of each sample of a shard, solved batch by batch."""
+def _records(
+    plan: Plan, shard: int, prompts: Sequence[str], solve: Solve
+) -> Iterator[tuple[int, tuple[bytes, bytes] | str]]:
+    """Place in its shard and (safetensors payload, JSON) of each sample, solved batch by batch; or why it has none."""
     samples = plan.shard_samples(shard)
     for at in range(0, len(samples), plan.batch_size):
         indices = list(samples[at : at + plan.batch_size])
-        texts = [prompts[i % len(prompts)] for i in indices]
-        trajectory = solve(indices, texts)
-        _check(trajectory, plan, make_key(shard, at), len(indices))
-        states = trajectory.states.detach().cpu().to(STATE_DTYPES[plan.dtype])
-        conditioning = {name: x.detach().cpu() for name, x in trajectory.conditioning.items()}
-        for b, (i, text) in enumerate(zip(indices, texts, strict=True)):
-            key = make_key(shard, at + b)
-            w = float(trajectory.guidance[b])
-            try:
-                payload = encode(states[b], plan.times, w, {k: x[b] for k, x in conditioning.items()})
-            except StoreError as error:
-                raise StoreError(f"sample {key} (prompt {text!r}): {error}") from None
-            yield key, payload, _facts(plan, key, i, text, trajectory.seeds[b], w)
+        solved = solve(indices, [prompts[i % len(prompts)] for i in indices])
+        made, skipped = (solved.rest, solved.skipped) if isinstance(solved, Partly) else (solved, {})
+        if skipped and plan.kind != "pictures":
+            raise StoreError(f"batch at {make_key(shard, at)}: samples were skipped ({next(iter(skipped.values()))})")
+        kept = [i for i in indices if i not in skipped]
+        if len(kept) + len(skipped) != len(indices) or (made is None and kept):
+            raise StoreError(f"batch at {make_key(shard, at)}: samples neither made nor skipped, or skipped unasked")
+        yield from ((i - samples.start, reason) for i, reason in sorted(skipped.items()))
+        if made is not None:
+            _check(made, plan, make_key(shard, at), len(kept))
+            yield from _encoded(plan, shard, prompts, kept, made)
+
+
+def _encoded(
+    plan: Plan, shard: int, prompts: Sequence[str], indices: Sequence[int], made: Trajectory
+) -> Iterator[tuple[int, tuple[bytes, bytes]]]:
+    states = made.states.detach().cpu().to(STATE_DTYPES[plan.dtype])
+    conditioning = {name: x.detach().cpu() for name, x in made.conditioning.items()}
+    for b, i in enumerate(indices):
+        place, text, w = i - plan.shard_samples(shard).start, prompts[i % len(prompts)], float(made.guidance[b])
+        key = make_key(shard, place)
+        try:
+            payload = encode(states[b], plan.times, w, {k: x[b] for k, x in conditioning.items()})
+        except StoreError as error:
+            raise StoreError(f"sample {key} (prompt {text!r}): {error}") from None
+        yield place, (payload, _facts(plan, key, i, text, made.seeds[b], w))
 
 
 def _facts(plan: Plan, key: str, i: int, prompt: str, seed: int, w: float) -> bytes:
@@ -248,8 +303,8 @@ def _agree(folder: Folder, plan: Plan) -> None:
     reached("plan-written")
     facts = load_facts(folder.read(PLAN), PLAN)
     try:
-        begun = Plan(**{name: facts[name] for name in PLAN_FIELDS})
-        begun.require(**plan_facts(plan))
+        begun = Plan(**plan_arguments(facts))
+        begun.require(**{name: getattr(plan, name) for name in PLAN_FIELDS})
         plan.require(times=begun.times)  # `require` alone lets a run ask for fewer times than are stored
     except (KeyError, TypeError) as error:
         raise StoreError(f"{PLAN} of {folder.url} is not understood: {type(error).__name__} {error}") from None
@@ -259,6 +314,10 @@ def _agree(folder: Folder, plan: Plan) -> None:
 
 def _digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return " ".join(map(str, values))
 
 
 def _note_name(shard: int) -> str:

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -23,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 PARTS = ("unet", "text", "vae")
 """What `load_teacher` can load: the network, the tokenizers with their text encoders, the autoencoder."""
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class Family(Protocol):
     def micro_conditioning(self, count: int, height: int, width: int) -> dict[str, Tensor]:
         """The rest of the conditioning, each [count, ...], for uncropped pictures of height x width pixels."""
 
+    def crop_conditioning(self, originals: Sequence[Size], corners: Sequence[Size], size: Size) -> dict[str, Tensor]:
+        """The same, each [B, ...], for pictures cut to `size` (height, width) pixels.
+
+        Of each: `originals`, its (height, width) before it was resized; `corners`, the cut's (top, left) afterwards.
+        """
+
 
 class StableDiffusion:
     """SD 1.x and 2.x: the last hidden states of one CLIP text encoder, final layer norm included."""
@@ -72,6 +81,9 @@ class StableDiffusion:
         return {"encoder_hidden_states": towers[0](prompts).last_hidden_state}  # [B, tokens, width]
 
     def micro_conditioning(self, count: int, height: int, width: int) -> dict[str, Tensor]:
+        return {}
+
+    def crop_conditioning(self, originals: Sequence[Size], corners: Sequence[Size], size: Size) -> dict[str, Tensor]:
         return {}
 
 
@@ -87,8 +99,11 @@ class StableDiffusionXL:
         return {"encoder_hidden_states": states, "text_embeds": outputs[-1].text_embeds}
 
     def micro_conditioning(self, count: int, height: int, width: int) -> dict[str, Tensor]:
-        original, crop, target = (height, width), (0, 0), (height, width)
-        return {"time_ids": torch.tensor([[*original, *crop, *target]], dtype=torch.float32).repeat(count, 1)}
+        return self.crop_conditioning([(height, width)] * count, [(0, 0)] * count, (height, width))
+
+    def crop_conditioning(self, originals: Sequence[Size], corners: Sequence[Size], size: Size) -> dict[str, Tensor]:
+        ids = [[*original, *corner, *size] for original, corner in zip(originals, corners, strict=True)]
+        return {"time_ids": torch.tensor(ids, dtype=torch.float32)}  # [B, 6]
 
 
 _FAMILIES: dict[str, Family] = {
@@ -207,14 +222,35 @@ class Teacher:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to pictures [B, 3, H, W], float32 in [-1, 1]."""
-        config, weight = self.vae.config, next(self.vae.parameters())
-        z = latents.to(weight.device, torch.float32) / config["scaling_factor"]
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (torch.tensor(config[key]).to(z).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
-            z = z * std + mean
-        elif config.get("shift_factor") is not None:
-            z = z + config["shift_factor"]
-        return self.vae.decode(z.to(weight.dtype), return_dict=False)[0].float().clamp(-1, 1)
+        weight = next(self.vae.parameters())
+        z = latents.to(weight.device, torch.float32) / self.vae.config["scaling_factor"]
+        mean, std = self._latent_statistics(z)
+        return self.vae.decode((z * std + mean).to(weight.dtype), return_dict=False)[0].float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor, noise: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] to latents [B, C, h, w], float32: what `decode` takes.
+
+        They are drawn from the autoencoder's posterior with the standard normal `noise` [B, C, h, w].
+        """
+        weight = next(self.vae.parameters())
+        posterior = self.vae.encode(pictures.to(weight), return_dict=False)[0]
+        z = posterior.mean.float() + posterior.std.float() * noise.to(weight.device, torch.float32)
+        mean, std = self._latent_statistics(z)
+        return (z - mean) / std * self.vae.config["scaling_factor"]
+
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, std) by which the autoencoder's latents are normalised, before they are scaled."""
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            mean, std = [config.get("shift_factor") or 0.0], [1.0]
+        return torch.tensor(mean).to(like).view(1, -1, 1, 1), torch.tensor(std).to(like).view(1, -1, 1, 1)
+
+    @cached_property
+    def vae_hash(self) -> str:
+        """16 hex digits over the autoencoder's weights as loaded: in another precision they are others."""
+        return weights_hash(sorted(self.vae.state_dict().items()))
 
 
 def load_teacher(
@@ -224,15 +260,21 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
+    vae: str | Path | None = None,
+    vae_dtype: torch.dtype | None = None,
 ) -> Teacher:
     """Loads a teacher from a diffusers pipeline folder or from the hub: the named parts, frozen, and its configs.
 
     Only safetensors weights are read, never pickles. `revision` and `variant` (`"fp16"`) mean what they mean in
     diffusers. A float16 autoencoder that overflows (`force_upcast` in its config) is loaded as float32.
 
+    `vae` is the folder or hub id of an autoencoder to take the place of the teacher's, of the same latents; in
+    `vae_dtype`, or else in `dtype`.
+
     Raises:
-        FileNotFoundError: if there is no such pipeline, or a file of it is missing.
-        ValueError: if it is of another family, or made for something else than text to image.
+        FileNotFoundError: if there is no such pipeline or autoencoder, or a file of it is missing.
+        ValueError: if it is of another family, or made for something else than text to image; or `vae` has other
+            latents.
     """
     path = str(pretrained_model_name_or_path)
     for part in parts:
@@ -240,11 +282,11 @@ def load_teacher(
             raise ValueError(f"part {part!r} of a teacher is not known; allowed: {', '.join(PARTS)}")
     components = ["unet"] + [name for part in parts for name in _components(part)]
     folder = find_pipeline(path, components, revision, variant)
-    index, unet, vae, scheduler = (
+    index, unet, own_vae, scheduler = (
         read_json(folder, name)
         for name in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     )
-    family = _recognise(path, index, unet, vae)
+    family = _recognise(path, index, unet, own_vae)
     side = unet["sample_size"]
     teacher = Teacher(
         family=family,
@@ -252,13 +294,16 @@ def load_teacher(
         prediction=_prediction(path, scheduler),
         scheduler_config=scheduler,
         teacher_id=_identity(path, folder, revision),
-        resolution=side * 2 ** (len(vae["block_out_channels"]) - 1),
+        resolution=side * 2 ** (len(own_vae["block_out_channels"]) - 1),
         latent_shape=(unet["in_channels"], side, side),
         zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", family.name == "sdxl")),
         weight_files=weight_files(folder, "unet", variant),
     )
     for part in parts:
-        teacher.parts[part] = _load_part(part, folder, family, dtype, variant)
+        if part == "vae" and vae is not None:
+            teacher.parts[part] = _load_vae(str(vae), own_vae, vae_dtype or dtype)
+        else:
+            teacher.parts[part] = _load_part(part, folder, family, dtype, variant)
     for module in _modules(teacher.parts):
         module.requires_grad_(False).eval()
     return teacher
@@ -329,6 +374,29 @@ def _load_part(part: str, folder: Path, family: Family, dtype: torch.dtype, vari
     if dtype == torch.float16 and read_json(folder, "vae/config.json").get("force_upcast", True):
         dtype = torch.float32
     return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, variant=variant, use_safetensors=True)
+
+
+def _load_vae(path: str, own: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKL:
+    """Another autoencoder for the teacher whose own has the config `own`."""
+    try:
+        given = AutoencoderKL.load_config(path)
+        _same_latents(path, given, own)
+        return AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, HFValidationError) as error:  # what diffusers and the hub client raise
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no autoencoder with safetensors weights at {path!r}: {reason}") from error
+
+
+def _same_latents(path: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    if given.get("_class_name") != AutoencoderKL.__name__:
+        raise ValueError(f"{path} is a {given.get('_class_name')}, not an {AutoencoderKL.__name__}")
+    defaults = signature(AutoencoderKL).parameters
+    for name in ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        theirs, ours = (config.get(name, defaults[name].default) for config in (given, own))
+        if theirs != ours:
+            raise ValueError(f"the autoencoder {path} has {name} {theirs}, the teacher's own has {ours}")
+    if len(given["block_out_channels"]) != len(own["block_out_channels"]):
+        raise ValueError(f"the autoencoder {path} halves its pictures more or less often than the teacher's own")
 
 
 def _load_tower(folder: Path, tokenizer: str, encoder: str, dtype: torch.dtype, variant: str | None) -> TextTower:

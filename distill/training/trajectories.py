@@ -46,9 +46,9 @@ class TrajectorySolver:
         times = make_times(plan.spacing, schedule.T, plan.solver_steps)
         steps = solve(denoiser, schedule, x.to(self.device), times, conditioning, plan.solver)
         states = torch.stack([state for t, state in steps if t in plan.times], dim=1)  # [B, K, C, h, w]
-        return Trajectory(states, plan.times, self.stored(conditioning), w, seeds)
+        return Trajectory(states, plan.times, stored(conditioning, plan.dtype), w, seeds)
 
-    def stored(self, conditioning: Conditioning) -> Conditioning:
-        """Text in the plan's dtype; sizes in pixels stay exact."""
-        dtype = STATE_DTYPES[self.plan.dtype]
-        return {name: x if name == "time_ids" else x.to(dtype) for name, x in conditioning.items()}
+
+def stored(conditioning: Conditioning, dtype: str) -> Conditioning:
+    """Text in the dtype of a store; sizes in pixels stay exact."""
+    return {name: x if name == "time_ids" else x.to(STATE_DTYPES[dtype]) for name, x in conditioning.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.data.index import Plan
-from distill.data.writer import Solve, write_store
+from distill.data.writer import Partly, Solve, write_store
 from distill.diffusion.random import generator, seed_of
 from distill.diffusion.trajectory import Trajectory
 
@@ -35,6 +36,23 @@ PLAN = Plan(
     samples_per_shard=4,
     batch_size=3,
 )
+
+PICTURES = replace(
+    PLAN,
+    kind="pictures",
+    solver="none",
+    solver_steps=0,
+    spacing="none",
+    guidance=1.0,
+    times=(0,),
+    pictures_sha256="aaaa",
+    crop="center",
+    vae_hash="bbbb",
+)
+
+
+BAD = (1, 4, 5, 6, 7, 10)
+"""Of the pictures: one of the first shard, all of the second, the last one of the third."""
 
 
 def states_of(plan: Plan, i: int, shape: tuple[int, ...] = (4, 8, 8)) -> Tensor:
@@ -62,6 +80,17 @@ def teacher(plan: Plan, shape: tuple[int, ...] = (4, 8, 8), solved: list[int] | 
             guidance=torch.tensor([plan.draw_guidance(i) for i in indices]),
             seeds=tuple(seed_of(plan.seed, i) for i in indices),
         )
+
+    return solve
+
+
+def skipping(plan: Plan, bad: Collection[int]) -> Solve:
+    """The teacher above, of a store of pictures some of which cannot be read."""
+
+    def solve(indices: Sequence[int], prompts: Sequence[str]) -> Partly:
+        good = {i: prompt for i, prompt in zip(indices, prompts, strict=True) if i not in bad}
+        rest = teacher(plan)(list(good), list(good.values())) if good else None
+        return Partly(rest, {i: f"{i}.jpg: torn" for i in indices if i in bad})
 
     return solve
 

@@ -18,7 +18,7 @@ from distill.data.reader import Store, open_store
 from distill.data.record import BadSample, make_key
 from distill.diffusion.random import generator
 from distill.diffusion.trajectory import Batch, CleanEnd, Pair, Reads
-from tests.data.stores import PLAN, UNCONDITIONAL, states_of, write
+from tests.data.stores import BAD, PICTURES, PLAN, UNCONDITIONAL, states_of, write
 from tests.data.test_reader import CHANGED, RESIZED
 
 READS = Pair(250)
@@ -35,7 +35,9 @@ class Everything:
 
 
 def loader(store: Store, global_batch: int = 8, micro_batch: int = 2, reads: Reads = READS, **arguments: int) -> Loader:
-    return make_loader(store, reads, seed=3, global_batch_size=global_batch, micro_batch_size=micro_batch, **arguments)
+    return make_loader(
+        store, lambda step: reads, seed=3, global_batch_size=global_batch, micro_batch_size=micro_batch, **arguments
+    )
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -73,6 +75,20 @@ def test_shares_partition_every_step(world_size: int, micro_batch: int) -> None:
     for step in range(3):
         taken = [p for share in shares for i in range(share.accumulation) for p in share.positions(step, i)]
         assert taken == list(range(8 * step, 8 * step + 8))
+
+
+def test_pictures_are_read_once_an_epoch_around_empty_places(pictures_url: str) -> None:
+    """The clean latents of those that could be read, each its own; and no pair to be had of them."""
+    store = open_store(pictures_url)
+    batches = list(islice(loader(store, 5, 5, CleanEnd()), 2))
+    good = [i for i in range(PICTURES.samples) if i not in BAD]
+    for batch in batches:
+        assert sorted(batch.keys) == [make_key(i // 4, i % 4) for i in good]
+        for key, states, times in zip(batch.keys, batch.states, batch.times, strict=True):
+            shard, place = map(int, key.split("-"))
+            assert torch.equal(states, states_of(PICTURES, 4 * shard + place).half()) and times.tolist() == [0]
+    with pytest.raises(ValueError, match=r"off the stored grid: no two of \[0\]"):
+        loader(store)
 
 
 @pytest.mark.parametrize("batches", [(8, 3, 0, 1), (8, 4, 0, 4), (0, 1, 0, 1), (8, 0, 0, 1)])
@@ -152,7 +168,7 @@ def test_remote_stores_load_alike(store_url: str, num_workers: int) -> None:
 
 def test_reads_that_the_store_cannot_serve(store_url: str) -> None:
     with pytest.raises(ValueError, match="skip 20"):
-        make_loader(open_store(store_url), Pair(20), seed=0, global_batch_size=2, micro_batch_size=2)
+        make_loader(open_store(store_url), lambda step: Pair(20), seed=0, global_batch_size=2, micro_batch_size=2)
 
 
 # Bad samples
@@ -221,7 +237,7 @@ def test_a_shard_that_goes_missing_later_stops_the_run(copy: Path) -> None:
 def test_clean_ends_come_from_a_store_of_one_state(tmp_path: Path) -> None:
     plan = replace(PLAN, times=(0,))
     store = open_store(write(tmp_path, plan))
-    batch = next(iter(make_loader(store, CleanEnd(), seed=0, global_batch_size=3, micro_batch_size=3)))
+    batch = next(iter(make_loader(store, lambda step: CleanEnd(), seed=0, global_batch_size=3, micro_batch_size=3)))
     assert batch.states.shape == (3, 1, 4, 8, 8) and not batch.times.any()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -265,6 +266,10 @@ def test_offsets_out_of_bounds(copy: Path, offsets: str, message: str) -> None:
         (lambda f: f["shards"][1].update(name="shard-000000.tar"), "twice"),
         (lambda f: f["shards"][1].update(name="shard-000099.tar"), "shard-000099.tar"),
         (lambda f: f["shards"][1].update(samples=3), "3 samples"),
+        (lambda f: f["shards"][1].update(samples=3, skipped="0"), "of trajectories none may be missing"),
+        (lambda f: f["shards"][1].update(skipped=[0]), r"skips \[0\], not places"),
+        (lambda f: f["shards"][1].update(skipped="0 x"), "skips '0 x', not places"),
+        (lambda f: f.update(kind="pictures"), "pictures have times .* no solve"),
         (lambda f: f["shards"][1].update(bytes="all"), "'all' bytes"),
         (lambda f: f["shards"][1].update(more=1), "not understood"),
         (lambda f: f["shards"][1].update(sha256="?"), "sha256"),
@@ -286,15 +291,37 @@ def test_an_index_that_makes_no_sense(copy: Path, change: Callable[[dict[str, An
     assert str(copy) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"skipped": ""},
+        {"skipped": "1 2"},
+        {"skipped": "9"},
+        {"skipped": "1", "samples": 4},
+        {"skipped": "", "samples": 4},
+    ],
+)
+def test_skipped_places_that_do_not_fit(pictures_url: str, tmp_path: Path, change: dict[str, Any]) -> None:
+    shutil.copytree(pictures_url, tmp_path, dirs_exist_ok=True)
+    rewrite(tmp_path, lambda facts: facts["shards"][0].update(change))
+    with pytest.raises(StoreError, match="shard-000000.tar|offsets"):
+        open_store(str(tmp_path)).read(0)
+    shutil.copytree(pictures_url, tmp_path, dirs_exist_ok=True)
+    rewrite(tmp_path, lambda facts: facts["shards"][1].update(name="shard-000003.tar", skipped=""))
+    with pytest.raises(StoreError, match="names shard-000003.tar, and 3 shards are planned"):
+        open_store(str(tmp_path))
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     facts = json.loads((folder / INDEX).read_bytes())
     change(facts)
     (folder / INDEX).write_text(json.dumps(facts))
 
 
-def test_an_index_survives_the_round_trip(store_url: str) -> None:
-    data = (Path(store_url) / INDEX).read_bytes()
-    assert StoreIndex.from_json(data).to_json() == data
+def test_an_index_survives_the_round_trip(store_url: str, pictures_url: str) -> None:
+    for url in (store_url, pictures_url):
+        data = (Path(url) / INDEX).read_bytes()
+        assert StoreIndex.from_json(data).to_json() == data
 
 
 @pytest.mark.parametrize("kind", CHANGED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,19 @@ def test_a_good_store(store_url: str, verify: Callable[..., tuple[int, str]]) ->
     status, said = verify(store_url)
     assert status == 0 and "3 shards, 11 good samples, 0 bad shards" in said
     assert verify(write("memory://verify/store"))[0] == 0
+
+
+def test_skipped_pictures_are_not_missed(
+    pictures_url: str, tmp_path: Path, verify: Callable[..., tuple[int, str]]
+) -> None:
+    status, said = verify(pictures_url)
+    assert status == 0 and "3 shards, 5 good samples, 0 bad shards" in said
+    shutil.copytree(pictures_url, tmp_path, dirs_exist_ok=True)
+    facts = json.loads((tmp_path / INDEX).read_bytes())
+    facts["shards"][0]["skipped"] = "2"  # another one than that which is missing
+    (tmp_path / INDEX).write_text(json.dumps(facts))
+    status, said = verify(tmp_path)
+    assert status == 1 and "where the file 000000-000001.safetensors should begin" in said
 
 
 DAMAGE = {

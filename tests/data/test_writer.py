@@ -20,16 +20,28 @@ import torch
 from torch import Tensor
 
 from distill.data import writer
-from distill.data.index import INDEX, PLAN_FIELDS, StoreIndex, StoreMismatch, kept_times
+from distill.data.index import INDEX, OF_PICTURES, PLAN_FIELDS, StoreIndex, StoreMismatch, kept_times
 from distill.data.reader import open_store
 from distill.data.record import StoreError
 from distill.data.storage import Folder
-from distill.data.writer import Notes, work_split
+from distill.data.writer import SKIPPED, Notes, Partly, work_split
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import ddim_step, solve
 from distill.diffusion.trajectory import Trajectory
 from tests.analytic import three_peaks
-from tests.data.stores import PLAN, PROMPTS, embedding_of, files, in_processes, states_of, teacher, write
+from tests.data.stores import (
+    BAD,
+    PICTURES,
+    PLAN,
+    PROMPTS,
+    embedding_of,
+    files,
+    in_processes,
+    skipping,
+    states_of,
+    teacher,
+    write,
+)
 
 SHARDS = [f"shard-00000{n}.tar" for n in range(3)]
 FAULTS = ["plan-written", "sample-written", "shard-written", "synced", "shard-renamed", "note-written", "index-written"]
@@ -142,7 +154,14 @@ def test_publishers_that_race_lose_no_shard(tmp_path: Path, monkeypatch: pytest.
     """Between this process's look around and its writing of the index, another one finishes and publishes a shard."""
     folder = Folder(str(tmp_path))
     write(tmp_path, replace(PLAN, samples=11), rank=0, world_size=3)
-    plan = replace(PLAN, **{name: json.loads((tmp_path / "plan.json").read_bytes())[name] for name in PLAN_FIELDS})
+    plan = replace(
+        PLAN,
+        **{
+            name: json.loads((tmp_path / "plan.json").read_bytes())[name]
+            for name in PLAN_FIELDS
+            if name not in OF_PICTURES
+        },
+    )
     publish, others = Folder.publish, [1, 2]
 
     def overtaken(self: Folder, name: str, data: bytes) -> None:
@@ -305,6 +324,109 @@ def test_there_must_be_prompts(tmp_path: Path) -> None:
         write(tmp_path, prompts=[])
 
 
+# Pictures: some cannot be read, and their places stay empty.
+
+write_pictures = partial(write, plan=PICTURES, solve=skipping(PICTURES, BAD))
+
+
+def test_the_places_of_skipped_samples_stay_empty(pictures_url: str) -> None:
+    store = open_store(pictures_url)
+    assert [shard.samples for shard in store.index.shards] == [3, 0, 2] and store.index.complete
+    good = [i for i in range(11) if i not in BAD]
+    assert [store.key(row) for row in range(len(store))] == [f"{i // 4:06d}-{i % 4:06d}" for i in good]
+    for row, i in enumerate(good):
+        sample = store.read(row)
+        assert sample.key == store.key(row)
+        assert torch.equal(sample.states, states_of(PICTURES, i).half())
+        assert torch.equal(sample.conditioning["encoder_hidden_states"], embedding_of(PROMPTS[i % len(PROMPTS)]))
+    assert json.loads((Path(pictures_url) / INDEX).read_bytes())["kind"] == "pictures"
+    assert (Path(pictures_url) / SKIPPED).read_text().splitlines() == [
+        f"{i // 4:06d}-{i % 4:06d} {i}.jpg: torn" for i in BAD
+    ]
+
+
+@pytest.mark.parametrize("writers", [1, 2, 3])
+def test_any_number_of_writers_skips_alike(
+    pictures_url: str, tmp_path: Path, writers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank in range(writers):
+        assert "were skipped" not in caplog.text
+        write_pictures(tmp_path, rank=rank, world_size=writers)
+    assert f"6 of 11 pictures were skipped, see {SKIPPED}" in caplog.text
+    assert files(tmp_path) == files(pictures_url)
+
+
+@pytest.mark.parametrize("point", FAULTS)
+def test_killed_at_every_point_with_skipped_samples(pictures_url: str, tmp_path: Path, point: str) -> None:
+    expected, kills = files(pictures_url), 0
+    while True:
+        folder = tmp_path / f"{point}-{kills}"
+        (code,) = in_processes(partial(write_pictures, folder), fault=f"{point}:{kills + 1}")
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+        write_pictures(folder)
+        assert files(folder) == expected
+    assert kills >= 1
+
+
+def test_a_store_without_any_sample_is_one_error(tmp_path: Path) -> None:
+    nothing = partial(write, tmp_path, PICTURES, solve=skipping(PICTURES, range(11)))
+    nothing(rank=0, world_size=2)  # cannot know yet
+    with pytest.raises(StoreError, match="11 of 11 pictures were skipped.*such as 000000-000000 0.jpg: torn"):
+        nothing(rank=1, world_size=2)
+    with pytest.raises(StoreError, match="no shard is finished that holds a sample"):
+        open_store(str(tmp_path))
+
+
+def test_trajectories_are_never_skipped(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"batch at 000000-000000: samples were skipped \(1.jpg: torn\)"):
+        write(tmp_path, solve=skipping(PLAN, BAD))
+    assert write(tmp_path, solve=lambda *of: Partly(teacher(PLAN)(*of), {}))  # whole, and said so
+
+
+@pytest.mark.parametrize("answer", [Partly(None, {0: "torn"}), Partly(None, {0: "", 1: "", 2: "", 3: ""})])
+def test_a_sample_is_made_or_skipped(tmp_path: Path, answer: Partly) -> None:
+    """The batch is of samples 0, 1 and 2."""
+    with pytest.raises(StoreError, match="batch at 000000-000000: samples neither made nor skipped, or skipped un"):
+        write(tmp_path, PICTURES, solve=lambda *of: answer)
+
+
+def test_stores_of_trajectories_hold_what_they_always_held(store_url: str) -> None:
+    """So that those begun before there were pictures go on and open."""
+    index = json.loads((Path(store_url) / INDEX).read_bytes())
+    assert not set(index) & set(OF_PICTURES) and set(index["shards"][0]) == {
+        "name",
+        "samples",
+        "bytes",
+        "sha256",
+        "offsets",
+    }
+    assert open_store(store_url).index.kind == "trajectories"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pictures_sha256": "cccc"}, "pictures_sha256 is 'aaaa' in the store and 'cccc' in the run"),
+        ({"crop": "random"}, "crop is 'center' in the store and 'random' in the run"),
+        ({"vae_hash": "cccc"}, "vae_hash is 'bbbb' in the store and 'cccc' in the run"),
+    ],
+)
+def test_other_pictures_are_another_plan(pictures_url: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(StoreMismatch, match=message):
+        write_pictures(pictures_url, plan=replace(PICTURES, **change))
+    with pytest.raises(StoreMismatch, match="kind is 'pictures' in the store and 'trajectories' in the run"):
+        write(pictures_url)
+
+
+@pytest.mark.parametrize("change", [{"times": (1000, 0)}, {"solver": "ddim"}, {"solver_steps": 4}])
+def test_pictures_have_no_solve(change: dict[str, Any]) -> None:
+    with pytest.raises(StoreError, match="no solve"):
+        replace(PICTURES, **change)
+
+
 @pytest.mark.parametrize(
     ("environ", "split"),
     [
@@ -348,7 +470,16 @@ def test_times_off_the_grid_are_refused(keep: str | list[int], message: str) -> 
 
 @pytest.mark.parametrize(
     "change",
-    [{"times": (0, 1000)}, {"times": ()}, {"dtype": "float8"}, {"samples": 0}, {"guidance": (8, 2)}, {"batch_size": 0}],
+    [
+        {"times": (0, 1000)},
+        {"times": ()},
+        {"dtype": "float8"},
+        {"samples": 0},
+        {"guidance": (8, 2)},
+        {"batch_size": 0},
+        {"solver_steps": 0},
+        {"kind": "films"},
+    ],
 )
 def test_a_plan_checks_its_values(change: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match=next(iter(change))):

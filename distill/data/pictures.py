@@ -1,0 +1,98 @@
+"""Pictures from anywhere: their sizes from their headers, and squares of them as an autoencoder takes them."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 80_000_000
+"""Of one picture: 0.3 GB once decoded. (Pillow itself warns from 89 million on.)"""
+CROPS = ("center", "random")
+
+
+class BadPicture(ValueError):
+    """A picture that cannot be used; the message says why, in the same words every time."""
+
+
+@dataclass(frozen=True)
+class Square:
+    """A square of a picture: `pixels` [3, side, side], float32 in [-1, 1].
+
+    `original` (height, width) is the upright picture's size in pixels before it was resized; `corner` (top, left) is
+    where the square lies in the resized one.
+    """
+
+    pixels: Tensor
+    original: tuple[int, int]
+    corner: tuple[int, int]
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels as the header has them, before any rotation; a picture's first kilobytes often do.
+
+    Raises:
+        BadPicture: no header that is understood, or more than `MAX_PIXELS`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused with a sentence of our own
+        with _opened(data) as image:
+            return image.size
+
+
+def cut_square(data: bytes, side: int, generator: torch.Generator | None = None) -> Square:
+    """Decodes a picture, turns it upright (EXIF), resizes its shorter side to `side` pixels and cuts a square of it.
+
+    The square is the middle one, or drawn uniformly with `generator`. What is transparent becomes white.
+
+    Raises:
+        BadPicture: it cannot be decoded to its end, or has more than `MAX_PIXELS`.
+    """
+    with _opened(data) as image:
+        upright = _rgb(ImageOps.exif_transpose(image))
+    width, height = upright.size
+    short = min(width, height)
+    resized = upright.resize((side * width // short, side * height // short), Image.Resampling.LANCZOS)
+    top, left = (_offset(length - side, generator) for length in (resized.height, resized.width))
+    cut = np.array(resized.crop((left, top, left + side, top + side)))  # [side, side, 3]
+    pixels = torch.from_numpy(cut).permute(2, 0, 1).float() / 127.5 - 1
+    return Square(pixels, (height, width), (top, left))
+
+
+def _offset(slack: int, generator: torch.Generator | None) -> int:
+    return slack // 2 if generator is None else int(torch.randint(slack + 1, (), generator=generator))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture whose header is read. Whatever goes wrong with it inside is a BadPicture."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadPicture(f"{image.width} x {image.height} pixels; allowed: {MAX_PIXELS}")
+            yield image
+    except (BadPicture, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BadPicture(f"no header of {', '.join(FORMATS)}") from None
+    except Exception as error:  # Pillow's decoders raise almost anything
+        message = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "it", f"{type(error).__name__}: {error}")
+        raise BadPicture(" ".join(message.split())) from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to 8
+        return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
