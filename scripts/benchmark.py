@@ -84,7 +84,7 @@ def bench_step(size: str, repeats: int | None, batch_size: int | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(folder, unet.config, (h, w), tokens, samples=max(64, batch_size))
         loader = make_loader(
-            store, method.reads(), seed=0, global_batch_size=batch_size, micro_batch_size=batch_size, num_workers=1
+            store, method.reads, seed=0, global_batch_size=batch_size, micro_batch_size=batch_size, num_workers=1
         )
         batches = iter(loader)
         fixed = next(batches).to(engine.device)
@@ -127,7 +127,7 @@ def bench_reader(samples: int, workers: int) -> None:
         ratios, rates = [], []
         for repeat in range(3):
             loader = make_loader(
-                store, method.reads(), seed=repeat, global_batch_size=8, micro_batch_size=8, num_workers=workers
+                store, method.reads, seed=repeat, global_batch_size=8, micro_batch_size=8, num_workers=workers
             )
             batches = iter(loader)
             next(batches)

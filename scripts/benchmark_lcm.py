@@ -142,9 +142,7 @@ def steps_of(
     (turn,) = method.turns(0)
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(folder, dict(unet.config), (side, side), what["tokens"], samples=max(64, B))
-        batches = iter(
-            make_loader(store, method.reads(), seed=0, global_batch_size=B, micro_batch_size=B, num_workers=1)
-        )
+        batches = iter(make_loader(store, method.reads, seed=0, global_batch_size=B, micro_batch_size=B, num_workers=1))
         yield lambda i: engine.update(turn, [next(batches)], i) and None
 
 

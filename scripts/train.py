@@ -38,11 +38,11 @@ def main(cfg: TrainSettings) -> None:
     micro_batch_size = split_batch(cfg, launched_world_size())
     teacher = teacher_of(cfg, parts=())
     method: Method = build(cfg.method, schedule=teacher.schedule)
-    check_averages(cfg, method)
+    check_method(cfg, method)
     student = build(cfg.student)
     with checking():
         rate = LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
-        plan = TrainedNetwork(build(cfg.optimizer), rate, cfg.ema_decay)
+        plan = TrainedNetwork(build(cfg.optimizer), partial(scheduled, cfg, method, rate), cfg.ema_decay)
         store = fitting_store(cfg, teacher, method)
 
     folder = open_run(cfg)
@@ -97,8 +97,15 @@ def split_batch(cfg: TrainSettings, world_size: int) -> int:
     return cfg.global_batch_size // parts
 
 
-def check_averages(cfg: TrainSettings, method: Method) -> None:
-    """A moving average that the losses ask for has to be kept."""
+def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, step: int) -> float:
+    """The factor of `learning_rate` at a step: the schedule's, times that of the method's own rate, if it has one."""
+    return rate(step) * (method.learning_rate(step) or cfg.learning_rate) / cfg.learning_rate
+
+
+def check_method(cfg: TrainSettings, method: Method) -> None:
+    """The run's settings have to be what the method counts on."""
+    if method.steps not in (None, cfg.max_train_steps):
+        raise ConfigError(f"the method's stages take {method.steps} steps, not max_train_steps={cfg.max_train_steps}")
     if cfg.ema_decay is None and any(f"{name}_ema" in method.asks for name in method.trains):
         raise ConfigError("the method's target is the moving average of the student, and none is kept: set ema_decay")
 
@@ -117,7 +124,8 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method) -> Store
         cfg.data.store, max_bad_fraction=cfg.data.max_bad_fraction, verify_sha256=cfg.data.verify_on_first_read
     )
     try:
-        method.reads().check(store.index.times)
+        for step in method.starts:
+            method.reads(step).check(store.index.times)
     except ValueError as error:
         if store.index.kind == "pictures":
             raise ConfigError(
@@ -139,7 +147,7 @@ def loader_of(
 ) -> Loader:
     return make_loader(
         store,
-        method.reads(),
+        method.reads,
         seed=cfg.seed,
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=micro_batch_size,

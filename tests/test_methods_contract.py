@@ -18,7 +18,7 @@ from distill.methods.base import Method
 from distill.training.config import CONFIGS, build, check_component
 
 SCHEDULE = NoiseSchedule.scaled_linear()
-TIMES = trailing_times(SCHEDULE.T, 50)
+TIMES = trailing_times(SCHEDULE.T, 200)
 METHODS = sorted((CONFIGS / "method").glob("*.yaml"))
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class Segments:
     """`count` segments (milestone, next milestone], the first one starting at clean data.
 
@@ -17,11 +21,17 @@ class Segments:
         ValueError: count outside 1 ... T.
     """
 
-    def __init__(self, T: int, count: int) -> None:
-        if not 1 <= count <= T:
-            raise ValueError(f"segments must be within 1 ... {T}, got {count}")
-        self.count = count
-        self.milestones = tuple(round(i * T / count) for i in range(count + 1))  # 0 = ... = T
+    T: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= self.T:
+            raise ValueError(f"segments must be within 1 ... {self.T}, got {self.count}")
+
+    @cached_property
+    def milestones(self) -> tuple[int, ...]:
+        """0, then the noisiest time of each segment, up to T."""
+        return tuple(round(i * self.T / self.count) for i in range(self.count + 1))
 
     def index(self, t: Tensor) -> Tensor:
         """The segment (0 is the cleanest) that holds t, [B]; every t in 1 ... T is in exactly one."""

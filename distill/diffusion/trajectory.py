@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.prediction import Conditioning
+from distill.diffusion.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,23 @@ class Reads(Protocol):
 class Pair:
     """Two states, x_t and the one `skip` later in the solve, uniformly among all t that have one.
 
-    From times nearer to clean data than `skip` it is the clean end itself. So every stored time is taught, and every
-    chain of pairs runs down to clean data. With the solver's own step as `skip` a pair is one step of the solver; a
-    longer one spans several, no less exactly, since both states lie on the solve.
+    From times nearer to clean data than `skip` it is the clean end itself, and with `segments` (milestones) none spans
+    the start of t's segment. So every stored time is taught, and every chain of pairs runs down to the start. With the
+    solver's own step as `skip` a pair is one step of the solver; a longer one spans several, no less exactly, since
+    both states lie on the solve. `apart` draws t from its multiples alone.
     """
 
     skip: int
+    segments: Segments | None = None
+    apart: int | None = None
 
     def check(self, times: Sequence[int]) -> None:
         if all(t - self.skip not in times for t in times):
             raise ValueError(f"skip {self.skip} is off the stored grid: no two of {_short(times)} lie so far apart")
+        if self.segments and (missing := sorted(set(self.segments.milestones) - set(times))):
+            raise ValueError(f"the segments start at {missing}, which the store does not keep: it has {_short(times)}")
+        if self.apart and (missing := sorted(set(range(0, max(times) + 1, self.apart)) - set(times))):
+            raise ValueError(f"the store does not keep the times {missing}: it has {_short(times)}")
 
     def pick(self, times: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
         pairs = self._pairs(times)
@@ -107,7 +115,9 @@ class Pair:
 
     def _pairs(self, times: Sequence[int]) -> list[tuple[int, int]]:
         place = {int(t): i for i, t in enumerate(times)}
-        follows = {t: max(t - self.skip, 0) for t in place if t > 0}
+        drawn = [t for t in place if t > 0 and (self.apart is None or t % self.apart == 0)]
+        ends = self.segments.start(torch.tensor(drawn)).tolist() if self.segments else [0] * len(drawn)
+        follows = {t: max(t - self.skip, end) for t, end in zip(drawn, ends, strict=True)}
         return [(place[t], place[s]) for t, s in follows.items() if s in place]
 
 

@@ -46,9 +46,22 @@ class Method(ABC):
     trains: tuple[str, ...] = ("student",)
     asks: tuple[str, ...] = ()
 
+    starts: tuple[int, ...] = (0,)
+    """Steps at which what it reads, or how it trains, may change."""
+    steps: int | None = None
+    """How many steps a run has to take, if the method says."""
+
     @abstractmethod
-    def reads(self) -> Reads:
-        """Which states of a stored trajectory a sample of a batch consists of."""
+    def reads(self, step: int = 0) -> Reads:
+        """Which states of a stored trajectory a sample of a step's batch consists of; a pure function of `step`."""
+
+    def learning_rate(self, step: int) -> float | None:
+        """What takes the place of the run's learning rate at `step`, before its schedule; None keeps it."""
+        return None
+
+    def resets(self, step: int) -> bool:
+        """Whether the optimizers forget what they have gathered before `step`."""
+        return False
 
     @abstractmethod
     def turns(self, step: int) -> Iterable[Turn]:

@@ -70,7 +70,7 @@ class LCM(Method):
         self.target = TARGETS[target]
         self.asks = (("teacher",) if source == "noised" else ()) + ((self.target,) if target == "ema" else ())
 
-    def reads(self) -> Reads:
+    def reads(self, step: int = 0) -> Reads:
         return Pair(self.skip) if self.source == "trajectory" else CleanEnd()
 
     def turns(self, step: int) -> Iterable[Turn]:

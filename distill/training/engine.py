@@ -313,6 +313,11 @@ class Engine:
         """
         return self._in_training(name).weights(ema)
 
+    def reset_optimizers(self) -> None:
+        """Lets the optimizers forget what they have gathered; weights and averages stay."""
+        for trained in self._trained.values():
+            trained.reset_optimizer()
+
     def has_ema(self, name: str) -> bool:
         """Whether a moving average of the network is kept."""
         return self._in_training(name).ema is not None

@@ -47,6 +47,8 @@ def train(
     while step < max_train_steps and not stop:
         with meter.waiting():
             micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps)]
+        if method.resets(step):
+            engine.reset_optimizers()
         scalars: dict[str, float] = {}
         for turn in method.turns(step):
             scalars |= engine.update(turn, micro_batches, step)

@@ -111,6 +111,13 @@ class Trained(ABC):
             group["lr"] = base * factor
         return self._base_rates[0] * factor
 
+    def reset_optimizer(self) -> None:
+        """Sets the optimizer's state (this rank's share) to zeros, which is where torch's optimizers start."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
     def follow(self) -> None:
         """Moves the average towards the weights; called after each step that was taken."""
         if self.ema is not None and self.plan.ema_decay is not None:

@@ -121,6 +121,13 @@ class Distance(Method):
         return Losses(d.mean(), {"l2": d.mean()})
 
 
+class Restarted(LCM):
+    """LCM whose optimizer begins anew in the middle of the run."""
+
+    def resets(self, step: int) -> bool:
+        return step == 4
+
+
 def student(lora: bool, dropout: float = 0.0, **changes: Any) -> dict[str, NetworkDenoiser]:
     """A network trained whole; or one with adapters that change something, and its teacher on the same module."""
     view = NetworkDenoiser(tiny_unet("sdxl", **TWO_LEVELS, **changes), SCHEDULE, Prediction.EPSILON)
@@ -140,7 +147,7 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
     method: Method = LCM(SCHEDULE)
     if case["method"] == "lcm-ema":  # in every step the average takes the weights' place, and gives it back
         networks = student(lora=False, time_cond_proj_dim=6)
-        method = LCM(SCHEDULE, target="ema")
+        method = Restarted(SCHEDULE, target="ema")
     if case["method"] == "distance":
         method = Distance({int(k): v for k, v in case.get("poison", {}).items()})
     if case["method"] == "duel":
@@ -167,6 +174,8 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     rows = []
     with Preemption(folder or Path(), writes=folder is not None and engine.is_main) as preemption:
         while step < case["steps"] and not (stop := engine.any(preemption.requested)):
+            if method.resets(step):
+                engine.reset_optimizers()
             row: dict[str, float] = {}
             for turn in method.turns(step):
                 row |= engine.update(turn, micro_batches(engine, step), step)

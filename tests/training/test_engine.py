@@ -102,6 +102,22 @@ def test_training_is_the_textbook_loop(make: Make, accumulation: int, max_grad_n
     assert relative_distance(average, expected) > 1e-2  # or the average would prove nothing
 
 
+def test_a_reset_optimizer_is_a_new_one(make: Make) -> None:
+    """The step after it is the first step of an engine that starts from these weights and averages."""
+    engine = make(plan=TrainedNetwork(adamw, ema_decay=0.5))
+    train(engine, 3)
+    weights = engine.export_weights("student")
+    engine.reset_optimizers()
+    engine.update(turn(), micro_batches(engine, 3), 3)
+
+    networks = student(lora=True)
+    networks["student"].module.load_state_dict(weights, strict=False)
+    other = make(networks)
+    other.update(turn(), micro_batches(other, 3), 3)
+    assert equal(engine.export_weights("student"), other.export_weights("student"))
+    assert not equal(engine.export_weights("student", ema=True), engine.export_weights("student"))
+
+
 def test_a_turn_sees_its_own_network_trainable_and_the_others_frozen_and_bare(make: Make) -> None:
     networks = student(lora=False)
     networks["discriminator"] = dataclasses.replace(networks["student"], module=student(lora=False)["student"].module)
