@@ -36,7 +36,7 @@ class Segments:
     def index(self, t: Tensor) -> Tensor:
         """The segment (0 is the cleanest) that holds t, [B]; every t in 1 ... T is in exactly one."""
         edges = torch.tensor(self.milestones[1:-1], device=t.device)
-        return torch.bucketize(t, edges)  # right edges belong to their segment
+        return torch.bucketize(t.contiguous(), edges)  # right edges belong to their segment
 
     def start(self, t: Tensor) -> Tensor:
         """The time that a student at t jumps to, [B]."""

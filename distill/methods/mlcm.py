@@ -1,0 +1,233 @@
+"""Multistep latent consistency: MLCM (Xie et al. 2024, arXiv 2406.05768), after Heek et al. 2024 (arXiv 2403.06807)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.diffusion.consistency import inverse_jump, jump, where
+from distill.diffusion.guidance import guided
+from distill.diffusion.losses import l2, pseudo_huber
+from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
+from distill.diffusion.random import Context
+from distill.diffusion.schedule import NoiseSchedule, add_noise
+from distill.diffusion.segments import Segments
+from distill.diffusion.solver import ddim_step
+from distill.diffusion.trajectory import Batch, CleanEnd, Pair, Reads, Transition
+from distill.methods.base import Losses, Method, Networks, Turn
+
+SOURCES = ("trajectory", "rollout", "student")
+SPACES = ("z_end", "x0", "v")
+DISTANCES = ("l2", "huber")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run, of which the run takes `iterations` steps.
+
+    Args:
+        segments: M; the student jumps from t to the start of t's segment. 1 is consistency down to clean data.
+        skip: t - s of a pair, which ends at the segment's start if that is nearer.
+        grid: the times that t is drawn from are T/grid apart; None takes all there are (the stored ones, or 1 ... T).
+        source: of the pairs. `trajectory`: stored states, no teacher in memory. `rollout`: the teacher solves from
+            noise to x_t in M - segment + 1 steps (the paper's multistep denoising, algorithm 1), and on to x_s.
+            `student`: x_t is noised from a sample that the student draws in `student_steps`; the teacher goes on to
+            x_s in `substeps` (the paper's second stage, algorithm 2).
+        loss_space: where the two answers are compared: where they land (`z_end`), as the x0 that leads there (`x0`),
+            or that with weight SNR + 1 (`v`, Heek et al. 2024: it is the distance of the velocities).
+        distance: `l2` or `huber` (with `huber_c`).
+        learning_rate: None keeps the run's.
+        fresh_optimizer: forgets the optimizer's state when the stage begins.
+
+    Raises:
+        ValueError: a value out of its range, naming it.
+    """
+
+    segments: int
+    skip: int
+    iterations: int
+    grid: int | None = None
+    source: str = "trajectory"
+    loss_space: str = "z_end"
+    distance: str = "l2"
+    huber_c: float = 0.001
+    student_steps: int = 4
+    substeps: int = 1
+    learning_rate: float | None = None
+    fresh_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("source", SOURCES), ("loss_space", SPACES), ("distance", DISTANCES)):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"a stage's {key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
+        for key in ("segments", "skip", "iterations", "student_steps", "substeps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"a stage's {key} must be at least 1, got {getattr(self, key)}")
+        for key in ("huber_c", "learning_rate"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"a stage's {key} must be above 0, got {value}")
+        if self.grid is not None and (self.grid < self.segments or self.grid % self.segments):
+            raise ValueError(f"a stage's grid must be a multiple of its {self.segments} segments, got {self.grid}")
+        if self.source == "student" and self.segments != 1:
+            raise ValueError(f"a stage from student samples goes down to clean data: segments=1, got {self.segments}")
+        if self.source == "student" and self.grid is None:
+            raise ValueError("a stage from student samples stands at milestones: set grid to their number")
+
+
+class MLCM(Method):
+    """Multistep consistency distillation in stages (MLCM, algorithms 1 and 2), the student its own target.
+
+    Args:
+        schedule: the teacher's.
+        stages: `Stage`s, or their arguments. The last one lasts as long as the run does.
+        guidance: w of the teacher where it is asked; stored trajectories have their own.
+
+    Raises:
+        ValueError: a value out of its range, naming it, and the stage it is of.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, stages: list[Stage], guidance: float = 8.0) -> None:
+        if not stages:
+            raise ValueError("method.stages is empty: give at least one")
+        if not 0 <= guidance < math.inf:
+            raise ValueError(f"method.guidance must be at least 0, got {guidance}")
+        self.schedule, self.guidance = schedule, guidance
+        self.stages = [_stage(i, stage, schedule) for i, stage in enumerate(stages)]
+        lengths = [stage.iterations for stage in self.stages]
+        self.starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+        self.steps = sum(lengths)
+        self.asks = ("teacher",) if any(stage.source != "trajectory" for stage in self.stages) else ()
+
+    def place(self, step: int) -> int:
+        """Which stage a step is in."""
+        return sum(step >= start for start in self.starts) - 1
+
+    def reads(self, step: int = 0) -> Reads:
+        stage = self.stages[self.place(step)]
+        if stage.source != "trajectory":
+            return CleanEnd()  # for its shape and its prompt alone
+        return Pair(stage.skip, Segments(self.schedule.T, stage.segments), self._grid(stage))
+
+    def learning_rate(self, step: int) -> float | None:
+        return self.stages[self.place(step)].learning_rate
+
+    def resets(self, step: int) -> bool:
+        return step in self.starts[1:] and self.stages[self.place(step)].fresh_optimizer
+
+    def turns(self, step: int) -> Iterable[Turn]:
+        stage = self.stages[self.place(step)]
+
+        def loss(networks: Networks, batch: Batch, context: Context) -> Losses:
+            losses = self.loss(stage, networks, batch, context)
+            return Losses(losses.total, {**losses.parts, "stage": losses.total.new_tensor(self.place(step) + 1)})
+
+        return (Turn("student", loss),)
+
+    def loss(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
+        """|| g(x_t, t) - g⁻(x_s, s) ||, both of which land where t's segment starts (MLCM, eq. 7 and 10)."""
+        segments, c = Segments(self.schedule.T, stage.segments), batch.conditioning
+        step = self.pair(stage, networks, batch, context)
+        end = segments.start(step.t)
+
+        with torch.no_grad():  # x_s itself where it is there already
+            g_s = self.g(networks["student"], step.x_s, step.s, end, c)
+        f_t = networks["student"](step.x_t, step.t, c)
+
+        d = self.d(stage, f_t, g_s, step, end)  # [B]
+        inside = [(segments.index(step.t) == i).to(d) for i in range(stage.segments)]
+        parts = {f"segment_{i + 1}": stage.segments * (d * mask).mean().detach() for i, mask in enumerate(inside)}
+        return Losses(d.mean(), {"loss": d.mean().detach(), **parts})
+
+    def g(self, student: Denoiser, x: Tensor, t: Tensor, end: Tensor, c: Conditioning) -> Tensor:
+        """The DDIM jump from t to `end` along the student's answer, and x itself where t is `end` (MLCM, sec. 4.1)."""
+        return jump(self.schedule, student(x, t, c), x, t, end)
+
+    def d(self, stage: Stage, f_t: Denoised, g_s: Tensor, step: Transition, end: Tensor) -> Tensor:
+        """The distance, in the stage's space, of the answer f_t at x_t from one that lands at g_s, [B]."""
+        a, b = ddim_step(self.schedule, f_t, end), g_s
+        if stage.loss_space != "z_end":
+            a, b = f_t.x0, inverse_jump(self.schedule, g_s, step.x_t, step.t, end)
+        if stage.loss_space == "v":
+            sigma = self.schedule.sigma(step.t, a)
+            a, b = a / sigma, b / sigma
+        return l2(a, b) if stage.distance == "l2" else pseudo_huber(a, b, stage.huber_c)
+
+    # ---- where the pairs come from ------------------------------------------------------------------------------
+
+    def pair(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Transition:
+        """x_t, and x_s a step of the teacher's guided ODE later."""
+        if stage.source == "trajectory":
+            return batch.transition()
+        teacher = guided(networks["teacher"], batch.unconditional, self.guidance)
+        with torch.no_grad():
+            if stage.source == "rollout":
+                return self.rollout(stage, teacher, batch, context)
+            return self.from_student(stage, teacher, networks["student"], batch, context)
+
+    def rollout(self, stage: Stage, teacher: Denoiser, batch: Batch, context: Context) -> Transition:
+        """The teacher's own solve from noise: L steps to x_t, fewer to noisier segments, and one to x_s (alg. 1)."""
+        segments = Segments(self.schedule.T, stage.segments)
+        x = context.normal(batch.states[:, 0], "x_T")  # [B, C, h, w]
+        t = self.draw_time(stage, context, x.device)
+        L = stage.segments - segments.index(t)  # [B], 1 ... M
+        T = torch.full_like(t, self.schedule.T)
+        for i in range(int(L.max())):
+            here, there = (T - (T - t) * L.clamp(max=j) // L for j in (i, i + 1))
+            x = self.step(teacher, x, here, there, batch.conditioning)
+        s = torch.maximum(t - stage.skip, segments.start(t))
+        return Transition(x, t, self.step(teacher, x, t, s, batch.conditioning), s)
+
+    def from_student(
+        self, stage: Stage, teacher: Denoiser, student: Denoiser, batch: Batch, context: Context
+    ) -> Transition:
+        """The student's own sample, noised to a milestone; the teacher goes on from there to the next one (alg. 2)."""
+        x_0 = self.student_sample(student, batch, context, stage.student_steps)
+        t = self.draw_time(stage, context, x_0.device)
+        s = (t - stage.skip).clamp(min=0)
+        x_t = add_noise(self.schedule, x_0, context.normal(x_0, "noise"), t)
+        x = x_t
+        for i in range(stage.substeps):
+            here, there = (t - (t - s) * j // stage.substeps for j in (i, i + 1))
+            x = self.step(teacher, x, here, there, batch.conditioning)
+        return Transition(x_t, t, x, s)
+
+    def student_sample(self, student: Denoiser, batch: Batch, context: Context, steps: int) -> Tensor:
+        """Clean latents by `steps` jumps of the student, with fresh noise after each but the last, [B, C, h, w]."""
+        T, x_0 = self.schedule.T, batch.states[:, 0]
+        for i in range(steps):
+            noise = context.normal(x_0, f"student {i}")
+            t = torch.full((len(x_0),), T - i * T // steps, device=x_0.device)
+            x = noise if i == 0 else add_noise(self.schedule, x_0, noise, t)
+            x_0 = student(x, t, batch.conditioning).x0
+        return x_0
+
+    def step(self, teacher: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Conditioning) -> Tensor:
+        """A DDIM step from t to s <= t, [B] each; x itself where they are one time."""
+        return where(t == s, x, ddim_step(self.schedule, teacher(x, t, c), s))
+
+    def draw_time(self, stage: Stage, context: Context, device: torch.device) -> Tensor:
+        """t [B], uniform over the stage's grid."""
+        apart = 1 if stage.grid is None else self.schedule.T // stage.grid
+        return apart * context.integers(1, self.schedule.T // apart + 1, "t", device)
+
+    def _grid(self, stage: Stage) -> int | None:
+        return None if stage.grid is None else self.schedule.T // stage.grid
+
+
+def _stage(i: int, stage: Stage | dict[str, Any], schedule: NoiseSchedule) -> Stage:
+    try:
+        stage = stage if isinstance(stage, Stage) else Stage(**stage)
+        Segments(schedule.T, stage.segments)
+        if stage.grid is not None and schedule.T % stage.grid:
+            raise ValueError(f"a stage's grid must divide the schedule's {schedule.T} times, got {stage.grid}")
+        if stage.skip > schedule.T:
+            raise ValueError(f"a stage's skip must be within 1 ... {schedule.T}, got {stage.skip}")
+    except ValueError as error:
+        raise ValueError(f"method.stages[{i}]: {error}") from None
+    return stage
