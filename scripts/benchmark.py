@@ -3,6 +3,7 @@
 python scripts/benchmark.py step --size toy      # a training step against the bare network passes that it needs
 python scripts/benchmark.py step --size sd15
 python scripts/benchmark.py lcm --size sd15      # LCM-LoRA's step here against that of the usual scripts
+python scripts/benchmark.py memory               # what the experiments hold, counted without weights
 python scripts/benchmark.py reader               # planned reads against a sequential read of the same bytes
 python scripts/benchmark.py start                # from an index to the first batch, for 10^3, 10^5, 10^7 samples
 """
@@ -52,6 +53,7 @@ def main() -> None:
     lcm.add_argument("--rounds", type=int, default=2, help="processes of each variant, in turn")
     lcm.add_argument("--repeats", type=int, help="counted steps of each process (toy: 20, sd15: 3)")
     lcm.set_defaults(run=lambda a: bench_lcm(a.size, a.rounds, a.repeats))
+    commands.add_parser("memory").set_defaults(run=lambda a: bench_memory())
     reader = commands.add_parser("reader")
     reader.add_argument("--samples", type=int, default=512)
     reader.add_argument("--workers", type=int, default=1)
@@ -67,6 +69,12 @@ def bench_lcm(size: str, rounds: int, repeats: int | None) -> None:
     import benchmark_lcm
 
     benchmark_lcm.compare(size, rounds, repeats)
+
+
+def bench_memory() -> None:
+    import benchmark_memory
+
+    benchmark_memory.table()
 
 
 def bench_step(size: str, repeats: int | None, batch_size: int | None) -> None:

@@ -116,7 +116,24 @@ def lcm_times(T: int, steps: int, solver_steps: int = 50) -> list[int]:
     return [(solver_steps - i * solver_steps // steps) * k for i in range(steps)] + [0]
 
 
-TIMES = {"trailing": trailing_times, "leading": leading_times, "lcm": lcm_times}
+def milestone_times(T: int, steps: int) -> list[int]:
+    """Of the eight milestones of MLCM those that its published inference visits in so many steps, and 0."""
+    _check_steps(len(MLCM_MILESTONES), steps)
+    return [round(i * T / len(MLCM_MILESTONES)) for i in MLCM_MILESTONES[steps]] + [0]
+
+
+MLCM_MILESTONES = {  # in eighths of T
+    1: (8,),
+    2: (8, 4),
+    3: (8, 4, 1),
+    4: (8, 6, 4, 1),
+    5: (8, 6, 4, 2, 1),
+    6: (8, 6, 4, 3, 2, 1),
+    7: (8, 6, 5, 4, 3, 2, 1),
+    8: (8, 7, 6, 5, 4, 3, 2, 1),
+}
+
+TIMES = {"trailing": trailing_times, "leading": leading_times, "lcm": lcm_times, "milestones": milestone_times}
 
 
 def make_times(spacing: str, T: int, steps: int) -> list[int]:

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 CELL, GAP, LABEL_WIDTH, HEADER = 96, 4, 230, 44  # pixels
+TITLE_LINE = 18  # pixels
 INK, GREY = "#222222", "#808080"
 COLOURS = {"teacher": "#4477aa", "undistilled": "#aaaaaa", "student": "#ee6633"}
 METRICS = {  # row key: title, logarithmic axis, which way is better
@@ -27,32 +28,35 @@ METRICS = {  # row key: title, logarithmic axis, which way is better
 
 @dataclass(frozen=True)
 class GridRow:
-    """A line of the grid: images [G, 3, H, W] in [-1, 1], a title and a smaller line below it."""
+    """A line of the grid: images [G, 3, H, W] in [-1, 1], a title (cut to three lines) and a smaller line below it."""
 
     title: str
     detail: str
     images: Tensor
 
 
-def draw_grid(path: Path, prompts: Sequence[str], groups: Sequence[Sequence[GridRow]]) -> None:
-    """Draws rows of images under their prompts; groups of rows stand a little apart. Small images are magnified by a
-    whole factor, pixel by pixel; large ones are shrunk."""
+def draw_grid(path: Path, columns: Sequence[str], groups: Sequence[Sequence[GridRow]], cell: int = CELL) -> None:
+    """Draws rows of images under their columns' titles, prompts for example; groups of rows stand a little apart.
+
+    Small images are magnified by a whole factor, pixel by pixel, to at most `cell` pixels; large ones are shrunk to it.
+    """
     rows = sum(len(group) for group in groups)
-    width = LABEL_WIDTH + len(prompts) * (CELL + GAP) + 2 * GAP
-    height = HEADER + rows * (CELL + GAP) + len(groups) * 3 * GAP
+    width = LABEL_WIDTH + len(columns) * (cell + GAP) + 2 * GAP
+    height = HEADER + rows * (cell + GAP) + len(groups) * 3 * GAP
     canvas = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(canvas)
-    for column, prompt in enumerate(prompts):
-        x = LABEL_WIDTH + column * (CELL + GAP) + CELL // 2
-        pen.multiline_text((x, HEADER - 6), _wrapped(prompt), INK, _font(12), "md", align="center")
+    for column, title in enumerate(columns):
+        x = LABEL_WIDTH + column * (cell + GAP) + cell // 2
+        pen.multiline_text((x, HEADER - 6), _wrapped(title), INK, _font(12), "md", align="center")
     top = HEADER
     for group in groups:
         for row in group:
-            pen.text((14, top + CELL / 2 - 4), row.title, INK, _font(15), "ls")
-            pen.text((14, top + CELL / 2 + 16), row.detail, GREY, _font(11), "ls")
+            for above, line in enumerate(reversed(_wrapped(row.title, width=25, lines=3).split("\n"))):
+                pen.text((14, top + cell / 2 - 4 - TITLE_LINE * above), line, INK, _font(15), "ls")
+            pen.text((14, top + cell / 2 + 16), row.detail, GREY, _font(11), "ls")
             for column, image in enumerate(row.images):
-                canvas.paste(_cell(image), (LABEL_WIDTH + column * (CELL + GAP), top))
-            top += CELL + GAP
+                canvas.paste(_cell(image, cell), (LABEL_WIDTH + column * (cell + GAP), top))
+            top += cell + GAP
         top += 3 * GAP
     canvas.save(path)
 
@@ -62,22 +66,22 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def _cell(image: Tensor) -> Image.Image:
+def _cell(image: Tensor, cell: int) -> Image.Image:
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels)
     longest = max(picture.size)
-    if longest > CELL:
-        picture.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    if longest > cell:
+        picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
     else:
-        factor = CELL // longest
+        factor = cell // longest
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     return picture
 
 
-def _wrapped(prompt: str, width: int = 15, lines: int = 2) -> str:
-    """The beginning of a prompt on few short lines."""
+def _wrapped(text: str, width: int = 15, lines: int = 2) -> str:
+    """The beginning of a text on few short lines."""
     wrapped = [""]
-    for word in prompt.split():
+    for word in text.split():
         if wrapped[-1] and len(wrapped[-1]) + 1 + len(word) > width:
             wrapped.append(word)
         else:

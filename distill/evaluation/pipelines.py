@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    UNet2DConditionModel,
 )
 from torch import Tensor
 
@@ -33,6 +34,9 @@ def load_pipeline(
 ) -> Any:
     """The pipeline as diffusers loads it, with a LoRA file or folder if one is given.
 
+    Instead of a LoRA, the export of a student that is a whole network (a folder with `unet`) replaces the pipeline's
+    network, and the sampler becomes LCM's.
+
     Raises:
         FileNotFoundError: no pipeline or no LoRA there.
     """
@@ -46,11 +50,18 @@ def load_pipeline(
         raise FileNotFoundError(
             f"model.pretrained_model_name_or_path={pretrained_model_name_or_path}: {error}"
         ) from None
-    if lora is not None:
+    if lora is not None and _is_network(Path(lora)):
+        pipeline.register_modules(unet=UNet2DConditionModel.from_pretrained(lora, subfolder="unet"))
+        use_sampler(pipeline, "lcm", "lcm")
+    elif lora is not None:
         pipeline.load_lora_weights(str(lora), adapter_name="student")
         pipeline.set_adapters(["student"], [lora_scale])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _is_network(folder: Path) -> bool:
+    return (folder / "unet").is_dir() and not list(folder.glob("*.safetensors"))
 
 
 def use_sampler(pipeline: Any, sampler: str, spacing: str) -> None:
@@ -66,6 +77,26 @@ def use_sampler(pipeline: Any, sampler: str, spacing: str) -> None:
         pipeline.scheduler = SCHEDULERS[sampler].from_config(config, timestep_spacing=spacing)
 
 
+def use_adapters(pipeline: Any, weights: Mapping[str, float]) -> None:
+    """Switches on these LoRAs, by adapter name and with these weights, and no others; without any, the bare network
+    computes as if none had been loaded, to the bit."""
+    if weights:
+        pipeline.enable_lora()
+        pipeline.set_adapters(list(weights), list(weights.values()))
+    elif pipeline.get_list_adapters():
+        pipeline.disable_lora()
+
+
+def is_student(pipeline: Any) -> bool:
+    """Whether a pipeline is a student as it was loaded: it has a LoRA, or comes with LCM's sampler."""
+    return bool(pipeline.get_list_adapters()) or isinstance(pipeline.scheduler, LCMScheduler)
+
+
+def embeds_guidance(pipeline: Any) -> bool:
+    """Whether guidance is an input of the network: then it costs nothing, and a negative prompt does nothing."""
+    return pipeline.unet.config.get("time_cond_proj_dim") is not None
+
+
 @torch.no_grad()
 def draw(
     pipeline: Any,
@@ -74,11 +105,13 @@ def draw(
     steps: int,
     guidance: float = 1.0,
     resolution: int | None = None,
+    negative_prompt: str | None = None,
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1], one for each prompt, each from a CPU generator of its own seed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipeline(
         prompt=list(prompts),
+        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
         num_inference_steps=steps,
         guidance_scale=guidance,
         generator=generators,

@@ -27,16 +27,18 @@ COLUMNS = {  # row key: heading, format
     "sharpness": ("sharpness", "{:.2f}"),
     "teacher_consistency": ("teacher consistency", "{:.4f}"),
 }
-NUMBERS = ("steps", "guidance", "nfe", "caption_accuracy", "frechet", "sharpness", "teacher_consistency")
 GRID_COLUMNS = 10
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, aligned so that a terminal shows it well too; errors are standard errors."""
-    keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    cells = [[COLUMNS[key][0] for key in keys]] + [[_cell(row, key) for key in keys] for row in rows]
+def format_table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]] = COLUMNS) -> str:
+    """The rows as a Markdown table, aligned so that a terminal shows it well too; errors are standard errors.
+
+    `columns` maps a row's keys to headings and formats; a column that no row has is left out.
+    """
+    keys = [key for key in columns if any(key in row for row in rows)]
+    cells = [[columns[key][0] for key in keys]] + [[_cell(row, key, columns[key][1]) for key in keys] for row in rows]
     widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(keys))]
-    right = [key in NUMBERS for key in keys]
+    right = [not any(isinstance(row.get(key), str) for row in rows) for key in keys]
     rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)]
     lines = [cells[0], rule, *cells[1:]]
     padded = (
@@ -46,10 +48,9 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
-def _cell(row: Row, key: str) -> str:
+def _cell(row: Row, key: str, pattern: str) -> str:
     if key not in row:
         return ""
-    pattern = COLUMNS[key][1]
     text = pattern.format(row[key])
     return f"{text} ± {pattern.format(row[f'{key}_se'])}" if f"{key}_se" in row else text
 

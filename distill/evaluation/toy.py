@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill.diffusion.random import generator
 from distill.evaluation.cache import weights_hash
 from distill.evaluation.frechet import frechet_with_error
+from distill.evaluation.pixels import laplacian_energy
 from distill.toy.judge import Judge
 from distill.toy.world import CAPTIONS, balanced_labels, labels_of, render
 
@@ -22,10 +22,13 @@ class JudgeScorer:
     Metrics: caption_accuracy, the share in which the judge reads the prompt, and its standard error; frechet, between
     the judge's features of the pictures and of as many real ones of the same captions, and its standard error;
     sharpness, the high-frequency energy relative to those real ones (1: as sharp, less: blurred).
+
+    Args:
+        real: draws real pictures of labels; those of a styled world are another function's.
     """
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, judge: Judge, real: Callable[[Tensor, torch.Generator], Tensor] = render) -> None:
+        self.judge, self.real = judge, real
         self.name = f"toy judge {weights_hash(judge)}"
         self._real: dict[tuple[str, int], dict[str, Tensor]] = {}
 
@@ -39,8 +42,8 @@ class JudgeScorer:
         device = next(self.judge.parameters()).device
         return {
             "features": self.judge.features(images.to(device)).cpu(),
-            "right": (self.judge.logits(images.to(device)).argmax(1).cpu() == labels_of(prompts)).double(),
-            "energy": _laplacian_energy(images),
+            "right": captions_right(self.judge, images, prompts),
+            "energy": laplacian_energy(images),
         }
 
     def summarise(self, measured: Mapping[str, Tensor], split: str) -> dict[str, float]:
@@ -63,13 +66,13 @@ class JudgeScorer:
 
     def _real_measured(self, split: str, n: int) -> dict[str, Tensor]:
         if (split, n) not in self._real:
-            images = render(balanced_labels(n), generator("real pictures", split))
+            images = self.real(balanced_labels(n), generator("real pictures", split))
             self._real[split, n] = self.measure(images, self.prompts(split, n))
         return self._real[split, n]
 
 
-def _laplacian_energy(images: Tensor) -> Tensor:
-    """Mean squared response of the 3x3 Laplacian of each of the pictures [B, C, H, W]: [B]."""
-    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
-    response = F.conv2d(images.flatten(0, 1)[:, None], kernel[None, None].to(images))  # [B C, 1, H - 2, W - 2]
-    return response.square().reshape(len(images), -1).double().mean(1)
+@torch.no_grad()
+def captions_right(judge: Judge, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Whether the judge reads each of the pictures [B, 3, 32, 32] in [-1, 1] as its prompt: float64 [B], 1 or 0."""
+    device = next(judge.parameters()).device
+    return (judge.logits(images.to(device)).argmax(1).cpu() == labels_of(prompts)).double()

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 
-from distill.diffusion.solver import lcm_times, leading_times, make_times, trailing_times
+from distill.diffusion.segments import Segments
+from distill.diffusion.solver import lcm_times, leading_times, make_times, milestone_times, trailing_times
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -53,10 +54,22 @@ def test_lcm_equals_diffusers(solver_steps: int) -> None:
         ("leading", 4, [752, 502, 252, 2, 0]),
         ("lcm", 4, [1000, 760, 500, 260, 0]),
         ("lcm", 8, [1000, 880, 760, 640, 500, 380, 260, 140, 0]),
+        ("milestones", 2, [1000, 500, 0]),
+        ("milestones", 3, [1000, 500, 125, 0]),
+        ("milestones", 4, [1000, 750, 500, 125, 0]),
     ],
 )
 def test_by_name(spacing: str, steps: int, times: list[int]) -> None:
     assert make_times(spacing, 1000, steps) == times
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_milestones_are_those_of_the_segments_and_diffusers_takes_them(steps: int) -> None:
+    times = milestone_times(1000, steps)
+    assert set(times) <= set(Segments(1000, 8).milestones) and len(times) == steps + 1
+    scheduler = LCMScheduler()
+    scheduler.set_timesteps(timesteps=[t - 1 for t in times[:-1]])
+    assert [int(index) + 1 for index in scheduler.timesteps] == times[:-1]
 
 
 @pytest.mark.parametrize(("coarse", "fine"), [(32, 128), (8, 32), (4, 8), (2, 4), (1, 2)])
@@ -80,6 +93,11 @@ def test_refuses_step_counts_that_do_not_exist(spacing: str, steps: int) -> None
         make_times(spacing, 1000, steps)
 
 
+def test_there_are_no_more_steps_than_milestones() -> None:
+    with pytest.raises(ValueError, match="^steps must be within 1 ... 8, got 9$"):
+        make_times("milestones", 1000, 9)
+
+
 def test_refuses_an_unknown_spacing_by_name() -> None:
-    with pytest.raises(ValueError, match="^spacing 'karras' is not known; allowed: trailing, leading, lcm$"):
+    with pytest.raises(ValueError, match="^spacing 'karras' is not known; allowed: trailing, leading, lcm, milestones$"):
         make_times("karras", 1000, 4)
