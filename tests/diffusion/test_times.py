@@ -99,5 +99,7 @@ def test_there_are_no_more_steps_than_milestones() -> None:
 
 
 def test_refuses_an_unknown_spacing_by_name() -> None:
-    with pytest.raises(ValueError, match="^spacing 'karras' is not known; allowed: trailing, leading, lcm, milestones$"):
+    with pytest.raises(
+        ValueError, match="^spacing 'karras' is not known; allowed: trailing, leading, lcm, milestones$"
+    ):
         make_times("karras", 1000, 4)
