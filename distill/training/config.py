@@ -153,7 +153,7 @@ class TrainSettings(Settings):
 
 
 class SampleSettings(Settings):
-    """`configs/sample.yaml`: pictures from a pipeline, with or without a LoRA, or from a run; or a sweep over settings."""
+    """`configs/sample.yaml`: pictures from a pipeline, with or without a LoRA, or from a run, or a sweep over them."""
 
     model: ModelSettings
     run: str | None
