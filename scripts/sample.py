@@ -23,7 +23,14 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from distill.data.prompts import read_prompts
-from distill.evaluation.pipelines import draw, embeds_guidance, is_student, load_pipeline, use_sampler
+from distill.evaluation.pipelines import (
+    draw,
+    embeds_guidance,
+    is_student,
+    load_pipeline,
+    milestone_steps,
+    use_sampler,
+)
 from distill.evaluation.sweeps import (
     GUIDANCES,
     LORA_STEPS,
@@ -103,10 +110,11 @@ def draw_pictures(cfg: SampleSettings, pipeline: Any, model: ModelSettings, prom
         folder = Path(cfg.output_dir) / (f"steps-{steps}" if isinstance(cfg.steps, list) else "")
         folder.mkdir(parents=True, exist_ok=True)
         pictures: list[dict[str, Any]] = []
+        times = milestone_steps(pipeline, steps) if cfg.spacing == "milestones" else None
         for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"{steps} steps", unit="batch"):
             chunk = prompts[start : start + cfg.batch_size]
             seeds = [cfg.seed + start + i for i in range(len(chunk))]
-            images = draw(pipeline, chunk, seeds, steps, guidance, model.resolution, cfg.negative_prompt)
+            images = draw(pipeline, chunk, seeds, steps, guidance, model.resolution, cfg.negative_prompt, times)
             for prompt, seed, image in zip(chunk, seeds, images, strict=True):
                 name = f"{len(pictures):05d}.png"
                 save_image(image, folder / name)

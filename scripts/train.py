@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from distill.data.prompts import read_prompts
 from distill.data.reader import Store, open_store
 from distill.methods.base import Method
 from distill.models.families import Teacher, load_teacher
+from distill.models.latent_reward import LatentReward
 from distill.training.checkpoint import Checkpoints
 from distill.training.config import ConfigError, TrainSettings, build, checking, run_script
 from distill.training.engine import Engine, LearningRate, TrainedNetwork
@@ -38,11 +40,11 @@ def main(cfg: TrainSettings) -> None:
     micro_batch_size = split_batch(cfg, launched_world_size())
     teacher = teacher_of(cfg, parts=())
     method: Method = build(cfg.method, schedule=teacher.schedule)
-    check_method(cfg, method)
-    student = build(cfg.student)
+    check_method(cfg, method, micro_batch_size)
+    student, others = build(cfg.student), others_of(cfg, method)
     with checking():
         rate = LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
-        plan = TrainedNetwork(build(cfg.optimizer), partial(scheduled, cfg, method, rate), cfg.ema_decay)
+        plans = {name: plan_of(cfg, method, rate, name) for name in method.trains}
         store = fitting_store(cfg, teacher, method)
 
     folder = open_run(cfg)
@@ -52,8 +54,10 @@ def main(cfg: TrainSettings) -> None:
     checkpoints = Checkpoints(checkpoints_of(folder), cfg.checkpoints_total_limit, cfg.model_dump(mode="json"))
     with checking():
         engine.start()
-        networks = student.networks(teacher_of(cfg, parts=("unet",)), cfg.seed, "teacher" in method.asks)
-        engine.prepare(networks, {"student": plan})
+        teacher = teacher_of(cfg, parts=("unet",))
+        networks = {name: other.network(teacher, cfg.seed) for name, other in others.items()}  # of it untouched
+        networks |= student.networks(teacher, cfg.seed, "teacher" in method.asks)
+        engine.prepare(networks, plans, helpers_of(cfg, method))
         resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
     start_step = resumed.step if resumed else 0
 
@@ -97,17 +101,39 @@ def split_batch(cfg: TrainSettings, world_size: int) -> int:
     return cfg.global_batch_size // parts
 
 
-def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, step: int) -> float:
+def others_of(cfg: TrainSettings, method: Method) -> dict[str, Any]:
+    """What makes each of the networks that the method trains beside the student."""
+    names = [name for name in method.trains if name != "student"]
+    if missing := [name for name in names if name not in cfg.networks]:
+        raise ConfigError(f"the method trains a {missing[0]}, which the settings do not describe: set networks=critics")
+    return {name: build(cfg.networks[name]) for name in names}
+
+
+def plan_of(cfg: TrainSettings, method: Method, rate: LearningRate, name: str) -> TrainedNetwork:
+    """How a network is trained; of those beside the student an average is kept only if the method asks for it."""
+    averaged = name == "student" or f"{name}_ema" in method.asks
+    schedule = partial(scheduled, cfg, method, rate, name)
+    return TrainedNetwork(build(cfg.optimizer), schedule, cfg.ema_decay if averaged else None)
+
+
+def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str, step: int) -> float:
     """The factor of `learning_rate` at a step: the schedule's, times that of the method's own rate, if it has one."""
-    return rate(step) * (method.learning_rate(step) or cfg.learning_rate) / cfg.learning_rate
+    return rate(step) * (method.learning_rate(step, name) or cfg.learning_rate) / cfg.learning_rate
 
 
-def check_method(cfg: TrainSettings, method: Method) -> None:
+def check_method(cfg: TrainSettings, method: Method, micro_batch_size: int) -> None:
     """The run's settings have to be what the method counts on."""
     if method.steps not in (None, cfg.max_train_steps):
         raise ConfigError(f"the method's stages take {method.steps} steps, not max_train_steps={cfg.max_train_steps}")
     if cfg.ema_decay is None and any(f"{name}_ema" in method.asks for name in method.trains):
         raise ConfigError("the method's target is the moving average of the student, and none is kept: set ema_decay")
+    if "reward" in method.asks and cfg.reward is None:
+        raise ConfigError("the method scores its answers, and there is no reward: set reward=clip or another")
+    if micro_batch_size < method.least_samples:
+        raise ConfigError(
+            f"the method compares samples of a micro-batch: global_batch_size={cfg.global_batch_size} must leave "
+            f"{method.least_samples} or more to each, and leaves {micro_batch_size}"
+        )
 
 
 def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
@@ -116,6 +142,13 @@ def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
         return load_teacher(
             model.pretrained_model_name_or_path, parts=parts, revision=model.revision, variant=model.variant
         ).at_resolution(model.resolution)
+
+
+def helpers_of(cfg: TrainSettings, method: Method) -> dict[str, torch.nn.Module]:
+    """What the method's losses call beside networks: a reward of latents, if they ask for one."""
+    if "reward" not in method.asks or cfg.reward is None:
+        return {}
+    return {"reward": LatentReward(teacher_of(cfg, parts=("vae",)), build(cfg.reward), cfg.reward_batch_size)}
 
 
 def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method) -> Store:
@@ -155,6 +188,7 @@ def loader_of(
         world_size=engine.world_size,
         start_step=start_step,
         num_workers=cfg.dataloader_num_workers,
+        prompts=method.needs_prompts,
     )
 
 

@@ -1,11 +1,13 @@
-"""Trains the toy teacher and its judge from nothing, and measures them.
+"""Trains the toy teacher, its judge and its reward from nothing, and measures them.
 
-    python scripts/train_toy_teacher.py --output runs/toy-teacher                # VAE, judge, denoiser; resumes
+    python scripts/train_toy_teacher.py --output runs/toy-teacher                # all four; resumes
+    python scripts/train_toy_teacher.py --output runs/toy-teacher --stages reward
     python scripts/train_toy_teacher.py --output runs/toy-teacher --evaluate     # the table, of what is there
 
 The folder gets `teacher/` (a diffusers pipeline of the current averaged weights, rewritten every few minutes, so the
-run may be stopped at any time), `judge.safetensors`, `checkpoints/`, `evaluation.json` and `evaluation.md`. It takes
-about an hour and a half on one CPU core. Copy `teacher/` and `judge.safetensors` into `distill/toy/` to bundle them.
+run may be stopped at any time), `judge.safetensors`, `reward.safetensors`, `checkpoints/`, `evaluation.json` and
+`evaluation.md`. It takes about an hour and a half on one CPU core. Copy `teacher/` and the two files into
+`distill/toy/` to bundle them.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill.diffusion.random import generator, seed_of
 from distill.toy import teacher as toy
 from distill.toy.judge import Judge, frechet_distance, load_judge, sharpness
+from distill.toy.reward import ToyReward
 from distill.toy.world import CAPTIONS, PATTERNS, Scene, balanced_labels, draw_scene, paint, render
 
-STAGES = ("vae", "judge", "denoiser")
+STAGES = ("vae", "judge", "denoiser", "reward")
 STEPS = (50, 8, 4, 2, 1)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SPACING = ("leading", "trailing")
@@ -46,6 +50,8 @@ def main() -> None:
         train_judge(args.output, args.judge_steps, args.seed)
     if "denoiser" in args.stages:
         train_denoiser(args.output, args.steps, args.batch_size, args.pictures, args.seed)
+    if "reward" in args.stages:
+        train_reward(args.output, args.reward_steps, args.seed)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--vae-steps", type=int, default=2500)
     parser.add_argument("--judge-steps", type=int, default=3000)
+    parser.add_argument("--reward-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=19_000, help="of the denoiser and the text encoders")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--pictures", type=int, default=80_000, help="that the denoiser learns from")
@@ -167,6 +174,30 @@ def open_details(scene: Scene, blur: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([value for value, _ in columns], dim=1), torch.stack([known for _, known in columns], dim=1)
 
 
+# ------------------------------------------------------------------------------------------------------------- reward
+
+
+def train_reward(output: Path, steps: int, seed: int, batch_size: int = 64) -> None:
+    """Captions, from sharp renders with slight noise: what the judge is shown is blurred too."""
+    torch.manual_seed(seed_of(seed, "reward"))
+    reward = ToyReward()
+    optimizer = torch.optim.AdamW(reward.parameters(), lr=3e-3, weight_decay=0.01)
+    file = output / "checkpoints" / "reward.pt"
+    first = resume(file, model=reward, optimizer=optimizer)
+    for step in progress("reward", first, steps):
+        set_rate(optimizer, 3e-3, step, steps, decay=0.6)
+        random = generator(seed, "reward", step)
+        labels = torch.randint(len(CAPTIONS), (batch_size,), generator=random)
+        pictures = render(labels, random)
+        pictures = pictures + 0.05 * torch.randn(pictures.shape, generator=random)
+        loss = F.cross_entropy(reward.logits((pictures + 1) / 2), labels)
+        descend(loss, optimizer)
+        if done(step, steps, 500):
+            note(step, caption=loss)
+            save(file, step + 1, model=reward, optimizer=optimizer)
+    save_file(reward.state_dict(), output / "reward.safetensors")
+
+
 # ----------------------------------------------------------------------------------------------------------- denoiser
 
 
@@ -260,7 +291,7 @@ def export(output: Path, pipeline: StableDiffusionXLPipeline, average: Generator
 
 def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
     """Randomness of one step, from the seed, the stage and the step alone: a resumed run needs no stored state."""
-    names = (*STAGES, "latents", "scale")
+    names = ("vae", "judge", "denoiser", "latents", "scale")
     return torch.Generator().manual_seed((seed * len(names) + names.index(stage)) * 10_000_019 + step)
 
 

@@ -37,19 +37,21 @@ def make_loader(
     start_step: int = 0,
     num_workers: int = 0,
     prefetch_factor: int = 2,
+    prompts: bool = False,
 ) -> Loader:
     """A loader of this rank's micro-batches, from optimizer step `start_step` on; nothing is fast-forwarded.
 
     Args:
         reads: which states of each trajectory, at an optimizer step; they are drawn from (seed, position).
         num_workers: processes that read ahead, each `prefetch_factor` micro-batches; 0 reads in this process.
+        prompts: read every sample's prompt too.
 
     Raises:
         ValueError: the stored times cannot serve the first step, or the global batch does not divide among the ranks.
     """
     reads(start_step).check(store.index.times)
     share = Share(global_batch_size, micro_batch_size, rank, world_size)
-    return Loader(store, reads, seed, share, start_step, num_workers, prefetch_factor)
+    return Loader(store, reads, seed, share, start_step, num_workers, prefetch_factor, prompts)
 
 
 class Loader:
@@ -67,12 +69,13 @@ class Loader:
         start_step: int,
         num_workers: int,
         prefetch_factor: int,
+        prompts: bool = False,
     ) -> None:
         self.store, self.seed, self.share, self.start_step = store, seed, share, start_step
         self.skipped: dict[str, str] = {}
         self.allowed = int(store.max_bad_fraction * len(store))
         self._loader: DataLoader[dict[str, Any]] = DataLoader(
-            _Samples(store, reads, seed, self.allowed, share.global_batch_size),
+            _Samples(store, reads, seed, self.allowed, share.global_batch_size, prompts),
             batch_sampler=_Places(Order(seed, len(store)), share, start_step),  # type: ignore[arg-type]
             collate_fn=_as_it_is,
             num_workers=num_workers,
@@ -107,6 +110,7 @@ class Loader:
             guidance=found["guidance"],
             keys=tuple(found["keys"]),
             positions=tuple(found["positions"]),
+            prompts=tuple(found["prompts"]),
         )
 
 
@@ -125,30 +129,37 @@ class _Samples(Dataset[dict[str, Any]]):
     """Reads micro-batches, in a worker process. Gives dicts: their tensors are pinned, unlike those of a dataclass."""
 
     def __init__(
-        self, store: Store, reads: Callable[[int], Reads], seed: int, allowed: int, global_batch_size: int
+        self,
+        store: Store,
+        reads: Callable[[int], Reads],
+        seed: int,
+        allowed: int,
+        global_batch_size: int,
+        prompts: bool,
     ) -> None:
         self.store, self.reads, self.seed, self.allowed = store, reads, seed, allowed
-        self.global_batch_size = global_batch_size
+        self.global_batch_size, self.prompts = global_batch_size, prompts
 
     def __getitems__(self, places: Sequence[Place]) -> dict[str, Any]:
         reads = self.reads(places[0][0] // self.global_batch_size)  # a micro-batch is of one step
         picks = [reads.pick(self.store.index.times, generator(self.seed, "read", p)) for p, _ in places]
         bad: dict[str, str] = {}
         samples = []
-        found = self.store.read_many([(i, pick) for (_, i), pick in zip(places, picks, strict=True)])
+        found = self.store.read_many([(i, pick) for (_, i), pick in zip(places, picks, strict=True)], self.prompts)
         for (_, i), pick, sample in zip(places, picks, found, strict=True):
             good = self._replacement(i, pick, bad, sample) if isinstance(sample, BadSample) else sample
             if good is None:
                 return {"bad": bad}  # more than allowed: the loader stops at it
             samples.append(good)
-        return {"bad": bad, "positions": [p for p, _ in places], **_stack(samples)}
+        prompts = [s.prompt for s in samples] if self.prompts else []
+        return {"bad": bad, "positions": [p for p, _ in places], "prompts": prompts, **_stack(samples)}
 
     def _replacement(self, i: int, pick: tuple[int, ...], bad: dict[str, str], first: BadSample) -> Sample | None:
         """The next good sample of the index after i; None once more are bad than allowed."""
         bad[self.store.key(i)] = str(first)
         for offset in range(1, self.allowed + 1):
             j = (i + offset) % len(self.store)
-            sample = self.store.read_many([(j, pick)])[0]
+            sample = self.store.read_many([(j, pick)], self.prompts)[0]
             if not isinstance(sample, BadSample):
                 return sample
             bad[self.store.key(j)] = str(sample)

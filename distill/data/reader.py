@@ -9,10 +9,11 @@ archive is trusted.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, islice
 
@@ -111,19 +112,21 @@ class Store:
     def _key(self, shard: ShardInfo, row: int) -> str:
         return make_key(shard.number, places(shard, len(self.index.shard_samples(shard.number)))[row])
 
-    def read(self, i: int, states: Sequence[int] | None = None) -> Sample:
+    def read(self, i: int, states: Sequence[int] | None = None, prompts: bool = False) -> Sample:
         """Sample i with the states at these places of `index.times` (all of them by default), in the order given.
+
+        Its prompt is read only if `prompts` asks for it.
 
         Raises:
             BadSample: it is not what the index says, or not finite; names its key and shard.
         """
         wanted = range(len(self.index.times)) if states is None else states
-        found = self.read_many([(i, tuple(wanted))])[0]
+        found = self.read_many([(i, tuple(wanted))], prompts)[0]
         if isinstance(found, BadSample):
             raise found
         return found
 
-    def read_many(self, requests: Sequence[Request]) -> list[Sample | BadSample]:
+    def read_many(self, requests: Sequence[Request], prompts: bool = False) -> list[Sample | BadSample]:
         """Several samples at once, remote ones in parallel; a `BadSample` in the place of one that is bad."""
         located = [(*self.locate(i), plan_reads(self.index.layout, states)) for i, states in requests]
         ranges: list[Range] = []
@@ -131,6 +134,9 @@ class Store:
         for at, (shard, row, spans) in enumerate(located):
             try:
                 base = self._sample_start(shard, row)
+                if prompts:
+                    spans = tuple(_merge([*spans, self._facts_span(shard, row)]))
+                    located[at] = (shard, row, spans)
                 ranges += [(shard.name, base + span.begin, base + span.end) for span in spans]
             except BadShard as error:
                 bad[at] = str(error)
@@ -142,7 +148,10 @@ class Store:
                 if at in bad:
                     raise BadSample(bad[at])
                 pieces = [_piece(span, data) for span, data in zip(spans, islice(buffers, len(spans)), strict=True)]
-                results.append(_assemble(self.index, key, requests[at][1], pieces))
+                sample = _assemble(self.index, key, requests[at][1], pieces)
+                if prompts:
+                    sample = replace(sample, prompt=_prompt(key, pieces, self._facts_span(shard, row)))
+                results.append(sample)
             except BadSample as error:
                 results.append(BadSample(f"sample {key} in {shard.name} of {self.folder.url}: {error}"))
         return results
@@ -152,6 +161,16 @@ class Store:
         if self.verify_sha256:
             self._verify(shard)
         return int(payload_offsets(shard, self.index.layout.payload_bytes)[row]) - tar.BLOCK
+
+    def _facts_span(self, shard: ShardInfo, row: int) -> Span:
+        """The sample's JSON with its tar header and padding: all there is between its payload and the next sample."""
+        size = self.index.layout.payload_bytes
+        offsets = payload_offsets(shard, size)
+        following = int(offsets[row + 1]) - tar.BLOCK if row + 1 < len(offsets) else shard.bytes - len(tar.END)
+        span = Span(tar.BLOCK + size + tar.padding(size), following - int(offsets[row]) + tar.BLOCK)
+        if span.end < span.begin + 2 * tar.BLOCK:
+            raise BadShard(f"{INDEX} holds offsets of {shard.name} that leave no room for its samples' JSON")
+        return span
 
     def _verify(self, shard: ShardInfo) -> None:
         if shard.name not in self._verified:
@@ -242,6 +261,21 @@ def _assemble(index: StoreIndex, key: str, states: tuple[int, ...], pieces: Sequ
             raise BadSample(f"{name} has values that are not finite")
     times = torch.tensor([index.times[k] for k in states])
     return Sample(key, torch.stack(cut), times, found, float(guidance))
+
+
+def _prompt(key: str, pieces: Sequence[Piece], span: Span) -> str:
+    """The prompt in a sample's JSON, which must fill its span and be that sample's. Raises BadSample."""
+    piece = next(p for p in reversed(pieces) if p.span.begin <= span.begin)
+    data = piece.data[span.begin - piece.span.begin : span.end - piece.span.begin]
+    try:
+        size = tar.parse_header(bytes(data[: tar.BLOCK]), tar.BLOCK).size
+        body = bytes(data[tar.BLOCK : tar.BLOCK + size])
+        facts = json.loads(body)
+        if data != tar.member(f"{key}.json", body) or facts["key"] != key or not isinstance(facts["prompt"], str):
+            raise ValueError("it is another sample's or has no prompt")
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadSample(f"its JSON is damaged ({type(error).__name__} {error})") from None
+    return facts["prompt"]
 
 
 def _cut(pieces: Sequence[Piece], begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -126,7 +126,8 @@ def _data_bytes(tensors: Mapping[str, TensorSpec]) -> int:
 class Sample:
     """Some states of one trajectory.
 
-    `states` [n, C, h, w] at `times` [n] (int64); `conditioning` holds tensors without a batch dimension.
+    `states` [n, C, h, w] at `times` [n] (int64); `conditioning` holds tensors without a batch dimension; `prompt` is
+    read where it is asked for.
     """
 
     key: str
@@ -134,6 +135,7 @@ class Sample:
     times: Tensor
     conditioning: Conditioning
     guidance: float
+    prompt: str = ""
 
 
 def make_key(shard: int, row: int) -> str:

@@ -43,7 +43,8 @@ class Batch:
     """What a method's loss sees: for each of B samples the n states that it asked for.
 
     `states` [B, n, C, h, w] at `times` [B, n] (int64); `conditioning` and `unconditional` hold the network's keyword
-    tensors [B, ...]; `guidance` [B] is the teacher's w; `positions` are places in the stream of global batches.
+    tensors [B, ...]; `guidance` [B] is the teacher's w; `positions` are places in the stream of global batches;
+    `prompts` are there for a method that needs them.
     """
 
     states: Tensor
@@ -53,6 +54,7 @@ class Batch:
     guidance: Tensor
     keys: tuple[str, ...] = field(default=())
     positions: tuple[int, ...] = field(default=())
+    prompts: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.states)

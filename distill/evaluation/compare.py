@@ -214,6 +214,10 @@ class Comparison:
         advance = self._progress("evaluation", "report", settings[1:])
         return [self.cache.value(self._facts(s, "report"), lambda s=s: self._row(s, advance)) for s in settings]  # type: ignore[misc]
 
+    def row(self, setting: Setting) -> Row:
+        """The row of one setting, of the student's or the teacher's."""
+        return self.cache.value(self._facts(setting, "report"), lambda: self._row(setting, lambda work: None))
+
     def settings(self) -> list[Setting]:
         """Those of the rows, in order; tunes the teacher first."""
         tuned = self.tune()

@@ -11,11 +11,14 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     UNet2DConditionModel,
 )
 from torch import Tensor
+
+from distill.diffusion.solver import milestone_times
 
 SCHEDULERS = {
     "lcm": LCMScheduler,
@@ -65,8 +68,14 @@ def _is_network(folder: Path) -> bool:
 
 
 def use_sampler(pipeline: Any, sampler: str, spacing: str) -> None:
-    """Replaces the scheduler. Chains end at clean data, as they do in training; `lcm` has times of its own."""
+    """Replaces the scheduler. Chains end at clean data, as they do in training; `lcm` has times of its own.
+
+    For `milestones`, which no scheduler knows by name, `draw` has to be given `milestone_steps`.
+    """
     config = pipeline.scheduler.config
+    if sampler == "ddim" and spacing == "milestones":  # the same steps, by a scheduler that takes times from outside
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="leading")
+        return
     if sampler == "lcm":
         pipeline.scheduler = LCMScheduler.from_config(config)
     elif sampler == "ddim":
@@ -75,6 +84,11 @@ def use_sampler(pipeline: Any, sampler: str, spacing: str) -> None:
         )
     else:
         pipeline.scheduler = SCHEDULERS[sampler].from_config(config, timestep_spacing=spacing)
+
+
+def milestone_steps(pipeline: Any, steps: int) -> list[int]:
+    """The `timesteps` of MLCM's samplers, as a diffusers pipeline wants them: network indices, which are one less."""
+    return [t - 1 for t in milestone_times(pipeline.scheduler.config.num_train_timesteps, steps)[:-1]]
 
 
 def use_adapters(pipeline: Any, weights: Mapping[str, float]) -> None:
@@ -106,9 +120,14 @@ def draw(
     guidance: float = 1.0,
     resolution: int | None = None,
     negative_prompt: str | None = None,
+    timesteps: Sequence[int] | None = None,
 ) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1], one for each prompt, each from a CPU generator of its own seed."""
+    """Pictures [B, 3, H, W] in [0, 1], one for each prompt, each from a CPU generator of its own seed.
+
+    `timesteps` take the place of the scheduler's own.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    times = {} if timesteps is None else {"timesteps": list(timesteps)}
     return pipeline(
         prompt=list(prompts),
         negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
@@ -118,4 +137,5 @@ def draw(
         height=resolution,
         width=resolution,
         output_type="pt",
+        **times,
     ).images

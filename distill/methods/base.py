@@ -9,15 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from distill.diffusion.prediction import Denoiser
 from distill.diffusion.random import Context
 from distill.diffusion.trajectory import Batch, Reads
 
-Networks = Mapping[str, Denoiser]
-"""Networks by name: "student", "teacher", and what else a method trains or asks for."""
+Networks = Mapping[str, Any]
+"""Networks by name: "student", "teacher" (`Denoiser`s), and what else a method trains or asks for."""
+Reward = Callable[..., tuple[Tensor, ...]]
+"""Latents [B, C, h, w], then lists of B prompts -> for each list the scores [B], differentiable in the latents."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,16 @@ class Turn:
 class Method(ABC):
     """A paper: its constants are the constructor's arguments, its algorithm box is a loss.
 
-    `trains` names the networks that its turns update; `asks`, the further ones that its losses call: "teacher", or
-    "NAME_ema" for the moving average of a trained one.
+    `trains` names the networks that its turns update, if not in every step; `asks`, the further ones that its losses
+    call: "teacher", "NAME_ema" for the moving average of a trained one, or "reward" (`Reward`).
     """
 
     trains: tuple[str, ...] = ("student",)
     asks: tuple[str, ...] = ()
+    needs_prompts: bool = False
+    """Whether its losses read `Batch.prompts`."""
+    least_samples: int = 1
+    """What a micro-batch has to hold."""
 
     starts: tuple[int, ...] = (0,)
     """Steps at which what it reads, or how it trains, may change."""
@@ -55,8 +61,8 @@ class Method(ABC):
     def reads(self, step: int = 0) -> Reads:
         """Which states of a stored trajectory a sample of a step's batch consists of; a pure function of `step`."""
 
-    def learning_rate(self, step: int) -> float | None:
-        """What takes the place of the run's learning rate at `step`, before its schedule; None keeps it."""
+    def learning_rate(self, step: int, network: str = "student") -> float | None:
+        """What takes the place of the run's learning rate, for a network at `step`; None keeps it."""
         return None
 
     def resets(self, step: int) -> bool:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.diffusion.adversarial import Adversary, Origin
 from distill.diffusion.consistency import inverse_jump, jump, where
 from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2, pseudo_huber
+from distill.diffusion.matching import denoising_loss, matching_loss, matching_time
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule, add_noise
 from distill.diffusion.segments import Segments
 from distill.diffusion.solver import ddim_step
 from distill.diffusion.trajectory import Batch, CleanEnd, Pair, Reads, Transition
-from distill.methods.base import Losses, Method, Networks, Turn
+from distill.methods.base import Losses, Method, Networks, Reward, Turn
 
 SOURCES = ("trajectory", "rollout", "student")
 SPACES = ("z_end", "x0", "v")
 DISTANCES = ("l2", "huber")
+REWARD_FORMS = ("hinge", "maximise")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,14 @@ class Stage:
         loss_space: where the two answers are compared: where they land (`z_end`), as the x0 that leads there (`x0`),
             or that with weight SNR + 1 (`v`, Heek et al. 2024: it is the distance of the velocities).
         distance: `l2` or `huber` (with `huber_c`).
-        learning_rate: None keeps the run's.
+        reward: the weight of a score of the student's answer, decoded; 0 does not score it.
+        reward_form: `hinge` raises it to `reward_target` for the sample's prompt and lowers it to 0 for another's (the
+            paper's third stage, eq. 11); `maximise` raises it without end.
+        matching: the weight of distribution matching, which pulls the student's answers to the teacher's distribution
+            (the paper's eq. 12). From student samples only; a "fake_score" learns beside the student.
+        adversarial: the weight of the student's part in a game with a "discriminator", which tells its answers in one
+            step from its samples in `student_steps` (the paper's eq. 13). From student samples only.
+        learning_rate: the student's; None keeps the run's.
         fresh_optimizer: forgets the optimizer's state when the stage begins.
 
     Raises:
@@ -56,13 +67,19 @@ class Stage:
     loss_space: str = "z_end"
     distance: str = "l2"
     huber_c: float = 0.001
+    reward: float = 0.0
+    reward_form: str = "hinge"
+    reward_target: float = 16.0
+    matching: float = 0.0
+    adversarial: float = 0.0
     student_steps: int = 4
     substeps: int = 1
     learning_rate: float | None = None
     fresh_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        for key, allowed in (("source", SOURCES), ("loss_space", SPACES), ("distance", DISTANCES)):
+        chosen = {"source": SOURCES, "loss_space": SPACES, "distance": DISTANCES, "reward_form": REWARD_FORMS}
+        for key, allowed in chosen.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"a stage's {key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
         for key in ("segments", "skip", "iterations", "student_steps", "substeps"):
@@ -72,12 +89,19 @@ class Stage:
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"a stage's {key} must be above 0, got {value}")
+        for key in ("reward", "matching", "adversarial"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"a stage's {key} must be at least 0, got {getattr(self, key)}")
+        if not math.isfinite(self.reward_target):
+            raise ValueError(f"a stage's reward_target must be a number, got {self.reward_target}")
         if self.grid is not None and (self.grid < self.segments or self.grid % self.segments):
             raise ValueError(f"a stage's grid must be a multiple of its {self.segments} segments, got {self.grid}")
         if self.source == "student" and self.segments != 1:
             raise ValueError(f"a stage from student samples goes down to clean data: segments=1, got {self.segments}")
         if self.source == "student" and self.grid is None:
             raise ValueError("a stage from student samples stands at milestones: set grid to their number")
+        if self.source != "student" and (self.matching or self.adversarial):
+            raise ValueError(f"matching and adversarial are of a stage with source=student, got {self.source!r}")
 
 
 class MLCM(Method):
@@ -87,22 +111,53 @@ class MLCM(Method):
         schedule: the teacher's.
         stages: `Stage`s, or their arguments. The last one lasts as long as the run does.
         guidance: w of the teacher where it is asked; stored trajectories have their own.
+        discriminator_learning_rate, fake_learning_rate: of the other two networks; None keeps the run's.
+        adversarial_loss: `nonsaturating` or `hinge`.
+        renoise_times, renoise_weights: the discriminator sees samples at one of these times, with these odds.
+        r1: weight of the discriminator's approximate R1 penalty.
 
     Raises:
         ValueError: a value out of its range, naming it, and the stage it is of.
     """
 
-    def __init__(self, schedule: NoiseSchedule, stages: list[Stage], guidance: float = 8.0) -> None:
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        stages: list[Stage],
+        guidance: float = 8.0,
+        discriminator_learning_rate: float | None = None,
+        fake_learning_rate: float | None = None,
+        adversarial_loss: str = "nonsaturating",
+        renoise_times: Sequence[int] = (10, 250, 500, 750),
+        renoise_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        r1: float = 0.0,
+    ) -> None:
         if not stages:
             raise ValueError("method.stages is empty: give at least one")
         if not 0 <= guidance < math.inf:
             raise ValueError(f"method.guidance must be at least 0, got {guidance}")
-        self.schedule, self.guidance = schedule, guidance
+        rates = {"discriminator": discriminator_learning_rate, "fake_score": fake_learning_rate}
+        for name, rate in rates.items():
+            if rate is not None and not 0 < rate < math.inf:
+                key = name.partition("_score")[0]
+                raise ValueError(f"method.{key}_learning_rate must be above 0, got {rate}")
+        self.schedule, self.guidance, self.rates = schedule, guidance, rates
+        try:
+            self.adversary = Adversary(schedule, adversarial_loss, tuple(renoise_times), tuple(renoise_weights), r1)
+        except ValueError as error:
+            raise ValueError(f"method.{error}") from None
         self.stages = [_stage(i, stage, schedule) for i, stage in enumerate(stages)]
         lengths = [stage.iterations for stage in self.stages]
         self.starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
         self.steps = sum(lengths)
         self.asks = ("teacher",) if any(stage.source != "trajectory" for stage in self.stages) else ()
+        judged = any(stage.adversarial > 0 for stage in self.stages)
+        matched = any(stage.matching > 0 for stage in self.stages)
+        self.trains = ("student", *["discriminator"] * judged, *["fake_score"] * matched)
+        scored = [stage for stage in self.stages if stage.reward > 0]
+        self.asks += ("reward",) if scored else ()
+        self.needs_prompts = bool(scored)
+        self.least_samples = 2 if any(stage.reward_form == "hinge" for stage in scored) else 1
 
     def place(self, step: int) -> int:
         """Which stage a step is in."""
@@ -114,8 +169,8 @@ class MLCM(Method):
             return CleanEnd()  # for its shape and its prompt alone
         return Pair(stage.skip, Segments(self.schedule.T, stage.segments), self._grid(stage))
 
-    def learning_rate(self, step: int) -> float | None:
-        return self.stages[self.place(step)].learning_rate
+    def learning_rate(self, step: int, network: str = "student") -> float | None:
+        return self.stages[self.place(step)].learning_rate if network == "student" else self.rates[network]
 
     def resets(self, step: int) -> bool:
         return step in self.starts[1:] and self.stages[self.place(step)].fresh_optimizer
@@ -127,7 +182,11 @@ class MLCM(Method):
             losses = self.loss(stage, networks, batch, context)
             return Losses(losses.total, {**losses.parts, "stage": losses.total.new_tensor(self.place(step) + 1)})
 
-        return (Turn("student", loss),)
+        if stage.adversarial > 0:
+            yield Turn("discriminator", partial(self.judge, stage))
+        if stage.matching > 0:
+            yield Turn("fake_score", partial(self.follow, stage))
+        yield Turn("student", loss)
 
     def loss(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
         """|| g(x_t, t) - g⁻(x_s, s) ||, both of which land where t's segment starts (MLCM, eq. 7 and 10)."""
@@ -142,7 +201,13 @@ class MLCM(Method):
         d = self.d(stage, f_t, g_s, step, end)  # [B]
         inside = [(segments.index(step.t) == i).to(d) for i in range(stage.segments)]
         parts = {f"segment_{i + 1}": stage.segments * (d * mask).mean().detach() for i, mask in enumerate(inside)}
-        return Losses(d.mean(), {"loss": d.mean().detach(), **parts})
+        total = d.mean()
+        weights = stage.reward, stage.matching, stage.adversarial
+        for weight, term in zip(weights, (self.preferred, self.matched, self.taken_for_real), strict=True):
+            if weight > 0:
+                further = term(stage, networks, f_t.x0, step, batch, context)
+                total, parts = total + weight * further.total, {**parts, **further.parts}
+        return Losses(total, {"loss": total.detach(), **parts})
 
     def g(self, student: Denoiser, x: Tensor, t: Tensor, end: Tensor, c: Conditioning) -> Tensor:
         """The DDIM jump from t to `end` along the student's answer, and x itself where t is `end` (MLCM, sec. 4.1)."""
@@ -157,6 +222,88 @@ class MLCM(Method):
             sigma = self.schedule.sigma(step.t, a)
             a, b = a / sigma, b / sigma
         return l2(a, b) if stage.distance == "l2" else pseudo_huber(a, b, stage.huber_c)
+
+    # ---- what is preferred --------------------------------------------------------------------------------------
+
+    def preferred(
+        self, stage: Stage, networks: Networks, x0: Tensor, step: Transition, batch: Batch, context: Context
+    ) -> Losses:
+        """The preference loss of the student's answers, scored (MLCM, eq. 11)."""
+        scores = self.scores(stage, networks["reward"], x0, batch.prompts)
+        loss = self.preference(stage, *scores).mean()
+        return Losses(loss, {"reward": scores[0].mean().detach(), "reward_loss": loss.detach()})
+
+    def scores(self, stage: Stage, s: Reward, x0: Tensor, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """s(x0, c_pos) and, for the hinge, s(x0, c_neg), [B] each; c_neg is the prompt of the batch's next sample.
+
+        Where that is the same prompt, s(x0, c_neg) is -inf: there is nothing to lower.
+
+        Raises:
+            ValueError: not a prompt for each sample, or no other sample to take c_neg from.
+        """
+        if len(prompts) != len(x0):
+            raise ValueError(f"a reward needs the samples' prompts: the batch has {len(prompts)} for {len(x0)} samples")
+        if stage.reward_form == "maximise":
+            return s(x0, prompts)
+        if len(prompts) < 2:
+            raise ValueError(
+                "reward_form=hinge scores each sample for another's prompt: a micro-batch must hold 2 or more "
+                "(global_batch_size over processes and gradient_accumulation_steps)"
+            )
+        others = [*prompts[1:], prompts[0]]
+        s_pos, s_neg = s(x0, prompts, others)
+        same = torch.tensor([a == b for a, b in zip(prompts, others, strict=True)], device=s_neg.device)
+        return s_pos, s_neg.masked_fill(same, -math.inf)
+
+    def preference(self, stage: Stage, s_pos: Tensor, s_neg: Tensor | None = None) -> Tensor:
+        """max(s0 - s(x0, c_pos), 0) + max(s(x0, c_neg), 0), [B] (MLCM, eq. 11); or -s(x0, c_pos)."""
+        if s_neg is None:
+            return -s_pos
+        return (stage.reward_target - s_pos).clamp(min=0) + s_neg.clamp(min=0)
+
+    # ---- matching and the game ----------------------------------------------------------------------------------
+
+    def matched(
+        self, stage: Stage, networks: Networks, x0: Tensor, step: Transition, batch: Batch, context: Context
+    ) -> Losses:
+        """-(s_real - s_fake) for the gradient of the student's answers; s_real is guided (MLCM, eq. 12; DMD)."""
+        s_real, s_fake = guided(networks["teacher"], batch.unconditional, self.guidance), networks["fake_score"]
+        t = matching_time(self.schedule.T, context, x0.device)
+        noise = context.normal(x0, "noise'")
+        loss = matching_loss(self.schedule, s_real, s_fake, x0, t, noise, batch.conditioning).mean()
+        return Losses(loss, {"matching_loss": loss.detach()})
+
+    def follow(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
+        """The fake score learns to denoise the student's answers, at all times (DMD, eq. 6)."""
+        fake, _, _ = self.fake_and_real(stage, networks["student"], batch, context)
+        t = context.integers(1, self.schedule.T + 1, "t of the fake score", fake.device)
+        noise = context.normal(fake, "noise of the fake score")
+        loss = denoising_loss(self.schedule, networks["fake_score"], fake, t, noise, batch.conditioning).mean()
+        return Losses(loss, {"loss": loss.detach()})
+
+    def taken_for_real(
+        self, stage: Stage, networks: Networks, x0: Tensor, step: Transition, batch: Batch, context: Context
+    ) -> Losses:
+        """The student's part of the game: that D takes its answers for real (MLCM, eq. 13)."""
+        D, c, origin = networks["discriminator"], batch.conditioning, (step.x_t, step.t)
+        loss = self.adversary.generator(D, x0, c, context, origin).mean()
+        return Losses(loss, {"adversarial_loss": loss.detach()})
+
+    def judge(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
+        """D's part of the game: fake are the student's answers in one step, real its samples in more (MLCM, eq. 13)."""
+        fake, real, origin = self.fake_and_real(stage, networks["student"], batch, context)
+        D, c = networks["discriminator"], batch.conditioning
+        verdict = self.adversary.discriminator(D, real, fake, c, context, origin)
+        loss = verdict.loss.mean()
+        return Losses(loss, {"loss": loss.detach(), **verdict.accuracies()})
+
+    @torch.no_grad()
+    def fake_and_real(
+        self, stage: Stage, student: Denoiser, batch: Batch, context: Context
+    ) -> tuple[Tensor, Tensor, Origin]:
+        """The student's answer at this step's x_t, the sample that x_t is noised from, and (x_t, t); [B, C, h, w]."""
+        x_0, x_t, t = self.own_state(stage, student, batch, context)
+        return student(x_t, t, batch.conditioning).x0, x_0, (x_t, t)
 
     # ---- where the pairs come from ------------------------------------------------------------------------------
 
@@ -187,15 +334,21 @@ class MLCM(Method):
         self, stage: Stage, teacher: Denoiser, student: Denoiser, batch: Batch, context: Context
     ) -> Transition:
         """The student's own sample, noised to a milestone; the teacher goes on from there to the next one (alg. 2)."""
-        x_0 = self.student_sample(student, batch, context, stage.student_steps)
-        t = self.draw_time(stage, context, x_0.device)
+        _, x_t, t = self.own_state(stage, student, batch, context)
         s = (t - stage.skip).clamp(min=0)
-        x_t = add_noise(self.schedule, x_0, context.normal(x_0, "noise"), t)
         x = x_t
         for i in range(stage.substeps):
             here, there = (t - (t - s) * j // stage.substeps for j in (i, i + 1))
             x = self.step(teacher, x, here, there, batch.conditioning)
         return Transition(x_t, t, x, s)
+
+    def own_state(
+        self, stage: Stage, student: Denoiser, batch: Batch, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_0, x_t, t): the student's own sample, the same noised to a milestone, and which one (MLCM, eq. 9)."""
+        x_0 = self.student_sample(student, batch, context, stage.student_steps)
+        t = self.draw_time(stage, context, x_0.device)
+        return x_0, add_noise(self.schedule, x_0, context.normal(x_0, "noise"), t), t
 
     def student_sample(self, student: Denoiser, batch: Batch, context: Context, steps: int) -> Tensor:
         """Clean latents by `steps` jumps of the student, with fresh noise after each but the last, [B, C, h, w]."""

@@ -56,7 +56,7 @@ class NetworkDenoiser:
             ValueError: for a conditioning entry that a UNet does not take, or without one that it needs.
         """
         dtype = self.dtype
-        keywords = _keywords(conditioning, dtype, self.guidance_embedding_dim)
+        keywords = unet_keywords(conditioning, dtype, self.guidance_embedding_dim)
         with nullcontext() if self.adapters else adapters_off(self._lora_layers):
             output = self.module(x_t.to(dtype), (t - 1).clamp(min=0), return_dict=False, **keywords)[0]
         return to_denoised(self.prediction, output, x_t, t, self.schedule)
@@ -79,7 +79,7 @@ class NetworkDenoiser:
         return self._found
 
 
-def _keywords(
+def unet_keywords(
     conditioning: Conditioning, dtype: torch.dtype, guidance_dim: int | None
 ) -> dict[str, Tensor | Mapping[str, Tensor]]:
     """The UNet's keyword arguments for a flat conditioning."""

@@ -222,6 +222,10 @@ class Teacher:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to pictures [B, 3, H, W], float32 in [-1, 1]."""
+        return self.pictures(latents)
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """What `decode` gives, with a gradient for the latents."""
         weight = next(self.vae.parameters())
         z = latents.to(weight.device, torch.float32) / self.vae.config["scaling_factor"]
         mean, std = self._latent_statistics(z)

@@ -126,6 +126,9 @@ class TrainSettings(Settings):
     student: Component
     optimizer: Component
     engine: Component
+    networks: dict[str, Component] = {}
+    reward: Component | None = None
+    reward_batch_size: Positive = 1
     output_dir: str
     seed: Natural
     max_train_steps: Positive
@@ -165,7 +168,7 @@ class SampleSettings(Settings):
     steps: Positive | list[Positive] | None
     guidance: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=1)]] | None
     sampler: Literal["lcm", "ddim", "heun", "dpmpp_2m"] | None
-    spacing: Literal["lcm", "trailing", "leading"] | None
+    spacing: Literal["lcm", "trailing", "leading", "milestones"] | None
     teacher: str | None
     teacher_steps: Positive
     teacher_guidance: Annotated[float, Field(ge=0)]
@@ -190,6 +193,24 @@ class PlugInSettings(Settings):
     style_steps: Positive
     style_rank: Positive
     style_alpha: Annotated[float, Field(gt=0)]
+    pictures: Positive
+    train_batch_size: Positive
+    batch_size: Positive
+    seed: Natural
+
+
+class ToyControlSettings(Settings):
+    """`configs/toy_control.yaml`: the toy LCM-LoRA under a ControlNet of its teacher, and from pictures."""
+
+    lora: str
+    output_dir: str
+    n: Annotated[int, Field(ge=100)]
+    steps: Annotated[list[Positive], Field(min_length=1)]
+    strength: Annotated[float, Field(gt=0, le=1)]
+    teacher_steps: Positive
+    guidance: Annotated[float, Field(ge=0)]
+    guidances: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]
+    control_steps: Positive
     pictures: Positive
     train_batch_size: Positive
     batch_size: Positive
@@ -233,6 +254,29 @@ class EvaluateSettings(Settings):
     lora: str
     guidance: Annotated[float, Field(ge=0)] | None
     output_dir: str
+    n: Annotated[int, Field(ge=100)]
+    tuning_n: Annotated[int, Field(ge=100)]
+    steps: list[Positive]
+    guidances: list[Annotated[float, Field(ge=0)]]
+    batch_size: Positive
+
+
+class ScoreRewardSettings(Settings):
+    """`configs/score_reward.yaml`: the checkpoints of a toy run, by a reward and by the judge."""
+
+    reward: Component
+    run: str
+    output_dir: str
+    steps: Positive
+    n: Annotated[int, Field(ge=100)]
+    batch_size: Positive
+
+
+class ShowMLCMSettings(Settings):
+    """`configs/show_mlcm.yaml`: MLCM-LoRA beside LCM-LoRA on the toy world."""
+
+    output_dir: str
+    seeds: Annotated[list[Natural], Field(min_length=1)]
     n: Annotated[int, Field(ge=100)]
     tuning_n: Annotated[int, Field(ge=100)]
     steps: list[Positive]

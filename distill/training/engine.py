@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
 from distill.diffusion.random import Context, seed_of
 from distill.diffusion.trajectory import Batch
-from distill.methods.base import Losses, Turn
+from distill.methods.base import Losses, Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
 from distill.training.trained import LearningRate, Partitioned, Replicated, Trained, TrainedNetwork
 
@@ -129,6 +129,7 @@ class Engine:
         self._state: PartialState | None = None
         self._accelerators: list[Accelerator] = []
         self._denoisers: dict[str, NetworkDenoiser] = {}
+        self._helpers: dict[str, nn.Module] = {}
         self._trained: dict[str, Trained] = {}
 
     # ---- processes ----------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ class Engine:
         """Lets go of the networks and their memory. Another engine may start in this process, with the same others."""
         for trained in self._trained.values():
             trained.close()
-        self._trained, self._denoisers, self._state = {}, {}, None
+        self._trained, self._denoisers, self._helpers, self._state = {}, {}, {}, None
         self._accelerators.clear()
         _forget_accelerate()
 
@@ -242,12 +243,18 @@ class Engine:
 
     # ---- networks -----------------------------------------------------------------------------------------------
 
-    def prepare(self, networks: Mapping[str, NetworkDenoiser], trained: Mapping[str, TrainedNetwork]) -> None:
+    def prepare(
+        self,
+        networks: Mapping[str, NetworkDenoiser],
+        trained: Mapping[str, TrainedNetwork],
+        helpers: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         """Takes the networks to the device and the `trained` ones under an optimizer.
 
         What is trained of a network is what asks for gradients now. Networks that share a module stay views of one
         module (a LoRA student and its teacher). A network that is not trained and shares nothing is frozen; under bf16
-        it is cast to bf16.
+        it is cast to bf16. `helpers` are further frozen modules that losses call by name, like networks; their dtype
+        stays.
 
         Raises:
             ValueError: a trained network that is not there, has nothing to train, or shares its module with another.
@@ -265,9 +272,10 @@ class Engine:
         for name, plan in trained.items():
             self._trained[name] = self._wrap(accelerators[name], name, modules[name], parameters[name], plan)
         self._denoisers = dict(networks)
+        self._helpers = {name: helper.requires_grad_(False).to(self.device) for name, helper in (helpers or {}).items()}
 
     @contextmanager
-    def networks(self, turn: Turn) -> Iterator[Mapping[str, Denoiser]]:
+    def networks(self, turn: Turn) -> Iterator[Networks]:
         """This turn's networks: the one it updates wrapped and trainable, the others bare and frozen, until the end.
 
         The moving average of a trained network is there too, as "NAME_ema".
@@ -278,7 +286,7 @@ class Engine:
             p.requires_grad_(False)
         try:
             wrapped = replace(self._denoisers[turn.updates], module=updated.wrapped)
-            yield {**self._denoisers, **self._averages(), turn.updates: wrapped}
+            yield {**self._helpers, **self._denoisers, **self._averages(), turn.updates: wrapped}
         finally:
             for p in others:
                 p.requires_grad_(True)

@@ -18,8 +18,8 @@ from distill.data.reader import Store, open_store
 from distill.data.record import BadSample, make_key
 from distill.diffusion.random import generator
 from distill.diffusion.trajectory import Batch, CleanEnd, Pair, Reads
-from tests.data.stores import BAD, PICTURES, PLAN, UNCONDITIONAL, states_of, write
-from tests.data.test_reader import CHANGED, RESIZED
+from tests.data.stores import BAD, PICTURES, PLAN, PROMPTS, UNCONDITIONAL, states_of, write
+from tests.data.test_reader import CHANGED, DAMAGED_JSON, RESIZED
 
 READS = Pair(250)
 
@@ -121,6 +121,24 @@ def test_a_batch_holds_what_is_stored(store_url: str) -> None:
         assert torch.equal(empty["encoder_hidden_states"][2:3], UNCONDITIONAL["encoder_hidden_states"])
         assert torch.equal(empty["time_ids"], batch.conditioning["time_ids"])  # none of its own
     assert sorted(seen[:11]) == sorted(seen[11:22]) == list(range(11))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_prompts_are_loaded_when_asked_for(store_url: str, num_workers: int) -> None:
+    store = open_store(store_url)
+    for told, plain in islice(zip(loader(store, prompts=True, num_workers=num_workers), loader(store), strict=True), 6):
+        assert told.prompts == tuple(PROMPTS[(4 * int(key[:6]) + int(key[7:])) % 5] for key in told.keys)
+        assert plain.prompts == () and same(told, plain)
+
+
+def test_a_sample_whose_prompt_is_lost_is_replaced(copy: Path) -> None:
+    DAMAGED_JSON["not JSON"](copy)
+    store = open_store(str(copy), max_bad_fraction=0.1)
+    asked, plain = loader(store, 11, 11, prompts=True), loader(store, 11, 11)
+    batch = next(iter(asked))
+    assert list(asked.skipped) == ["000001-000001"] and len(batch.prompts) == 11
+    next(iter(plain))
+    assert not plain.skipped
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

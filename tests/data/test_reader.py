@@ -20,7 +20,7 @@ from distill.data import tar
 from distill.data.index import INDEX, StoreIndex, StoreMismatch
 from distill.data.reader import open_store, plan_reads
 from distill.data.record import BadSample, BadShard, Layout, StoreError, make_key
-from tests.data.stores import PLAN, PROMPTS, UNCONDITIONAL, embedding_of, in_processes, states_of, teacher, write
+from tests.data.stores import BAD, PLAN, PROMPTS, UNCONDITIONAL, embedding_of, in_processes, states_of, teacher, write
 
 BIG = replace(PLAN, samples=4)
 SHAPE = (4, 32, 32)
@@ -81,6 +81,28 @@ def test_planned_reads_fetch_only_those_states(tmp_path: Path, states: tuple[int
     assert len(CountingFileSystem.read) == ranges
     assert sum(CountingFileSystem.read) == head + len(states) * STATE_BYTES
     assert layout.payload_bytes > head + 3 * STATE_BYTES
+
+
+def test_prompts_are_those_that_were_written(store_url: str, pictures_url: str) -> None:
+    """Of every sample, the last of each shard too, and whatever is in them."""
+    store, pictures = open_store(store_url), open_store(pictures_url)
+    assert [store.read(i, (1,), prompts=True).prompt for i in range(11)] == [PROMPTS[i % 5] for i in range(11)]
+    good = [i for i in range(11) if i not in BAD]
+    assert [pictures.read(k, prompts=True).prompt for k in range(len(good))] == [PROMPTS[i % 5] for i in good]
+    assert store.read(0).prompt == ""
+
+
+@pytest.mark.parametrize(("states", "ranges"), [((1,), 3), ((4,), 2)])
+def test_a_prompt_costs_its_json_and_no_more(tmp_path: Path, states: tuple[int, ...], ranges: int) -> None:
+    """The JSON lies right behind the last state."""
+    store = open_store(write("counting://prompts" + str(tmp_path), BIG, solve=teacher(BIG, SHAPE)))
+    CountingFileSystem.read.clear()
+    plain, bare = store.read(2, states), sum(CountingFileSystem.read)
+    CountingFileSystem.read.clear()
+    told = store.read(2, states, prompts=True)
+    assert len(CountingFileSystem.read) == ranges and told.prompt == PROMPTS[2]
+    assert bare + tar.BLOCK < sum(CountingFileSystem.read) <= bare + 3 * tar.BLOCK
+    assert torch.equal(told.states, plain.states)
 
 
 def test_local_reads_fetch_only_those_states(tmp_path: Path) -> None:
@@ -161,6 +183,44 @@ def test_no_store_there(tmp_path: Path) -> None:
 
 
 # Damage. Sample 5 is the second one of the second shard: `edit` changes bytes of that shard.
+
+
+def json_5(folder: Path) -> int:
+    """Where the tar header of its JSON starts."""
+    size = StoreIndex.from_json((folder / INDEX).read_bytes()).layout.payload_bytes
+    return sample_5(folder) + tar.BLOCK + size + tar.padding(size)
+
+
+DAMAGED_JSON: dict[str, Callable[[Path], None]] = {
+    "zeroed header": lambda f: edit(f, json_5(f), bytes(512)),
+    "header of another sample": lambda f: edit(f, json_5(f), tar.header("000001-000000.json", 300)),
+    "another size": lambda f: edit(f, json_5(f), tar.header("000001-000001.json", 20)),
+    "a size beyond the next sample": lambda f: edit(f, json_5(f), tar.header("000001-000001.json", 1 << 30)),
+    "not JSON": lambda f: edit(f, json_5(f) + tar.BLOCK, b"["),
+    "not text": lambda f: edit(f, json_5(f) + tar.BLOCK + 40, b"\xff\xfe"),
+    "a pickle": lambda f: edit(f, json_5(f) + tar.BLOCK, pickle.dumps({"prompt": "evil"})),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_JSON)
+def test_a_damaged_json_is_a_bad_sample_for_those_who_read_it(copy: Path, kind: str) -> None:
+    DAMAGED_JSON[kind](copy)
+    found = open_store(str(copy)).read_many([(i, (0,)) for i in range(11)], prompts=True)
+    assert [i for i, sample in enumerate(found) if isinstance(sample, BadSample)] == [5]
+    said = str(found[5])
+    assert "000001-000001 in shard-000001.tar" in said and "JSON" in said and "\n" not in said
+    assert open_store(str(copy)).read(5, (0,)).key == "000001-000001"  # its states are whole
+
+
+def test_offsets_that_leave_no_room_for_the_json(copy: Path) -> None:
+    def crowd(facts: dict[str, Any]) -> None:
+        first, _, third, fourth = facts["shards"][1]["offsets"].split()
+        size = StoreIndex.from_json((copy / INDEX).read_bytes()).layout.payload_bytes
+        facts["shards"][1]["offsets"] = f"{first} {int(first) + size + 512} {third} {fourth}"
+
+    rewrite(copy, crowd)
+    with pytest.raises(BadSample, match="leave no room for its samples' JSON"):
+        open_store(str(copy)).read(4, (0,), prompts=True)
 
 
 def edit(folder: Path, at: int, data: bytes, shard: str = "shard-000001.tar") -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.evaluation.compare import Setting, generate
+from distill.evaluation.pipelines import draw, load_pipeline, milestone_steps, use_sampler
 from distill.evaluation.proof import plain_pipeline_agrees
 from distill.models.families import Teacher, load_teacher
 from distill.models.lora import add_lora, save_lora
@@ -39,6 +40,25 @@ def test_a_plain_pipeline_draws_the_same(family: str, tmp_path: Path) -> None:
     teacher = trained_student(folder)
     save_lora(tmp_path / "lora", teacher.unet)
     assert plain_pipeline_agrees(folder, tmp_path / "lora", PROMPTS, SEEDS, 4, ours(teacher, 4)) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("lcm", 1), ("lcm", 3), ("lcm", 8), ("ddim", 1), ("ddim", 3), ("ddim", 8)]
+)
+def test_a_plain_pipeline_draws_at_milestones_too(family: str, sampler: str, steps: int, tmp_path: Path) -> None:
+    """Re-noising by LCMScheduler and the chain by Euler's, whose step is DDIM's, with the times given to them."""
+    folder = save_tiny(tmp_path / "teacher", family)
+    teacher = trained_student(folder)
+    save_lora(tmp_path / "lora", teacher.unet)
+    setting = Setting("student", sampler, steps, 1.0, "milestones")
+    student = replace(teacher.denoiser(), adapters=True)
+    expected = torch.cat([b.images for b in generate(teacher, student, PROMPTS, SEEDS, setting)])
+    pipeline = load_pipeline(folder, tmp_path / "lora")
+    use_sampler(pipeline, sampler, "milestones")
+    drawn = draw(pipeline, PROMPTS, SEEDS, steps, timesteps=milestone_steps(pipeline, steps)) * 2 - 1
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
+    assert (drawn[0] - drawn[1]).abs().max() > 0.05
 
 
 def test_it_would_notice_another_network(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import train_toy_teacher as training  # noqa: E402
 
 from distill.toy.judge import load_judge  # noqa: E402
+from distill.toy.reward import load_reward  # noqa: E402
 
 
 def train(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> None:
-    sizes = ["--vae-steps", "1", "--judge-steps", "1", "--pictures", "500", "--batch-size", "4"]
+    sizes = ["--vae-steps", "1", "--judge-steps", "1", "--reward-steps", "1", "--pictures", "500", "--batch-size", "4"]
     monkeypatch.setattr(sys, "argv", ["train_toy_teacher.py", "--output", str(output), *sizes, *arguments])
     training.main()
 
@@ -35,6 +36,7 @@ def test_training_from_nothing_is_reproducible_and_resumes(
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert load_judge(tmp_path / "one" / "judge.safetensors").logits(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
+    assert load_reward(str(tmp_path / "one" / "reward.safetensors")).logits(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
     capsys.readouterr()
     train(monkeypatch, tmp_path / "one", "--steps", "4", "--stages", "denoiser")
     assert "resuming denoiser at step 2" in capsys.readouterr().out

@@ -25,7 +25,9 @@ from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch, CleanEnd, Reads
 from distill.methods.base import Losses, Method, Networks, Turn
 from distill.methods.lcm import LCM
+from distill.methods.mlcm import MLCM
 from distill.models.denoiser import NetworkDenoiser
+from distill.models.discriminator import CriticNetwork, Discriminator
 from distill.models.lora import add_lora
 from distill.training.checkpoint import Checkpoints
 from distill.training.engine import Engine, LearningRate, TrainedNetwork
@@ -42,6 +44,12 @@ TWO_LEVELS: dict[str, Any] = {
     "transformer_layers_per_block": (1, 1),
     "attention_head_dim": (1, 2),
 }
+# Consistency alone; then its critics join, whose optimizers have not taken a step when all of them are reset.
+STAGES: list[Any] = [
+    {"segments": 1, "skip": 20, "iterations": 2},
+    {"segments": 1, "grid": 8, "skip": 125, "source": "student", "student_steps": 2, "iterations": 4}
+    | {"matching": 0.5, "adversarial": 0.5, "fresh_optimizer": True},
+]
 
 
 def tiny_batch(step: int, first: int, size: int) -> Batch:
@@ -143,7 +151,7 @@ def student(lora: bool, dropout: float = 0.0, **changes: Any) -> dict[str, Netwo
 def build(case: dict[str, Any]) -> tuple[Engine, Method]:
     """A prepared engine and its method for a case."""
     engine = Engine(**case["engine"]).start()
-    networks = student(case["method"] == "distance")
+    networks: dict[str, Any] = student(case["method"] in ("distance", "critics"))
     method: Method = LCM(SCHEDULE)
     if case["method"] == "lcm-ema":  # in every step the average takes the weights' place, and gives it back
         networks = student(lora=False, time_cond_proj_dim=6)
@@ -155,6 +163,10 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
         networks["discriminator"] = NetworkDenoiser(
             tiny_unet("sdxl", seed=1, **TWO_LEVELS), SCHEDULE, Prediction.EPSILON
         )
+    if case["method"] == "critics":
+        method = MLCM(SCHEDULE, STAGES, guidance=2.0, r1=1.0)
+        networks["discriminator"] = Discriminator(CriticNetwork(tiny_unet("sdxl", seed=1, **TWO_LEVELS), (8, 8)))
+        networks["fake_score"] = NetworkDenoiser(tiny_unet("sdxl", seed=2, **TWO_LEVELS), SCHEDULE, Prediction.EPSILON)
     plan = TrainedNetwork(
         lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01),
         LearningRate("cosine", warmup_steps=2, total_steps=20),

@@ -22,6 +22,10 @@ MISTAKES = {
     "unknown key in a group, appended": (["+data.solver_step=40"], ["data.solver_step", "data.solver_steps"]),
     "unknown argument of a method": (["+method.skpi=20"], ["method", "skpi", "skip"]),
     "unknown argument of an optimizer": (["+optimizer.momentum=0.9"], ["optimizer", "momentum"]),
+    "unknown argument of a critic": (
+        ["+networks.discriminator.depth=3"],
+        ["networks.discriminator", "depth", "allowed"],
+    ),
     "word for a number": (["max_train_steps=many"], ["max_train_steps", "'many'", "integer"]),
     "word for a method's number": (["method.skip=abc"], ["method", "skip='abc'", "integer"]),
     "word for an optimizer's number": (["learning_rate=fast"], ["learning_rate", "'fast'", "number"]),

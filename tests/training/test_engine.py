@@ -143,6 +143,27 @@ def test_a_turn_sees_its_own_network_trainable_and_the_others_frozen_and_bare(ma
     )  # given back, also by a failure
 
 
+def test_helpers_reach_the_loss_frozen_and_in_their_own_dtype() -> None:
+    engine, helper, seen = Engine(mixed_precision="bf16").start(), nn.Linear(2, 2), {}
+
+    def loss(given: Any, batch: Any, context: Context) -> Losses:
+        seen["scale"] = given["scale"]
+        losses = Distance().loss(given, batch, context)
+        total = losses.total * given["scale"](torch.ones(2)).square().mean()
+        return Losses(total, {})
+
+    try:
+        engine.prepare(student(lora=True), {"student": TrainedNetwork(adamw)}, {"scale": helper})
+        before = engine.export_weights("student")
+        engine.update(Turn("student", loss), micro_batches(engine, 0), 0)
+        assert seen["scale"] is helper and helper.weight.dtype == torch.float32
+        assert not any(p.requires_grad or p.grad is not None for p in helper.parameters())
+        assert not equal(before, engine.export_weights("student"))
+        assert engine.describe()["networks"].keys() == {"student"}  # no part of a checkpoint
+    finally:
+        engine.release()
+
+
 def test_each_turn_changes_its_own_network_only(make: Make) -> None:
     networks = student(lora=False)
     networks["discriminator"] = dataclasses.replace(networks["student"], module=student(lora=False)["student"].module)

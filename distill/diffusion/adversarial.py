@@ -1,0 +1,138 @@
+"""Adversarial losses on latents: what a discriminator is shown, and what its logits cost whom.
+
+After SDXL-Lightning (Lin et al. 2024, arXiv 2402.13929): no data is shown, but samples of a better network beside those
+of a faster one, both noised again to a time at which a diffusion network sees structure (section 3.7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu, softplus
+
+from distill.diffusion.prediction import Conditioning
+from distill.diffusion.random import Context
+from distill.diffusion.schedule import NoiseSchedule, add_noise, wide
+
+ADVERSARIAL_LOSSES = ("nonsaturating", "hinge")
+
+Origin = tuple[Tensor, Tensor]
+"""The state that samples were made from, [B, C, h, w], and its time [B]."""
+
+
+class Critic(Protocol):
+    """A discriminator: several batches [B, C, h, w] of one time t [B] each to logits [B] that they are real.
+
+    `origin` is for a conditional one, which asks whether a sample is what ought to become of that state; others leave
+    it alone.
+    """
+
+    def __call__(
+        self, samples: Sequence[Tensor], t: Tensor, conditioning: Conditioning, origin: Origin | None = None
+    ) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a discriminator made of real and fake samples: its loss and both logits, [B] each."""
+
+    loss: Tensor
+    real: Tensor
+    fake: Tensor
+
+    def accuracies(self) -> dict[str, Tensor]:
+        """Shares of the real and of the fake samples that it took for what they are; .5 each by guessing."""
+        right = {"real": self.real > 0, "fake": self.fake < 0}
+        return {f"{name}_accuracy": hits.float().mean() for name, hits in right.items()}
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """The game between a discriminator and who draws the fakes. Both losses show it samples at one random time t*.
+
+    Args:
+        schedule: of the noise that samples are shown with.
+        loss: `nonsaturating` (Lightning, eq. 18-21) or `hinge`.
+        times, weights: t* is one of `times`, with odds `weights` (Lightning, sec. 3.7.2).
+        r1: weight of the approximate R1 penalty (Lin et al. 2025, arXiv 2501.08316); Lightning has none.
+        r1_sigma: how far it looks around a real sample.
+
+    Raises:
+        ValueError: a value out of its range, naming it.
+    """
+
+    schedule: NoiseSchedule
+    loss: str = "nonsaturating"
+    times: tuple[int, ...] = (10, 250, 500, 750)
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    r1: float = 0.0
+    r1_sigma: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.loss not in ADVERSARIAL_LOSSES:
+            raise ValueError(f"adversarial_loss must be one of {', '.join(ADVERSARIAL_LOSSES)}, got {self.loss!r}")
+        if not self.times or not all(1 <= t <= self.schedule.T for t in self.times):
+            raise ValueError(f"renoise_times must be within 1 ... {self.schedule.T}, got {list(self.times)}")
+        if len(self.weights) != len(self.times):
+            raise ValueError(f"renoise_weights must be {len(self.times)} as the times are, got {list(self.weights)}")
+        if not all(0 <= w < math.inf for w in self.weights) or sum(self.weights) == 0:
+            raise ValueError(f"renoise_weights must not be negative, nor all 0, got {list(self.weights)}")
+        if not 0 <= self.r1 < math.inf:
+            raise ValueError(f"r1 must be at least 0, got {self.r1}")
+        if not 0 < self.r1_sigma < math.inf:
+            raise ValueError(f"r1_sigma must be above 0, got {self.r1_sigma}")
+
+    def generator(
+        self, critic: Critic, fake: Tensor, c: Conditioning, context: Context, origin: Origin | None = None
+    ) -> Tensor:
+        """What clean samples `fake` [B, C, h, w] cost who drew them, [B]; differentiable with respect to them."""
+        t = self.draw_time(context, fake.device)
+        (logits,) = critic([self.renoised(fake, t, context)], t, c, origin)
+        return generator_loss(logits, self.loss)
+
+    def discriminator(
+        self,
+        critic: Critic,
+        real: Tensor,
+        fake: Tensor,
+        c: Conditioning,
+        context: Context,
+        origin: Origin | None = None,
+    ) -> Verdict:
+        """What the discriminator makes of clean samples [B, C, h, w]; it is called once."""
+        t = self.draw_time(context, real.device)
+        shown = [self.renoised(x, t, context) for x in (real, fake)]
+        if self.r1:  # around what the discriminator sees, not around what it was made of
+            shown.append(shown[0] + self.r1_sigma * context.normal(shown[0], "r1"))
+        r, f, *near = critic(shown, t, c, origin)
+        penalty = self.r1 * (r - near[0]).pow(2) if near else 0.0
+        return Verdict(discriminator_loss(r, f, self.loss) + penalty, r, f)
+
+    def draw_time(self, context: Context, device: torch.device) -> Tensor:
+        """t* [B]."""
+        share = torch.tensor(self.weights, dtype=torch.float64).cumsum(0) / sum(self.weights)
+        i = torch.bucketize(context.uniform(0, 1, "t*").double(), share[:-1], right=True)
+        return torch.tensor(self.times)[i].to(device)
+
+    def renoised(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        """Clean samples at t*, all with the same noise: a pair then differs by what it was before."""
+        return add_noise(self.schedule, x, context.normal(x, "noise*"), t)
+
+
+def generator_loss(fake: Tensor, loss: str = "nonsaturating") -> Tensor:
+    """Of the fakes' logits [B]: -log D(fake), D their sigmoid; or for hinge -fake. [B] in float32 or wider."""
+    fake = wide(fake)
+    return softplus(-fake) if loss == "nonsaturating" else -fake
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, loss: str = "nonsaturating") -> Tensor:
+    """Of both logits [B]: -log D(real) - log(1 - D(fake)); or for hinge how far they are within -1 ... 1. [B]"""
+    real, fake = wide(real), wide(fake)
+    if loss == "nonsaturating":
+        return softplus(-real) + softplus(fake)
+    return relu(1 - real) + relu(1 + fake)

@@ -1,0 +1,190 @@
+"""The latent discriminator of SDXL-Lightning (Lin et al. 2024, arXiv 2402.13929, sec. 3.3 and 3.4).
+
+It is the teacher's own encoder, which reads noisy latents, times and prompts already, and a small head; all trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers.models import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn.functional import pad, silu
+
+from distill.diffusion.adversarial import Origin
+from distill.diffusion.prediction import Conditioning
+from distill.diffusion.random import generator
+from distill.models.denoiser import bare, unet_keywords
+from distill.models.families import Teacher
+from distill.models.lora import lora_layers
+
+
+@dataclass(frozen=True)
+class Discriminator:
+    """A `Critic` by a `CriticNetwork`. `dataclasses.replace(discriminator, module=wrapped)` is the same in an engine.
+
+    Args:
+        module: a `CriticNetwork`, bare or wrapped.
+    """
+
+    module: nn.Module
+
+    @classmethod
+    def of(cls, teacher: Teacher, conditional: bool = False, seed: int = 0) -> Discriminator:
+        """A discriminator that starts as the encoder of the teacher's UNet.
+
+        Raises:
+            ValueError: the UNet has adapters, which would be copied with it.
+        """
+        if lora_layers(teacher.unet):
+            raise ValueError("a discriminator is made of the teacher's own network: before it is given a LoRA")
+        return cls(CriticNetwork(teacher.unet, teacher.latent_shape[1:], conditional, seed))
+
+    def __call__(
+        self, samples: Sequence[Tensor], t: Tensor, conditioning: Conditioning, origin: Origin | None = None
+    ) -> list[Tensor]:
+        """Logits [B] in float32 for each of `samples` [B, C, h, w], all at t [B], in one call of the network.
+
+        Raises:
+            ValueError: a conditional network without `origin`, or a conditioning entry that is missing or not known.
+        """
+        critic: Any = bare(self.module)
+        times = [t] * len(samples)
+        if critic.conditional:
+            if origin is None:
+                raise ValueError("the discriminator is conditional: it needs the state that the samples were made from")
+            samples, times = [*samples, origin[0]], [*times, origin[1]]
+        x = torch.cat(list(samples)).to(critic.dtype)  # [n B, C, h, w]
+        many = {key: torch.cat([entry] * len(samples)) for key, entry in conditioning.items()}
+        keywords = unet_keywords(many, critic.dtype, critic.encoder.config["time_cond_proj_dim"])
+        logits = self.module(x, (torch.cat(times) - 1).clamp(min=0), len(samples), **keywords)
+        return list(logits.float().chunk(len(logits) // len(t)))
+
+
+class CriticNetwork(nn.Module):
+    """The encoder and middle of a UNet, and a head over their features.
+
+    Args:
+        unet: whose encoder is copied.
+        size: (h, w) of the latents it is meant for; it takes others.
+        conditional: the head sees beside a sample's features those of the state it was made from.
+        seed: of the head's weights. Its last layer starts at zero: it finds everything as likely real as fake.
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, size: Sequence[int], conditional: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.conditional = conditional
+        self.encoder = encoder_of(unet).requires_grad_(True)
+        width = unet.config["block_out_channels"][-1]
+        halvings = sum(block.downsamplers is not None for block in unet.down_blocks)
+        smaller = min(math.ceil(side / 2**halvings) for side in size)
+        with torch.device("meta"):  # or torch would draw weights, and from the global generator
+            head = Head(width * (1 + conditional), width, Head.depth(smaller))
+        self.head = head.to(self.dtype).to_empty(device=unet.conv_in.weight.device)
+        self.head.draw(seed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs it expects."""
+        return self.encoder.conv_in.weight.dtype
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """As in diffusers: the encoder's blocks are recomputed in the backward pass."""
+        self.encoder.enable_gradient_checkpointing(gradient_checkpointing_func)
+
+    def forward(self, x: Tensor, index: Tensor, batches: int, **keywords: Any) -> Tensor:
+        """Latents x [N, C, h, w] of `batches` equal batches at timestep indices [N] to logits.
+
+        They are [N]; or, for a conditional network, those of all batches but the last, which all the others came from.
+        """
+        features = self.encoder(x, index, return_dict=False, **keywords)[0]  # [N, width, h', w']
+        if self.conditional:
+            *made, origin = features.chunk(batches)
+            features = torch.cat([torch.cat([d, origin], 1) for d in made])
+        return self.head(features)
+
+
+def encoder_of(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy of a UNet that ends after its middle: what it returns are its features [B, width, h', w']."""
+    left_out = {id(unet.up_blocks): nn.ModuleList(), id(unet.conv_out): nn.Identity()}
+    if unet.conv_norm_out is not None:
+        left_out[id(unet.conv_norm_out)] = nn.Identity()
+        left_out[id(unet.conv_act)] = nn.Identity()
+    return copy.deepcopy(unet, left_out)
+
+
+class Head(nn.Module):
+    """`depth` times a 4 x 4 convolution of stride 2, normalisation and SiLU; then a logit, the mean over the map.
+
+    Args:
+        channels: of the features.
+        width: of the convolutions.
+    """
+
+    def __init__(self, channels: int, width: int, depth: int) -> None:
+        super().__init__()
+        widths = [channels] + [width] * depth
+        self.convs = nn.ModuleList(nn.Conv2d(a, width, 4, stride=2) for a in widths[:-1])
+        self.norms = nn.ModuleList(MapNorm(groups_of(width), width) for _ in range(depth))
+        self.logit = nn.Conv2d(width, 1, 1)
+
+    @staticmethod
+    def depth(size: int) -> int:
+        """How many convolutions bring a map of `size` near 2 x 2."""
+        return max(1, round(math.log2(size)) - 1)
+
+    def draw(self, seed: int) -> None:
+        """Draws the convolutions' weights as torch does by default, but from `seed`; biases and the logit's are 0."""
+        for name, module in self.named_modules():
+            if isinstance(module, MapNorm):
+                module.reset_parameters()
+            if isinstance(module, nn.Conv2d):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(cast(Tensor, module.bias))
+                if module is not self.logit and not module.weight.is_meta:
+                    bound, drawn = module.weight[0].numel() ** -0.5, torch.empty(module.weight.shape)
+                    drawn.uniform_(-bound, bound, generator=generator("discriminator", seed, name))
+                    module.weight.data.copy_(drawn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [N, channels, h', w'] to logits [N]."""
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            h, w = x.shape[2:]
+            x = silu(norm(conv(pad(x, (1, 1 + w % 2, 1, 1 + h % 2)))))  # an odd side is halved upwards, 1 stays 1
+        return self.logit(x).flatten(1).mean(1)
+
+
+class MapNorm(nn.GroupNorm):
+    """GroupNorm that leaves a 1 x 1 map's values as they are: of so few in a group it would keep little but signs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] * x.shape[3] > 1:
+            return super().forward(x)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def groups_of(width: int) -> int:
+    """32 groups, or the largest number of them that divides `width` into groups of at least 4 channels."""
+    return max(n for n in range(1, 33) if width % n == 0 and (n == 1 or width // n >= 4))
+
+
+@dataclass(frozen=True)
+class LatentDiscriminator:
+    """A setting: a `Discriminator` that a run makes of its teacher.
+
+    Args:
+        conditional: it also sees the state that samples were made from.
+    """
+
+    conditional: bool = False
+
+    def network(self, teacher: Teacher, seed: int = 0) -> Discriminator:
+        """Of a teacher with its UNet, before any adapter is added to that."""
+        return Discriminator.of(teacher, self.conditional, seed)

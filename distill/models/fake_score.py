@@ -1,0 +1,38 @@
+"""The network that learns the score of what a student draws (DMD, Yin et al. 2024): a copy of its teacher's."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from distill.models.denoiser import NetworkDenoiser
+from distill.models.families import Teacher
+from distill.models.lora import add_lora
+
+
+@dataclass(frozen=True)
+class FakeScore:
+    """A setting: a copy of the teacher's network that is trained whole, or by a LoRA on its frozen weights.
+
+    Args:
+        rank, alpha: of the LoRA; rank None trains the whole copy.
+
+    Raises:
+        ValueError: a value out of its range, naming it.
+    """
+
+    rank: int | None = None
+    alpha: float = 64.0
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"networks.fake_score.rank must be at least 1, or null to train it whole, got {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"networks.fake_score.alpha must be above 0, got {self.alpha}")
+
+    def network(self, teacher: Teacher, seed: int = 0) -> NetworkDenoiser:
+        """Of a teacher with its UNet, before any adapter is added to that."""
+        unet = copy.deepcopy(teacher.unet).requires_grad_(True)
+        if self.rank is not None:
+            add_lora(unet, self.rank, self.alpha, seed=seed)
+        return NetworkDenoiser(unet, teacher.schedule, teacher.prediction)
