@@ -35,7 +35,7 @@ from distill.training.run import finished
 from distill.training.tracking import setup_logging
 
 EXPERIMENT = "mlcm_toy"
-LCM = ["method=lcm", "method.skip=200"]
+LCM = ["method=lcm", "method.skip=200", "~method.stages", "~method.guidance"]
 METRICS = ("caption_accuracy", "frechet", "sharpness", "teacher_consistency")
 GRID_COLUMNS = 10
 
