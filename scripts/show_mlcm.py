@@ -57,13 +57,13 @@ class Student:
 def main(cfg: ShowMLCMSettings) -> None:
     setup_logging()
     output = Path(cfg.output_dir)
-    settings = load("train", TrainSettings, [f"experiment={EXPERIMENT}"])
-    store = [f"data.store={output / 'store'}"]
-    launch("make_trajectories", *store)
+    overrides = [*cfg.overrides, f"data.store={output / 'store'}"]
+    settings = load("train", TrainSettings, [f"experiment={EXPERIMENT}", *overrides])
+    launch("make_trajectories", *overrides)
     runs = {(name, seed): output / f"{name}-{seed}" for name in ("mlcm", "lcm") for seed in cfg.seeds}
     for (name, seed), run in runs.items():
         if not finished(run, settings.max_train_steps):
-            launch("train", *store, *(LCM if name == "lcm" else []), f"seed={seed}", f"output_dir={run}")
+            launch("train", *overrides, *(LCM if name == "lcm" else []), f"seed={seed}", f"output_dir={run}")
 
     border, end = settings.method["stages"][0]["iterations"], settings.max_train_steps
     students = [

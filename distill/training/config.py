@@ -276,6 +276,7 @@ class ShowMLCMSettings(Settings):
     """`configs/show_mlcm.yaml`: MLCM-LoRA beside LCM-LoRA on the toy world."""
 
     output_dir: str
+    overrides: list[str]
     seeds: Annotated[list[Natural], Field(min_length=1)]
     n: Annotated[int, Field(ge=100)]
     tuning_n: Annotated[int, Field(ge=100)]
