@@ -106,15 +106,19 @@ def draw_scene(labels: Tensor, generator: torch.Generator) -> Scene:
 
 def paint(scene: Scene) -> Tensor:
     """The pictures [B, 3, 32, 32] in [-1, 1] of a scene, with edges one pixel wide."""
+    picture = torch.lerp(scene.background[:, :, None, None], scene.foreground[:, :, None, None], coverage(scene))
+    return (picture * 2 - 1).clamp(-1, 1)
+
+
+def coverage(scene: Scene) -> Tensor:
+    """The pattern alone, [B, 1, 32, 32]: the share of each pixel that is foreground."""
     pattern = scene.labels % len(PATTERNS)
     inside = torch.empty(len(pattern), SIZE, SIZE)  # signed distance to the nearest edge, positive inside, in pixels
     for index, field in enumerate((_stripes, _rings, _dots, _checks)):
         chosen = pattern == index
         if chosen.any():
             inside[chosen] = field(scene, chosen)
-    mask = (inside + 0.5).clamp(0, 1)[:, None]
-    picture = torch.lerp(scene.background[:, :, None, None], scene.foreground[:, :, None, None], mask)
-    return (picture * 2 - 1).clamp(-1, 1)
+    return (inside + 0.5).clamp(0, 1)[:, None]
 
 
 def _stripes(scene: Scene, chosen: Tensor) -> Tensor:
