@@ -129,6 +129,8 @@ def check_method(cfg: TrainSettings, method: Method, micro_batch_size: int) -> N
         raise ConfigError("the method's target is the moving average of the student, and none is kept: set ema_decay")
     if "reward" in method.asks and cfg.reward is None:
         raise ConfigError("the method scores its answers, and there is no reward: set reward=clip or another")
+    if "perceptual" in method.asks and cfg.perceptual is None:
+        raise ConfigError("the method's distance is perceptual, and there is none: set perceptual=latent_lpips")
     if micro_batch_size < method.least_samples:
         raise ConfigError(
             f"the method compares samples of a micro-batch: global_batch_size={cfg.global_batch_size} must leave "
@@ -145,10 +147,14 @@ def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
 
 
 def helpers_of(cfg: TrainSettings, method: Method) -> dict[str, torch.nn.Module]:
-    """What the method's losses call beside networks: a reward of latents, if they ask for one."""
-    if "reward" not in method.asks or cfg.reward is None:
-        return {}
-    return {"reward": LatentReward(teacher_of(cfg, parts=("vae",)), build(cfg.reward), cfg.reward_batch_size)}
+    """What the method's losses call beside networks, of what they ask for: a reward and a distance of latents."""
+    helpers: dict[str, torch.nn.Module] = {}
+    if "reward" in method.asks and cfg.reward is not None:
+        teacher = teacher_of(cfg, parts=("vae",))
+        helpers["reward"] = LatentReward(teacher, build(cfg.reward), cfg.reward_batch_size)
+    if "perceptual" in method.asks and cfg.perceptual is not None:
+        helpers["perceptual"] = build(cfg.perceptual)
+    return helpers
 
 
 def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method) -> Store:

@@ -26,7 +26,7 @@ from distill.methods.base import Losses, Method, Networks, Reward, Turn
 
 SOURCES = ("trajectory", "rollout", "student")
 SPACES = ("z_end", "x0", "v")
-DISTANCES = ("l2", "huber")
+DISTANCES = ("l2", "huber", "perceptual")
 REWARD_FORMS = ("hinge", "maximise")
 
 
@@ -44,7 +44,7 @@ class Stage:
             x_s in `substeps` (the paper's second stage, algorithm 2).
         loss_space: where the two answers are compared: where they land (`z_end`), as the x0 that leads there (`x0`),
             or that with weight SNR + 1 (`v`, Heek et al. 2024: it is the distance of the velocities).
-        distance: `l2` or `huber` (with `huber_c`).
+        distance: `l2`, `huber` (with `huber_c`), or `perceptual`: the one of latents that the run is given.
         reward: the weight of a score of the student's answer, decoded; 0 does not score it.
         reward_form: `hinge` raises it to `reward_target` for the sample's prompt and lowers it to 0 for another's (the
             paper's third stage, eq. 11); `maximise` raises it without end.
@@ -156,6 +156,7 @@ class MLCM(Method):
         self.trains = ("student", *["discriminator"] * judged, *["fake_score"] * matched)
         scored = [stage for stage in self.stages if stage.reward > 0]
         self.asks += ("reward",) if scored else ()
+        self.asks += ("perceptual",) if any(stage.distance == "perceptual" for stage in self.stages) else ()
         self.needs_prompts = bool(scored)
         self.least_samples = 2 if any(stage.reward_form == "hinge" for stage in scored) else 1
 
@@ -198,7 +199,7 @@ class MLCM(Method):
             g_s = self.g(networks["student"], step.x_s, step.s, end, c)
         f_t = networks["student"](step.x_t, step.t, c)
 
-        d = self.d(stage, f_t, g_s, step, end)  # [B]
+        d = self.d(stage, networks, f_t, g_s, step, end)  # [B]
         inside = [(segments.index(step.t) == i).to(d) for i in range(stage.segments)]
         parts = {f"segment_{i + 1}": stage.segments * (d * mask).mean().detach() for i, mask in enumerate(inside)}
         total = d.mean()
@@ -213,7 +214,7 @@ class MLCM(Method):
         """The DDIM jump from t to `end` along the student's answer, and x itself where t is `end` (MLCM, sec. 4.1)."""
         return jump(self.schedule, student(x, t, c), x, t, end)
 
-    def d(self, stage: Stage, f_t: Denoised, g_s: Tensor, step: Transition, end: Tensor) -> Tensor:
+    def d(self, stage: Stage, networks: Networks, f_t: Denoised, g_s: Tensor, step: Transition, end: Tensor) -> Tensor:
         """The distance, in the stage's space, of the answer f_t at x_t from one that lands at g_s, [B]."""
         a, b = ddim_step(self.schedule, f_t, end), g_s
         if stage.loss_space != "z_end":
@@ -221,6 +222,8 @@ class MLCM(Method):
         if stage.loss_space == "v":
             sigma = self.schedule.sigma(step.t, a)
             a, b = a / sigma, b / sigma
+        if stage.distance == "perceptual":
+            return networks["perceptual"](a, b)
         return l2(a, b) if stage.distance == "l2" else pseudo_huber(a, b, stage.huber_c)
 
     # ---- what is preferred --------------------------------------------------------------------------------------

@@ -129,6 +129,7 @@ class TrainSettings(Settings):
     networks: dict[str, Component] = {}
     reward: Component | None = None
     reward_batch_size: Positive = 1
+    perceptual: Component | None = None
     output_dir: str
     seed: Natural
     max_train_steps: Positive

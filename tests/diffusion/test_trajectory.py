@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distill.diffusion.random import generator
+from distill.diffusion.segments import Segments
 from distill.diffusion.solver import trailing_times
 from distill.diffusion.trajectory import Batch, CleanEnd, Pair
 
@@ -80,3 +81,41 @@ def test_a_batch_moves_whole() -> None:
     assert all(x.device.type == "meta" for x in tensors) and len(tensors) == 5
     assert len(moved) == len(b) == 2 and (moved.keys, moved.positions) == (b.keys, b.positions)
     assert moved.states.shape == b.states.shape and moved.times.dtype == torch.int64
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_no_pair_spans_the_start_of_a_segment(count: int) -> None:
+    """Every stored time is taught still, and the last pair of a segment ends where the segment starts."""
+    grid, segments, g = trailing_times(1000, 40), Segments(1000, count), generator("segments", count)
+    pair = Pair(50, segments)
+    pair.check(grid)
+    picked = {tuple(grid[i] for i in pair.pick(grid, g)) for _ in range(2000)}
+    start = segments.start(torch.tensor([t for t, _ in picked])).tolist()
+    assert {t for t, _ in picked} == set(grid[:-1])
+    assert all(s == max(t - 50, end) for (t, s), end in zip(picked, start, strict=True))
+
+
+def test_a_store_of_milestones_serves_whole_segments_and_the_second_stage() -> None:
+    milestones = list(reversed(Segments(1000, 8).milestones))
+    for pair in (Pair(125, Segments(1000, 8)), Pair(125, Segments(1000, 1), apart=125)):
+        pair.check(milestones)
+        picked = {pair.pick(milestones, generator("milestones", i)) for i in range(200)}
+        assert picked == {(i, i + 1) for i in range(8)}
+
+
+def test_t_is_drawn_from_multiples_alone() -> None:
+    picked = {GRID[Pair(20, apart=200).pick(GRID, generator("apart", i))[0]] for i in range(200)}
+    assert picked == {200, 400, 600, 800, 1000}
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (Pair(20, Segments(1000, 8)), r"the segments start at \[125, 375, 625, 875\], which the store does not keep"),
+        (Pair(20, apart=125), r"the store does not keep the times \[125, 375, 625, 875\]"),
+        (Pair(25, Segments(1000, 4)), "skip 25 is off the stored grid"),
+    ],
+)
+def test_refuses_a_store_without_the_milestones(pair: Pair, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pair.check(GRID)

@@ -199,6 +199,22 @@ def test_losses_of_the_segments_make_up_the_loss() -> None:
         torch.testing.assert_close(part, alone)
 
 
+def test_a_perceptual_distance_is_asked_of_the_two_landings() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        seen.append((a, b))
+        return 3 * l2(a, b)
+
+    batch = pairs(data(), Segments(1000, 4), 25, False)
+    networks = {"student": data(sd=0.4), "perceptual": distance}
+    plain, plain_stage = method(segments=4, skip=25)
+    mlcm, stage = method(segments=4, skip=25, distance="perceptual")
+    loss = mlcm.loss(stage, networks, batch, context(0)).total
+    torch.testing.assert_close(loss, 3 * plain.loss(plain_stage, networks, batch, context(0)).total)
+    assert (mlcm.asks, plain.asks) == (("perceptual",), ()) and len(seen) == 1
+
+
 # --- where the pairs come from ---
 
 
@@ -359,7 +375,7 @@ def test_stages_follow_one_another() -> None:
         ([{**FIRST, "skip": 1001}], "method.stages[0]: a stage's skip must be within 1 ... 1000, got 1001"),
         ([{**FIRST, "source": "images"}], "method.stages[0]: a stage's source must be one of trajectory, rollout, "),
         ([{**FIRST, "loss_space": "eps"}], "method.stages[0]: a stage's loss_space must be one of z_end, x0, v, got"),
-        ([{**FIRST, "distance": "l1"}], "method.stages[0]: a stage's distance must be one of l2, huber, got 'l1'"),
+        ([{**FIRST, "distance": "l1"}], "method.stages[0]: a stage's distance must be one of l2, huber, perceptual, "),
         ([{**FIRST, "learning_rate": 0.0}], "method.stages[0]: a stage's learning_rate must be above 0, got 0.0"),
         ([{**FIRST, "grid": 6}], "method.stages[0]: a stage's grid must be a multiple of its 4 segments, got 6"),
         ([{**SECOND, "grid": 7}], "method.stages[0]: a stage's grid must divide the schedule's 1000 times, got 7"),
