@@ -111,8 +111,11 @@ def test_t_is_drawn_from_multiples_alone() -> None:
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (Pair(20, Segments(1000, 8)), r"the segments start at \[125, 375, 625, 875\], which the store does not keep"),
-        (Pair(20, apart=125), r"the store does not keep the times \[125, 375, 625, 875\]"),
+        (
+            Pair(20, Segments(1000, 8)),
+            r"the segments start at \[125, 250, 375, 625, 750, 875\], which the store does not keep",
+        ),
+        (Pair(20, apart=125), r"the store does not keep the times \[125, 250, 375, 625, 750, 875\]"),
         (Pair(25, Segments(1000, 4)), "skip 25 is off the stored grid"),
     ],
 )
