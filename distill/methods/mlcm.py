@@ -168,7 +168,7 @@ class MLCM(Method):
         stage = self.stages[self.place(step)]
         if stage.source != "trajectory":
             return CleanEnd()  # for its shape and its prompt alone
-        return Pair(stage.skip, Segments(self.schedule.T, stage.segments), self._grid(stage))
+        return Pair(stage.skip, Segments(self.schedule.T, stage.segments), self._apart(stage))
 
     def learning_rate(self, step: int, network: str = "student") -> float | None:
         return self.stages[self.place(step)].learning_rate if network == "student" else self.rates[network]
@@ -369,10 +369,11 @@ class MLCM(Method):
 
     def draw_time(self, stage: Stage, context: Context, device: torch.device) -> Tensor:
         """t [B], uniform over the stage's grid."""
-        apart = 1 if stage.grid is None else self.schedule.T // stage.grid
+        apart = self._apart(stage) or 1
         return apart * context.integers(1, self.schedule.T // apart + 1, "t", device)
 
-    def _grid(self, stage: Stage) -> int | None:
+    def _apart(self, stage: Stage) -> int | None:
+        """What the times of the stage's grid are multiples of, if it has one."""
         return None if stage.grid is None else self.schedule.T // stage.grid
 
 
