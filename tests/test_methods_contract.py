@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from distill.diffusion.adversarial import Origin
 from distill.diffusion.prediction import Conditioning, Denoised, Prediction, to_denoised
 from distill.diffusion.random import Context, generator
 from distill.diffusion.schedule import NoiseSchedule
@@ -18,7 +20,7 @@ from distill.methods.base import Method
 from distill.training.config import CONFIGS, build, check_component
 
 SCHEDULE = NoiseSchedule.scaled_linear()
-TIMES = trailing_times(SCHEDULE.T, 200)
+TIMES = trailing_times(SCHEDULE.T, SCHEDULE.T)
 METHODS = sorted((CONFIGS / "method").glob("*.yaml"))
 
 
@@ -33,6 +35,19 @@ class Network(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
         c = self.text(conditioning["encoder_hidden_states"]).mean(1)[:, :, None, None]
         return to_denoised(Prediction.EPSILON, self.mix(x_t) + c * t[:, None, None, None] / 1000, x_t, t, SCHEDULE)
+
+
+class Critic(nn.Module):
+    """A discriminator of two numbers a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(2, 1)
+
+    def forward(
+        self, samples: Sequence[Tensor], t: Tensor, conditioning: Conditioning, origin: Origin | None = None
+    ) -> list[Tensor]:
+        return [self.mix(torch.stack([x.float().flatten(1).mean(1), t / 1000], 1))[:, 0] for x in samples]
 
 
 def batch(method: Method, positions: tuple[int, ...]) -> Batch:
@@ -59,12 +74,13 @@ def method(request: pytest.FixtureRequest) -> Method:
 
 
 @pytest.fixture
-def networks(method: Method) -> dict[str, Network]:
+def networks(method: Method) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    return {name: Network() for name in {*method.trains, "student", "teacher"}}
+    names = sorted({*method.trains, "student", "teacher"})
+    return {name: Critic() if name == "discriminator" else Network() for name in names}
 
 
-def test_each_turn_trains_its_network_and_no_other(method: Method, networks: dict[str, Network]) -> None:
+def test_each_turn_trains_its_network_and_no_other(method: Method, networks: dict[str, nn.Module]) -> None:
     for turn in method.turns(step=0):
         assert turn.updates in method.trains
         losses = turn.loss(networks, batch(method, (0, 1, 2)), Context(seed=0, step=0, positions=(0, 1, 2)))
@@ -79,7 +95,7 @@ def test_each_turn_trains_its_network_and_no_other(method: Method, networks: dic
             network.zero_grad(set_to_none=True)
 
 
-def test_a_loss_is_a_mean_over_samples_however_they_are_grouped(method: Method, networks: dict[str, Network]) -> None:
+def test_a_loss_is_a_mean_over_samples_however_they_are_grouped(method: Method, networks: dict[str, nn.Module]) -> None:
     for turn in method.turns(step=3):
 
         def loss(positions: tuple[int, ...], turn=turn) -> float:  # type: ignore[no-untyped-def]
@@ -91,7 +107,7 @@ def test_a_loss_is_a_mean_over_samples_however_they_are_grouped(method: Method, 
         assert loss((8, 9)) != pytest.approx(loss((10, 11)), rel=1e-3)
 
 
-def test_the_global_generator_is_left_alone(method: Method, networks: dict[str, Network]) -> None:
+def test_the_global_generator_is_left_alone(method: Method, networks: dict[str, nn.Module]) -> None:
     before = torch.get_rng_state()
     for turn in method.turns(step=0):
         turn.loss(networks, batch(method, (0, 1)), Context(seed=0, step=0, positions=(0, 1)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
+from distill.diffusion.consistency import where
 from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule, add_noise, wide
@@ -58,7 +59,8 @@ class Adversary:
     Args:
         schedule: of the noise that samples are shown with.
         loss: `nonsaturating` (Lightning, eq. 18-21) or `hinge`.
-        times, weights: t* is one of `times`, with odds `weights` (Lightning, sec. 3.7.2).
+        times, weights: t* is one of `times`, with odds `weights` (Lightning, sec. 3.7.2); without any, clean samples
+            are shown as they are.
         r1: weight of the approximate R1 penalty (Lin et al. 2025, arXiv 2501.08316); Lightning has none.
         r1_sigma: how far it looks around a real sample.
 
@@ -76,11 +78,11 @@ class Adversary:
     def __post_init__(self) -> None:
         if self.loss not in ADVERSARIAL_LOSSES:
             raise ValueError(f"adversarial_loss must be one of {', '.join(ADVERSARIAL_LOSSES)}, got {self.loss!r}")
-        if not self.times or not all(1 <= t <= self.schedule.T for t in self.times):
+        if not all(1 <= t <= self.schedule.T for t in self.times):
             raise ValueError(f"renoise_times must be within 1 ... {self.schedule.T}, got {list(self.times)}")
-        if len(self.weights) != len(self.times):
+        if self.times and len(self.weights) != len(self.times):
             raise ValueError(f"renoise_weights must be {len(self.times)} as the times are, got {list(self.weights)}")
-        if not all(0 <= w < math.inf for w in self.weights) or sum(self.weights) == 0:
+        if self.times and (not all(0 <= w < math.inf for w in self.weights) or sum(self.weights) == 0):
             raise ValueError(f"renoise_weights must not be negative, nor all 0, got {list(self.weights)}")
         if not 0 <= self.r1 < math.inf:
             raise ValueError(f"r1 must be at least 0, got {self.r1}")
@@ -88,11 +90,20 @@ class Adversary:
             raise ValueError(f"r1_sigma must be above 0, got {self.r1_sigma}")
 
     def generator(
-        self, critic: Critic, fake: Tensor, c: Conditioning, context: Context, origin: Origin | None = None
+        self,
+        critic: Critic,
+        fake: Tensor,
+        c: Conditioning,
+        context: Context,
+        origin: Origin | None = None,
+        s: Tensor | None = None,
     ) -> Tensor:
-        """What clean samples `fake` [B, C, h, w] cost who drew them, [B]; differentiable with respect to them."""
-        t = self.draw_time(context, fake.device)
-        (logits,) = critic([self.renoised(fake, t, context)], t, c, origin)
+        """What samples `fake` [B, C, h, w] cost who drew them, [B]; differentiable with respect to them.
+
+        They are of time s [B], and clean without it.
+        """
+        (shown,), t = self.shown([fake], s, context)
+        (logits,) = critic([shown], t, c, origin)
         return generator_loss(logits, self.loss)
 
     def discriminator(
@@ -103,15 +114,23 @@ class Adversary:
         c: Conditioning,
         context: Context,
         origin: Origin | None = None,
+        s: Tensor | None = None,
     ) -> Verdict:
-        """What the discriminator makes of clean samples [B, C, h, w]; it is called once."""
-        t = self.draw_time(context, real.device)
-        shown = [self.renoised(x, t, context) for x in (real, fake)]
+        """What the discriminator makes of samples [B, C, h, w] of time s [B], clean without it; it is called once."""
+        shown, t = self.shown([real, fake], s, context)
         if self.r1:  # around what the discriminator sees, not around what it was made of
             shown.append(shown[0] + self.r1_sigma * context.normal(shown[0], "r1"))
         r, f, *near = critic(shown, t, c, origin)
         penalty = self.r1 * (r - near[0]).pow(2) if near else 0.0
         return Verdict(discriminator_loss(r, f, self.loss) + penalty, r, f)
+
+    def shown(self, samples: Sequence[Tensor], s: Tensor | None, context: Context) -> tuple[list[Tensor], Tensor]:
+        """What a discriminator sees of samples of time s [B], and the time of that: the clean ones are noised to t*."""
+        s = torch.zeros(len(samples[0]), dtype=torch.int64, device=samples[0].device) if s is None else s
+        if not self.times:
+            return list(samples), s
+        t = self.draw_time(context, s.device)
+        return [where(s == 0, self.renoised(x, t, context), x) for x in samples], torch.where(s == 0, t, s)
 
     def draw_time(self, context: Context, device: torch.device) -> Tensor:
         """t* [B]."""

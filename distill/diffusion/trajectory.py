@@ -124,6 +124,22 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Two states, at the times (t, s) of one of `pairs`, each as likely as the others."""
+
+    pairs: tuple[tuple[int, int], ...]
+
+    def check(self, times: Sequence[int]) -> None:
+        if missing := sorted({t for pair in self.pairs for t in pair} - set(times)):
+            raise ValueError(f"the store does not keep the times {_short(missing)}: it has {_short(times)}")
+
+    def pick(self, times: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
+        place = {int(t): i for i, t in enumerate(times)}
+        t, s = self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
+        return place[t], place[s]
+
+
+@dataclass(frozen=True)
 class CleanEnd:
     """The end of the solve: the clean latent at time 0."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill.diffusion.random import Context
 from distill.diffusion.trajectory import Batch, Reads
+from distill.methods.sampling import Sampling
 
 Networks = Mapping[str, Any]
 """Networks by name: "student", "teacher" (`Denoiser`s), and what else a method trains or asks for."""
@@ -56,6 +57,8 @@ class Method(ABC):
     """Steps at which what it reads, or how it trains, may change."""
     steps: int | None = None
     """How many steps a run has to take, if the method says."""
+    sampling: Sampling = Sampling()
+    """How its students are drawn."""
 
     @abstractmethod
     def reads(self, step: int = 0) -> Reads:

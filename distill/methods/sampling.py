@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,9 +11,44 @@ from torch import Tensor
 from distill.diffusion.consistency import boundary_scalings
 from distill.diffusion.prediction import Conditioning, Denoiser
 from distill.diffusion.schedule import NoiseSchedule, add_noise
-from distill.diffusion.solver import SOLVERS, check_times, solve
+from distill.diffusion.solver import SOLVERS, TIMES, check_times, make_times, solve
 
-SAMPLERS = ("lcm", *SOLVERS)
+SAMPLERS = ("lcm", "euler", *SOLVERS)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a student is drawn.
+
+    Args:
+        sampler: one of `SAMPLERS`.
+        spacing: of its times, one of `TIMES`.
+        steps: the only number of steps it was made for; None leaves it open.
+
+    Raises:
+        ValueError: an unknown name, or no step.
+    """
+
+    sampler: str = "lcm"
+    spacing: str = "lcm"
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler)
+        if self.spacing not in TIMES:
+            raise ValueError(f"spacing {self.spacing!r} is not known; allowed: {', '.join(TIMES)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, or None, got {self.steps}")
+
+    def times(self, T: int, usual_steps: int) -> list[int]:
+        """Falling times, ending at 0, of its own number of steps, or of `usual_steps` where it leaves them open."""
+        return make_times(self.spacing, T, self.steps or usual_steps)
+
+
+def check_sampler(name: str) -> None:
+    """Raises ValueError for a name that is not one of `SAMPLERS`."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r} is not known; allowed: {', '.join(SAMPLERS)}")
 
 
 def starting_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
@@ -35,19 +71,21 @@ def sample(
     Args:
         denoiser: guided already, if it is to be.
         times: falling, ending at 0; one network call for each but the last (two, for Heun).
-        sampler: `lcm` (jump to clean data, noise again to the next time) or one of the ODE solvers.
+        sampler: `lcm` (jump to clean data, noise again to the next time); one of the ODE solvers; or `euler`, which is
+            `ddim` from sigma(times[0]) x, as diffusers' `EulerDiscreteScheduler` starts its trailing times.
         generators: one a picture, for the fresh noise of `lcm`.
 
     Raises:
         ValueError: unknown sampler, or times that do not fall to 0.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is not known; allowed: {', '.join(SAMPLERS)}")
+    check_sampler(sampler)
     if times[-1] != 0:
         raise ValueError(f"sampling times must end at 0, got {list(times)}")
     check_times(schedule, times)
     if sampler == "lcm":
         return multistep_consistency(denoiser, schedule, x, times, conditioning, generators)
+    if sampler == "euler":
+        x, sampler = schedule.sigma(times[0], x) * x, "ddim"
     for _, state in solve(denoiser, schedule, x, times, conditioning, sampler):
         x = state
     return x

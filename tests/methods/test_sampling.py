@@ -130,7 +130,7 @@ def test_refuses_times_that_do_not_fall_to_0(sampler: str, times: list[int], mes
 
 
 def test_refuses_an_unknown_sampler_by_name() -> None:
-    with pytest.raises(ValueError, match="^sampler 'euler_a' is not known; allowed: lcm, ddim, heun, dpmpp_2m$"):
+    with pytest.raises(ValueError, match="^sampler 'euler_a' is not known; allowed: lcm, euler, ddim, heun, dpmpp_2m$"):
         sample(three_peaks(SCHEDULE), SCHEDULE, torch.zeros(1, 1, 1, 1), [1000, 0], {}, "euler_a")
 
 
