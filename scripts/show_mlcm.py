@@ -3,33 +3,35 @@
 python scripts/show_mlcm.py                 # about 40 CPU minutes; killed and started again, it goes on
 
 Both learn from one store for as many steps of as many samples. What is judged is the moving average at the end, and for
-MLCM after its first stage too, by both samplers.
+MLCM after its first stage too, by both samplers. All draw the same prompts from the same noise: the report also has
+differences between students, whose errors are less than two errors together.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from distill.diffusion.schedule import NoiseSchedule
+from distill.diffusion.solver import make_times
 from distill.evaluation.cache import Cache
-from distill.evaluation.compare import Comparison, Plan, Row, Setting
-from distill.evaluation.figures import GridRow, draw_grid
+from distill.evaluation.compare import Comparison, Plan, Row, Setting, mean_with_error
+from distill.evaluation.figures import GridRow, draw_grid, draw_lines
 from distill.evaluation.report import COLUMNS, format_table
+from distill.evaluation.seeds import over_seeds
 from distill.evaluation.toy import JudgeScorer
 from distill.models.families import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
-from distill.models.lora import load_lora
+from distill.models.lora import ADAPTER, load_lora
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
-from distill.training.config import ShowMLCMSettings, TrainSettings, load, run_script
+from distill.training.config import ShowMLCMSettings, TrainSettings, checking, load, run_script
 from distill.training.export import export_run
 from distill.training.run import finished
 from distill.training.tracking import setup_logging
@@ -37,6 +39,9 @@ from distill.training.tracking import setup_logging
 EXPERIMENT = "mlcm_toy"
 LCM = ["method=lcm", "method.skip=200", "~method.stages", "~method.guidance"]
 METRICS = ("caption_accuracy", "frechet", "sharpness", "teacher_consistency")
+PAIRED = ("caption_accuracy", "frechet", "teacher_consistency")
+SETTING = ("steps", "guidance", "nfe", "sampler", "spacing", "n")
+DIFFERENCES = (("MLCM, chain", "LCM-LoRA"), ("MLCM, re-noising", "LCM-LoRA"))
 GRID_COLUMNS = 10
 
 
@@ -59,6 +64,9 @@ def main(cfg: ShowMLCMSettings) -> None:
     output = Path(cfg.output_dir)
     overrides = [*cfg.overrides, f"data.store={output / 'store'}"]
     settings = load("train", TrainSettings, [f"experiment={EXPERIMENT}", *overrides])
+    with checking("steps: "):
+        for steps in cfg.steps:
+            make_times("milestones", NoiseSchedule.scaled_linear().T, steps)
     launch("make_trajectories", *overrides)
     runs = {(name, seed): output / f"{name}-{seed}" for name in ("mlcm", "lcm") for seed in cfg.seeds}
     for (name, seed), run in runs.items():
@@ -76,13 +84,18 @@ def main(cfg: ShowMLCMSettings) -> None:
     guidance = settings.data.guidance
     assert isinstance(guidance, float)
     plan = Plan(guidance, cfg.n, cfg.tuning_n, tuple(cfg.steps), tuple(cfg.guidances), batch_size=cfg.batch_size)
+    scorer = JudgeScorer(load_judge())
     comparisons = {
-        (student.method, student.step, seed): comparison_of(output, runs[student.method, seed], student.step, plan)
+        (student.method, student.step, seed): comparison_of(
+            output, runs[student.method, seed], student.step, plan, scorer
+        )
         for student in students
         for seed in cfg.seeds
     }
     rows = table(students, comparisons, cfg)
-    write(output, cfg, rows, students, comparisons)
+    write(output, cfg, rows, differences(students, comparisons, scorer, cfg))
+    picture(output / "grid.png", cfg, students, comparisons)
+    print(f"report: {output}/report.md, with grid.png and curves.png")
 
 
 def launch(script: str, *overrides: str) -> None:
@@ -91,7 +104,7 @@ def launch(script: str, *overrides: str) -> None:
     subprocess.run(command, check=True)
 
 
-def comparison_of(output: Path, run: Path, step: int, plan: Plan) -> Comparison:
+def comparison_of(output: Path, run: Path, step: int, plan: Plan, scorer: JudgeScorer) -> Comparison:
     """The exported student of a run's checkpoint beside the teacher; all share what is known of the teacher."""
     lora = output / "exports" / f"{run.name}-{step}"
     if not lora.exists():
@@ -101,12 +114,12 @@ def comparison_of(output: Path, run: Path, step: int, plan: Plan) -> Comparison:
     load_lora(teacher.unet, lora)
     return Comparison(
         teacher=teacher,
-        denoisers={"teacher": denoiser, "student": replace(denoiser, adapters=True)},
+        denoisers={"teacher": denoiser, "student": replace(denoiser, adapter=ADAPTER)},
         hashes={
             "teacher": teacher.teacher_hash,
             "student": weights_hash(stored_tensors([lora / "pytorch_lora_weights.safetensors"])),
         },
-        scorer=JudgeScorer(load_judge()),
+        scorer=scorer,
         plan=plan,
         cache=Cache(output / "evaluation"),
     )
@@ -124,37 +137,57 @@ def table(students: list[Student], comparisons: Comparisons, cfg: ShowMLCMSettin
         rows.append({"title": "teacher, best tuned", **one.row(tuned[steps])})
         for student in students:
             found = [comparisons[student.method, student.step, s].row(student.setting(steps)) for s in cfg.seeds]
-            rows.append({"title": student.title, **over_seeds(found)})
+            shared = {key: found[0][key] for key in SETTING}
+            rows.append({"title": student.title, **shared, **over_seeds(found, METRICS)})
     return rows
 
 
-def over_seeds(rows: list[Row]) -> Row:
-    """The mean of several seeds' rows; the standard error is of that mean, over pictures and over seeds together."""
-    together: dict[str, Any] = {key: rows[0][key] for key in ("steps", "guidance", "nfe", "sampler", "spacing", "n")}
-    for name in METRICS:
-        values = [row[name] for row in rows]
-        together[name] = mean(values)
-        if f"{name}_se" in rows[0]:
-            pictures = math.sqrt(sum(row[f"{name}_se"] ** 2 for row in rows)) / len(rows)
-            seeds = stdev(values) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
-            together[f"{name}_se"] = max(pictures, seeds)
-    return together
+def differences(
+    students: list[Student], comparisons: Comparisons, scorer: JudgeScorer, cfg: ShowMLCMSettings
+) -> list[Row]:
+    """At all numbers of steps, one student's metrics less another's of the same seed; errors are of the differences."""
+    named = {student.title: student for student in students}
+
+    def measured(title: str, steps: int, seed: int) -> dict[str, Tensor]:
+        student = named[title]
+        return comparisons[student.method, student.step, seed].measured(student.setting(steps))
+
+    def difference(a: str, b: str, steps: int, seed: int) -> Row:
+        x, y = (measured(title, steps, seed) for title in (a, b))
+        further, error = mean_with_error(x["teacher_distance"] - y["teacher_distance"])
+        row = scorer.difference(x, y, "report")
+        return row | {"teacher_consistency": further, "teacher_consistency_se": error}
+
+    return [
+        {
+            "title": f"{a} − {b}",
+            "steps": steps,
+            **over_seeds([difference(a, b, steps, seed) for seed in cfg.seeds], PAIRED),
+        }
+        for a, b in DIFFERENCES
+        for steps in cfg.steps
+    ]
 
 
-def write(
-    output: Path, cfg: ShowMLCMSettings, rows: list[Row], students: list[Student], comparisons: Comparisons
-) -> None:
-    columns = {"title": ("", "{}")} | {k: COLUMNS[k] for k in ("steps", "nfe", *METRICS)}
-    text = format_table(rows, columns)
-    print(text)
+def write(output: Path, cfg: ShowMLCMSettings, rows: list[Row], apart: list[Row]) -> None:
+    title = {"title": ("", "{}")}
+    text = format_table(rows, title | {k: COLUMNS[k] for k in ("steps", "nfe", *METRICS)})
+    paired = format_table(apart, title | {k: COLUMNS[k] for k in ("steps", *PAIRED)})
+    print(f"{text}\n\n{paired}")
     about = f"""n = {cfg.n} pictures a row and seed, {len(cfg.seeds)} training seeds. ± is the standard error of the
 mean, over pictures or over seeds, whichever is greater. Teacher consistency: mean squared difference of the final
 latents from the teacher's at 50 steps, from the same noise. The tuned teacher's settings were chosen on other
 pictures."""
-    picture(output / "grid.png", cfg, students, comparisons)
-    (output / "report.md").write_text(f"# MLCM-LoRA beside LCM-LoRA\n\n{about}\n\n{text}\n\n![pictures](grid.png)\n")
-    (output / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"report: {output}/report.md, pictures: {output}/grid.png")
+    of_differences = """Of two students that draw the same prompts from the same noise: what these do to both cancels,
+and ± is the standard error of the difference."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows[1:]:
+        lines.setdefault(row["title"], []).append(row)
+    draw_lines(output / "curves.png", lines, "steps", PAIRED, (f"teacher, {rows[0]['steps']} steps", rows[0]))
+    parts = ["# MLCM-LoRA beside LCM-LoRA", about, text, "## Differences", of_differences, paired]
+    parts += ["## Curves", "![curves](curves.png)", "## Pictures", "![pictures](grid.png)"]
+    (output / "report.md").write_text("\n\n".join(parts) + "\n")
+    (output / "report.json").write_text(json.dumps({"rows": rows, "differences": apart}, indent=1) + "\n")
 
 
 @torch.no_grad()

@@ -42,18 +42,29 @@ def test_every_reward_is_a_component(reward: str) -> None:
     assert load("train", TrainSettings, ["experiment=quickstart"]).reward is None
 
 
+@pytest.mark.parametrize("experiment", ["mlcm_sdxl", "mlcm_sd15"])
+def test_all_four_stages_of_the_paper_are_one_run(experiment: str) -> None:
+    given = ["method=mlcm_paper", "networks=critics", "reward=clip", "max_train_steps=15500", "data.store=STORE"]
+    cfg = load("train", TrainSettings, [f"experiment={experiment}", *given])
+    method = build(cfg.method, schedule=NoiseSchedule.scaled_linear())
+    train.check_method(cfg, method)
+    assert method.starts == (0, 12000, 14000, 14500) and method.trains == ("student", "discriminator", "fake_score")
+    assert [method.learning_rate(step) for step in method.starts] == [1e-4, 1e-5, 1e-5, 1e-5]
+    assert {"reward", "teacher"} <= set(method.asks) and cfg.networks.keys() == {"discriminator", "fake_score"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ([], "there is no reward: set reward=clip"),
-        (["reward=toy", "gradient_accumulation_steps=4"], "global_batch_size=4 must leave 2 or more .* and leaves 1"),
+        (["reward=toy", "global_batch_size=1"], "samples of a step: global_batch_size=1 must be at least 2"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_at_once(settings: list[str], message: str) -> None:
     cfg = load("train", TrainSettings, [*TOY, *settings])
     method = build(cfg.method, schedule=NoiseSchedule.scaled_linear())
     with pytest.raises(ConfigError, match=message):
-        train.check_method(cfg, method, train.split_batch(cfg, 1))
+        train.check_method(cfg, method)
 
 
 def test_a_toy_run_is_rewarded_and_scored(tmp_path: Path) -> None:
@@ -71,6 +82,7 @@ def test_a_toy_run_is_rewarded_and_scored(tmp_path: Path) -> None:
     scored = run("score_reward", f"run={tmp_path}/run", f"output_dir={tmp_path}/scores", "n=100", "steps=1")
     assert scored.returncode == 0, scored.stderr[-3000:]
     rows = json.loads((tmp_path / "scores" / "rows.json").read_text())
-    assert [row["checkpoint"] for row in rows] == ["2", "4", "real pictures"]
+    assert [(row["run"], row.get("step")) for row in rows] == [("run", 2), ("run", 4), ("real pictures", None)]
     assert rows[0]["reward"] != rows[1]["reward"] and rows[2]["reward"] > rows[1]["reward"]
     assert rows[2]["frechet"] < rows[1]["frechet"] and "captions right" in scored.stdout
+    assert (tmp_path / "scores" / "reward.png").is_file()

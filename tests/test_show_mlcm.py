@@ -11,25 +11,34 @@ from pathlib import Path
 
 import pytest
 
+from distill.evaluation.seeds import over_seeds
+from distill.training.config import ConfigError, ShowMLCMSettings, load
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from show_mlcm import METRICS, over_seeds  # noqa: E402
-
-SETTING = {"steps": 2, "guidance": 1.0, "nfe": 2, "sampler": "lcm", "spacing": "lcm", "n": 100}
+from show_mlcm import METRICS, main  # noqa: E402
 
 
-def row(value: float, error: float) -> dict[str, object]:
-    return SETTING | dict.fromkeys(METRICS, value) | {"frechet_se": error, "caption_accuracy_se": 0.0}
+def row(value: float, error: float) -> dict[str, float]:
+    return dict.fromkeys(METRICS, value) | {"frechet_se": error, "caption_accuracy_se": 0.0}
 
 
 def test_errors_are_those_of_the_mean_and_the_greater_of_two_kinds() -> None:
-    alike = over_seeds([row(1.0, 0.3), row(1.0, 0.4)])
-    assert alike["frechet"] == 1.0 and alike["frechet_se"] == pytest.approx(0.25)  # sqrt(.3² + .4²) / 2
-    apart = over_seeds([row(1.0, 0.3), row(3.0, 0.4)])
+    """Seeds share their pictures' noise: over pictures, the mean of two is no surer than one."""
+    alike = over_seeds([row(1.0, 0.3), row(1.0, 0.4)], METRICS)
+    assert alike["frechet"] == 1.0 and alike["frechet_se"] == pytest.approx(0.35)
+    apart = over_seeds([row(1.0, 0.3), row(3.0, 0.4)], METRICS)
     assert apart["frechet"] == 2.0 and apart["frechet_se"] == pytest.approx(math.sqrt(2) / math.sqrt(2))
     assert apart["caption_accuracy_se"] == pytest.approx(1.0) and "sharpness_se" not in apart
-    assert over_seeds([row(1.0, 0.3)])["frechet_se"] == pytest.approx(0.3)
+    assert over_seeds([row(1.0, 0.3)], ["frechet"]) == {"frechet": 1.0, "frechet_se": pytest.approx(0.3)}
+
+
+def test_more_steps_than_milestones_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    cfg = load("show_mlcm", ShowMLCMSettings, ["steps=[2,9]", f"output_dir={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"^steps: steps must be within 1 ... 8, got 9$"):
+        main(cfg)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -45,6 +54,15 @@ def test_the_command_trains_both_and_writes_its_table(tmp_path: Path) -> None:
     for _ in range(2):  # the second time it finds everything done
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows, differences = report["rows"], report["differences"]
     assert [r["title"] for r in rows][:3] == ["teacher", "teacher, best tuned", "LCM-LoRA"]
-    assert len(rows) == 1 + 2 * 6 and (tmp_path / "grid.png").is_file()
+    assert len(rows) == 1 + 2 * 6 and all((tmp_path / f"{name}.png").is_file() for name in ("grid", "curves"))
+    assert [(r["title"], r["steps"]) for r in differences[:2]] == [("MLCM, chain − LCM-LoRA", s) for s in (1, 2)]
+    known = {(r["title"], r["steps"]): r for r in rows}
+    for found in differences:
+        a, b = (known[title, found["steps"]] for title in found["title"].split(" − "))
+        for name in ("caption_accuracy", "frechet", "teacher_consistency"):
+            assert found[name] == pytest.approx(a[name] - b[name], abs=1e-9) and found[f"{name}_se"] >= 0
+    text = (tmp_path / "report.md").read_text()
+    assert "MLCM, re-noising − LCM-LoRA" in text and "![curves](curves.png)" in text

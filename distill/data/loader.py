@@ -44,7 +44,7 @@ def make_loader(
     Args:
         reads: which states of each trajectory, at an optimizer step; they are drawn from (seed, position).
         num_workers: processes that read ahead, each `prefetch_factor` micro-batches; 0 reads in this process.
-        prompts: read every sample's prompt too.
+        prompts: read every sample's prompt too, and that of the next one.
 
     Raises:
         ValueError: the stored times cannot serve the first step, or the global batch does not divide among the ranks.
@@ -76,7 +76,7 @@ class Loader:
         self.allowed = int(store.max_bad_fraction * len(store))
         self._loader: DataLoader[dict[str, Any]] = DataLoader(
             _Samples(store, reads, seed, self.allowed, share.global_batch_size, prompts),
-            batch_sampler=_Places(Order(seed, len(store)), share, start_step),  # type: ignore[arg-type]
+            batch_sampler=_Places(Order(seed, len(store)), share, start_step, prompts),  # type: ignore[arg-type]
             collate_fn=_as_it_is,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor if num_workers else None,
@@ -111,18 +111,20 @@ class Loader:
             keys=tuple(found["keys"]),
             positions=tuple(found["positions"]),
             prompts=tuple(found["prompts"]),
+            next_prompts=tuple(found["next_prompts"]),
         )
 
 
 class _Places:
-    """A batch sampler over positions."""
+    """A batch sampler over positions; `one_more` adds the one that follows a micro-batch, for its prompt."""
 
-    def __init__(self, order: Order, share: Share, start_step: int) -> None:
-        self.order, self.share, self.start_step = order, share, start_step
+    def __init__(self, order: Order, share: Share, start_step: int, one_more: bool) -> None:
+        self.order, self.share, self.start_step, self.one_more = order, share, start_step, one_more
 
     def __iter__(self) -> Iterator[list[Place]]:
         for positions in self.share.micro_batches(self.start_step):
-            yield [(position, self.order.index(position)) for position in positions]
+            more = [self.share.following(positions[-1])] if self.one_more else []
+            yield [(position, self.order.index(position)) for position in (*positions, *more)]
 
 
 class _Samples(Dataset[dict[str, Any]]):
@@ -151,8 +153,17 @@ class _Samples(Dataset[dict[str, Any]]):
             if good is None:
                 return {"bad": bad}  # more than allowed: the loader stops at it
             samples.append(good)
-        prompts = [s.prompt for s in samples] if self.prompts else []
-        return {"bad": bad, "positions": [p for p, _ in places], "prompts": prompts, **_stack(samples)}
+        if not self.prompts:
+            return {
+                "bad": bad,
+                "positions": [p for p, _ in places],
+                "prompts": [],
+                "next_prompts": [],
+                **_stack(samples),
+            }
+        prompts = [s.prompt for s in samples]
+        texts = {"prompts": prompts[:-1], "next_prompts": prompts[1:]}
+        return {"bad": bad, "positions": [p for p, _ in places[:-1]], **texts, **_stack(samples[:-1])}
 
     def _replacement(self, i: int, pick: tuple[int, ...], bad: dict[str, str], first: BadSample) -> Sample | None:
         """The next good sample of the index after i; None once more are bad than allowed."""

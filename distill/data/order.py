@@ -73,6 +73,11 @@ class Share:
         first += micro_batch * self.micro_batch_size
         return range(first, first + self.micro_batch_size)
 
+    def following(self, position: int) -> int:
+        """The next position of the same step; the last one's is the first."""
+        step, place = divmod(position, self.global_batch_size)
+        return step * self.global_batch_size + (place + 1) % self.global_batch_size
+
     def micro_batches(self, start_step: int = 0) -> Iterator[range]:
         """Positions of this rank's micro-batches from a step on, without end."""
         step = start_step

@@ -44,7 +44,8 @@ class Batch:
 
     `states` [B, n, C, h, w] at `times` [B, n] (int64); `conditioning` and `unconditional` hold the network's keyword
     tensors [B, ...]; `guidance` [B] is the teacher's w; `positions` are places in the stream of global batches;
-    `prompts` are there for a method that needs them.
+    `prompts` are there for a method that needs them, and with them `next_prompts`: of each sample, that of the next one
+    in its global batch (after the last comes the first), which may be in another micro-batch or on another rank.
     """
 
     states: Tensor
@@ -55,6 +56,7 @@ class Batch:
     keys: tuple[str, ...] = field(default=())
     positions: tuple[int, ...] = field(default=())
     prompts: tuple[str, ...] = field(default=())
+    next_prompts: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.states)

@@ -38,12 +38,16 @@ class Cache:
 
     def tensor(self, facts: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
         """The same for a tensor, in a file of its own."""
+        return self.tensors(facts, lambda: {"tensor": compute()})["tensor"]
+
+    def tensors(self, facts: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The same for several of them, by name, in one file."""
         path = self.folder / f"{key_of(facts)}.safetensors"
         if not path.exists():
             whole = path.with_suffix(".tmp")
-            save_file({"tensor": compute().contiguous()}, whole)
+            save_file({name: tensor.contiguous() for name, tensor in compute().items()}, whole)
             os.replace(whole, path)
-        return load_file(path)["tensor"]
+        return load_file(path)
 
     def _read(self) -> Iterable[tuple[str, dict[str, Any]]]:
         if not self._path.exists():

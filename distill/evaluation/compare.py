@@ -218,6 +218,11 @@ class Comparison:
         """The row of one setting, of the student's or the teacher's."""
         return self.cache.value(self._facts(setting, "report"), lambda: self._row(setting, lambda work: None))
 
+    def measured(self, setting: Setting, advance: Advance = lambda work: None) -> dict[str, Tensor]:
+        """What the scorer finds in each picture of a row, and `teacher_distance`, its latents' from the teacher's: all
+        [n, ...], picture by picture of the same prompts and noise as those of any other row."""
+        return self.cache.tensors({"measured": self._facts(setting, "report")}, lambda: self._measure(setting, advance))
+
     def settings(self) -> list[Setting]:
         """Those of the rows, in order; tunes the teacher first."""
         tuned = self.tune()
@@ -251,6 +256,12 @@ class Comparison:
         return torch.cat([batch.images for batch in batches])
 
     def _row(self, setting: Setting, advance: Advance) -> Row:
+        measured = self.measured(setting, advance)
+        distance, error = mean_with_error(measured.pop("teacher_distance"))
+        row = asdict(setting) | {"nfe": setting.nfe, "n": self.plan.n} | self.scorer.summarise(measured, "report")
+        return row | {"teacher_consistency": distance, "teacher_consistency_se": error}
+
+    def _measure(self, setting: Setting, advance: Advance) -> dict[str, Tensor]:
         ends = self._ends().split(self.plan.batch_size)
         if setting == self.plan.reference():
             batches = self._decoded(ends)
@@ -260,13 +271,7 @@ class Comparison:
         for batch, end in zip(batches, ends, strict=True):
             measured.append(self.scorer.measure(batch.images, batch.prompts))
             distances.append(l2(batch.latents, end).double())
-        distance = torch.cat(distances)
-        consistency = {
-            "teacher_consistency": float(distance.mean()),
-            "teacher_consistency_se": float(distance.std() / len(distance) ** 0.5),
-        }
-        row = asdict(setting) | {"nfe": setting.nfe, "n": self.plan.n}
-        return row | self.scorer.summarise(_together(measured), "report") | consistency
+        return _together(measured) | {"teacher_distance": torch.cat(distances)}
 
     def _tuning_row(self, setting: Setting, advance: Advance) -> Row:
         batches = self._generate(setting, "tuning", self.plan.tuning_n, advance)
@@ -308,6 +313,11 @@ class Comparison:
         n = self.plan.tuning_n if split == "tuning" else self.plan.n
         todo = [s for s in settings if self._facts(s, split) not in self.cache]
         return Progress(what, n * sum(s.work for s in todo), WORK).update
+
+
+def mean_with_error(values: Tensor) -> tuple[float, float]:
+    """The mean of values [n], and its standard error."""
+    return float(values.mean()), float(values.std()) / len(values) ** 0.5
 
 
 def seeds_of(split: str, n: int) -> list[int]:

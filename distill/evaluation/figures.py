@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from matplotlib import get_data_path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -19,10 +21,13 @@ CELL, GAP, LABEL_WIDTH, HEADER = 96, 4, 230, 44  # pixels
 TITLE_LINE = 18  # pixels
 INK, GREY = "#222222", "#808080"
 COLOURS = {"teacher": "#4477aa", "undistilled": "#aaaaaa", "student": "#ee6633"}
+LINES = (("#4477aa", "o"), ("#ee6677", "s"), ("#66ccee", "v"), ("#ccbb44", "^"), ("#228833", "D"), ("#aa3377", "P"))
+"""Colours and markers of lines in turn; the colours are Paul Tol's, for the colour-blind too."""
 METRICS = {  # row key: title, logarithmic axis, which way is better
     "caption_accuracy": ("captions right", False, "higher"),
     "frechet": ("Fréchet distance", True, "lower"),
     "teacher_consistency": ("teacher consistency", True, "lower"),
+    "reward": ("reward", False, "higher"),
 }
 
 
@@ -104,17 +109,67 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], real: Mapping[str
             for line, points in _lines(rest).items():
                 _draw_line(axis, line, sorted(points, key=lambda row: row[x]), x, name)
             _draw_levels(axis, name, full, real)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(sorted({row[x] for row in rest}), [str(v) for v in sorted({row[x] for row in rest})])
-            axis.minorticks_off()
+            _powers_of_two(axis, {row[x] for row in rest})
             axis.set_xlabel("steps" if x == "steps" else "network evaluations a picture")
-            axis.set_yscale("log" if logarithmic else "linear")
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
+            _open(axis, logarithmic)
         axes[0, column].set_title(f"{title} ({better} is better)", fontsize=11)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=10, frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def draw_lines(
+    path: Path,
+    lines: Mapping[str, Sequence[Mapping[str, Any]]],
+    x: str,
+    metrics: Sequence[str],
+    level: tuple[str, Mapping[str, float]],
+    begins: Mapping[str, float] | None = None,
+) -> None:
+    """Rows as lines against their `x`, "steps" of sampling or the training's "step", a panel for each metric.
+
+    Args:
+        lines: rows by the line's name, in the order of the legend; bars are their standard errors.
+        metrics: of those that have a title above.
+        level: the name of a dotted line, and at which value of each metric it stands; one that is 0 is not drawn.
+        begins: what begins at which x, as vertical lines.
+    """
+    figure = Figure(figsize=(4.3 * len(metrics), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axis, name in zip(axes, metrics, strict=True):
+        title, logarithmic, better = METRICS[name]
+        for (label, rows), (colour, marker) in zip(lines.items(), cycle(LINES), strict=False):
+            _draw_points(axis, sorted(rows, key=lambda row: row[x]), x, name, label, colour, marker)
+        for what, where in (begins or {}).items():
+            axis.axvline(where, color=GREY, linewidth=1, label=what)
+        if level[1].get(name):
+            axis.axhline(level[1][name], color=GREY, linestyle=":", label=level[0])
+        if x == "steps":
+            _powers_of_two(axis, {row[x] for rows in lines.values() for row in rows})
+        axis.set_xlabel("steps" if x == "steps" else "training step")
+        axis.set_title(f"{title} ({better} is better)", fontsize=11)
+        _open(axis, logarithmic)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=10, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _powers_of_two(axis: Axes, values: Iterable[int]) -> None:
+    """A logarithmic axis with a tick at each value."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(values), [str(v) for v in sorted(values)])
+    axis.minorticks_off()
+
+
+def _open(axis: Axes, logarithmic: bool) -> None:
+    """No box around it; a logarithmic axis has its numbers at 1, 2 and 5 of each power, written out."""
+    if logarithmic:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -137,18 +192,32 @@ def _draw_line(axis: Axes, line: str, points: Sequence[Mapping[str, Any]], x: st
         "teacher": "teacher, best settings at these steps",
         "undistilled": "teacher in the student's sampler",
     }
-    errors = [point.get(f"{name}_se", 0.0) for point in points]
+    width, above = (2.4, 3) if line == "student" else (1.6, 2)
+    _draw_points(axis, points, x, name, names[line], COLOURS[line], linewidth=width, zorder=above)
+
+
+def _draw_points(
+    axis: Axes,
+    points: Sequence[Mapping[str, Any]],
+    x: str,
+    name: str,
+    label: str,
+    colour: str,
+    marker: str = "o",
+    linewidth: float = 1.6,
+    zorder: float = 2,
+) -> None:
     axis.errorbar(
         [point[x] for point in points],
         [point[name] for point in points],
-        errors,
-        label=names[line],
-        color=COLOURS[line],
-        marker="o",
+        [point.get(f"{name}_se", 0.0) for point in points],
+        label=label,
+        color=colour,
+        marker=marker,
         markersize=5,
-        linewidth=2.4 if line == "student" else 1.6,
+        linewidth=linewidth,
         capsize=3,
-        zorder=3 if line == "student" else 2,
+        zorder=zorder,
     )
 
 
@@ -168,8 +237,9 @@ def draw_training(path: Path, metrics_file: Path) -> None:
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     if not lines:
         raise ValueError(f"{metrics_file} holds no metrics")
-    losses = [name for name in lines[-1] if "loss" in name]
-    panels = {"loss": losses} | {name: [name] for name in ("lr", "grad_norm") if name in lines[-1]}
+    known = dict.fromkeys(name for line in lines for name in line)  # a validation's line has other names than a step's
+    losses = [name for name in known if "loss" in name]
+    panels = {"loss": losses} | {name: [name] for name in ("lr", "grad_norm") if name in known}
     figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name in names:
@@ -177,9 +247,7 @@ def draw_training(path: Path, metrics_file: Path) -> None:
             axis.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")
-        axis.set_yscale("linear" if title == "lr" else "log")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _open(axis, title != "lr")
         if len(names) > 1:
             axis.legend(fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)

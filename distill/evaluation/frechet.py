@@ -27,13 +27,33 @@ def frechet_with_error(features: Tensor, reference: Tensor, groups: int = 25) ->
     The error is the delete-a-group jackknife's over groups of neighbours: with prompts in turn, each group holds all of
     them. Raises what `frechet_distance` raises.
     """
+    distance, without = _with_groups_left_out(features, reference, groups)
+    return distance, _jackknife(without)
+
+
+def frechet_difference_with_error(a: Tensor, b: Tensor, reference: Tensor, groups: int = 25) -> tuple[float, float]:
+    """The distance of `a` less that of `b`, and the standard error of this difference.
+
+    Picture i of both is of one prompt and one starting noise: what these do to both cancels. The jackknife leaves the
+    same groups out of both; it and the errors raised are those of `frechet_with_error`.
+    """
+    (of_a, without_a), (of_b, without_b) = (_with_groups_left_out(x, reference, groups) for x in (a, b))
+    return of_a - of_b, _jackknife(without_a - without_b)
+
+
+def _with_groups_left_out(features: Tensor, reference: Tensor, groups: int) -> tuple[float, Tensor]:
+    """The distance of all features, and those without each of the groups, float64 [groups]."""
     features, reference = _checked(features, reference)
     mean, root = reference.mean(0), _root(reference.T.cov())
     parts = features.tensor_split(groups)
     without = [torch.cat([*parts[:i], *parts[i + 1 :]]) for i in range(groups)]
-    distances = torch.tensor([_distance(rest, mean, root) for rest in without], dtype=torch.float64)
-    spread = (groups - 1) * float((distances - distances.mean()).square().mean())
-    return _distance(features, mean, root), math.sqrt(spread)
+    distances = [_distance(rest, mean, root) for rest in without]
+    return _distance(features, mean, root), torch.tensor(distances, dtype=torch.float64)
+
+
+def _jackknife(without: Tensor) -> float:
+    """The delete-a-group jackknife's standard error of a value, from those without each group, [groups]."""
+    return math.sqrt((len(without) - 1) * float(without.var(correction=0)))
 
 
 def _distance(features: Tensor, mean: Tensor, root: Tensor) -> float:

@@ -25,6 +25,7 @@ COLUMNS = {  # row key: heading, format
     "caption_accuracy": ("captions right", "{:.3f}"),
     "frechet": ("Fréchet", "{:.3f}"),
     "sharpness": ("sharpness", "{:.2f}"),
+    "diversity": ("diversity", "{:.2f}"),
     "teacher_consistency": ("teacher consistency", "{:.4f}"),
 }
 GRID_COLUMNS = 10

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from distill.diffusion.random import generator
 from distill.evaluation.cache import weights_hash
-from distill.evaluation.frechet import frechet_with_error
+from distill.evaluation.compare import mean_with_error
+from distill.evaluation.frechet import frechet_difference_with_error, frechet_with_error
 from distill.evaluation.pixels import laplacian_energy
 from distill.toy.judge import Judge
 from distill.toy.world import CAPTIONS, balanced_labels, labels_of, render
@@ -21,7 +22,8 @@ class JudgeScorer:
 
     Metrics: caption_accuracy, the share in which the judge reads the prompt, and its standard error; frechet, between
     the judge's features of the pictures and of as many real ones of the same captions, and its standard error;
-    sharpness, the high-frequency energy relative to those real ones (1: as sharp, less: blurred).
+    sharpness, the high-frequency energy relative to those real ones (1: as sharp, less: blurred); diversity, the
+    variance of features between pictures of one caption relative to those real ones (0: one picture for all noises).
 
     Args:
         real: draws real pictures of labels; those of a styled world are another function's.
@@ -58,6 +60,25 @@ class JudgeScorer:
             "frechet": frechet,
             "frechet_se": frechet_se,
             "sharpness": float(measured["energy"].mean() / real["energy"].mean()),
+            "diversity": float(_spread(measured["features"]) / _spread(real["features"])),
+        }
+
+    def difference(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor], split: str) -> dict[str, float]:
+        """caption_accuracy, frechet and sharpness of `a` less those of `b`: their pictures share prompts and noise.
+
+        Their standard errors are of the differences. Raises what `summarise` raises.
+        """
+        real = self._real_measured(split, len(a["right"]))
+        right, right_se = mean_with_error(a["right"] - b["right"])
+        frechet, frechet_se = frechet_difference_with_error(a["features"], b["features"], real["features"])
+        sharper, sharper_se = mean_with_error((a["energy"] - b["energy"]) / real["energy"].mean())
+        return {
+            "caption_accuracy": right,
+            "caption_accuracy_se": right_se,
+            "frechet": frechet,
+            "frechet_se": frechet_se,
+            "sharpness": sharper,
+            "sharpness_se": sharper_se,
         }
 
     def real_pictures(self, n: int) -> dict[str, float]:
@@ -69,6 +90,12 @@ class JudgeScorer:
             images = self.real(balanced_labels(n), generator("real pictures", split))
             self._real[split, n] = self.measure(images, self.prompts(split, n))
         return self._real[split, n]
+
+
+def _spread(features: Tensor) -> Tensor:
+    """The variance of features [n, F] between pictures of one caption, the captions being in turn."""
+    labels = balanced_labels(len(features))
+    return torch.stack([features[labels == label].var(0).sum() for label in labels.unique()]).mean()
 
 
 @torch.no_grad()

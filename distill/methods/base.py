@@ -51,7 +51,7 @@ class Method(ABC):
     needs_prompts: bool = False
     """Whether its losses read `Batch.prompts`."""
     least_samples: int = 1
-    """What a micro-batch has to hold."""
+    """What a global batch has to hold."""
 
     starts: tuple[int, ...] = (0,)
     """Steps at which what it reads, or how it trains, may change."""

@@ -232,30 +232,28 @@ class MLCM(Method):
         self, stage: Stage, networks: Networks, x0: Tensor, step: Transition, batch: Batch, context: Context
     ) -> Losses:
         """The preference loss of the student's answers, scored (MLCM, eq. 11)."""
-        scores = self.scores(stage, networks["reward"], x0, batch.prompts)
+        scores = self.scores(stage, networks["reward"], x0, batch)
         loss = self.preference(stage, *scores).mean()
         return Losses(loss, {"reward": scores[0].mean().detach(), "reward_loss": loss.detach()})
 
-    def scores(self, stage: Stage, s: Reward, x0: Tensor, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """s(x0, c_pos) and, for the hinge, s(x0, c_neg), [B] each; c_neg is the prompt of the batch's next sample.
+    def scores(self, stage: Stage, s: Reward, x0: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """s(x0, c_pos) and, for the hinge, s(x0, c_neg), [B] each; c_neg is the next sample's prompt.
 
         Where that is the same prompt, s(x0, c_neg) is -inf: there is nothing to lower.
 
         Raises:
-            ValueError: not a prompt for each sample, or no other sample to take c_neg from.
+            ValueError: not two prompts for each sample.
         """
-        if len(prompts) != len(x0):
-            raise ValueError(f"a reward needs the samples' prompts: the batch has {len(prompts)} for {len(x0)} samples")
-        if stage.reward_form == "maximise":
-            return s(x0, prompts)
-        if len(prompts) < 2:
+        c_pos, c_neg = batch.prompts, batch.next_prompts
+        if not len(c_pos) == len(c_neg) == len(x0):
             raise ValueError(
-                "reward_form=hinge scores each sample for another's prompt: a micro-batch must hold 2 or more "
-                "(global_batch_size over processes and gradient_accumulation_steps)"
+                f"a reward needs each sample's prompt and the next one's: the batch has {len(c_pos)} and {len(c_neg)} "
+                f"for {len(x0)} samples"
             )
-        others = [*prompts[1:], prompts[0]]
-        s_pos, s_neg = s(x0, prompts, others)
-        same = torch.tensor([a == b for a, b in zip(prompts, others, strict=True)], device=s_neg.device)
+        if stage.reward_form == "maximise":
+            return s(x0, c_pos)
+        s_pos, s_neg = s(x0, c_pos, c_neg)
+        same = torch.tensor([a == b for a, b in zip(c_pos, c_neg, strict=True)], device=s_neg.device)
         return s_pos, s_neg.masked_fill(same, -math.inf)
 
     def preference(self, stage: Stage, s_pos: Tensor, s_neg: Tensor | None = None) -> Tensor:

@@ -26,7 +26,7 @@ class Sampling:
         steps: the only number of steps it was made for; None leaves it open.
 
     Raises:
-        ValueError: an unknown name, or no step.
+        ValueError: an unknown name, no step, or `euler` at times that are not trailing: there diffusers' is `ddim`.
     """
 
     sampler: str = "lcm"
@@ -37,6 +37,8 @@ class Sampling:
         check_sampler(self.sampler)
         if self.spacing not in TIMES:
             raise ValueError(f"spacing {self.spacing!r} is not known; allowed: {', '.join(TIMES)}")
+        if self.sampler == "euler" and self.spacing != "trailing":
+            raise ValueError(f"sampler 'euler' takes spacing 'trailing', got {self.spacing!r}: 'ddim' takes any")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, or None, got {self.steps}")
 

@@ -128,7 +128,25 @@ def test_prompts_are_loaded_when_asked_for(store_url: str, num_workers: int) -> 
     store = open_store(store_url)
     for told, plain in islice(zip(loader(store, prompts=True, num_workers=num_workers), loader(store), strict=True), 6):
         assert told.prompts == tuple(PROMPTS[(4 * int(key[:6]) + int(key[7:])) % 5] for key in told.keys)
-        assert plain.prompts == () and same(told, plain)
+        assert plain.prompts == plain.next_prompts == () and same(told, plain)
+
+
+@pytest.mark.parametrize(("micro_batch", "world_size"), [(8, 1), (4, 2), (2, 2), (1, 4)])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_next_prompt_is_the_next_samples_of_the_step_on_any_number_of_ranks(
+    copy: Path, micro_batch: int, world_size: int, damaged: bool
+) -> None:
+    """Steps of 8, over the end of an epoch of 11; a sample whose prompt is lost is replaced as the next one, too."""
+    if damaged:
+        DAMAGED_JSON["not JSON"](copy)
+    store = open_store(str(copy), max_bad_fraction=0.1)
+    ranks = [loader(store, 8, micro_batch, prompts=True, rank=r, world_size=world_size) for r in range(world_size)]
+    streams = [iter(each) for each in ranks]
+    for _ in range(3):
+        batches = [next(stream) for stream in streams for _ in range(8 // micro_batch // world_size)]
+        prompts = [p for batch in batches for p in batch.prompts]
+        assert [p for batch in batches for p in batch.next_prompts] == [*prompts[1:], prompts[0]]
+    assert len(prompts) == 8 and len(set(prompts)) > 2
 
 
 def test_a_sample_whose_prompt_is_lost_is_replaced(copy: Path) -> None:

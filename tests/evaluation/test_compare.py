@@ -82,8 +82,8 @@ def test_the_teacher_follows_the_flow_of_its_data() -> None:
 
 
 def test_bad_settings_are_one_clear_line() -> None:
-    with pytest.raises(ValueError, match="^sampler 'euler' is not known; allowed: lcm, ddim"):
-        Setting("teacher", "euler", 4)
+    with pytest.raises(ValueError, match="^sampler 'rk4' is not known; allowed: lcm, "):
+        Setting("teacher", "rk4", 4)
     with pytest.raises(ValueError, match="^spacing 'even' is not known; allowed: trailing"):
         Setting("teacher", "ddim", 4, spacing="even")
     with pytest.raises(ValueError, match="^need one seed a prompt, got 1 for 2$"):
@@ -112,6 +112,20 @@ class TestRows:
             for steps, w, spacing in ((50, 1.0, "trailing"), (4, tuned["guidance"], tuned["spacing"]))
         )
         assert tuned["teacher_consistency"] == pytest.approx(float((ends - mine).square().mean()), rel=1e-4)
+
+    def test_what_each_picture_has_is_kept_and_makes_up_the_row(self, tmp_path: Path) -> None:
+        study = comparison(tmp_path)
+        setting = study.plan.student(4)
+        row, measured = study.row(setting), study.measured(setting)
+        distance = measured["teacher_distance"]
+        assert row["teacher_consistency"] == float(distance.mean()) > 0 and len(distance) == 64
+        assert row["teacher_consistency_se"] == pytest.approx(float(distance.std()) / 8)
+        prompts = study.scorer.prompts("report", 64)
+        pixels = latents(setting, prompts=prompts, first=FIRST_SEED["report"]).clamp(-1, 1).flatten(1)
+        torch.testing.assert_close(measured["pixels"], pixels, rtol=0, atol=1e-6)
+        again = comparison(tmp_path)
+        assert all(torch.equal(x, measured[name]) for name, x in again.measured(setting).items())
+        assert again.denoisers["student"].evaluations == 0  # type: ignore[attr-defined]
 
     def test_a_perfect_student_beats_the_undistilled_teacher_at_one_step(self, tmp_path: Path) -> None:
         """A student whose single jump is the ODE's flow has the teacher's pictures."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from distill.evaluation.frechet import frechet_distance, frechet_with_error
+from distill.evaluation.frechet import frechet_difference_with_error, frechet_distance, frechet_with_error
 
 
 def draws(n: int, width: int, seed: int = 0) -> Tensor:
@@ -69,9 +71,14 @@ def test_rotations_and_shifts_of_both_change_nothing_and_scale_is_squared() -> N
     [((10, 3), (9, 3), "equal n only"), ((10, 3), (10, 4), "equal n only"), ((4, 4), (4, 4), "more than 4 pictures")],
 )
 def test_unequal_or_too_few_is_refused(a: tuple[int, int], b: tuple[int, int], message: str) -> None:
-    for function in (frechet_distance, frechet_with_error):
+    same = torch.zeros(b)
+    for refused in (
+        lambda: frechet_distance(torch.zeros(a), same),
+        lambda: frechet_with_error(torch.zeros(a), same),
+        lambda: frechet_difference_with_error(same, torch.zeros(a), torch.zeros(b)),
+    ):
         with pytest.raises(ValueError, match=message) as error:
-            function(torch.zeros(a), torch.zeros(b))
+            refused()
         assert "\n" not in str(error.value)
 
 
@@ -83,3 +90,22 @@ def test_the_error_is_that_of_repeated_draws() -> None:
     spread, claimed = torch.tensor(values).std(), torch.tensor(errors).square().mean().sqrt()
     assert 0.85 < float(claimed / spread) < 1.2
     assert values[0] == frechet_distance(1.3 * draws(500, 3, 0) + 0.2, reference)
+
+
+@pytest.mark.parametrize(("shared", "gain"), [(True, (4, 10)), (False, (0.9, 1.1))])
+def test_the_error_of_a_difference_is_that_of_repeated_draws(shared: bool, gain: tuple[float, float]) -> None:
+    """Of two sets that are made of the same draws, and of two that are not; `gain` is over errors taken apart."""
+    reference, found, claimed, apart = draws(500, 3, 999), [], [], []
+    for seed in range(200):
+        common = draws(500, 3, seed)
+        a = 1.3 * common + 0.2 + 0.1 * draws(500, 3, 1000 + seed)
+        b = 1.25 * (common if shared else draws(500, 3, 2000 + seed)) + 0.2 + 0.1 * draws(500, 3, 3000 + seed)
+        difference, error = frechet_difference_with_error(a, b, reference, groups=20)
+        found.append(difference)
+        claimed.append(error)
+        if seed < 20:
+            (of_a, error_a), (of_b, error_b) = (frechet_with_error(x, reference, groups=20) for x in (a, b))
+            assert difference == pytest.approx(of_a - of_b, abs=1e-12)
+            apart.append(math.hypot(error_a, error_b) / error)
+    assert 0.85 < float(torch.tensor(claimed).square().mean().sqrt() / torch.tensor(found).std()) < 1.2
+    assert gain[0] < sum(apart) / len(apart) < gain[1]

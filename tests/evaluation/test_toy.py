@@ -60,6 +60,26 @@ def test_frechet_notices_modes_that_are_missing(scorer: JudgeScorer, pictures: t
     assert poor["frechet"] > whole["frechet"] + 3 * whole["frechet_se"]
 
 
+def test_a_difference_is_of_the_metrics_and_its_error_of_the_pairs(scorer: JudgeScorer, pictures: torch.Tensor) -> None:
+    """Blurred a little, the pictures stay what they were: the error is below those of the two apart."""
+    prompts = scorer.prompts("report", N)
+    soft = 0.9 * pictures + 0.1 * F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
+    a, b = (scorer.measure(images, prompts) for images in (soft, pictures))
+    of_a, of_b = (scorer.summarise(measured, "report") for measured in (a, b))
+    found = scorer.difference(a, b, "report")
+    for name in ("caption_accuracy", "frechet"):
+        assert found[name] == pytest.approx(of_a[name] - of_b[name], abs=1e-9)
+    assert 0 < found["frechet_se"] < 0.5 * of_b["frechet_se"]
+    assert set(scorer.difference(b, b, "report").values()) == {0.0}
+
+    other = {**b, "right": b["right"].clone()}
+    other["right"][:8] = 1 - other["right"][:8]  # one sample at a time: of 8 flips the mean square is 8 / N
+    flips = float((other["right"] - b["right"]).sum()) / N
+    found = scorer.difference(other, b, "report")
+    assert found["caption_accuracy"] == pytest.approx(flips)
+    assert found["caption_accuracy_se"] == pytest.approx(((8 / N - flips**2) / (N - 1)) ** 0.5)
+
+
 def test_other_real_pictures_are_other_pictures(scorer: JudgeScorer) -> None:
     assert scorer.real_pictures(N)["frechet"] > 0.01
 
@@ -73,3 +93,21 @@ def test_as_few_pictures_as_features_are_refused(scorer: JudgeScorer, pictures: 
 def test_another_judge_has_another_name(scorer: JudgeScorer) -> None:
     torch.manual_seed(1)
     assert JudgeScorer(Judge()).name != scorer.name
+
+
+def test_diversity_is_what_noise_changes_in_pictures_of_one_caption(
+    scorer: JudgeScorer, pictures: torch.Tensor
+) -> None:
+    prompts = scorer.prompts("report", N)
+    alike = pictures[: len(CAPTIONS)].repeat(N // len(CAPTIONS), 1, 1, 1)  # every caption's first picture, again
+    found = [scorer.summarise(scorer.measure(x, prompts), "report")["diversity"] for x in (pictures, alike)]
+    assert 0.7 < found[0] < 1.4 and found[1] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_difference_of_sharpness_is_that_of_the_two(scorer: JudgeScorer, pictures: torch.Tensor) -> None:
+    prompts = scorer.prompts("report", N)
+    blurred = F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
+    a, b = (scorer.measure(images, prompts) for images in (blurred, pictures))
+    apart = scorer.summarise(a, "report")["sharpness"] - scorer.summarise(b, "report")["sharpness"]
+    found = scorer.difference(a, b, "report")
+    assert found["sharpness"] == pytest.approx(apart, rel=1e-5) and found["sharpness_se"] < -apart / 5

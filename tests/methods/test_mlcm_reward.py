@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,7 +54,22 @@ def batch(prompts: tuple[str, ...] = PROMPTS, mean: float = 0.0) -> Batch:
     states = torch.randn(n, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     states = states - states.mean((2, 3, 4), keepdim=True) + mean
     times = torch.tensor([[900, 875]]).repeat(n, 1)
-    return Batch(states, times, {}, {}, torch.ones(n), positions=tuple(range(n)), prompts=prompts)
+    ring = (*prompts[1:], prompts[0])
+    return Batch(states, times, {}, {}, torch.ones(n), (), tuple(range(n)), prompts, ring)
+
+
+def halves(whole: Batch) -> list[Batch]:
+    """Two micro-batches of one global batch."""
+    n = len(whole) // 2
+    rows = [slice(0, n), slice(n, None)]
+    return [
+        replace(
+            whole,
+            **{name: getattr(whole, name)[of] for name in ("states", "times", "guidance")},
+            **{name: getattr(whole, name)[of] for name in ("positions", "prompts", "next_prompts")},
+        )
+        for of in rows
+    ]
 
 
 def loss(method: MLCM, networks: dict[str, Any], batch: Batch, step: int = 0) -> Losses:
@@ -137,14 +153,23 @@ def test_a_stage_of_weight_zero_asks_for_nothing_and_calls_nothing() -> None:
     loss(mlcm(), {"student": Network()}, batch())  # no reward among the networks
 
 
-def test_micro_batches_that_cannot_be_scored() -> None:
+@pytest.mark.parametrize("form", ["hinge", "maximise"])
+def test_it_is_a_mean_over_samples_however_they_are_grouped(form: str) -> None:
+    """c_neg of the second, green, is blue, of the other micro-batch; each of one sample is scored, too."""
+    networks = {"student": Network(), "reward": Table(red=20.0, green=10.0, blue=-3.0, grey=15.5)}
+    method, whole = mlcm(reward=1.0, reward_form=form), batch()
+    parts = halves(whole)
+    expected = float(loss(method, networks, whole).total.detach())
+    for grouped in (parts, [one for part in parts for one in halves(part)]):
+        found = [float(loss(method, networks, part).total.detach()) for part in grouped]
+        assert sum(found) / len(found) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["prompts", "next_prompts"])
+def test_a_batch_that_cannot_be_scored(missing: str) -> None:
     networks = {"student": Network(), "reward": Table(red=0.0)}
-    with pytest.raises(ValueError, match="2 or more .*global_batch_size"):
-        loss(mlcm(reward=1.0), networks, batch(("red",)))
-    loss(mlcm(reward=1.0, reward_form="maximise"), networks, batch(("red",)))
-    blank = Batch(**{**batch().__dict__, "prompts": ()})
-    with pytest.raises(ValueError, match="the batch has 0 for 4 samples"):
-        loss(mlcm(reward=1.0), networks, blank)
+    with pytest.raises(ValueError, match="the batch has [04] and [04] for 4 samples"):
+        loss(mlcm(reward=1.0), networks, replace(batch(), **{missing: ()}))
 
 
 @pytest.mark.parametrize(
