@@ -33,7 +33,7 @@ from distill.diffusion.prediction import Prediction
 from distill.methods.lcm import LCM
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.full_size import build_unet, unet_config
-from distill.models.lora import LCM_LORA_TARGETS, add_lora
+from distill.models.lora import ADAPTER, LCM_LORA_TARGETS, add_lora
 from distill.training.engine import Engine, TrainedNetwork
 
 VARIANTS = ("recipe", "noised", "trajectory")
@@ -134,8 +134,8 @@ def steps_of(
         return
     side, B = what["latent"], what["batch_size"]
     add_lora(unet, rank=what["rank"], alpha=what["rank"])
-    views = {"student": True, "teacher": False}
-    networks = {n: NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON, adapters=a) for n, a in views.items()}
+    views = {"student": ADAPTER, "teacher": None}
+    networks = {n: NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON, adapter=a) for n, a in views.items()}
     method = LCM(SCHEDULE, variant)
     engine = Engine(kind="single").start()
     engine.prepare(networks, {"student": TrainedNetwork(partial(torch.optim.AdamW, lr=1e-4, fused=True))})

@@ -19,9 +19,10 @@ from distill.evaluation.proof import plain_pipeline_agrees
 from distill.evaluation.report import format_table, write_report
 from distill.evaluation.toy import JudgeScorer
 from distill.models.denoiser import NetworkDenoiser
+from distill.models.exported import FACTS, read_export
 from distill.models.families import Teacher, load_teacher
 from distill.models.folder import stored_tensors, weight_files, weights_hash
-from distill.models.lora import load_lora
+from distill.models.lora import ADAPTER, load_lora
 from distill.toy.judge import load_judge
 from distill.training.config import ConfigError, EvaluateSettings, run_script
 from distill.training.run import read_run
@@ -78,11 +79,13 @@ def student_of(export: Path, teacher: Teacher) -> tuple[NetworkDenoiser, str]:
     """The exported student and the hash of its weights: a LoRA, which is put onto the teacher's network, or a UNet."""
     if not (export / "unet").is_dir():
         load_lora(teacher.unet, export)
-        return replace(teacher.denoiser(), adapters=True), weights_hash(
+        return replace(teacher.denoiser(), adapter=ADAPTER), weights_hash(
             stored_tensors([export / "pytorch_lora_weights.safetensors"])
         )
     unet = UNet2DConditionModel.from_pretrained(export / "unet").eval().requires_grad_(False)
-    return replace(teacher.denoiser(), module=unet), weights_hash(stored_tensors(weight_files(export, "unet")))
+    prediction = (read_export(export).prediction if (export / FACTS).is_file() else None) or teacher.prediction
+    student = NetworkDenoiser(unet, teacher.schedule, prediction)
+    return student, weights_hash(stored_tensors(weight_files(export, "unet")))
 
 
 def _agreement(comparison: Comparison, pretrained: str, lora: str) -> float:

@@ -16,10 +16,11 @@ from peft import PeftModel
 
 from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
+from distill.diffusion.prediction import Prediction
 from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.pipelines import draw, load_pipeline, use_sampler
 from distill.evaluation.report import COLUMNS, format_table
-from distill.training.card import SAMPLE_STEPS, SAMPLES, write_card
+from distill.training.card import SAMPLES, sample_steps, write_card
 from distill.training.config import ConfigError, ExportSettings, TrainSettings, checking, run_script
 from distill.training.export import Export, check_formats, published, push, require_login, write_student
 from distill.training.run import read_run
@@ -81,9 +82,9 @@ def draw_samples(folder: Path, export: Export, prompts: list[str]) -> None:
     pipeline = pipeline_of(folder, export)
     if torch.cuda.is_available():
         pipeline.to("cuda", torch.float16)
-    progress = Progress("samples of the card", len(SAMPLE_STEPS) * len(prompts), "pictures")
+    progress = Progress("samples of the card", len(sample_steps(export)) * len(prompts), "pictures")
     rows = []
-    for steps in SAMPLE_STEPS:
+    for steps in sample_steps(export):
         images = []
         for seed, prompt in enumerate(prompts):
             resolution = export.settings.model.resolution
@@ -107,7 +108,7 @@ def pipeline_of(folder: Path, export: Export) -> Any:
         pipeline.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     elif lora is None:
         pipeline.unet = PeftModel.from_pretrained(pipeline.unet, folder / "peft")
-    use_sampler(pipeline, "lcm", "lcm")
+    use_sampler(pipeline, export.sampling.sampler, export.sampling.spacing, Prediction(export.prediction))
     return pipeline
 
 

@@ -3,7 +3,8 @@
 accelerate launch scripts/make_trajectories.py experiment=lcm_lora_sd15 data.prompts=prompts.txt data.store=STORE
 
 Every process, under a launcher or in a SLURM array, writes shards of its own; killed at any moment and started again,
-each goes on. Settings are the `data` group of `configs/train.yaml`; `--cfg` prints them.
+each goes on. Settings are the `data` group of `configs/train.yaml`; `--cfg` prints them. `teacher=EXPORT` solves with
+an earlier student's network.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from distill.data.index import Plan, kept_times
 from distill.data.prompts import read_prompts
 from distill.data.writer import work_split, write_store
 from distill.diffusion.solver import make_times
+from distill.models.exported import open_export
 from distill.models.families import load_teacher
+from distill.models.student import as_teacher
 from distill.training.config import ConfigError, TrainSettings, checking, run_script
 from distill.training.run import launched_rank
 from distill.training.tracking import setup_logging
@@ -41,9 +44,14 @@ def main(cfg: TrainSettings) -> None:
             revision=model.revision,
             variant=model.variant,
         ).at_resolution(model.resolution)
+        own_hash = teacher.teacher_hash
+        if cfg.teacher is not None:
+            export = open_export(cfg.teacher)
+            export.require_base(own_hash)
+            teacher, own_hash = as_teacher(teacher, export), export.weights_hash
         plan = Plan(
             teacher_id=teacher.teacher_id,
-            teacher_hash=teacher.teacher_hash,
+            teacher_hash=own_hash,
             schedule_fingerprint=teacher.schedule.fingerprint,
             solver=data.solver,
             solver_steps=data.solver_steps,

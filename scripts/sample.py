@@ -12,6 +12,7 @@ python scripts/sample.py run=runs/a sweep=guidance guidance=[1,2] negative_promp
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -29,6 +30,7 @@ from distill.evaluation.pipelines import (
     is_student,
     load_pipeline,
     milestone_steps,
+    sampling_of,
     use_sampler,
 )
 from distill.evaluation.sweeps import (
@@ -45,13 +47,16 @@ from distill.evaluation.sweeps import (
     steps_sweep,
 )
 from distill.evaluation.toy import captions_right
+from distill.methods.sampling import Sampling
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
-from distill.training.config import ConfigError, ModelSettings, SampleSettings, run_script
+from distill.training.config import ConfigError, ModelSettings, SampleSettings, checking, run_script
 from distill.training.export import export_run
 from distill.training.run import read_run
 from distill.training.tracking import setup_logging
+
+log = logging.getLogger("distill")
 
 SOME_STEPS = 4
 
@@ -62,9 +67,12 @@ def main(cfg: SampleSettings) -> None:
     prompts = cfg.prompts if isinstance(cfg.prompts, list) else read_prompts(cfg.prompts)
     prompts = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
     model = cfg.model if cfg.run is None else read_run(cfg.run).model
-    pipeline = on_device(load_student(cfg, model))
+    pipeline, sampling = load_student(cfg, model)
+    pipeline = on_device(pipeline)
     if cfg.sweep is None:
-        draw_pictures(cfg, pipeline, model, prompts)
+        draw_pictures(cfg, pipeline, sampling, model, prompts)
+    elif sampling is not None and sampling.sampler != "lcm":
+        raise ConfigError(f"a sweep draws with LCM's sampler, and this student is drawn by {sampling.sampler}")
     else:
         draw_sweep(cfg, pipeline, model, prompts)
 
@@ -83,34 +91,52 @@ def check(cfg: SampleSettings) -> None:
         raise ConfigError("teacher is the reference of a sweep: set sweep=steps or sweep=guidance, or leave it null")
 
 
-def load_student(cfg: SampleSettings, model: ModelSettings) -> Any:
-    with tempfile.TemporaryDirectory() as scratch:
+def load_student(cfg: SampleSettings, model: ModelSettings) -> tuple[Any, Sampling | None]:
+    """The pipeline, and how its student is drawn; None for one that is not known to be a student's."""
+    path = model.pretrained_model_name_or_path
+    with tempfile.TemporaryDirectory() as scratch, checking():
         files = cfg.lora if cfg.run is None else export_run(cfg.run, Path(scratch) / "student")
-        return load_pipeline(model.pretrained_model_name_or_path, files, cfg.lora_scale, model.revision, model.variant)
+        swept = cfg.sweep is not None  # beside the model itself, which keeps its own scheduler
+        pipeline = load_pipeline(path, files, cfg.lora_scale, model.revision, model.variant, own_scheduler=swept)
+        sampling = sampling_of(files or path)
+    return pipeline, sampling or (Sampling() if is_student(pipeline) else None)
 
 
 def on_device(pipeline: Any) -> Any:
     return pipeline.to("cuda", torch.float16) if torch.cuda.is_available() else pipeline
 
 
-def one_guidance(cfg: SampleSettings, pipeline: Any) -> float:
-    """A LoRA has its teacher's guidance built in; all others are told theirs."""
+def one_guidance(cfg: SampleSettings, pipeline: Any, student: bool) -> float:
+    """A student that is not told guidance has its teacher's built in; all others are told theirs."""
     if isinstance(cfg.guidance, float):
         return cfg.guidance
-    return 1.0 if is_student(pipeline) and not embeds_guidance(pipeline) else cfg.teacher_guidance
+    return 1.0 if student and not embeds_guidance(pipeline) else cfg.teacher_guidance
 
 
-def draw_pictures(cfg: SampleSettings, pipeline: Any, model: ModelSettings, prompts: Sequence[str]) -> None:
+def chosen_sampling(cfg: SampleSettings, own: Sampling | None) -> Sampling:
+    """How to draw: as the settings say, where they are silent as the student asks for, or as teachers are drawn."""
+    own = own or Sampling("ddim", "trailing")
+    sampler = cfg.sampler or own.sampler
+    usual = own.spacing if sampler == own.sampler else "lcm" if sampler == "lcm" else "trailing"
+    with checking():
+        return Sampling(sampler, cfg.spacing or usual, own.steps)
+
+
+def draw_pictures(
+    cfg: SampleSettings, pipeline: Any, own: Sampling | None, model: ModelSettings, prompts: Sequence[str]
+) -> None:
     """A folder of pictures, or one for each number of steps."""
-    sampler = cfg.sampler or ("lcm" if is_student(pipeline) else "ddim")
-    guidance = one_guidance(cfg, pipeline)
-    use_sampler(pipeline, sampler, cfg.spacing or ("lcm" if sampler == "lcm" else "trailing"))
-    facts = {"guidance": guidance, "sampler": sampler, "negative_prompt": cfg.negative_prompt}
-    for steps in cfg.steps if isinstance(cfg.steps, list) else [cfg.steps or SOME_STEPS]:
+    sampling = chosen_sampling(cfg, own)
+    guidance = one_guidance(cfg, pipeline, own is not None)
+    use_sampler(pipeline, sampling.sampler, sampling.spacing)
+    facts = {"guidance": guidance, "sampler": sampling.sampler, "negative_prompt": cfg.negative_prompt}
+    for steps in cfg.steps if isinstance(cfg.steps, list) else [cfg.steps or sampling.steps or SOME_STEPS]:
+        if sampling.steps not in (None, steps):
+            log.warning("the student was made for %d steps, and is drawn in %d", sampling.steps, steps)
         folder = Path(cfg.output_dir) / (f"steps-{steps}" if isinstance(cfg.steps, list) else "")
         folder.mkdir(parents=True, exist_ok=True)
         pictures: list[dict[str, Any]] = []
-        times = milestone_steps(pipeline, steps) if cfg.spacing == "milestones" else None
+        times = milestone_steps(pipeline, steps) if sampling.spacing == "milestones" else None
         for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"{steps} steps", unit="batch"):
             chunk = prompts[start : start + cfg.batch_size]
             seeds = [cfg.seed + start + i for i in range(len(chunk))]
@@ -156,7 +182,7 @@ def chosen_sweep(cfg: SampleSettings, models: Models) -> Sweep:
     known = models.undistilled is not None
     negative_prompt = None if cfg.sweep == "guidance" else cfg.negative_prompt
     reference = Way(False, cfg.teacher_steps, cfg.teacher_guidance, negative_prompt) if known else None
-    guidance = one_guidance(cfg, models.student)
+    guidance = one_guidance(cfg, models.student, student=True)
     steps = cfg.steps if isinstance(cfg.steps, list) else [cfg.steps] if cfg.steps else None
     if cfg.sweep == "guidance":
         assert cfg.negative_prompt is not None  # checked

@@ -7,25 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from distill.diffusion.prediction import Prediction
 from distill.diffusion.solver import milestone_times
-
-SCHEDULERS = {
-    "lcm": LCMScheduler,
-    "ddim": DDIMScheduler,
-    "heun": HeunDiscreteScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-}
+from distill.methods.sampling import Sampling
+from distill.models.exported import FACTS, read_export
+from distill.models.schedulers import make_scheduler
 
 
 def load_pipeline(
@@ -34,14 +23,16 @@ def load_pipeline(
     lora_scale: float = 1.0,
     revision: str | None = None,
     variant: str | None = None,
+    own_scheduler: bool = False,
 ) -> Any:
     """The pipeline as diffusers loads it, with a LoRA file or folder if one is given.
 
     Instead of a LoRA, the export of a student that is a whole network (a folder with `unet`) replaces the pipeline's
-    network, and the sampler becomes LCM's.
+    network. An export's scheduler is the one that it asks for; with `own_scheduler` a LoRA's stays the model's own.
 
     Raises:
         FileNotFoundError: no pipeline or no LoRA there.
+        ValueError: an export that is not readable.
     """
     if lora is not None and not Path(lora).exists() and str(lora).count("/") != 1:
         raise FileNotFoundError(f"lora={lora}: no such file or folder")
@@ -55,10 +46,12 @@ def load_pipeline(
         ) from None
     if lora is not None and _is_network(Path(lora)):
         pipeline.register_modules(unet=UNet2DConditionModel.from_pretrained(lora, subfolder="unet"))
-        use_sampler(pipeline, "lcm", "lcm")
+        draw_as_exported(pipeline, lora)
     elif lora is not None:
         pipeline.load_lora_weights(str(lora), adapter_name="student")
         pipeline.set_adapters(["student"], [lora_scale])
+        if not own_scheduler and sampling_of(lora):
+            draw_as_exported(pipeline, lora)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -67,23 +60,34 @@ def _is_network(folder: Path) -> bool:
     return (folder / "unet").is_dir() and not list(folder.glob("*.safetensors"))
 
 
-def use_sampler(pipeline: Any, sampler: str, spacing: str) -> None:
-    """Replaces the scheduler. Chains end at clean data, as they do in training; `lcm` has times of its own.
+def sampling_of(folder: str | Path) -> Sampling | None:
+    """How the student in an export's folder is drawn, of a whole pipeline's too; None for any other folder or file.
+
+    Raises:
+        ValueError: an export that is not readable.
+    """
+    return Sampling(**read_export(folder).sampling) if (Path(folder) / FACTS).is_file() else None
+
+
+def draw_as_exported(pipeline: Any, folder: str | Path) -> None:
+    """Gives the pipeline an exported student's scheduler: LCM's where nothing is said."""
+    sampling = sampling_of(folder)
+    if sampling is None:
+        use_sampler(pipeline, "lcm", "lcm")
+    else:
+        use_sampler(pipeline, sampling.sampler, sampling.spacing, read_export(folder).prediction)
+
+
+def use_sampler(pipeline: Any, sampler: str, spacing: str, prediction: Prediction | None = None) -> None:
+    """Replaces the scheduler by that of `scheduler_settings`.
 
     For `milestones`, which no scheduler knows by name, `draw` has to be given `milestone_steps`.
+
+    Raises:
+        ValueError: a sampler or a spacing that is not known, or that do not go together.
     """
-    config = pipeline.scheduler.config
-    if sampler == "ddim" and spacing == "milestones":  # the same steps, by a scheduler that takes times from outside
-        pipeline.scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="leading")
-        return
-    if sampler == "lcm":
-        pipeline.scheduler = LCMScheduler.from_config(config)
-    elif sampler == "ddim":
-        pipeline.scheduler = DDIMScheduler.from_config(
-            config, timestep_spacing=spacing, set_alpha_to_one=True, clip_sample=False
-        )
-    else:
-        pipeline.scheduler = SCHEDULERS[sampler].from_config(config, timestep_spacing=spacing)
+    Sampling(sampler, spacing)
+    pipeline.scheduler = make_scheduler(pipeline.scheduler.config, sampler, spacing, prediction)
 
 
 def milestone_steps(pipeline: Any, steps: int) -> list[int]:
@@ -102,7 +106,10 @@ def use_adapters(pipeline: Any, weights: Mapping[str, float]) -> None:
 
 
 def is_student(pipeline: Any) -> bool:
-    """Whether a pipeline is a student as it was loaded: it has a LoRA, or comes with LCM's sampler."""
+    """Whether a pipeline is a student as it was loaded: it has a LoRA, or comes with LCM's sampler.
+
+    An export's folder says it for sure (`sampling_of`).
+    """
     return bool(pipeline.get_list_adapters()) or isinstance(pipeline.scheduler, LCMScheduler)
 
 

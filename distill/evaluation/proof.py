@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill.evaluation.pipelines import draw, load_pipeline, use_sampler
+from distill.evaluation.pipelines import draw, load_pipeline, sampling_of, use_sampler
 
 
 def plain_pipeline_agrees(
@@ -21,8 +21,9 @@ def plain_pipeline_agrees(
 ) -> float:
     """The greatest difference of any pixel between our sampler's pictures and those of diffusers' own pipeline.
 
-    `expected` [B, 3, H, W] in [-1, 1] are ours; the pipeline draws with its LCMScheduler, after
-    `load_lora_weights(lora)` or with the UNet of an exported network. `guidance` is for one that takes it as an input.
+    `expected` [B, 3, H, W] in [-1, 1] are ours; the pipeline draws with the scheduler that the export asks for, or with
+    LCMScheduler, after `load_lora_weights(lora)` or with the UNet of an exported network. `guidance` is for one that
+    takes it as an input.
 
     Raises:
         ValueError: not one prompt and seed a picture, or pictures of another size.
@@ -32,7 +33,8 @@ def plain_pipeline_agrees(
             f"{len(expected)} pictures need as many prompts and seeds, got {len(prompts)} and {len(seeds)}"
         )
     pipeline = load_pipeline(str(pretrained_model_name_or_path), lora)
-    use_sampler(pipeline, "lcm", "lcm")
+    if sampling_of(lora) is None:
+        use_sampler(pipeline, "lcm", "lcm")
     drawn = draw(pipeline, prompts, seeds, steps, guidance) * 2 - 1
     if drawn.shape != expected.shape:
         raise ValueError(f"the pipeline draws {tuple(drawn.shape)}, expected are {tuple(expected.shape)}")

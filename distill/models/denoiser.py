@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill.diffusion.guidance import guidance_embedding
 from distill.diffusion.prediction import Conditioning, Denoised, Prediction, to_denoised
 from distill.diffusion.schedule import NoiseSchedule
-from distill.models.lora import adapters_off, lora_layers
+from distill.models.lora import ADAPTER, lora_layers, only_adapter
 
 _TEXT, _GUIDANCE = "encoder_hidden_states", "guidance"
 _ADDED = ("text_embeds", "time_ids")  # diffusers wants these inside the keyword `added_cond_kwargs`
@@ -36,13 +36,15 @@ class NetworkDenoiser:
         module: a diffusers UNet2DConditionModel, bare or wrapped.
         schedule: of the noise it was trained on.
         prediction: what it predicts.
-        adapters: False switches its LoRA off around each call, which makes a LoRA student its own teacher.
+        adapter: the LoRA that it computes with, alone. The trained one is on whenever nothing else is asked for; None
+            switches all off around each call, which makes a LoRA student its own teacher; another one takes its place
+            there, for calls without a gradient.
     """
 
     module: nn.Module
     schedule: NoiseSchedule
     prediction: Prediction
-    adapters: bool = True
+    adapter: str | None = ADAPTER
     _found: list[BaseTunerLayer] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
@@ -53,11 +55,12 @@ class NetworkDenoiser:
         The entry "guidance" [B], a weight w, reaches a network that was built to take it, and no other.
 
         Raises:
-            ValueError: for a conditioning entry that a UNet does not take, or without one that it needs.
+            ValueError: for a conditioning entry that a UNet does not take, or without one that it needs; or the network
+                has no adapter of that name.
         """
         dtype = self.dtype
         keywords = unet_keywords(conditioning, dtype, self.guidance_embedding_dim)
-        with nullcontext() if self.adapters else adapters_off(self._lora_layers):
+        with nullcontext() if self.adapter == ADAPTER else only_adapter(self._lora_layers, self.adapter):
             output = self.module(x_t.to(dtype), (t - 1).clamp(min=0), return_dict=False, **keywords)[0]
         return to_denoised(self.prediction, output, x_t, t, self.schedule)
 
@@ -75,7 +78,11 @@ class NetworkDenoiser:
     @property
     def _lora_layers(self) -> list[BaseTunerLayer]:
         if not self._found:  # nothing yet, but a LoRA may still be added
-            self._found.extend(lora_layers(self.module))
+            layers = lora_layers(self.module)
+            known = {name for layer in layers for name in layer._get_available_adapters()}
+            if self.adapter is not None and self.adapter not in known:
+                raise ValueError(f"the network has no adapter {self.adapter!r}")
+            self._found.extend(layers)
         return self._found
 
 

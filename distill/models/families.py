@@ -171,7 +171,7 @@ class Teacher:
 
     def denoiser(self) -> NetworkDenoiser:
         """The teacher as floor 0 knows it; stays the teacher when a LoRA is added to its network."""
-        return NetworkDenoiser(self.unet, self.schedule, self.prediction, adapters=False)
+        return NetworkDenoiser(self.unet, self.schedule, self.prediction, adapter=None)
 
     def at_resolution(self, pixels: int | None) -> Teacher:
         """The same teacher for square pictures of so many pixels; None leaves it as it is.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DiffusionPipeline
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -45,10 +46,11 @@ def save_pipeline(
     unet: UNet2DConditionModel,
     pretrained_model_name_or_path: str,
     dtype: torch.dtype,
+    scheduler: Callable[[Any], Any],
     revision: str | None = None,
     variant: str | None = None,
 ) -> None:
-    """Writes the teacher's pipeline with `unet` in the place of its own, and LCMScheduler in that of its scheduler.
+    """Writes the teacher's pipeline with `unet` in the place of its own, and with what `scheduler` makes of its config.
 
     `DiffusionPipeline.from_pretrained(folder)` then draws as a student does. Only the UNet is stored in `dtype`.
 
@@ -70,7 +72,7 @@ def save_pipeline(
         raise FileNotFoundError(
             f"model.pretrained_model_name_or_path={pretrained_model_name_or_path}: {error}"
         ) from None
-    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler(pipeline.scheduler.config)
     pipeline.save_pretrained(folder)
     _forget_paths(folder)
 

@@ -7,6 +7,7 @@ weight would not feel most updates.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,10 @@ LCM_LORA_TARGETS: tuple[str, ...] = (
 )
 """Module name suffixes that LCM-LoRA (arXiv 2311.05556) adapts: all of the UNet but its ends and its embeddings."""
 
-_ADAPTER = "default"
+ADAPTER = "default"
+"""The adapter that is trained: a network at rest computes with it, and with no other."""
+TEACHING = "teacher"
+"""A frozen one beside it, of an earlier student that teaches."""
 _WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that `pipe.load_lora_weights(folder)` looks for
 _METADATA = "lora_adapter_metadata"  # diffusers' key in the file's header
 _PEFT_FOLDER = "peft"
@@ -56,6 +60,7 @@ def add_lora(
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
     seed: int = 0,
+    adapter: str = ADAPTER,
 ) -> list[nn.Parameter]:
     """Freezes `unet`, gives every module whose name ends in one of `targets` an adapter, and returns the adapters.
 
@@ -70,15 +75,16 @@ def add_lora(
     targets = [t for t in LCM_LORA_TARGETS if _matches(unet, t)] if targets is None else list(targets)
     _check(unet, rank, alpha, dropout, targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator; ours replaces it
-        unet.add_adapter(config, adapter_name=_ADAPTER)  # freezes the rest
-    for name, parameter in adapters(unet).items():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws A globally; ours replaces it
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
+        unet.add_adapter(config, adapter_name=adapter)  # freezes the rest, earlier adapters too, which are then off
+    for name, parameter in adapters(unet, adapter).items():
         parameter.data = parameter.data.float()
         if "lora_A" in name and not parameter.is_meta:
             bound = parameter[0].numel() ** -0.5
             drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator("lora", seed, name))
             parameter.data.copy_(drawn)
-    return list(adapters(unet).values())
+    return list(adapters(unet, adapter).values())
 
 
 def _check(unet: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> None:
@@ -97,9 +103,9 @@ def _matches(unet: nn.Module, target: str) -> bool:
     return any(f".{name}".endswith(f".{target}") for name, _ in unet.named_modules())
 
 
-def adapters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by their names in `module`, which may be wrapped by DDP or DeepSpeed."""
-    return {name: p for name, p in module.named_parameters() if f".{_ADAPTER}." in name and ".lora_" in name}
+def adapters(module: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """An adapter's parameters by their names in `module`, which may be wrapped by DDP or DeepSpeed."""
+    return {name: p for name, p in module.named_parameters() if f".{adapter}." in name and ".lora_" in name}
 
 
 def lora_layers(module: nn.Module) -> list[BaseTunerLayer]:
@@ -108,28 +114,33 @@ def lora_layers(module: nn.Module) -> list[BaseTunerLayer]:
 
 
 @contextmanager
-def adapters_off(module: nn.Module | Iterable[BaseTunerLayer]) -> Iterator[None]:
-    """Inside, `module` computes what it did before `add_lora`, to the bit. Takes a module or its `lora_layers`.
+def only_adapter(module: nn.Module | Iterable[BaseTunerLayer], adapter: str | None) -> Iterator[None]:
+    """Inside, `module` computes with this adapter alone. Takes a module or its `lora_layers`.
 
-    Flips one flag a layer and leaves `requires_grad` alone: peft's own `enable_adapters(False)` clears it, which
-    breaks the hooks of an engine that is built on it (ZeRO).
+    With None it computes what it did before `add_lora`, to the bit. Afterwards it is as it was; so what is recomputed
+    in a backward pass (gradient checkpointing) is computed at rest: call only the trained adapter with a gradient.
+
+    Flips two fields a layer and leaves `requires_grad` alone: peft's own `enable_adapters` and `set_adapter` change it,
+    which breaks the hooks of an engine that is built on it (ZeRO).
     """
     layers = lora_layers(module) if isinstance(module, nn.Module) else list(module)
-    before = [layer._disable_adapters for layer in layers]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
-        layer._disable_adapters = True
+        layer._disable_adapters = adapter is None
+        if adapter is not None:
+            layer._active_adapter = [adapter]
     try:
         yield
     finally:
-        for layer, flag in zip(layers, before, strict=True):
-            layer._disable_adapters = flag
+        for layer, (off, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = off, active
 
 
 def lora_config(unet: UNet2DConditionModel) -> LoraConfig:
-    """Rank, alpha and targets of the adapters; raises ValueError if there are none."""
-    if not getattr(unet, "peft_config", None):
+    """Rank, alpha and targets of the trained adapters; raises ValueError if there are none."""
+    if ADAPTER not in (getattr(unet, "peft_config", None) or ()):
         raise ValueError("the network has no LoRA adapter")
-    return unet.peft_config[_ADAPTER]
+    return unet.peft_config[ADAPTER]
 
 
 def lora_state_dict(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -143,7 +154,7 @@ def lora_state_dict(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | No
     """
     values = _values(unet, state)
     return {
-        name.replace(f".{_ADAPTER}.", "."): value.detach().to("cpu", copy=True).contiguous()
+        name.replace(f".{ADAPTER}.", "."): value.detach().to("cpu", copy=True).contiguous()
         for name, value in values.items()
     }
 
@@ -213,25 +224,57 @@ def _portable(config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def load_lora(unet: UNet2DConditionModel, folder: str | Path) -> list[nn.Parameter]:
+def load_lora(unet: UNet2DConditionModel, folder: str | Path, adapter: str = ADAPTER) -> list[nn.Parameter]:
     """Gives `unet` the adapters that `save_lora` wrote to `folder`, to be trained on; returns them like `add_lora`.
 
-    Raises:
-        FileNotFoundError: if there is no LoRA in `folder`.
-        ValueError: if its rank and alpha are not recorded, or it was made for another network.
+    Raises what `lora_settings` and `fill_lora` raise.
     """
+    settings = lora_settings(folder)
+    add_lora(
+        unet,
+        settings["r"],
+        settings["lora_alpha"],
+        dropout=settings["lora_dropout"],
+        targets=settings["target_modules"],
+        adapter=adapter,
+    )
+    return fill_lora(unet, folder, adapter)
+
+
+def lora_file(folder: str | Path) -> Path:
+    """The file that diffusers reads of a folder that `save_lora` wrote; raises FileNotFoundError if there is none."""
     path = Path(folder) / _WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"no LoRA in {folder}: {_WEIGHTS} is missing")
+    return path
+
+
+def lora_settings(folder: str | Path) -> dict[str, Any]:
+    """What is needed to add the adapters that `save_lora` wrote to `folder`: `r`, `lora_alpha` and others of peft's.
+
+    Raises:
+        FileNotFoundError: there is no LoRA in `folder`.
+        ValueError: its rank and alpha are not recorded.
+    """
+    path = lora_file(folder)
     with safe_open(path, framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-        saved = {name.removeprefix("unet."): file.get_tensor(name) for name in file.keys()}
     if "unet.lora_alpha" not in metadata:
         raise ValueError(f"{path} does not record its rank and alpha")
-    settings = {name.removeprefix("unet."): value for name, value in metadata.items()}
-    rank, alpha = settings["r"], settings["lora_alpha"]
-    add_lora(unet, rank, alpha, dropout=settings["lora_dropout"], targets=settings["target_modules"])
-    expected = {name.replace(f".{_ADAPTER}.", "."): parameter for name, parameter in adapters(unet).items()}
+    return {name.removeprefix("unet."): value for name, value in metadata.items()}
+
+
+def fill_lora(unet: UNet2DConditionModel, folder: str | Path, adapter: str = ADAPTER) -> list[nn.Parameter]:
+    """Sets the adapters that `unet` has to the values that `save_lora` wrote to `folder`, and returns them.
+
+    Raises:
+        FileNotFoundError: there is no LoRA in `folder`.
+        ValueError: it was made for another network, or is of another rank.
+    """
+    path = lora_file(folder)
+    with safe_open(path, framework="pt") as file:
+        saved = {name.removeprefix("unet."): file.get_tensor(name) for name in file.keys()}
+    expected = {name.replace(f".{adapter}.", "."): parameter for name, parameter in adapters(unet, adapter).items()}
     for name in sorted(saved.keys() ^ expected.keys()):
         raise ValueError(f"{path} was made for another network: {name} is in only one of the two")
     for name, parameter in expected.items():

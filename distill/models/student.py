@@ -1,4 +1,4 @@
-"""Students: how the network that is trained starts from its teacher."""
+"""Students: how the network that is trained starts, and which network teaches it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
+from distill.diffusion.prediction import Prediction
 from distill.models.denoiser import NetworkDenoiser
+from distill.models.exported import Exported
 from distill.models.families import Teacher
+from distill.models.folder import stored_tensors
 from distill.models.formats import LORA_FORMATS, NETWORK_FORMATS
 from distill.models.kohya import save_kohya
-from distill.models.lora import add_lora, merge_lora, save_lora
+from distill.models.lora import (
+    ADAPTER,
+    TEACHING,
+    add_lora,
+    fill_lora,
+    load_lora,
+    lora_settings,
+    merge_lora,
+    save_lora,
+)
 
 
 class LoRAStudent:
@@ -38,11 +51,53 @@ class LoRAStudent:
             raise ValueError(f"lora_alpha must be above 0, got {alpha}")
         self.rank, self.alpha = rank, alpha
 
-    def networks(self, teacher: Teacher, seed: int = 0, keep_teacher: bool = True) -> dict[str, NetworkDenoiser]:
-        """The teacher's UNet with adapters drawn from `seed`: with them on, "student"; with them off, "teacher"."""
-        add_lora(teacher.unet, self.rank, self.alpha, seed=seed)
+    def settle(self, start: Exported) -> dict[str, Any]:
+        """The settings of this student that are left to the export it starts from: none.
+
+        Raises:
+            ValueError: that holds no LoRA, or one of another rank or alpha.
+        """
+        if not start.is_lora:
+            raise ValueError(f"{start.folder} holds no LoRA for diffusers, and a LoRA cannot start from anything else")
+        found = lora_settings(start.folder)
+        for name, theirs, own in (("rank", found["r"], self.rank), ("alpha", found["lora_alpha"], self.alpha)):
+            if theirs != own:
+                raise ValueError(f"{start.folder} has a LoRA of {name} {theirs:g}, this run has lora_{name}={own:g}")
+        return {}
+
+    def networks(
+        self,
+        teacher: Teacher,
+        seed: int = 0,
+        keep_teacher: bool = True,
+        start: Exported | None = None,
+        taught_by: Exported | None = None,
+    ) -> dict[str, NetworkDenoiser]:
+        """The teacher's UNet with adapters, which is "student" with them on, and "teacher".
+
+        Args:
+            seed: of the adapters, where there is no `start`.
+            keep_teacher: False leaves an earlier student out that teaches; the network itself is there anyway.
+            start: a student whose LoRA the adapters start as.
+            taught_by: a student that teaches in the place of the network without adapters. If it is a LoRA, it is a
+                second, frozen adapter on the same network; else a second network.
+
+        Raises:
+            ValueError: an export that does not fit the network.
+        """
+        unet = teacher.unet
+        second = None if taught_by is None or not keep_teacher else taught_by
+        if second is not None and second.is_lora:
+            load_lora(unet, second.folder, TEACHING)
+        add_lora(unet, self.rank, self.alpha, seed=seed)  # last: the others are frozen and off from here on
+        if start is not None:
+            fill_lora(unet, start.folder)
         original = teacher.denoiser()
-        return {"student": replace(original, adapters=True), "teacher": original}
+        student = replace(original, adapter=ADAPTER)
+        if second is None:
+            return {"student": student, "teacher": original}
+        teaching = replace(original, adapter=TEACHING) if second.is_lora else _network(teacher, second)
+        return {"student": student, "teacher": teaching}
 
     def export_lora(
         self,
@@ -68,11 +123,13 @@ class LoRAStudent:
 
 
 class FullStudent:
-    """All weights of a copy of the teacher's network, which is also told the guidance to follow.
+    """All weights of a copy of the teacher's network.
 
     Args:
-        guidance_embedding_dim: of the Fourier features of w, for a teacher's network that does not take them already.
-            Their projection into the time embedding starts at zero, so the student starts as its teacher.
+        guidance_embedding_dim: of the Fourier features of w, for a network that does not take them already; their
+            projection into the time embedding starts at zero, so that the student starts as it was. None adds none:
+            the student is not told the guidance.
+        prediction: what its output is read as from now on; None leaves what the teacher's is read as, or the start's.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -81,22 +138,56 @@ class FullStudent:
     formats: tuple[str, ...] = NETWORK_FORMATS
     usual_formats: tuple[str, ...] = ("unet",)
 
-    def __init__(self, guidance_embedding_dim: int = 256) -> None:
-        if guidance_embedding_dim < 4 or guidance_embedding_dim % 2:
-            raise ValueError(
-                f"student.guidance_embedding_dim must be even and at least 4, got {guidance_embedding_dim}"
-            )
-        self.guidance_embedding_dim = guidance_embedding_dim
+    def __init__(
+        self,
+        guidance_embedding_dim: int | None = 256,
+        prediction: Literal["epsilon", "v_prediction", "sample"] | None = None,
+    ) -> None:
+        dim = guidance_embedding_dim
+        if dim is not None and (dim < 4 or dim % 2):
+            raise ValueError(f"student.guidance_embedding_dim must be even and at least 4, or null, got {dim}")
+        self.guidance_embedding_dim = dim
+        self.prediction = None if prediction is None else Prediction(prediction)
 
-    def networks(self, teacher: Teacher, seed: int = 0, keep_teacher: bool = True) -> dict[str, NetworkDenoiser]:
-        """ "student", which becomes `teacher.unet`, and "teacher", its untouched network, if that is to be kept."""
-        original = teacher.denoiser()
-        if keep_teacher:
+    def settle(self, start: Exported) -> dict[str, Any]:
+        """The settings of this student that are left to the export it starts from."""
+        return {} if self.prediction or start.prediction is None else {"prediction": start.prediction.value}
+
+    def networks(
+        self,
+        teacher: Teacher,
+        seed: int = 0,
+        keep_teacher: bool = True,
+        start: Exported | None = None,
+        taught_by: Exported | None = None,
+    ) -> dict[str, NetworkDenoiser]:
+        """ "student", which becomes `teacher.unet`, and "teacher", if that is to be kept.
+
+        Args:
+            seed: of nothing: no weight is drawn.
+            start: a student whose weights it starts with, of a LoRA merged into the network's; else it starts as the
+                teacher's network.
+            taught_by: a student that teaches in the place of the teacher's untouched network.
+
+        Raises:
+            ValueError: an export that does not fit the network.
+        """
+        networks: dict[str, NetworkDenoiser] = {}
+        if keep_teacher and taught_by is not None:
+            networks["teacher"] = _network(teacher, taught_by)
+        elif keep_teacher:
+            networks["teacher"] = teacher.denoiser()
             teacher.parts["unet"] = copy.deepcopy(teacher.unet)
-        embed_guidance(teacher.unet, self.guidance_embedding_dim)
-        teacher.unet.requires_grad_(True)
-        student = {"student": teacher.denoiser()}
-        return student | {"teacher": original} if keep_teacher else student
+        unet = teacher.unet
+        if start is not None and start.is_lora:
+            _merge(unet, start)
+        if self.guidance_embedding_dim is not None:
+            embed_guidance(unet, self.guidance_embedding_dim)
+        if start is not None and not start.is_lora:
+            _fill(unet, start)
+        unet.requires_grad_(True)
+        prediction = self.prediction or (start and start.prediction) or teacher.prediction
+        return {"student": NetworkDenoiser(unet, teacher.schedule, prediction)} | networks
 
     def finish(self, teacher: Teacher, weights: Mapping[str, Tensor]) -> None:
         """Puts trained `weights`, by their names in the UNet, into `teacher.unet`."""
@@ -113,3 +204,52 @@ def embed_guidance(unet: UNet2DConditionModel, dim: int) -> None:
         projection.weight.zero_()
     unet.time_embedding.cond_proj = projection
     unet.register_to_config(time_cond_proj_dim=dim)
+
+
+def as_teacher(teacher: Teacher, export: Exported) -> Teacher:
+    """The model with an earlier student's network in the place of its own; `Exported.weights_hash` is its identity.
+
+    Raises:
+        ValueError: an export that does not fit the network.
+    """
+    network = _network(teacher, export)
+    return replace(
+        teacher, prediction=network.prediction, weight_files=(), parts=teacher.parts | {"unet": network.module}
+    )
+
+
+_EMBEDDED = "time_embedding.cond_proj.weight"  # of `embed_guidance`
+
+
+def _network(teacher: Teacher, export: Exported) -> NetworkDenoiser:
+    """An earlier student as a frozen network of its own; of a LoRA, merged into a copy of the teacher's."""
+    if export.is_lora:
+        unet = copy.deepcopy(teacher.unet)
+        _merge(unet, export)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(
+            export.folder / "unet", torch_dtype=teacher.unet.dtype, use_safetensors=True
+        )
+    unet.requires_grad_(False).eval()
+    return NetworkDenoiser(unet, teacher.schedule, export.prediction or teacher.prediction)
+
+
+def _merge(unet: UNet2DConditionModel, export: Exported) -> None:
+    load_lora(unet, export.folder)
+    merge_lora(unet)
+
+
+@torch.no_grad()
+def _fill(unet: UNet2DConditionModel, export: Exported) -> None:
+    """Sets the weights to those of an exported network, which need not be told guidance where this one is."""
+    own = unet.state_dict()
+    left = set(own)
+    for name, tensor in stored_tensors(export.files):
+        if name not in own or own[name].shape != tensor.shape:
+            wanted = list(own[name].shape) if name in own else "not in this student"
+            hint = " (student.guidance_embedding_dim)" if name == _EMBEDDED else ""
+            raise ValueError(f"{export.folder} does not fit: its {name} {list(tensor.shape)} is {wanted}{hint}")
+        own[name].copy_(tensor)
+        left.discard(name)
+    if missing := sorted(left - {_EMBEDDED}):
+        raise ValueError(f"{export.folder} does not fit: it lacks {missing[0]}")

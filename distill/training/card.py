@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from yaml import YAMLError
 
+from distill.diffusion.prediction import Prediction
 from distill.models.formats import LORA_FORMATS
+from distill.models.schedulers import scheduler_settings
 from distill.training.config import DataSettings, ModelSettings
 from distill.training.export import Export
 
@@ -20,11 +23,12 @@ log = logging.getLogger(__name__)
 
 CARD = "README.md"
 SAMPLES = "samples.png"
-SAMPLE_STEPS = (1, 2, 4, 8)
 _TAGS = {"lcm": "latent-consistency-distillation"}  # where a method has a better known name than its module
 _FAMILIES = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
 _LICENCE = ("license", "license_name", "license_link")
 _EXAMPLE = "a lighthouse in the snow"
+_SAMPLERS = {"lcm": "LCM", "euler": "Euler", "ddim": "DDIM", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
+_TRAILING = " (scheduler `sgm_uniform`)"  # as user interfaces call it
 
 
 def write_card(folder: Path, export: Export, metrics: str | None = None, repository: str | None = None) -> Path:
@@ -43,10 +47,10 @@ def write_card(folder: Path, export: Export, metrics: str | None = None, reposit
         _table(_recipe(export)),
     ]
     if (folder / SAMPLES).is_file():
-        steps = ", ".join(map(str, SAMPLE_STEPS))
+        steps = ", ".join(map(str, sample_steps(export)))
         parts += [
             "## Samples",
-            f"Drawn with these files by a plain diffusers pipeline in {steps} steps, `guidance_scale="
+            f"Drawn with these files by a plain diffusers pipeline in {_count(steps)}, `guidance_scale="
             f"{export.guidance_scale:g}`; one prompt and one starting noise a column.",
             f"![samples]({SAMPLES})",
         ]
@@ -57,6 +61,11 @@ def write_card(folder: Path, export: Export, metrics: str | None = None, reposit
     path = folder / CARD
     path.write_text(header + "\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def sample_steps(export: Export) -> tuple[int, ...]:
+    """The numbers of steps in which a student is shown: its only one, or some of those that it can be drawn in."""
+    return (1, 2, 4, 8) if export.sampling.steps is None else (export.sampling.steps,)
 
 
 # ---- the header ---------------------------------------------------------------------------------------------------
@@ -114,7 +123,7 @@ def _introduction(export: Export) -> str:
     paper = (inspect.getdoc(module) or "").split("\n")[0]
     what = "LoRA" if _is_lora(export) else "network"
     return (
-        f"A {what} that draws in 1 to 8 steps, distilled from `{export.base_model}` "
+        f"A {what} that draws in {_count(export.sampling.steps or '1 to 8')}, distilled from `{export.base_model}` "
         f"(SHA-256 of its UNet: `{export.base_hash}`).\nMethod: {paper}"
     )
 
@@ -133,6 +142,7 @@ def _recipe(export: Export) -> dict[str, Any]:
     rows = {"method": run.method["_target_"].rpartition(".")[2]}
     rows |= {f"method.{key}": value for key, value in run.method.items() if not key.startswith("_")}
     rows |= {f"student.{key}": value for key, value in run.student.items() if not key.startswith("_")}
+    rows |= {key: Path(path).name for key, path in (("start", run.start), ("teacher", run.teacher)) if path}
     return rows | {
         "guidance w learned from (1 is none)": f"{low:g}" if low == high else f"{low:g} to {high:g}",
         "data": _data(run.data),
@@ -167,6 +177,9 @@ def _uses(export: Export, here: str) -> list[str]:
 
 
 def _guidance_text(export: Export) -> str:
+    if export.sampling.steps is not None:
+        none = "" if export.told_guidance else " Guidance is built in: `guidance_scale=1.0` adds none."
+        return f"It draws in exactly {_count(export.sampling.steps)}.{none}"
     if not export.told_guidance:
         return (
             "4 steps are a good start, 1 to 8 work. Guidance is built in: `guidance_scale=1.0` adds none; values up to "
@@ -192,7 +205,7 @@ def _pipeline(export: Export, here: str) -> str:
 def _diffusers(export: Export, here: str) -> str:
     return _code(
         "As a LoRA, in diffusers:",
-        "from diffusers import DiffusionPipeline, LCMScheduler",
+        f"from diffusers import DiffusionPipeline, {_scheduler(export)}",
         "",
         _base(export),
         f'pipeline.load_lora_weights("{here}", weight_name="pytorch_lora_weights.safetensors")',
@@ -201,10 +214,12 @@ def _diffusers(export: Export, here: str) -> str:
 
 
 def _kohya(export: Export, here: str) -> str:
+    trailing = _TRAILING if export.sampling.spacing == "trailing" else ""
     return _code(
         f"In the Stable Diffusion web UI, Forge or ComfyUI: put `kohya/{export.name}.safetensors` among the LoRAs, and "
-        f"draw with the LCM sampler, 4 steps and CFG scale {export.guidance_scale:g}. The same file in diffusers:",
-        "from diffusers import DiffusionPipeline, LCMScheduler",
+        f"draw with the {_SAMPLERS[export.sampling.sampler]} sampler{trailing}, {_count(_steps(export))} and CFG scale "
+        f"{export.guidance_scale:g}. The same file in diffusers:",
+        f"from diffusers import DiffusionPipeline, {_scheduler(export)}",
         "",
         _base(export),
         f'pipeline.load_lora_weights("{here}", subfolder="kohya", weight_name="{export.name}.safetensors")',
@@ -215,7 +230,7 @@ def _kohya(export: Export, here: str) -> str:
 def _unet(export: Export, here: str) -> str:
     return _code(
         "As a UNet, in diffusers:",
-        "from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel",
+        f"from diffusers import DiffusionPipeline, {_scheduler(export)}, UNet2DConditionModel",
         "",
         _base(export),
         f'pipeline.unet = UNet2DConditionModel.from_pretrained("{here}", subfolder="unet")',
@@ -226,7 +241,7 @@ def _unet(export: Export, here: str) -> str:
 def _peft(export: Export, here: str) -> str:
     return _code(
         "As a LoRA, in PEFT:",
-        "from diffusers import DiffusionPipeline, LCMScheduler",
+        f"from diffusers import DiffusionPipeline, {_scheduler(export)}",
         "from peft import PeftModel",
         "",
         _base(export),
@@ -243,15 +258,35 @@ def _base(export: Export) -> str:
 
 
 def _sampler(export: Export) -> tuple[str, str]:
-    return "pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)", _draws(export)
+    cls, said = _scheduler_settings(export)
+    more = "".join(f", {key}={json.dumps(value) if isinstance(value, str) else value}" for key, value in said.items())
+    return f"pipeline.scheduler = {cls.__name__}.from_config(pipeline.scheduler.config{more})", _draws(export)
+
+
+def _scheduler(export: Export) -> str:
+    return _scheduler_settings(export)[0].__name__
+
+
+def _scheduler_settings(export: Export) -> tuple[Any, dict[str, Any]]:
+    """What it predicts is said where it is not what its base model does."""
+    changed = export.settings.student.get("prediction")
+    sampling = export.sampling
+    return scheduler_settings(sampling.sampler, sampling.spacing, None if changed is None else Prediction(changed))
+
+
+def _steps(export: Export) -> int:
+    return export.sampling.steps or 4
+
+
+def _count(steps: int | str) -> str:
+    return f"{steps} {'step' if steps in (1, '1') else 'steps'}"
 
 
 def _draws(export: Export) -> str:
     pixels = export.settings.model.resolution
     size = "" if pixels is None else f", height={pixels}, width={pixels}"
-    return (
-        f'image = pipeline("{_EXAMPLE}", num_inference_steps=4, guidance_scale={export.guidance_scale}{size}).images[0]'
-    )
+    steps, w = _steps(export), export.guidance_scale
+    return f'image = pipeline("{_EXAMPLE}", num_inference_steps={steps}, guidance_scale={w}{size}).images[0]'
 
 
 def _code(text: str, *lines: str) -> str:

@@ -69,6 +69,16 @@ Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+def check_several(count: int) -> int:
+    """Raises ValueError for 1: what is compared is none, or two or more."""
+    if count == 1:
+        raise ValueError("must be 0, or 2 or more: one has nothing to be compared with")
+    return count
+
+
+Several = Annotated[Natural, AfterValidator(check_several)]
+
+
 class Settings(BaseModel):
     """A group of settings; a key that it does not list is an error."""
 
@@ -130,6 +140,9 @@ class TrainSettings(Settings):
     reward: Component | None = None
     reward_batch_size: Positive = 1
     perceptual: Component | None = None
+    teacher: str | None = None
+    start: str | None = None
+    health: Component = {"_target_": "distill.training.health.Health"}
     output_dir: str
     seed: Natural
     max_train_steps: Positive
@@ -152,6 +165,7 @@ class TrainSettings(Settings):
     validation_steps: Positive
     validation_sampling_steps: Positive
     validation_guidance: Annotated[float, Field(ge=0)] = 7.5  # runs of before it existed have none
+    validation_diversity_seeds: Several = 0
     report_to: list[Literal["jsonl", "wandb", "tensorboard"]] | Literal["jsonl", "wandb", "tensorboard"]
     log_every: Positive
 
@@ -168,7 +182,7 @@ class SampleSettings(Settings):
     sweep: Literal["steps", "guidance", "lora"] | None
     steps: Positive | list[Positive] | None
     guidance: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=1)]] | None
-    sampler: Literal["lcm", "ddim", "heun", "dpmpp_2m"] | None
+    sampler: Literal["lcm", "euler", "ddim", "heun", "dpmpp_2m"] | None
     spacing: Literal["lcm", "trailing", "leading", "milestones"] | None
     teacher: str | None
     teacher_steps: Positive
@@ -263,27 +277,86 @@ class EvaluateSettings(Settings):
 
 
 class ScoreRewardSettings(Settings):
-    """`configs/score_reward.yaml`: the checkpoints of a toy run, by a reward and by the judge."""
+    """`configs/score_reward.yaml`: the checkpoints of toy runs, by a reward and by the judge."""
 
     reward: Component
-    run: str
+    run: str | Annotated[list[str], Field(min_length=1)]
     output_dir: str
     steps: Positive
     n: Annotated[int, Field(ge=100)]
     batch_size: Positive
 
 
-class ShowMLCMSettings(Settings):
-    """`configs/show_mlcm.yaml`: MLCM-LoRA beside LCM-LoRA on the toy world."""
+class ShowSettings(Settings):
+    """`configs/show_lightning.yaml`: students of several kinds on the toy world, with several seeds."""
 
     output_dir: str
     overrides: list[str]
     seeds: Annotated[list[Natural], Field(min_length=1)]
     n: Annotated[int, Field(ge=100)]
     tuning_n: Annotated[int, Field(ge=100)]
-    steps: list[Positive]
     guidances: list[Annotated[float, Field(ge=0)]]
     batch_size: Positive
+
+
+class ShowMLCMSettings(ShowSettings):
+    """`configs/show_mlcm.yaml`: MLCM-LoRA beside LCM-LoRA on the toy world."""
+
+    steps: list[Positive]
+
+
+class LinkSettings(Settings):
+    """A link of a chain: a run of `script` with `overrides` of the chain's experiment.
+
+    A training run is exported when it is finished, in the formats `export` (null: its student's usual ones); `teacher`
+    and `start` name the earlier links whose exports become those settings of it.
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    script: Literal["train", "make_trajectories"] = "train"
+    overrides: list[str] = []
+    teacher: str | None = None
+    start: str | None = None
+    export: Annotated[list[str], Field(min_length=1)] | None = None
+
+
+def check_links(links: list[LinkSettings]) -> list[LinkSettings]:
+    """Raises ValueError for a name that is given twice, or a link that builds on none of those before it."""
+    names = [link.name for link in links]
+    for i, link in enumerate(links):
+        before = [other.name for other in links[:i] if other.script == "train"]
+        if link.name in names[:i]:
+            raise ValueError(f"two links are called {link.name!r}")
+        if link.script != "train" and (link.teacher or link.start or link.export):
+            raise ValueError(f"{link.name}: teacher, start and export are for links with script: train")
+        for key, name in {"teacher": link.teacher, "start": link.start}.items():
+            if name in names[i:]:
+                raise ValueError(f"{link.name}: {key} {name!r} is not before it in the chain")
+            if name is not None and name not in before:
+                allowed = ", ".join(before) or "none, it is the first"
+                raise ValueError(f"{link.name}: no {key} {name!r}{_suggest(name, before)}; allowed: {allowed}")
+    return links
+
+
+class ChainSettings(Settings):
+    """A file of `configs/chain/`: links, in the order in which they are run."""
+
+    experiment: str
+    links: Annotated[list[LinkSettings], Field(min_length=1), AfterValidator(check_links)]
+
+
+Strings = list[str]  # `list` is one of the settings
+
+
+class RunChainSettings(Settings):
+    """`configs/run_chain.yaml`: the links of a chain, one after another."""
+
+    chain: ChainSettings
+    output_dir: str
+    overrides: Strings
+    launch: str | None
+    link: str | None
+    list: bool
 
 
 S = TypeVar("S", bound=Settings)

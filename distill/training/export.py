@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from hydra.utils import get_class
 
 from distill.data.storage import sync_folder
+from distill.methods.sampling import Sampling
+from distill.models.exported import FACTS
 from distill.models.families import load_teacher
 from distill.models.formats import LORA_FORMATS, save_pipeline, save_unet
+from distill.models.schedulers import make_scheduler
 from distill.training.checkpoint import read_weights
 from distill.training.config import ConfigError, TrainSettings, build, checking
 from distill.training.run import checkpoints_of, read_run
-
-FACTS = "distill.json"
-"""In every export: what it is and which files it wrote, for machines. `README.md` is for people."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Export:
         ema: whether its weights are the moving average.
         guidance: lowest and highest w that the student learned from.
         told_guidance: whether w is an input of the student; else it is built in.
+        prediction: what its network predicts, in diffusers' words.
+        sampling: how it is drawn.
         settings: of the run.
     """
 
@@ -56,6 +59,8 @@ class Export:
     ema: bool
     guidance: tuple[float, float]
     told_guidance: bool
+    prediction: str
+    sampling: Sampling
     settings: TrainSettings
 
     @property
@@ -104,7 +109,7 @@ def write_student(
         checkpoint: `latest` or a step.
         use_ema: the moving average of the weights, where the run keeps one.
         formats: `diffusers`, `peft`, `kohya` (LoRA files), `unet` (a whole network), `pipeline` (the teacher's, with
-            that network and LCMScheduler); None takes the student's usual ones.
+            that network and the student's scheduler); None takes the student's usual ones.
         dtype: of the student's weights in the files; a pipeline's other parts are float32.
 
     Raises:
@@ -119,7 +124,7 @@ def write_student(
         step, weights = read_weights(checkpoints_of(run), "student", checkpoint, use_ema)
     model = settings.model
     teacher = load_teacher(model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant)
-    student.networks(teacher, keep_teacher=False)
+    network = student.networks(teacher, keep_teacher=False)["student"]  # without its start: that is in its weights
     export = Export(
         name=name,
         formats=wanted,
@@ -130,7 +135,9 @@ def write_student(
         step=step,
         ema=use_ema and settings.ema_decay is not None,
         guidance=learned_guidance(settings),
-        told_guidance=teacher.denoiser().guidance_embedding_dim is not None,
+        told_guidance=network.guidance_embedding_dim is not None,
+        prediction=network.prediction.value,
+        sampling=build(settings.method, schedule=teacher.schedule).sampling,
         settings=settings,
     )
     with checking():
@@ -139,8 +146,11 @@ def write_student(
         if len(lora) < len(wanted):
             student.finish(teacher, weights)
         if "pipeline" in wanted:  # which has the sub-folder `unet` too
-            path = model.pretrained_model_name_or_path
-            save_pipeline(folder, teacher.unet, path, dtype, model.revision, model.variant)
+            path, drawn = model.pretrained_model_name_or_path, export.sampling
+            scheduler = partial(
+                make_scheduler, sampler=drawn.sampler, spacing=drawn.spacing, prediction=network.prediction
+            )
+            save_pipeline(folder, teacher.unet, path, dtype, scheduler, model.revision, model.variant)
         elif "unet" in wanted:
             save_unet(folder, teacher.unet, dtype)
     (folder / FACTS).write_text(json.dumps(export.facts(), indent=1) + "\n")
@@ -164,13 +174,20 @@ def check_formats(settings: TrainSettings, formats: Sequence[str] | None) -> Non
 
 
 def learned_guidance(settings: TrainSettings) -> tuple[float, float]:
-    """The lowest and the highest w that a run's student learns from: its method's own, or its trajectories'."""
+    """The lowest and the highest w that a run's student learns from: its method's own, or its trajectories'.
+
+    It is 1 where an earlier student teaches, which has its own built in.
+    """
     constants = {
         **{name: p.default for name, p in inspect.signature(get_class(settings.method["_target_"])).parameters.items()},
         **settings.method,
     }
-    if constants.get("source") == "noised":
+    if constants.get("source") == "noised" and "w_min" in constants:
         return constants["w_min"], constants["w_max"]
+    if constants.get("source") == "noised" and "guidance" in constants:
+        return constants["guidance"], constants["guidance"]
+    if settings.teacher is not None:
+        return 1.0, 1.0
     w = 1.0 if settings.data.guidance is None else settings.data.guidance
     return w if isinstance(w, tuple) else (w, w)
 

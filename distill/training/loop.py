@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
 from distill.training.checkpoint import Checkpoints
 from distill.training.engine import Engine
+from distill.training.health import Health
 from distill.training.preemption import Preemption
 from distill.training.tracking import Meter, Progress, Tracker
 
@@ -35,16 +36,17 @@ def train(
     tracker: Tracker,
     checkpoints: Checkpoints,
     preemption: Preemption,
-    validate: Callable[[int], None],
+    health: Health,
+    validate: Callable[[int], Mapping[str, float]],
 ) -> int:
-    """Takes optimizer steps until `max_train_steps`, or until a signal asks to stop; returns the steps taken in all.
+    """Takes optimizer steps until `max_train_steps`, a signal or an alarm that ends the run; returns the steps in all.
 
     A step runs every turn of the method, each on the same micro-batches; its number is what metrics, checkpoints and
-    schedules count.
+    schedules count. What `validate` returns is logged.
     """
     step = start_step
     stop = False
-    while step < max_train_steps and not stop:
+    while step < max_train_steps and not stop and not health.ends_run:
         with meter.waiting():
             micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps)]
         if method.resets(step):
@@ -60,10 +62,13 @@ def train(
         stop = engine.any(preemption.requested)
         if last or stop or step % every.log == 0:
             scalars |= meter.read()
-            tracker.log(scalars, step)
+            tracker.log(scalars | health.read(scalars, step), step)
             progress.show(step, scalars)
         if last or stop or step % every.checkpoint == 0:
             checkpoints.save(engine, step)
         if last or (step % every.validate == 0 and not stop):
-            validate(step)
+            if found := validate(step):
+                tracker.log({**found, **health.read(found, step)}, step)
+        if health.ends_run:
+            checkpoints.save(engine, step)
     return step

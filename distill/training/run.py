@@ -35,10 +35,14 @@ FREE = frozenset(
         "validation_steps",
         "validation_sampling_steps",
         "validation_guidance",
+        "validation_diversity_seeds",
+        "health",
         "report_to",
         "log_every",
         "data",
         "model",
+        "teacher",  # these two are compared by what is in them, when a checkpoint is resumed from
+        "start",
     }
 )
 

@@ -146,6 +146,14 @@ def cut_after(path: Path, step: int) -> None:
     os.replace(whole, path)
 
 
+def read_metrics(folder: Path, step: int) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl up to `step`, without torn ones; "nan", "inf" and "-inf" are numbers again."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if 0 <= _step_of(line) <= step]
+    return [{name: float(value) for name, value in row.items()} for row in rows]
+
+
 def _step_of(line: str) -> int:
     """The line's step; -1 for a torn line."""
     try:

@@ -13,7 +13,7 @@ from distill.evaluation.compare import Setting, generate
 from distill.evaluation.pipelines import draw, load_pipeline, milestone_steps, use_sampler
 from distill.evaluation.proof import plain_pipeline_agrees
 from distill.models.families import Teacher, load_teacher
-from distill.models.lora import add_lora, save_lora
+from distill.models.lora import ADAPTER, add_lora, save_lora
 from tests.tiny import FAMILIES, save_tiny
 
 PROMPTS, SEEDS = ["a cat", "two dogs"], [3, 10_000_000]
@@ -28,8 +28,8 @@ def trained_student(folder: str) -> Teacher:
     return teacher
 
 
-def ours(teacher: Teacher, steps: int, adapters: bool = True) -> Tensor:
-    student = replace(teacher.denoiser(), adapters=adapters)
+def ours(teacher: Teacher, steps: int, adapter: str | None = ADAPTER) -> Tensor:
+    student = replace(teacher.denoiser(), adapter=adapter)
     batches = generate(teacher, student, PROMPTS, SEEDS, Setting("student", "lcm", steps, 1.0, "lcm"))
     return torch.cat([batch.images for batch in batches])
 
@@ -52,7 +52,7 @@ def test_a_plain_pipeline_draws_at_milestones_too(family: str, sampler: str, ste
     teacher = trained_student(folder)
     save_lora(tmp_path / "lora", teacher.unet)
     setting = Setting("student", sampler, steps, 1.0, "milestones")
-    student = replace(teacher.denoiser(), adapters=True)
+    student = replace(teacher.denoiser(), adapter=ADAPTER)
     expected = torch.cat([b.images for b in generate(teacher, student, PROMPTS, SEEDS, setting)])
     pipeline = load_pipeline(folder, tmp_path / "lora")
     use_sampler(pipeline, sampler, "milestones")
@@ -65,7 +65,7 @@ def test_it_would_notice_another_network(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "teacher")
     teacher = trained_student(folder)
     save_lora(tmp_path / "lora", teacher.unet)
-    without = ours(teacher, 4, adapters=False)
+    without = ours(teacher, 4, adapter=None)
     assert plain_pipeline_agrees(folder, tmp_path / "lora", PROMPTS, SEEDS, 4, without) > 1e-2
 
 

@@ -23,7 +23,7 @@ from distill.evaluation.pipelines import load_pipeline, use_adapters, use_sample
 from distill.evaluation.uses import asked_steps, start_time
 from distill.methods.sampling import sample, starting_noise
 from distill.models.families import Teacher
-from distill.models.lora import save_lora
+from distill.models.lora import ADAPTER, save_lora
 from distill.toy.control import controlled
 from tests.evaluation.test_proof import PROMPTS, SEEDS, trained_student
 from tests.tiny import FAMILIES, TOKENS, UNETS, save_tiny
@@ -80,7 +80,7 @@ def pictures(seed: int) -> Tensor:
 
 
 def ours(teacher: Teacher, x: Tensor, times: list[int], conditioning: Mapping[str, Tensor], g: Any) -> Tensor:
-    network = replace(teacher.denoiser(), adapters=True)
+    network = replace(teacher.denoiser(), adapter=ADAPTER)
     return teacher.decode(sample(network, teacher.schedule, x, times, conditioning, "lcm", g))
 
 

@@ -153,14 +153,14 @@ def test_a_wrapped_network_is_the_same_denoiser(one_process_group):
     assert torch.equal(out.x0, student(x, T, c).x0)
     assert not torch.equal(out.x0, teacher.x0)
     with torch.no_grad():
-        assert torch.equal(replace(wrapped, adapters=False)(x, T, c).x0, teacher.x0)
+        assert torch.equal(replace(wrapped, adapter=None)(x, T, c).x0, teacher.x0)
     out.x0.square().mean().backward()
     assert all(parameter.grad is not None for parameter in trained)
 
 
 def test_a_denoiser_made_before_the_lora_still_switches_it_off():
     unet, c, x = tiny_unet(), tiny_conditioning("sd15", len(T)), _noisy()
-    teacher = NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON, adapters=False)
+    teacher = NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON, adapter=None)
     with torch.no_grad():
         before = teacher(x, T, c).x0
         for parameter in add_lora(unet, rank=2, alpha=3):

@@ -17,12 +17,12 @@ from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import (
     LCM_LORA_TARGETS,
     adapters,
-    adapters_off,
     add_lora,
     load_lora,
     lora_layers,
     lora_state_dict,
     merge_lora,
+    only_adapter,
     save_lora,
 )
 from tests.tiny import CHANNELS, FAMILIES, save_tiny, tiny_conditioning, tiny_unet
@@ -74,14 +74,14 @@ def test_the_student_starts_as_the_teacher_and_off_stays_it_to_the_bit(family):
     student = output(unet, family)
     assert not torch.allclose(student, teacher, atol=0.1)
 
-    with adapters_off(unet):
+    with only_adapter(unet, None):
         assert torch.equal(output(unet, family), teacher)
-        with adapters_off(unet):
+        with only_adapter(unet, None):
             pass
         assert torch.equal(output(unet, family), teacher)
         assert all(parameter.requires_grad for parameter in trained)
     assert torch.equal(output(unet, family), student)
-    with pytest.raises(RuntimeError), adapters_off(unet):
+    with pytest.raises(RuntimeError), only_adapter(unet, None):
         raise RuntimeError
     assert torch.equal(output(unet, family), student)
 

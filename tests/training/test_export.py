@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,13 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch import Tensor
 
-from distill.diffusion.solver import lcm_times
-from distill.methods.sampling import sample, starting_noise
+from distill.diffusion.prediction import Prediction
+from distill.evaluation.pipelines import load_pipeline, sampling_of, use_sampler
+from distill.methods.sampling import Sampling, sample, starting_noise
+from distill.models.exported import open_export, read_export
 from distill.models.families import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
 from distill.training.card import base_licence
@@ -28,6 +37,7 @@ from distill.training.engine import Engine, TrainedNetwork
 from distill.training.export import export_run, published, require_login
 from distill.training.run import checkpoints_of, open_run, read_run
 from scripts.export import main
+from scripts.train import settled
 from tests.tiny import FAMILIES, save_tiny
 
 PROMPTS, SEEDS = ["a cat", "two dogs"], [3, 10_000_000]
@@ -53,25 +63,29 @@ class Trained:
         return folder
 
     def pictures(self, w: float) -> Tensor:
-        """[B, 3, H, W] in [0, 1], in four steps."""
+        """[B, 3, H, W] in [0, 1], in the student's own number of steps, or in four."""
         settings = read_run(self.folder)
         teacher = load_teacher(self.teacher, parts=("unet", "text", "vae"))
+        sampling = build(settings.method, schedule=teacher.schedule).sampling
         student = build(settings.student).networks(teacher, keep_teacher=False)["student"]
         teacher.unet.load_state_dict(torch.load(self.folder / "weights.pt"), strict=False)
         generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
         x = starting_noise(generators, teacher.latent_shape)
         conditioning = teacher.encode(PROMPTS) | {"guidance": torch.full((len(PROMPTS),), w)}
-        times = lcm_times(teacher.schedule.T, 4)
-        latents = sample(student, teacher.schedule, x, times, conditioning, "lcm", generators)
+        times = sampling.times(teacher.schedule.T, 4)
+        latents = sample(student, teacher.schedule, x, times, conditioning, sampling.sampler, generators)
         return (teacher.decode(latents) + 1) / 2
 
 
 NOISED = ("method=lcm_noised", f"method.w_min={LEARNED_W[0]}", f"method.w_max={LEARNED_W[1]}")
 
 
-def a_run(folder: Path, family: str, kind: str, *overrides: str, method: Sequence[str] = NOISED) -> Trained:
-    """A run whose checkpoint holds a student far from its teacher."""
+def a_run(
+    folder: Path, family: str, kind: str, *overrides: str, method: Sequence[str] = NOISED, start: Path | None = None
+) -> Trained:
+    """A run whose checkpoint holds a student far from its teacher, and from the export that it started from."""
     teacher = save_tiny(folder / "teacher", family)
+    starts = {} if start is None else {"start": open_export(start)}
     settings = load(
         "train",
         TrainSettings,
@@ -84,11 +98,13 @@ def a_run(folder: Path, family: str, kind: str, *overrides: str, method: Sequenc
             "lora_rank=4",
             "lora_alpha=2.5",
             "validation_prompts=[snow, a red boat]",
+            *([] if start is None else [f"start={start}"]),
             *overrides,
         ],
     )
+    settings = settled(settings, starts)
     run = open_run(settings)
-    networks = build(settings.student).networks(load_teacher(teacher), settings.seed, False)
+    networks = build(settings.student).networks(load_teacher(teacher), settings.seed, False, starts.get("start"))
     engine = Engine().start()
     plan = TrainedNetwork(torch.optim.SGD, ema_decay=settings.ema_decay)
     engine.prepare({"student": networks["student"]}, {"student": plan})  # an average is kept of how it starts
@@ -131,11 +147,11 @@ def full(runs: Runs) -> Trained:
     return runs("sd15", "full")
 
 
-def drawn(pipeline: Any, w: float) -> Tensor:
+def drawn(pipeline: Any, w: float, steps: int = 4, output_type: str = "pt") -> Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
-        prompt=PROMPTS, num_inference_steps=4, guidance_scale=w, generator=generators, output_type="pt"
+        prompt=PROMPTS, num_inference_steps=steps, guidance_scale=w, generator=generators, output_type=output_type
     ).images
 
 
@@ -222,6 +238,115 @@ def test_the_average_is_exported_where_one_is_kept(tmp_path: Path) -> None:
         exported = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
         assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
         assert f"| EMA | {words} |" in (folder / "README.md").read_text()
+
+
+# ---- students of few, fixed steps, and of other predictions ---------------------------------------------------------
+
+DDIM, EULER = ("ddim", DDIMScheduler), ("euler", EulerDiscreteScheduler)
+
+
+def lightning(steps: int, x_T: str) -> list[str]:
+    return ["method=lightning_mse", f"method.student_steps={steps}", f"method.teacher_steps={2 * steps}"] + [
+        f"method.x_T={x_T}",
+        "method.source=noised",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "steps", "x_T", "how", "overrides"),
+    [
+        ("sd15", "lora", 2, "noise", DDIM, ()),
+        ("sdxl", "lora", 4, "scaled", EULER, ()),
+        ("sd15", "full_unguided", 2, "scaled", EULER, ("student.prediction=v_prediction",)),
+        ("sd15", "full_unguided", 1, "noise", DDIM, ("student.prediction=sample",)),
+    ],
+)
+def test_every_file_draws_as_its_method_says(
+    family: str,
+    kind: str,
+    steps: int,
+    x_T: str,
+    how: tuple[str, type],
+    overrides: Sequence[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The code on the card, the pipeline's folder, and our own loader by what the export says of itself."""
+    run = a_run(tmp_path, family, kind, *overrides, method=lightning(steps, x_T))
+    formats = ["diffusers" if kind == "lora" else "unet", "pipeline"]
+    folder = run.export(tmp_path / "a", f"formats=[{','.join(formats)}]", "dtype=float32", "card_prompts=[snow]")
+    expected = run.pictures(1.0)
+    sampler, scheduler = how
+    assert sampling_of(folder) == Sampling(sampler, "trailing", steps)
+
+    monkeypatch.chdir(tmp_path)
+    card = (folder / "README.md").read_text()
+    count = f"{steps} {'step' if steps == 1 else 'steps'}"
+    assert f"It draws in exactly {count}." in card and f"diffusers pipeline in {count}, `guidance_scale=1`" in card
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == len(formats)
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        assert type(names["pipeline"].scheduler) is scheduler
+        torch.testing.assert_close(drawn(names["pipeline"], 1.0, steps), expected, rtol=0, atol=2e-5)
+    assert torch.equal(drawn(names["pipeline"], 0.0, steps), drawn(names["pipeline"], 1.0, steps))  # both are none
+    assert (expected[0] - expected[1]).abs().max() > 0.05
+
+    loaded = load_pipeline(run.teacher, folder)
+    torch.testing.assert_close(drawn(loaded, 1.0, steps), expected, rtol=0, atol=2e-5)
+    use_sampler(loaded, "euler" if sampler == "ddim" else "ddim", "trailing")  # the other start is another picture
+    assert (drawn(loaded, 1.0, steps) - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("x_T", ["noise", "scaled"])
+def test_one_step_of_a_network_of_clean_data_is_what_it_says(x_T: str, tmp_path: Path) -> None:
+    run = a_run(tmp_path, "sd15", "full_unguided", "student.prediction=sample", method=lightning(1, x_T))
+    folder = run.export(tmp_path / "a", "formats=[pipeline]", "dtype=float32", "card_prompts=[]")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    said: list[Tensor] = []
+    pipeline.unet.register_forward_hook(lambda *args: said.append(args[-1][0]))
+    latents = drawn(pipeline, 1.0, 1, output_type="latent")
+    assert len(said) == 1 and pipeline.scheduler.config.prediction_type == "sample"
+    tolerance = 0 if x_T == "noise" else 1e-5  # Euler's adds x_T, and takes it away again
+    torch.testing.assert_close(latents, said[0], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full_unguided"])
+def test_a_student_that_started_from_another_is_exported_without_it(kind: str, tmp_path: Path) -> None:
+    """Its checkpoint holds all that it trained; a LoRA is relative to the model, not to where it started."""
+    first = a_run(tmp_path / "first", "sd15", "lora", method=lightning(4, "noise"))
+    start = first.export(tmp_path / "start", "dtype=float32", "card_prompts=[]")
+    run = a_run(tmp_path / "second", "sd15", kind, method=lightning(2, "noise"), start=start)
+    expected = run.pictures(1.0)
+    assert (expected - first.pictures(1.0)).abs().max() > 0.02
+    shutil.rmtree(start)
+    folder = run.export(tmp_path / "a", "dtype=float32", "card_prompts=[]")
+    torch.testing.assert_close(drawn(load_pipeline(run.teacher, folder), 1.0, 2), expected, rtol=0, atol=1e-4)
+    assert "| start | start |" in (folder / "README.md").read_text()
+
+
+def test_what_a_network_predicts_is_handed_on_from_run_to_run(tmp_path: Path) -> None:
+    convert = ["student.prediction=sample"]
+    first = a_run(tmp_path / "first", "sd15", "full_unguided", *convert, method=lightning(1, "noise"))
+    start = first.export(tmp_path / "start", "dtype=float32", "card_prompts=[]")
+    run = a_run(tmp_path / "second", "sd15", "full_unguided", method=lightning(1, "noise"), start=start)
+    shutil.rmtree(start)
+    folder = run.export(tmp_path / "a", "dtype=float32", "card_prompts=[]")
+    assert read_export(folder).prediction is Prediction.SAMPLE
+    torch.testing.assert_close(drawn(load_pipeline(run.teacher, folder), 1.0, 1), run.pictures(1.0), rtol=0, atol=1e-4)
+
+
+def test_an_export_of_before_is_drawn_by_lcm(full: Trained, tmp_path: Path) -> None:
+    folder = full.export(tmp_path / "a", "card_prompts=[]")
+    facts = json.loads((folder / "distill.json").read_text())
+    assert (facts.pop("prediction"), facts.pop("sampling")) == (
+        "epsilon",
+        {"sampler": "lcm", "spacing": "lcm", "steps": None},
+    )
+    (folder / "distill.json").write_text(json.dumps(facts))
+    assert sampling_of(folder) == Sampling() and read_export(folder).prediction is None
+    assert isinstance(load_pipeline(full.teacher, folder).scheduler, LCMScheduler)
 
 
 # ---- which files ----------------------------------------------------------------------------------------------------

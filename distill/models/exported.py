@@ -1,0 +1,102 @@
+"""Exports of earlier runs, as a later run takes them up: what `scripts/export.py` wrote, by what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distill.diffusion.prediction import Prediction
+from distill.models.folder import stored_tensors, weight_files, weights_hash
+from distill.models.formats import NETWORK_FORMATS
+from distill.models.lora import lora_file
+
+FACTS = "distill.json"
+"""In every export: what it is and which files it wrote, for machines. `README.md` is for people."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A student in a folder.
+
+    Args:
+        folder: of the export.
+        formats: those it holds.
+        base_hash: identity of the model that it was distilled from, which its LoRA belongs on.
+        prediction: what its network predicts; None, in exports that do not say, is what that model predicts.
+        sampling: how it is drawn, by the names of `Sampling`'s fields; empty in exports that do not say.
+    """
+
+    folder: Path
+    formats: tuple[str, ...]
+    base_hash: str
+    prediction: Prediction | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether a LoRA is taken from it, which it then has in full precision of its dtype; else its whole network."""
+        return "diffusers" in self.formats
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Of the weights that are taken; raises FileNotFoundError if they are gone."""
+        return [lora_file(self.folder)] if self.is_lora else weight_files(self.folder, "unet")
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """16 hex digits over the weights that are taken, as they are stored now (reads them all)."""
+        return weights_hash(stored_tensors(self.files))
+
+    def require_base(self, base_hash: str) -> None:
+        """Raises ValueError for a student of another model."""
+        if self.base_hash != base_hash:
+            raise ValueError(
+                f"{self.folder} is an export of another model: its base_hash is {self.base_hash}, "
+                f"this model's is {base_hash}"
+            )
+
+
+def read_export(folder: str | Path) -> Exported:
+    """What the export in `folder` says of itself; its weights are not read.
+
+    Raises:
+        ValueError: no export is there, or what it says cannot be read.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        prediction = facts.get("prediction")
+        return Exported(
+            folder,
+            tuple(facts["formats"]),
+            facts["base_hash"],
+            None if prediction is None else Prediction(prediction),
+            facts.get("sampling", {}),
+        )
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not an export: it has no {FACTS} (scripts/export.py writes them)") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / FACTS} is not readable ({type(error).__name__}: {error})") from None
+
+
+def open_export(folder: str | Path) -> Exported:
+    """What `read_export` gives, of an export that a run can take up.
+
+    Raises:
+        ValueError: no export is there, or one without weights that a run takes up.
+    """
+    export = read_export(folder)
+    if not {"diffusers", *NETWORK_FORMATS} & set(export.formats):
+        raise ValueError(
+            f"{export.folder} holds {', '.join(export.formats)}: a run takes up a LoRA for diffusers or a whole "
+            "network, export it with formats=[diffusers] or formats=[unet]"
+        )
+    try:
+        _ = export.files
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+    return export
