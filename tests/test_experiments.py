@@ -31,7 +31,7 @@ from distill.training.engine import Engine, LearningRate, TrainedNetwork
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEDULE = NoiseSchedule.scaled_linear()
-BUNDLED = ("quickstart", "lcm_toy", "mlcm_toy")
+BUNDLED = ("quickstart", "lcm_toy", "mlcm_toy", "lightning_toy")
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if p.stem not in BUNDLED)
 # LCM-LoRA (arXiv 2311.05556) says 67.5 M, 105 M, 197 M; a full network has 256 inputs for w beside its teacher's.
 TRAINED = {
@@ -40,6 +40,8 @@ TRAINED = {
     "lcm_lora_sdxl": 196_751_360,
     "mlcm_sd15": 67_252_224,
     "mlcm_sdxl": 196_751_360,
+    "lightning_sd15": 67_252_224,
+    "lightning_sdxl": 196_751_360,
     "lcm_sd15": 859_520_964 + 256 * 320,
     "lcm_ssd1b": 1_331_334_404 + 256 * 320,
     "lcm_sdxl": 2_567_463_684 + 256 * 320,
@@ -154,6 +156,53 @@ def step(experiment: str) -> None:
         "gradients": sum(reached) / len(reached),
         "seconds": round(time.perf_counter() - start, 1),
         "trained": sum(p.numel() for p in parameters.values()),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 2),
+    }
+    print(json.dumps(report))
+
+
+@pytest.mark.slow
+def test_both_turns_of_a_game_are_taken_at_full_size() -> None:
+    """SD 1.5's LoRA and a conditional discriminator: a link of configs/chain/lightning_sd15.yaml."""
+    command = "from tests.test_experiments import game; game()"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    print("game", report)
+    assert report["skipped"] == [0, 0]
+    # of the LoRA every B: the gradient of an A is zero while its B is
+    assert report["moved"] == {"discriminator": 1, "student": 0.5}
+    assert report["peak_gb"] < 11
+
+
+def game() -> None:
+    """The discriminator's turn and the student's at batch 1, latents 32 x 32, in bf16; what they cost, as JSON."""
+    link = ["method.teacher_steps=8", "method.student_steps=4", "networks.discriminator.conditional=true"]
+    cfg = settings_of("lightning_sd15", *link)
+    teacher = full_size_teacher("lightning_sd15", "cpu", torch.bfloat16)
+    method: Method = build(cfg.method, schedule=SCHEDULE)
+    critic = build(cfg.networks["discriminator"]).network(teacher, cfg.seed)
+    random = torch.Generator().manual_seed(0)
+    nn.init.normal_(critic.module.head.logit.weight, std=0.02, generator=random)  # or only that would move
+    networks = {"discriminator": critic, **build(cfg.student).networks(teacher, cfg.seed)}
+    engine = Engine(mixed_precision="bf16", gradient_checkpointing=cfg.gradient_checkpointing).start()
+    engine.prepare(networks, dict.fromkeys(method.trains, TrainedNetwork(build(cfg.optimizer))))
+    parameters = {name: list(trained(networks[name].module).values()) for name in method.trains}
+    before = {name: [p.detach().flatten()[:16].clone() for p in ps] for name, ps in parameters.items()}
+    batch = full_size_batch(teacher.unet.config, states=1)
+    start, scalars = time.perf_counter(), {}
+    for turn in method.turns(0):
+        scalars |= engine.update(turn, [batch], 0)
+    moved = {
+        name: [not torch.equal(p.flatten()[:16], b) for p, b in zip(ps, before[name], strict=True)]
+        for name, ps in parameters.items()
+    }
+    report: dict[str, Any] = {
+        "losses": [scalars["discriminator/loss"], scalars["student/loss"]],
+        "skipped": [scalars["discriminator/skipped"], scalars["student/skipped"]],
+        "moved": {name: sum(flags) / len(flags) for name, flags in moved.items()},
+        "trained": {name: sum(p.numel() for p in ps) for name, ps in parameters.items()},
+        "seconds": round(time.perf_counter() - start, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 2),
     }
     print(json.dumps(report))

@@ -1,0 +1,177 @@
+"""Chains: runs that build on earlier ones. What each link's command is, what it needs, and how far it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.data.index import StoreIndex
+from distill.data.reader import read_index
+from distill.data.record import StoreError
+from distill.data.storage import Folder
+from distill.training.checkpoint import Checkpoints
+from distill.training.config import ChainSettings, ConfigError, LinkSettings, TrainSettings, load
+from distill.training.export import FACTS, check_formats
+from distill.training.run import checkpoints_of, finished
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link in its place.
+
+    Args:
+        name, script: as in the chain's file.
+        folder: of the run; trajectories are written where `settings.data.store` says.
+        arguments: of the script.
+        settings: what the arguments amount to.
+        formats: of the export; None if any will do.
+        needs: names of the earlier links that have to be done.
+    """
+
+    name: str
+    script: str
+    folder: Path
+    arguments: tuple[str, ...]
+    settings: TrainSettings
+    formats: tuple[str, ...] | None
+    needs: tuple[str, ...]
+
+    @property
+    def trains(self) -> bool:
+        return self.script == "train"
+
+    @property
+    def export(self) -> Path:
+        """The folder of its export."""
+        return export_of(self.folder)
+
+    def export_arguments(self) -> tuple[str, ...]:
+        """Of scripts/export.py: exactly what was trained, for the links that go on from it."""
+        formats = () if self.formats is None else (f"formats=[{','.join(self.formats)}]",)
+        return (f"run={self.folder}", f"output_dir={self.export}", "dtype=float32", "card_prompts=[]", *formats)
+
+    def made(self) -> bool:
+        """Whether its script has nothing left to do."""
+        if self.trains:
+            return finished(self.folder, self.settings.max_train_steps)
+        index = self._index()
+        return index is not None and index.complete and index.samples == self.settings.data.num_samples
+
+    def done(self) -> bool:
+        """Whether there is nothing left to do: it is made, and exported as it is."""
+        return self.made() and (not self.trains or self._exported())
+
+    def steps(self) -> tuple[int, int]:
+        """Steps of the newest checkpoint (shards that are written), and in all."""
+        if self.trains:
+            last = self.settings.max_train_steps
+            found = Checkpoints(checkpoints_of(self.folder)).found()
+            return (last if self.made() else found[0][0] if found else 0), last
+        index = self._index()
+        return (0, 0) if index is None else (len(index.shards), index.planned_shards)
+
+    def state(self) -> str:
+        """`done`, `not started`, or how far it is."""
+        at, last = self.steps()
+        if self.done():
+            return "done"
+        if self.made():
+            return "to be exported"
+        return f"at {'step' if self.trains else 'shard'} {at} of {last}" if at else "not started"
+
+    def _index(self) -> StoreIndex | None:
+        try:
+            return read_index(Folder(self.settings.data.store))
+        except StoreError:
+            return None
+
+    def _exported(self) -> bool:
+        try:
+            facts = json.loads((self.export / FACTS).read_text())
+            whole = all((self.export / path).stat().st_size == size for path, size in facts["files"].items())
+        except (OSError, ValueError, KeyError):
+            return False
+        newest = facts["step"] == int((self.folder / "DONE").read_text())
+        return whole and newest and set(self.formats or ()) <= set(facts["formats"])
+
+
+def export_of(folder: Path) -> Path:
+    """Where the export of the run in `folder` is put."""
+    return folder / "export"
+
+
+def links_of(chain: ChainSettings, output_dir: str | Path, overrides: Sequence[str] = ()) -> list[Link]:
+    """The links of a chain, all their settings checked.
+
+    A link that trains reads the store of the last link before it that writes one. `overrides` come after a link's own.
+
+    Raises:
+        ConfigError: one line about the first link whose settings are wrong.
+    """
+    links: list[Link] = []
+    for settings in chain.links:
+        links.append(_link(settings, chain.experiment, Path(output_dir), overrides, links))
+    return links
+
+
+def one_of(links: Sequence[Link], name: str) -> Link:
+    """The link of that name, if it can be run.
+
+    Raises:
+        ConfigError: there is none, or one that it builds on is not done.
+    """
+    by_name = {link.name: link for link in links}
+    if name not in by_name:
+        raise ConfigError(f"link={name}: no such link; allowed: {', '.join(by_name)}")
+    if missing := [other for other in by_name[name].needs if not by_name[other].done()]:
+        raise ConfigError(f"link={name} builds on {missing[0]}, which is {by_name[missing[0]].state()}, not done")
+    return by_name[name]
+
+
+def seconds_left(links: Sequence[Link]) -> float | None:
+    """An estimate of the training that is left, by the pace of the links that have trained; None before any has."""
+    paces = [pace for link in links if link.trains and (pace := _step_seconds(link.folder))]
+    steps = sum(last - at for at, last in (link.steps() for link in links if link.trains))
+    return steps * sum(paces) / len(paces) if paces else None
+
+
+def _link(link: LinkSettings, experiment: str, root: Path, overrides: Sequence[str], before: Sequence[Link]) -> Link:
+    folder = root / link.name
+    stores = [other for other in before if not other.trains]
+    store = folder if link.script == "make_trajectories" else stores[-1].folder if stores else None
+    given = {"teacher": link.teacher, "start": link.start}
+    arguments = (
+        f"experiment={experiment}",
+        *([] if store is None else [f"data.store={store}"]),
+        *link.overrides,
+        *overrides,
+        f"output_dir={folder}",
+        *(f"{key}={export_of(root / name)}" for key, name in given.items() if name is not None),
+    )
+    try:
+        settings = load("train", TrainSettings, arguments)
+        if link.script == "train":
+            check_formats(settings, link.export)
+    except ConfigError as error:
+        raise ConfigError(f"link {link.name}: {error}") from None
+    read = [other.name for other in stores if other.settings.data.store == settings.data.store]
+    return Link(
+        name=link.name,
+        script=link.script,
+        folder=folder,
+        arguments=arguments,
+        settings=settings,
+        formats=None if link.export is None else tuple(link.export),
+        needs=tuple(dict.fromkeys([*read, *(name for name in given.values() if name is not None)])),
+    )
+
+
+def _step_seconds(run: Path) -> float | None:
+    """Of the last step that a run has logged."""
+    try:
+        lines = reversed((run / "metrics.jsonl").read_text().splitlines())
+        return float(next(json.loads(line)["step_seconds"] for line in lines if '"step_seconds"' in line))
+    except (OSError, ValueError, StopIteration):
+        return None

@@ -1,0 +1,196 @@
+"""Chains as they are written down: what is refused, what the shipped ones ask of each other, how far a link is."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from distill.data.index import kept_times
+from distill.diffusion.schedule import NoiseSchedule
+from distill.diffusion.solver import make_times
+from distill.methods.base import Method
+from distill.training.chain import Link, links_of, one_of, seconds_left
+from distill.training.config import CONFIGS, ChainSettings, ConfigError, RunChainSettings, build, load
+
+CHAINS = sorted(path.stem for path in (CONFIGS / "chain").glob("*.yaml"))
+STORE = {"name": "store", "script": "make_trajectories"}
+
+
+def chain(*links: dict[str, Any]) -> ChainSettings:
+    return ChainSettings.model_validate({"experiment": "lcm_toy", "links": links})
+
+
+@cache
+def shipped(name: str) -> list[Link]:
+    return links_of(load("run_chain", RunChainSettings, [f"chain={name}"]).chain, "OUT")
+
+
+@pytest.mark.parametrize(
+    ("links", "words"),
+    [
+        ([{"name": "a"}, {"name": "a"}], ["two links are called 'a'"]),
+        ([{"name": "first"}, {"name": "b", "teacher": "frist"}], ["b: no teacher 'frist'", "mean 'first'?", "first"]),
+        ([{"name": "a", "start": "b"}, {"name": "b"}], ["a: start 'b' is not before it"]),
+        ([{"name": "a", "start": "a"}], ["a: start 'a' is not before it"]),
+        ([STORE, {"name": "a", "teacher": "store"}], ["a: no teacher 'store'", "none, it is the first"]),
+        (
+            [{"name": "a"}, STORE | {"start": "a"}],
+            ["store: teacher, start and export are for links with script: train"],
+        ),
+        ([{"name": "a/b"}], ["a/b"]),
+        ([{"name": "a", "overides": []}], ["overides"]),
+        ([{"name": "a", "script": "export"}], ["'train' or 'make_trajectories'"]),
+        ([], ["at least 1 item"]),
+    ],
+)
+def test_a_chain_that_does_not_hold_together_is_refused(links: list[dict[str, Any]], words: list[str]) -> None:
+    with pytest.raises(ValidationError) as error:
+        chain(*links)
+    assert len(error.value.errors()) == 1 and all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("chain.links=[{name: a, overides: [x]}]", "unknown key 'chain.links.0.overides'"),
+        ("chain.links=[{name: a, start: b}]", "chain.links: a: no start 'b'; allowed: none, it is the first"),
+        ("chain=lightning_tooy", "unknown chain=lightning_tooy (did you mean 'lightning_toy'?)"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line(override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load("run_chain", RunChainSettings, ["chain=lightning_toy", override][override.startswith("chain=") :])
+    assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("link", "line"),
+    [
+        ({"overrides": ["method=lcn"]}, "link a: unknown method=lcn (did you mean 'lcm'?)"),
+        ({"overrides": ["method.skipp=2"]}, "link a: unknown key 'method.skipp'"),
+        ({"export": ["kohya"]}, "link a: formats: a FullStudent cannot be exported as 'kohya'"),
+    ],
+)
+def test_a_links_settings_are_checked_before_any_link_is_run(link: dict[str, Any], line: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        links_of(chain(STORE, {"name": "a"} | link), tmp_path)
+    assert str(error.value).startswith(line)
+
+
+def test_a_link_is_told_where_the_others_are_and_what_the_user_says_comes_last(tmp_path: Path) -> None:
+    first = {"name": "a", "overrides": ["seed=1", "log_every=3"]}
+    links = links_of(chain(STORE, first, {"name": "b", "teacher": "a", "start": "a"}), tmp_path, ["seed=2"])
+    store, a, b = (link.settings for link in links)
+    assert store.data.store == a.data.store == b.data.store == str(tmp_path / "store")
+    assert (a.seed, a.log_every, b.seed) == (2, 3, 2)
+    assert (a.output_dir, a.teacher, a.start) == (str(tmp_path / "a"), None, None)
+    assert b.teacher == b.start == str(tmp_path / "a" / "export")
+    assert [link.needs for link in links] == [(), ("store",), ("store", "a")]
+    elsewhere = links_of(chain({"name": "a"}, STORE, {"name": "b"}), tmp_path, ["data.store=S"])
+    assert {link.settings.data.store for link in elsewhere} == {"S"}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_shipped_chain_is_whole(name: str) -> None:
+    """Every link builds; its teacher takes the steps that it expects; the store keeps every state that is read."""
+    links = {link.name: link for link in shipped(name)}
+    data = links["store"].settings.data
+    times = kept_times(make_times("trailing", 1000, data.solver_steps), data.keep, data.segments)
+    for link in links.values():
+        if not link.trains:
+            continue
+        method: Method = build(link.settings.method, schedule=NoiseSchedule.scaled_linear())
+        method.reads().check(times)
+        assert set(method.trains) <= {"student", *link.settings.networks}
+        teacher = link.settings.teacher and links[Path(link.settings.teacher).parent.name].settings.method
+        steps = link.settings.method.get("teacher_steps")
+        if teacher and steps:
+            assert teacher["student_steps"] == steps > link.settings.method["student_steps"]
+
+
+@pytest.mark.parametrize("name", ["lightning_sdxl", "lightning_sd15", "lightning_toy"])
+def test_lightnings_chain_is_the_papers(name: str) -> None:
+    """arXiv 2402.13929, sections 3.4, 3.6 and 3.7."""
+    trained = [link for link in shipped(name) if link.trains]
+    steps = [link.settings.method["student_steps"] for link in trained]
+    assert list(dict.fromkeys(steps)) == [32, 8, 4, 2, 1] and steps == sorted(steps, reverse=True)
+    assert trained[0].settings.method["teacher_steps"] == 128
+    for link in trained:
+        lora = "LoRAStudent" in link.settings.student["_target_"]
+        game = "Adversarial" in link.settings.method["_target_"]
+        assert lora == ("-lora" in link.name) and not (lora and link.settings.method["student_steps"] == 1)
+        assert link.settings.networks["discriminator"]["conditional"] == link.name.endswith("-cond")
+        assert link.settings.optimizer["betas"] == ([0.0, 0.99] if game else [0.9, 0.999])
+        assert link.settings.optimizer["weight_decay"] == 0
+        if name != "lightning_toy":
+            assert link.settings.learning_rate == (1e-5 if not game else 1e-6 if lora else 5e-7)
+        if link.settings.method["student_steps"] <= 2:
+            assert link.settings.method["times"] == [250, 500, 750, 1000]
+    starts = [Path(link.settings.start).parent.name for link in trained if link.settings.start]
+    loras = [link.name for link in trained if "-lora" in link.name]
+    assert all(start in starts for start, _ in pairwise(loras))  # each goes on from the one before
+
+
+# ---- how far a link is ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Link:
+    (link,) = links_of(chain({"name": "a", "export": ["unet"]}), tmp_path, ["data.store=S", "max_train_steps=6"])
+    return link
+
+
+def exported(link: Link, step: int) -> None:
+    link.export.mkdir(parents=True, exist_ok=True)
+    (link.export / "weights").write_text("12345")
+    facts = {"step": step, "formats": ["unet"], "files": {"weights": 5}}
+    (link.export / "distill.json").write_text(json.dumps(facts))
+
+
+def test_a_link_is_done_when_it_is_finished_and_exported_as_it_is(trained: Link) -> None:
+    assert trained.state() == "not started"
+    (trained.folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (trained.folder / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
+    assert trained.state() == "at step 4 of 6"
+    (trained.folder / "DONE").write_text("6\n")
+    assert trained.state() == "to be exported"
+    exported(trained, step=4)
+    assert trained.state() == "to be exported"
+    exported(trained, step=6)
+    assert trained.state() == "done"
+    (trained.export / "weights").write_text("1234")
+    assert trained.state() == "to be exported"
+
+
+def test_a_link_whose_run_shall_be_longer_is_not_done(trained: Link, tmp_path: Path) -> None:
+    (trained.folder).mkdir()
+    (trained.folder / "DONE").write_text("6\n")
+    exported(trained, step=6)
+    (longer,) = links_of(chain({"name": "a"}), tmp_path, ["data.store=S", "max_train_steps=7"])
+    assert trained.done() and not longer.done()
+
+
+def test_one_link_is_refused_while_what_it_builds_on_is_not_done(tmp_path: Path) -> None:
+    links = links_of(chain({"name": "a"}, {"name": "b", "teacher": "a"}), tmp_path, ["data.store=S"])
+    assert one_of(links, "a") is links[0]
+    with pytest.raises(ConfigError, match="link=b builds on a, which is not started, not done"):
+        one_of(links, "b")
+    with pytest.raises(ConfigError, match="link=c: no such link; allowed: a, b"):
+        one_of(links, "c")
+
+
+def test_the_time_left_is_of_the_steps_left_at_the_pace_so_far(tmp_path: Path) -> None:
+    links = links_of(chain({"name": "a"}, {"name": "b"}), tmp_path, ["data.store=S", "max_train_steps=10"])
+    assert seconds_left(links) is None
+    links[0].folder.mkdir()
+    rows = [{"step": 9, "step_seconds": 9.0}, {"step": 10, "step_seconds": 0.5}]
+    (links[0].folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert seconds_left(links) == pytest.approx(20 * 0.5)
+    (links[0].folder / "DONE").write_text("10\n")
+    assert seconds_left(links) == pytest.approx(10 * 0.5)
