@@ -327,8 +327,8 @@ def check_links(links: list[LinkSettings]) -> list[LinkSettings]:
         before = [other.name for other in links[:i] if other.script == "train"]
         if link.name in names[:i]:
             raise ValueError(f"two links are called {link.name!r}")
-        if link.script != "train" and (link.teacher or link.start or link.export):
-            raise ValueError(f"{link.name}: teacher, start and export are for links with script: train")
+        if link.script != "train" and (link.start or link.export):
+            raise ValueError(f"{link.name}: start and export are for links with script: train")
         for key, name in {"teacher": link.teacher, "start": link.start}.items():
             if name in names[i:]:
                 raise ValueError(f"{link.name}: {key} {name!r} is not before it in the chain")
