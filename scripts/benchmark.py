@@ -75,6 +75,8 @@ def bench_memory() -> None:
     import benchmark_memory
 
     benchmark_memory.table()
+    print()
+    benchmark_memory.games()
 
 
 def bench_step(size: str, repeats: int | None, batch_size: int | None) -> None:

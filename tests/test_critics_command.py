@@ -62,7 +62,7 @@ def test_stages_with_critics_are_trained_stopped_and_gone_on_with_to_the_bit(
     run(*command, f"output_dir={tmp_path}/whole")
     whole = metrics(tmp_path / "whole")
     assert [{key.partition("/")[0] for key in row if "/" in key} for row in whole] == [{"student"}] * 3 + [
-        {"student", "discriminator", "fake_score"}
+        {"student", "discriminator", "fake_score", "alarm"}
     ] * 5
     rates = {name: whole[5][f"{name}/lr"] for name in ("student", "discriminator", "fake_score")}
     assert rates == {"student": 1e-4, "discriminator": 1e-4, "fake_score": 1e-4}
@@ -90,6 +90,22 @@ def test_stages_with_critics_are_trained_stopped_and_gone_on_with_to_the_bit(
 
     run(sys.executable, "scripts/export.py", f"run={tmp_path}/whole", f"output_dir={tmp_path}/lora")
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.distributed
+def test_an_alarm_ends_a_run_that_is_told_to_stop(settings: list[str], tmp_path: Path) -> None:
+    """A discriminator's last layer is zero in its first step: it can only guess. Saved, and neither done nor to be run
+    again as it is."""
+    command = [sys.executable, "scripts/train.py", *settings, f"output_dir={tmp_path}/run"]
+    command += ["health.stop=true", "health.logged_steps=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stderr.count("WARNING chance: discriminator does no better than guessing") == 1
+    assert ended.stderr.splitlines()[-1].endswith("ended at step 4, for chance; health.stop=false goes on")
+    assert [row.get("alarm/chance") for row in metrics(tmp_path / "run")] == [None, None, None, 1]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"
+    assert not any((tmp_path / "run" / name).exists() for name in ("DONE", "PREEMPTED"))
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ class Engine:
         kind: `single`, `ddp`, or `deepspeed` (which also runs in one process without a launcher).
         deepspeed: DeepSpeed's own settings, of which `zero_optimization.stage` (1, 2, 3) is required. Batch sizes,
             precision, clipping and accumulation come from the arguments below.
+        stages: ZeRO stages of single networks, by name, in place of that of `deepspeed`.
         mixed_precision: `no` (float32) or `bf16`. Trained weights have float32 masters either way.
         gradient_accumulation_steps: micro-batches of a step.
         max_grad_norm: clip the global norm of a network's gradient to this; None does not.
@@ -102,6 +103,7 @@ class Engine:
         self,
         kind: Literal["single", "ddp", "deepspeed"] = "single",
         deepspeed: dict[str, Any] | None = None,
+        stages: dict[str, Literal[1, 2, 3]] | None = None,
         mixed_precision: Literal["no", "bf16"] = "no",
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = 1.0,
@@ -120,6 +122,7 @@ class Engine:
         if max_nonfinite_steps < 1:
             raise ValueError(f"engine.max_nonfinite_steps must be at least 1, got {max_nonfinite_steps}")
         self.stage = _check_deepspeed(kind, deepspeed)
+        self._stages = _check_stages(kind, stages)
         self.kind, self.mixed_precision, self.seed = kind, mixed_precision, seed
         self.gradient_accumulation_steps, self.max_grad_norm = gradient_accumulation_steps, max_grad_norm
         self.gradient_checkpointing, self.max_nonfinite_steps = gradient_checkpointing, max_nonfinite_steps
@@ -262,6 +265,7 @@ class Engine:
         """
         modules = {name: denoiser.module for name, denoiser in networks.items()}
         _check_trained(modules, trained)
+        _check_known(self._stages, trained)
         parameters = {name: _trainable(modules[name]) for name in trained}
         for name, module in modules.items():
             if name in trained:
@@ -357,7 +361,7 @@ class Engine:
             self._accelerators = [one]
             return dict.fromkeys(names, one)
         plugins = {
-            name: DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(), zero3_init_flag=False) for name in names
+            name: DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(name), zero3_init_flag=False) for name in names
         }
         first = Accelerator(
             deepspeed_plugins=plugins,
@@ -369,10 +373,14 @@ class Engine:
         self._accelerators = [first, *others]
         return dict(zip(names, self._accelerators, strict=True))
 
-    def _deepspeed_config(self) -> dict[str, Any]:
+    def _stage_of(self, name: str) -> int | None:
+        return self._stages.get(name, self.stage)
+
+    def _deepspeed_config(self, name: str) -> dict[str, Any]:
         return {
             "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also where the optimizer is offloaded
             **self._deepspeed,
+            "zero_optimization": {**self._deepspeed["zero_optimization"], "stage": self._stage_of(name)},
             "train_micro_batch_size_per_gpu": 1,  # no loader passes through DeepSpeed: it only prints with this
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "gradient_clipping": self.max_grad_norm or 0.0,
@@ -410,7 +418,7 @@ class Engine:
         found = type(wrapped).__name__
         if self.kind == "deepspeed":
             right = found == "DeepSpeedEngine" and accelerator.distributed_type == DistributedType.DEEPSPEED
-            right = right and wrapped.zero_optimization_stage() == self.stage  # type: ignore[operator]
+            right = right and wrapped.zero_optimization_stage() == self._stage_of(name)  # type: ignore[operator]
         elif self.kind == "ddp":
             right = isinstance(wrapped, DistributedDataParallel)
         else:
@@ -499,8 +507,13 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """single, ddp, zero1, zero2 or zero3."""
-        return f"zero{self.stage}" if self.kind == "deepspeed" else self.kind
+        """single, ddp, zero1, zero2 or zero3; once networks of several stages are there, "student:zero3 …" of each."""
+        if self.kind != "deepspeed":
+            return self.kind
+        stages = {name: f"zero{self._stage_of(name)}" for name in self._trained}
+        if len(set(stages.values())) > 1:
+            return " ".join(f"{name}:{stage}" for name, stage in sorted(stages.items()))
+        return next(iter(stages.values()), f"zero{self.stage}")
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint of this engine must fit; values of JSON."""
@@ -564,6 +577,16 @@ def _check_deepspeed(kind: str, settings: Mapping[str, Any] | None) -> int | Non
     return int(stage)
 
 
+def _check_stages(kind: str, stages: Mapping[str, int] | None) -> dict[str, int]:
+    """The ZeRO stages of single networks."""
+    if stages and kind != "deepspeed":
+        raise ValueError(f"engine.stages has no meaning for engine.kind={kind}")
+    for name, stage in (stages or {}).items():
+        if stage not in (1, 2, 3):
+            raise ValueError(f"engine.stages.{name} must be 1, 2 or 3, got {stage}")
+    return dict(stages or {})
+
+
 def _forget_accelerate() -> None:
     """Accelerate keeps its state in class attributes; a stale one would answer for a new engine."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -604,6 +627,12 @@ def _check_trained(modules: Mapping[str, nn.Module], trained: Mapping[str, Train
             raise ValueError(f"network {name!r} is to be trained, but none of its weights asks for gradients")
         if any(modules[other] is modules[name] for other in trained if other != name):
             raise ValueError(f"network {name!r} is to be trained, but shares its module with another trained one")
+
+
+def _check_known(stages: Mapping[str, int], trained: Mapping[str, TrainedNetwork]) -> None:
+    for name in stages:
+        if name not in trained:
+            raise ValueError(f"engine.stages.{name}: no such network is trained; trained are: {', '.join(trained)}")
 
 
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,12 +11,13 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Prediction
@@ -25,14 +26,17 @@ from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch, CleanEnd, Reads
 from distill.methods.base import Losses, Method, Networks, Turn
 from distill.methods.lcm import LCM
+from distill.methods.lightning import LightningAdversarial
 from distill.methods.mlcm import MLCM
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.discriminator import CriticNetwork, Discriminator
-from distill.models.lora import add_lora
+from distill.models.families import StableDiffusionXL, Teacher
+from distill.models.latent_reward import LatentReward
+from distill.models.lora import TEACHING, add_lora
 from distill.training.checkpoint import Checkpoints
 from distill.training.engine import Engine, LearningRate, TrainedNetwork
 from distill.training.preemption import Preemption
-from tests.tiny import CHANNELS, tiny_conditioning, tiny_unet
+from tests.tiny import CHANNELS, tiny_conditioning, tiny_pipeline, tiny_unet
 
 GLOBAL_BATCH = 8
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -50,11 +54,19 @@ STAGES: list[Any] = [
     {"segments": 1, "grid": 8, "skip": 125, "source": "student", "student_steps": 2, "iterations": 4}
     | {"matching": 0.5, "adversarial": 0.5, "fresh_optimizer": True},
 ]
+# Stored pairs; the student's own samples, at another rate and with a new optimizer; and these with a reward.
+OWN: dict[str, Any] = {"segments": 1, "grid": 8, "skip": 125, "source": "student", "student_steps": 2, "iterations": 2}
+REWARDED: list[Any] = [
+    {"segments": 2, "skip": 20, "iterations": 2},
+    OWN | {"fresh_optimizer": True, "learning_rate": 5e-4},
+    OWN | {"reward": 0.5, "reward_target": 3.0},
+]
 
 
 def tiny_batch(step: int, first: int, size: int) -> Batch:
     """Samples `first` ... of the global batch of a step: the same ones however they are dealt out."""
     positions = range(step * GLOBAL_BATCH + first, step * GLOBAL_BATCH + first + size)
+    following = [step * GLOBAL_BATCH + (first + i + 1) % GLOBAL_BATCH for i in range(size)]
     draws = [generator("sample", p) for p in positions]
     times = torch.stack([20 * torch.randint(1, 51, (), generator=g) for g in draws])
     conditioning = [tiny_conditioning("sdxl", 1, p) for p in positions]
@@ -66,7 +78,14 @@ def tiny_batch(step: int, first: int, size: int) -> Batch:
         guidance=torch.tensor([1.0 + p % 8 for p in positions]),
         keys=tuple(f"sample-{p}" for p in positions),
         positions=tuple(positions),
+        prompts=tuple(prompt_of(p) for p in positions),
+        next_prompts=tuple(prompt_of(p) for p in following),
     )
+
+
+def prompt_of(position: int) -> str:
+    """In pairs, so that half of the samples have the prompt of the next one."""
+    return f"prompt {position // 2 % 3}"
 
 
 def micro_batches(engine: Engine, step: int) -> list[Batch]:
@@ -129,6 +148,14 @@ class Distance(Method):
         return Losses(d.mean(), {"l2": d.mean()})
 
 
+class Taste(nn.Module):
+    """Likes pictures [B, 3, H, W] in the colour of their prompts: [B]."""
+
+    def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        colours = torch.stack([torch.randn(3, generator=generator("colour", p)) for p in prompts]).to(images)
+        return 10 * (images.mean((2, 3)) * colours).sum(1)
+
+
 class Restarted(LCM):
     """LCM whose optimizer begins anew in the middle of the run."""
 
@@ -136,16 +163,43 @@ class Restarted(LCM):
         return step == 4
 
 
-def student(lora: bool, dropout: float = 0.0, **changes: Any) -> dict[str, NetworkDenoiser]:
-    """A network trained whole; or one with adapters that change something, and its teacher on the same module."""
+def student(lora: bool, dropout: float = 0.0, taught: bool = False, **changes: Any) -> dict[str, NetworkDenoiser]:
+    """A network trained whole; or one with adapters that change something, and its teacher on the same module.
+
+    That is the module without them or, where it is `taught`, with further ones.
+    """
     view = NetworkDenoiser(tiny_unet("sdxl", **TWO_LEVELS, **changes), SCHEDULE, Prediction.EPSILON)
     if not lora:
         return {"student": view}
+    if taught:
+        add_lora(view.module, rank=2, alpha=4, adapter=TEACHING)
     add_lora(view.module, rank=4, alpha=4, dropout=dropout)
     for name, p in view.module.named_parameters():  # B starts at zero, which would leave A without a gradient
         if "lora_B" in name:
             p.data.normal_(0, 0.05, generator=generator("B", name))
-    return {"student": view, "teacher": replace(view, adapters=False)}
+    return {"student": view, "teacher": replace(view, adapter=TEACHING if taught else None)}
+
+
+def game(networks: dict[str, NetworkDenoiser]) -> dict[str, Any]:
+    """Beside a student a discriminator that has an opinion from the first step on, and a teacher if it has none."""
+    critic = CriticNetwork(tiny_unet("sdxl", seed=1, **TWO_LEVELS), (8, 8), conditional=True)
+    critic.head.logit.weight.data.normal_(0, 0.5, generator=generator("logit"))
+    teacher = NetworkDenoiser(tiny_unet("sdxl", seed=2, **TWO_LEVELS), SCHEDULE, Prediction.EPSILON)
+    return {"teacher": teacher, **networks, "discriminator": Discriminator(critic)}
+
+
+def teacher_with_decoder() -> Teacher:
+    """What a reward of latents needs of a teacher."""
+    return Teacher(
+        family=StableDiffusionXL(),
+        schedule=SCHEDULE,
+        prediction=Prediction.EPSILON,
+        scheduler_config={},
+        teacher_id="tiny",
+        resolution=16,
+        latent_shape=(CHANNELS, 8, 8),
+        parts={"vae": tiny_pipeline("sdxl").vae.eval()},
+    )
 
 
 def build(case: dict[str, Any]) -> tuple[Engine, Method]:
@@ -163,16 +217,25 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
         networks["discriminator"] = NetworkDenoiser(
             tiny_unet("sdxl", seed=1, **TWO_LEVELS), SCHEDULE, Prediction.EPSILON
         )
+    if case["method"] in ("game", "game-lora"):
+        method = LightningAdversarial(SCHEDULE, student_steps=4, teacher_steps=8, r1=1.0)
+        networks = game(student(lora=case["method"] == "game-lora", taught=True))
     if case["method"] == "critics":
         method = MLCM(SCHEDULE, STAGES, guidance=2.0, r1=1.0)
         networks["discriminator"] = Discriminator(CriticNetwork(tiny_unet("sdxl", seed=1, **TWO_LEVELS), (8, 8)))
         networks["fake_score"] = NetworkDenoiser(tiny_unet("sdxl", seed=2, **TWO_LEVELS), SCHEDULE, Prediction.EPSILON)
+    helpers: dict[str, nn.Module] = {}
+    if case["method"] == "rewarded":
+        networks = student(lora=True)
+        method = MLCM(SCHEDULE, [{**stage, **case.get("stages", {})} for stage in REWARDED], guidance=2.0)
+        helpers["reward"] = LatentReward(teacher_with_decoder(), Taste(), slice_size=2)
+    rate = LearningRate("cosine", warmup_steps=2, total_steps=20)
     plan = TrainedNetwork(
         lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01),
-        LearningRate("cosine", warmup_steps=2, total_steps=20),
+        lambda step: rate(step) * ((method.learning_rate(step) or 1e-3) / 1e-3),
         ema_decay=0.9,
     )
-    engine.prepare(networks, dict.fromkeys(method.trains, plan))
+    engine.prepare(networks, dict.fromkeys(method.trains, plan), helpers)
     return engine, method
 
 

@@ -2,6 +2,7 @@
 
 Each launch costs seconds before its first step, so there are three for all tests: one trains every case, one goes on
 from the checkpoints of the first, and one runs ZeRO as `accelerate launch` starts it without being told anything.
+Further pairs of stages and networks are behind the marker `slow`.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ def engine(name: str, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_grad_norm": MAX_GRAD_NORM, **changes}
     if not name.startswith("zero"):
         return {**settings, "kind": name}
-    zero: dict[str, Any] = {"stage": int(name[-1]), "reduce_bucket_size": 1_000_000}
-    if name == "zero3":
+    stage, _, other = name.removeprefix("zero").partition("/")  # zero3/2: the discriminator at stage 2
+    zero: dict[str, Any] = {"stage": int(stage), "reduce_bucket_size": 1_000_000}
+    if stage == "3":
         zero["stage3_param_persistence_threshold"] = 20  # biases stay whole; by default all of so small a network would
     deepspeed = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}
-    return {**settings, "kind": "deepspeed", "deepspeed": deepspeed}
+    stages = {"stages": {"discriminator": int(other)}} if other else {}
+    return {**settings, "kind": "deepspeed", "deepspeed": deepspeed, **stages}
 
 
 # name of the case: engine, method, and what is special about it
@@ -56,21 +59,34 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero2-duel": ("zero2", "duel", {"save_at": [3, 6]}),
     "ddp-critics": ("ddp", "critics", {}),
     "zero2-critics": ("zero2", "critics", {"save_at": [3, 6]}),
+    "ddp-rewarded": ("ddp", "rewarded", {}),
+    "zero2-rewarded": ("zero2", "rewarded", {}),
     # ZeRO-3 replaces torch's linear for the rest of the process: what comes after it rounds in another way
     "zero3-lora": ("zero3", "distance", {"poison": POISON, "save_at": [3, 6]}),
     "zero2-bf16": ("zero2", "distance", {"mixed_precision": "bf16"}),
     "ddp-lcm": ("ddp", "lcm-ema", {}),
     "zero2-lcm": ("zero2", "lcm-ema", {}),
     "zero3-lcm": ("zero3", "lcm-ema", {"save_at": [3, 6]}),
+    "ddp-game": ("ddp", "game", {"gradient_checkpointing": True}),
+    "zero2-game-lora": ("zero2", "game-lora", {"gradient_checkpointing": True, "save_at": [3, 6]}),
+    "zero32-game": ("zero3/2", "game", {"gradient_checkpointing": True, "save_at": [3, 6]}),
 }
 RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero2-critics": 3, "zero3-lora": 3, "zero3-lcm": 3}
+RESUMED |= {"zero2-game-lora": 3, "zero32-game": 3}
+# Games under every stage and pair of stages that is not among the cases above, a whole student and a LoRA each.
+GAMES = {
+    f"{kind.replace('/', '')}-{method}": (kind, method, {"gradient_checkpointing": True})
+    for method in ("game", "game-lora")
+    for kind in ("ddp", "zero1", "zero2", "zero3", "zero3/2", "zero2/1", "zero1/3")
+    if f"{kind.replace('/', '')}-{method}" not in CASES
+}
 
 
 def case(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
-    kind, method, special = CASES[name]
+    kind, method, special = (CASES | GAMES)[name]
     special = {**special, **changes}
-    precision = special.pop("mixed_precision", "no")
-    common = {"engine": engine(kind, mixed_precision=precision), "method": method, "steps": STEPS}
+    of_engine = {key: special.pop(key) for key in ("mixed_precision", "gradient_checkpointing") if key in special}
+    common = {"engine": engine(kind, **of_engine), "method": method, "steps": STEPS}
     return {**common, "run": str(folder / name), **special}
 
 
@@ -109,7 +125,7 @@ def first(folder: Path) -> tuple[dict[str, dict[str, Any]], str]:
 def second(folder: Path, first: Any) -> tuple[dict[str, dict[str, Any]], str]:
     """Some cases, from the checkpoints of the first launch; one of those has been poisoned."""
     shutil.copytree(folder / "zero2-duel", folder / "uninterrupted" / "zero2-duel")
-    for name in ("zero2-critics", "zero3-lora", "zero3-lcm"):
+    for name in ("zero2-critics", "zero3-lora", "zero3-lcm", "zero2-game-lora", "zero32-game"):
         shutil.copytree(folder / name, folder / "uninterrupted" / name)
     file = next((folder / "zero2-duel/checkpoints/step-00000006/student").glob("*rank_1*optim_states.pt"))
     file.write_bytes(pickle.dumps(Bomb(folder / "executed")))
@@ -145,6 +161,14 @@ def test_two_processes_compute_what_one_does(first: Any, name: str) -> None:
     assert_agree(first[0][name], alone(method, "poison" in special))
 
 
+@pytest.mark.slow
+def test_two_processes_play_as_one_does_under_every_stage(folder: Path) -> None:
+    """Student and discriminator at one stage or at two, zero3/2 the student's and the discriminator's."""
+    cases = {name: case(name, folder) for name in GAMES}
+    for name, result in launch(folder / "games", cases, "--use_deepspeed", *TWO)[0].items():
+        assert_agree(result, alone(GAMES[name][1], False))
+
+
 def test_ranks_agree_on_flags(first: Any) -> None:
     for result in first[0].values():
         assert result["said"] == [(True, True, False), (False, True, False)]
@@ -152,11 +176,11 @@ def test_ranks_agree_on_flags(first: Any) -> None:
 
 def test_zero3_cuts_the_weights_and_the_others_do_not(first: Any) -> None:
     for name, result in first[0].items():
-        assert (result["cut"] > 0.4) if "zero3" in name else (result["cut"] == 0), name
+        assert (result["cut"] > 0.4) if name.startswith("zero3") else (result["cut"] == 0), name
     assert first[0]["zero3-lora"]["cut"] == 1  # of a whole network the biases stay
 
 
-@pytest.mark.parametrize("method", ["lcm", "lcm-ema", "distance", "duel", "critics"])
+@pytest.mark.parametrize("method", ["lcm", "lcm-ema", "distance", "duel", "critics", "rewarded", "game", "game-lora"])
 def test_every_step_of_those_was_clipped_and_moved_the_weights(method: str) -> None:
     """Without which the agreement above would be worth little."""
     result, start = alone(method, False), alone(method, False, steps=0)
@@ -188,7 +212,7 @@ def test_one_signalled_rank_stops_both_at_one_step_and_the_run_goes_on(first: An
     assert (folder / "zero2-lora/checkpoints/latest").read_text() == "step-00000003\n"
 
 
-@pytest.mark.parametrize("name", ["zero2-duel", "zero2-critics", "zero3-lora", "zero3-lcm"])
+@pytest.mark.parametrize("name", [name for name in RESUMED if name != "zero2-lora"])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(first: Any, second: Any, folder: Path, name: str) -> None:
     whole, rest = first[0][name], second[0][name]
     assert (rest["start"], rest["state"]) == (3, {"note": "after 3"})
@@ -224,6 +248,11 @@ def test_one_process_goes_on_where_two_under_ddp_stopped(first: Any, folder: Pat
 def test_one_process_is_refused_the_checkpoint_of_two_under_zero(second: Any, folder: Path) -> None:
     with pytest.raises(CheckpointError, match="saved with engine=zero2, this run has engine=single"):
         run_here({**case("zero2-duel", folder, resume="latest", signal=None), "engine": engine("single")})
+
+
+def test_one_process_is_refused_what_networks_of_two_stages_have_saved(second: Any, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="saved with engine=discriminator:zero2 student:zero3, this run has"):
+        run_here({**case("zero32-game", folder, resume="latest"), "engine": engine("single")})
 
 
 def test_zero_runs_in_the_one_process_of_a_plain_launch_and_then_again(tmp_path: Path) -> None:

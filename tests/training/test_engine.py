@@ -321,6 +321,11 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
         ({"kind": "deepspeed"}, "engine.deepspeed.zero_optimization.stage"),
         ({"kind": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 4}}}, "got 4"),
         ({"kind": "deepspeed", "deepspeed": {**ZERO2, "gradient_clipping": 1.0}}, "engine.deepspeed.gradient_clipping"),
+        ({"kind": "ddp", "stages": {"student": 2}}, "engine.stages has no meaning for engine.kind=ddp"),
+        (
+            {"kind": "deepspeed", "deepspeed": ZERO2, "stages": {"student": 4}},
+            "engine.stages.student must be 1, 2 or 3",
+        ),
         ({"mixed_precision": "fp16"}, "mixed_precision"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
@@ -342,6 +347,12 @@ def test_every_engine_file_builds_the_engine_of_its_name(name: str) -> None:
     assert settings.pop("_target_") == "distill.training.engine.Engine"
     engine = Engine(**settings)
     assert (engine.name, engine.mixed_precision, engine.gradient_accumulation_steps) == (name, "bf16", 2)
+
+
+def test_a_stage_of_a_network_that_is_not_trained_is_named_before_anything_is_wrapped() -> None:
+    engine = Engine(kind="deepspeed", deepspeed=ZERO2, stages={"critic": 1})
+    with pytest.raises(ValueError, match="engine.stages.critic: no such network is trained; trained are: student"):
+        engine.prepare(student(lora=True), {"student": TrainedNetwork(adamw)})
 
 
 def test_ddp_without_a_launcher_says_how_to_launch() -> None:
