@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from distill.diffusion.random import generator
 from distill.diffusion.segments import Segments
 from distill.diffusion.solver import trailing_times
-from distill.diffusion.trajectory import Batch, CleanEnd, Pair
+from distill.diffusion.trajectory import Batch, CleanEnd, Pair, Steps
 
 GRID = trailing_times(1000, 50)  # 1000, 980, ... 0
 
@@ -122,3 +123,15 @@ def test_t_is_drawn_from_multiples_alone() -> None:
 def test_refuses_a_store_without_the_milestones(pair: Pair, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pair.check(GRID)
+
+
+def test_steps_are_drawn_alike_and_refuse_a_store_without_their_times() -> None:
+    """Lightning's strides are not whole numbers: 128 solver steps hold 32, whichever way each is rounded."""
+    times = trailing_times(1000, 128)
+    steps = Steps(tuple(pairwise(trailing_times(1000, 32))))
+    steps.check(times)
+    picked = Counter(steps.pick(times, generator("steps", i)) for i in range(3200))
+    assert {(times[a], times[b]) for a, b in picked} == set(steps.pairs)
+    assert all(abs(count - 100) < 50 for count in picked.values())
+    with pytest.raises(ValueError, match=r"does not keep the times \[31, 62, … 938, 969\]"):
+        steps.check(trailing_times(1000, 8))
