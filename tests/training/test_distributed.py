@@ -162,11 +162,12 @@ def test_two_processes_compute_what_one_does(first: Any, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_play_as_one_does_under_every_stage(folder: Path) -> None:
+@pytest.mark.parametrize("method", ["game", "game-lora"])
+def test_two_processes_play_as_one_does_under_every_stage(method: str, folder: Path) -> None:
     """Student and discriminator at one stage or at two, zero3/2 the student's and the discriminator's."""
-    cases = {name: case(name, folder) for name in GAMES}
-    for name, result in launch(folder / "games", cases, "--use_deepspeed", *TWO)[0].items():
-        assert_agree(result, alone(GAMES[name][1], False))
+    cases = {name: case(name, folder) for name, (_, played, _) in GAMES.items() if played == method}
+    for result in launch(folder / method, cases, "--use_deepspeed", *TWO)[0].values():
+        assert_agree(result, alone(method, False))
 
 
 def test_ranks_agree_on_flags(first: Any) -> None:
