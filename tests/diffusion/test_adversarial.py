@@ -188,7 +188,6 @@ def test_against_the_best_discriminator_a_generator_finds_the_mean_of_the_data(s
     [
         ({"loss": "wgan"}, "adversarial_loss must be one of nonsaturating, hinge, got 'wgan'"),
         ({"times": (0, 250, 500, 750)}, "renoise_times must be within 1 ... 1000, got [0, 250, 500, 750]"),
-        ({"times": ()}, "renoise_times must be within 1 ... 1000, got []"),
         ({"weights": (1.0,)}, "renoise_weights must be 4 as the times are, got [1.0]"),
         ({"weights": (0, 0, 0, 0)}, "renoise_weights must not be negative, nor all 0, got [0, 0, 0, 0]"),
         ({"weights": (2, -1, 1, 1)}, "renoise_weights must not be negative, nor all 0, got [2, -1, 1, 1]"),
@@ -201,3 +200,12 @@ def test_refuses_what_makes_no_game(settings: dict[str, Any], message: str) -> N
     with pytest.raises(ValueError) as error:
         Adversary(SCHEDULE, **settings)
     assert str(error.value) == message
+
+
+def test_without_times_to_noise_to_samples_are_shown_as_they_are() -> None:
+    """No t* used to be refused; SDXL-Lightning's stages of 8 and 4 steps noise nothing again."""
+    x, s = samples(4), torch.tensor([0, 125, 500, 0])
+    critic = Shown(total)
+    Adversary(SCHEDULE, times=()).generator(critic, x, {}, context(4), None, s)
+    (shown,), t, _, _ = critic.calls[0]
+    assert torch.equal(shown, x) and torch.equal(t, s)
