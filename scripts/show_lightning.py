@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from distill.evaluation.cache import Cache
-from distill.evaluation.compare import Comparison, Plan, Row, Setting, mean_with_error
+from distill.evaluation.compare import Comparison, Plan, Row, Setting
 from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.report import COLUMNS, format_table
-from distill.evaluation.seeds import over_seeds
+from distill.evaluation.seeds import difference, over_seeds
 from distill.evaluation.toy import JudgeScorer
 from distill.models.exported import open_export
 from distill.models.families import load_teacher
@@ -117,17 +117,14 @@ def differences(comparisons: Comparisons, scorer: JudgeScorer, cfg: ShowSettings
     pairs = [(s, Student("e", s.steps)) for s in STUDENTS if s.kind in "vc"]
     pairs += [(Student("c", steps), Student("v", steps)) for steps in (2, 1)]
 
-    def difference(a: Student, b: Student, seed: int) -> Row:
-        x, y = (comparisons[s, seed].measured(s.setting) for s in (a, b))
-        further, error = mean_with_error(x["teacher_distance"] - y["teacher_distance"])
-        row = scorer.difference(x, y, "report")
-        return row | {"teacher_consistency": further, "teacher_consistency_se": error}
+    def apart(a: Student, b: Student, seed: int) -> Row:
+        return difference(scorer, *(comparisons[s, seed].measured(s.setting) for s in (a, b)))
 
     return [
         {
             "title": f"{TITLES[a.kind]} − {TITLES[b.kind]}",
             "steps": a.steps,
-            **over_seeds([difference(a, b, seed) for seed in cfg.seeds], PAIRED),
+            **over_seeds([apart(a, b, seed) for seed in cfg.seeds], PAIRED),
         }
         for a, b in pairs
     ]

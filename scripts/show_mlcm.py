@@ -21,10 +21,10 @@ from torch import Tensor
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
 from distill.evaluation.cache import Cache
-from distill.evaluation.compare import Comparison, Plan, Row, Setting, mean_with_error
+from distill.evaluation.compare import Comparison, Plan, Row, Setting
 from distill.evaluation.figures import GridRow, draw_grid, draw_lines
 from distill.evaluation.report import COLUMNS, format_table
-from distill.evaluation.seeds import over_seeds
+from distill.evaluation.seeds import difference, over_seeds
 from distill.evaluation.toy import JudgeScorer
 from distill.models.families import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
@@ -152,17 +152,14 @@ def differences(
         student = named[title]
         return comparisons[student.method, student.step, seed].measured(student.setting(steps))
 
-    def difference(a: str, b: str, steps: int, seed: int) -> Row:
-        x, y = (measured(title, steps, seed) for title in (a, b))
-        further, error = mean_with_error(x["teacher_distance"] - y["teacher_distance"])
-        row = scorer.difference(x, y, "report")
-        return row | {"teacher_consistency": further, "teacher_consistency_se": error}
+    def apart(a: str, b: str, steps: int, seed: int) -> Row:
+        return difference(scorer, measured(a, steps, seed), measured(b, steps, seed))
 
     return [
         {
             "title": f"{a} − {b}",
             "steps": steps,
-            **over_seeds([difference(a, b, steps, seed) for seed in cfg.seeds], PAIRED),
+            **over_seeds([apart(a, b, steps, seed) for seed in cfg.seeds], PAIRED),
         }
         for a, b in DIFFERENCES
         for steps in cfg.steps

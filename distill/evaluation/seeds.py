@@ -1,11 +1,21 @@
-"""Several training seeds, as one row of a table."""
+"""Students of several training seeds: how far two are apart, and the seeds as one row of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
-from distill.evaluation.compare import Row
+from torch import Tensor
+
+from distill.evaluation.compare import Row, mean_with_error
+from distill.evaluation.toy import JudgeScorer
+
+
+def difference(scorer: JudgeScorer, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Row:
+    """`JudgeScorer.difference` of two rows' `Comparison.measured`, and how much further `a` is from the teacher."""
+    further, error = mean_with_error(a["teacher_distance"] - b["teacher_distance"])
+    row = scorer.difference(a, b, "report")
+    return row | {"teacher_consistency": further, "teacher_consistency_se": error}
 
 
 def over_seeds(rows: list[Row], metrics: Sequence[str]) -> Row:
