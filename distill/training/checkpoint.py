@@ -28,8 +28,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.data.storage import sync_folder
+from distill.training.elastic import NotElastic
 from distill.training.engine import Engine
 from distill.training.trained import weights_file
+from distill.training.writing import WriteError, free_space, together
 
 log = logging.getLogger(__name__)
 
@@ -86,30 +88,39 @@ class Checkpoints:
 
         A kill at any moment leaves the checkpoints before it as they were. Saving a step that was just saved or
         resumed from does nothing.
+
+        Raises:
+            WriteError: on all ranks alike, if one of them could not write, as on a full disk; the checkpoints before
+                it and `latest` are as they were.
         """
         final = self.folder / f"step-{step:08d}"
         if self._current == step:
             return final
         aside = final.with_name(final.name + ".tmp")
-        if engine.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        engine.barrier()
-        engine.save(aside)
-        files = self._digests(engine, aside)
-        if engine.is_main:
-            _write_manifest(aside, self._manifest(engine, step, state or {}, files))
-            _publish(aside, final)
-            self._drop_old()
-        engine.barrier()
+        try:
+            together(engine.gathered, lambda: _make_anew(aside) if engine.is_main else None)
+            together(engine.gathered, lambda: engine.save(aside))
+            manifest = self._manifest(engine, step, state or {}, self._digests(engine, aside))
+            together(engine.gathered, lambda: self._complete(aside, final, manifest) if engine.is_main else None)
+        except WriteError as error:
+            free = free_space(self.folder.parent)
+            if engine.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise WriteError(f"{final} could not be written ({error}; {free})") from None
         self._current = step
         return final
+
+    def _complete(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+        _write_manifest(aside, manifest)
+        _publish(aside, final)
+        self._drop_old()
 
     def _digests(self, engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and hash of every file below `folder`, each read (and flushed to the disk) by one of the ranks."""
         paths = engine.from_main(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-        mine = {path: _digest(folder / path) for path in paths[engine.rank :: engine.world_size]}
-        return dict(sorted(item for part in engine.gathered(mine) for item in part.items()))
+        mine = paths[engine.rank :: engine.world_size]
+        digests = together(engine.gathered, lambda: {path: _digest(folder / path) for path in mine})
+        return dict(sorted(item for part in engine.gathered(digests) for item in part.items()))
 
     def _manifest(
         self, engine: Engine, step: int, state: Mapping[str, Any], files: Mapping[str, Any]
@@ -185,7 +196,10 @@ class Checkpoints:
         problem = engine.misfit(manifest["engine"]) or _mismatch(manifest["must_match"], self.must_match)
         if problem:
             raise CheckpointError(f"{folder} does not fit this run: {problem}")
-        engine.load(folder)
+        try:
+            engine.load(folder, manifest["engine"], scratch=self.folder / f"{folder.name}.universal.tmp")
+        except NotElastic as error:
+            raise CheckpointError(str(error)) from None
         engine.load_state_dict(manifest["engine_state"])
         step = int(manifest["step"])
         if engine.is_main:
@@ -295,6 +309,11 @@ def _versions() -> dict[str, str]:
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _digest(path: Path) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import functools
 import hashlib
 import logging
 import os
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,9 +37,11 @@ from distill.diffusion.random import Context, seed_of
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Losses, Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
+from distill.training.elastic import NotElastic, WholeState, is_partitioned, read_whole, to_universal
 from distill.training.trained import LearningRate, Partitioned, Replicated, Trained, TrainedNetwork
+from distill.training.writing import Writes
 
-__all__ = ["Engine", "LearningRate", "NonFiniteError", "TrainedNetwork"]
+__all__ = ["Engine", "LearningRate", "NonFiniteError", "Skipped", "TrainedNetwork"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,6 +71,23 @@ class NonFiniteError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """An update that no rank took, because a loss or a gradient was not finite on one of them.
+
+    Attributes:
+        step: the optimizer steps before it; `network`: whose update it was.
+        loss, grad_norm: over all ranks.
+        keys: samples whose loss it may be; those of the whole step where every loss was finite.
+    """
+
+    step: int
+    network: str
+    loss: float
+    grad_norm: float
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Averaged:
     """A trained network that answers, without gradient, as the moving average of its weights."""
 
@@ -94,6 +114,7 @@ class Engine:
         gradient_checkpointing: recompute activations of trained networks in the backward pass.
         max_nonfinite_steps: give up after so many skipped steps in a row.
         seed: of all randomness that losses draw, and of dropout.
+        on_skipped: called on rank 0 with each update that is skipped.
 
     Raises:
         ValueError: a setting out of its range, naming it.
@@ -110,6 +131,7 @@ class Engine:
         gradient_checkpointing: bool = False,
         max_nonfinite_steps: int = 10,
         seed: int = 0,
+        on_skipped: Callable[[Skipped], None] = lambda skipped: None,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"engine.kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -127,6 +149,7 @@ class Engine:
         self.gradient_accumulation_steps, self.max_grad_norm = gradient_accumulation_steps, max_grad_norm
         self.gradient_checkpointing, self.max_nonfinite_steps = gradient_checkpointing, max_nonfinite_steps
         self.skipped_steps = self._skipped_in_a_row = 0
+        self._on_skipped = on_skipped
         self._deepspeed = deepspeed or {}
         self._borrowed_environment: tuple[str, ...] = ()
         self._state: PartialState | None = None
@@ -500,6 +523,7 @@ class Engine:
         what = f"step {step}: {turn.updates} skipped, loss {scalars['loss']} and gradient norm {scalars['grad_norm']}"
         if self.is_main:
             log.warning("%s; samples: %s", what, " ".join(keys))
+            self._on_skipped(Skipped(step, turn.updates, scalars["loss"], scalars["grad_norm"], tuple(keys)))
         if self._skipped_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteError(f"{what}; that makes {self._skipped_in_a_row} in a row, giving up")
 
@@ -527,13 +551,9 @@ class Engine:
     def misfit(self, saved: Mapping[str, Any]) -> str | None:
         """Why a checkpoint with `saved` as its `describe()` cannot be loaded here, in a line; None if it can."""
         here = self.describe()
-        whole = ("single", "ddp")  # both keep all of the state in one place, whatever the number of ranks
-        fixed = ["mixed_precision"]
-        if not {saved.get("engine"), here["engine"]} <= set(whole):
-            fixed = ["engine", "world_size", *fixed]
-        for key in fixed:
-            if saved.get(key) != here[key]:
-                return f"it was saved with {key}={saved.get(key)}, this run has {key}={here[key]}"
+        if saved.get("mixed_precision") != here["mixed_precision"]:
+            precisions = saved.get("mixed_precision"), here["mixed_precision"]
+            return "it was saved with mixed_precision={}, this run has mixed_precision={}".format(*precisions)
         theirs = saved.get("networks", {})
         for name in sorted(theirs.keys() | here["networks"].keys()):
             if theirs.get(name) != here["networks"].get(name):
@@ -549,17 +569,60 @@ class Engine:
         self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
 
     def save(self, folder: Path) -> None:
-        """Writes the training state of every trained network to a folder of its name in `folder`, on all ranks."""
-        for name, trained in self._trained.items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            trained.save(folder / name)
-        self.barrier()
+        """Writes the training state of every trained network to a folder of its name in `folder`, on all ranks.
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, on all ranks. It unpickles: only from a folder whose bytes have been verified."""
+        Raises:
+            WriteError: this rank could not write. The others know nothing of it, and do not wait.
+        """
+        writes = Writes()
         for name, trained in self._trained.items():
-            trained.load(folder / name)
+            writes(functools.partial((folder / name).mkdir, parents=True, exist_ok=True))
+            trained.save(folder / name, writes)
         self.barrier()
+        writes.finish()
+
+    def load(self, folder: Path, saved: Mapping[str, Any], scratch: Path) -> None:
+        """Reads what `save` wrote, on all ranks. It unpickles: only from a folder whose bytes have been verified.
+
+        Args:
+            saved: the `describe()` of the engine that wrote it. If its ranks or stages are not this one's, the
+                optimizer's state is dealt out anew; the weights are equal to the bit then, too.
+            scratch: a folder of all ranks for what is needed meanwhile.
+
+        Raises:
+            NotElastic: it would have to be dealt out anew, and cannot be.
+        """
+        moved = not self._holds_state_as(saved)
+        if moved and self.is_main:
+            here, there = (f"{e['engine']} on {e['world_size']}" for e in (self.describe(), saved))
+            log.info("dealing out the optimizers' state anew: it was saved by %s, this is %s", there, here)
+        for name, trained in self._trained.items():
+            if moved:
+                trained.load_moved(folder / name, self._whole_state(folder / name, trained, scratch / name))
+            else:
+                trained.load(folder / name)
+        self.barrier()
+        if moved and self.is_main:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _holds_state_as(self, saved: Mapping[str, Any]) -> bool:
+        """Whether each rank's share of the optimizers' state is here what it was there."""
+        here = self.describe()
+        whole = ("single", "ddp")  # both keep all of the state in one place, whatever the number of ranks
+        if {saved.get("engine"), here["engine"]} <= set(whole):
+            return True
+        return all(saved.get(key) == here[key] for key in ("engine", "world_size"))
+
+    def _whole_state(self, folder: Path, trained: Trained, universal: Path) -> WholeState:
+        problem = None
+        if self.is_main and is_partitioned(folder):
+            try:
+                to_universal(folder, universal)
+            except NotElastic as error:
+                problem = str(error)
+        if problem := self.from_main(problem):
+            raise NotElastic(problem)
+        return read_whole(folder, list(trained.parameters), universal)
 
 
 def _check_deepspeed(kind: str, settings: Mapping[str, Any] | None) -> int | None:

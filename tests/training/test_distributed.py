@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill.training.checkpoint import CheckpointError, read_weights
+from distill.training.checkpoint import CheckpointError, _write_manifest, read_weights
 from tests.training.engine_worker import relative_distance
 from tests.training.engine_worker import run as run_here
 from tests.training.test_checkpoint import Bomb
@@ -246,14 +246,44 @@ def test_one_process_goes_on_where_two_under_ddp_stopped(first: Any, folder: Pat
     assert_agree(rest, alone("distance", True))
 
 
-def test_one_process_is_refused_the_checkpoint_of_two_under_zero(second: Any, folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="saved with engine=zero2, this run has engine=single"):
-        run_here({**case("zero2-duel", folder, resume="latest", signal=None), "engine": engine("single")})
+def moved(name: str, folder: Path, there: Path, kind: str, accumulation: int) -> dict[str, Any]:
+    """The case that goes on from another one's third step, in a folder of its own, under another engine."""
+    root = folder / "uninterrupted" if (folder / "uninterrupted" / name).is_dir() else folder
+    shutil.copytree(root / name / "checkpoints/step-00000003", there / name / "checkpoints/step-00000003")
+    return case(name, there, resume=3, save_at=[]) | {"engine": engine(kind, gradient_accumulation_steps=accumulation)}
 
 
-def test_one_process_is_refused_what_networks_of_two_stages_have_saved(second: Any, folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="saved with engine=discriminator:zero2 student:zero3, this run has"):
-        run_here({**case("zero32-game", folder, resume="latest"), "engine": engine("single")})
+@pytest.mark.parametrize("name", ["zero2-duel", "zero2-critics", "zero3-lcm", "zero2-game-lora", "zero32-game"])
+def test_one_process_goes_on_where_two_under_zero_stopped(second: Any, folder: Path, tmp_path: Path, name: str) -> None:
+    started, rest = run_here(moved(name, folder, tmp_path, "single", 4))
+    started.release()
+    assert rest["start"] == 3
+    assert_agree(rest, alone(CASES[name][1], False))
+    assert [path.name for path in (tmp_path / name / "checkpoints").iterdir() if path.is_dir()] == ["step-00000003"]
+
+
+def test_four_processes_go_on_where_two_stopped_under_another_stage(second: Any, folder: Path) -> None:
+    """From two of ZeRO-2, 3 and DDP to four of ZeRO-2, 2, 3: as if one had gone on all the time."""
+    stages = {"zero2-duel": "zero2", "zero2-game-lora": "zero1", "zero3-lcm": "zero2", "ddp-lora": "zero3"}
+    cases = {name: moved(name, folder, folder / "moved", kind, 1) for name, kind in stages.items()}
+    results, printed = launch(folder / "four", cases, "--use_deepspeed", "--num_processes", "4", *TWO[2:])
+    for name, rest in results.items():
+        assert rest["start"] == 3
+        assert_agree(rest, alone(CASES[name][1], "poison" in CASES[name][2]))
+    assert "saved by zero3 on 2, this is zero2 on 4" in printed
+
+
+def test_what_deepspeed_cannot_convert_is_refused_in_a_line(second: Any, folder: Path, tmp_path: Path) -> None:
+    settings = moved("zero2-duel", folder, tmp_path, "single", 4)
+    checkpoint = tmp_path / "zero2-duel/checkpoints/step-00000003"
+    for file in (checkpoint / "student").glob("*rank_1*optim_states.pt"):
+        file.unlink()  # as if the optimizer had kept nothing that the converter knows
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"] = {path: about for path, about in manifest["files"].items() if (checkpoint / path).is_file()}
+    manifest.pop("seal")
+    _write_manifest(checkpoint, manifest)
+    with pytest.raises(CheckpointError, match="DeepSpeed cannot convert it .*: go on with as many ranks"):
+        run_here(settings)
 
 
 def test_zero_runs_in_the_one_process_of_a_plain_launch_and_then_again(tmp_path: Path) -> None:
