@@ -21,7 +21,6 @@ from typing import IO, Any, NamedTuple
 import fsspec
 
 from distill.data import tar
-from distill.data.faults import reached
 from distill.data.index import SCHEMA, StoreMismatch
 from distill.data.pictures import BadPicture, size_of
 from distill.data.progress import Progress
@@ -136,7 +135,6 @@ def list_pictures(source: str, store: str, accept: Accept, *, rank: int = 0, wor
             continue
         lines = [heads[n], *sources[n].scan(accept, progress.update)]
         folder.publish(_part_name(n), "".join(json.dumps(line) + "\n" for line in lines).encode())
-        reached("pictures-listed")
     return _read_listing(folder, fs, source, sources, heads)
 
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import pairwise
@@ -16,13 +17,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distill.data.record import GUIDANCE, SHARD, STATE_DTYPES, STATES, TIMES, BadShard, Layout, StoreError, TensorSpec
+from distill.data.record import (
+    GUIDANCE,
+    SHARD,
+    STATE_DTYPES,
+    STATES,
+    TIMES,
+    BadShard,
+    Layout,
+    StoreError,
+    TensorSpec,
+    parse_json,
+    short,
+)
 from distill.diffusion.random import generator
 from distill.diffusion.segments import Segments
 
 SCHEMA = 1
 INDEX, PLAN, UNCONDITIONAL = "index.json", "plan.json", "unconditional.safetensors"
 NUMBERS = {"guidance": float, "times": int}
+COUNTS = ("solver_steps", "resolution", "samples", "samples_per_shard", "batch_size")
+MOST, MOST_BYTES = 10**12, 2**62
+"""Of samples and other things that are counted, and of a shard's bytes: arithmetic stays within 64 bits."""
 KINDS = ("trajectories", "pictures")
 NO_SOLVE = "none"
 """`solver` and `spacing` of a store of pictures."""
@@ -58,7 +74,7 @@ class Plan:
         vae_hash: the autoencoder's weights.
 
     Raises:
-        StoreError: a value out of its range, naming it.
+        StoreError: a value of the wrong type or out of its range, naming it.
     """
 
     teacher_id: str
@@ -84,24 +100,40 @@ class Plan:
     vae_hash: str = ""
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, kind in NUMBERS.items():
             object.__setattr__(self, name, _exact(getattr(self, name), kind))
         if self.kind not in KINDS:
-            raise StoreError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+            raise StoreError(f"kind must be one of {', '.join(KINDS)}, got {short(repr(self.kind))}")
         least = {"solver_steps": 0 if self.kind == "pictures" else 1}
-        for name in ("solver_steps", "resolution", "samples", "samples_per_shard", "batch_size"):
-            if getattr(self, name) < least.get(name, 1):
-                raise StoreError(f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}")
+        for name in COUNTS:
+            if not least.get(name, 1) <= getattr(self, name) <= MOST:
+                allowed = f"at least {least.get(name, 1)} and at most {MOST}"
+                raise StoreError(f"{name} must be {allowed}, got {short(getattr(self, name))}")
         if self.dtype not in STATE_DTYPES:
-            raise StoreError(f"dtype must be one of {', '.join(STATE_DTYPES)}, got {self.dtype!r}")
+            raise StoreError(f"dtype must be one of {', '.join(STATE_DTYPES)}, got {short(repr(self.dtype))}")
         if not self.times or self.times[-1] < 0 or any(t <= s for t, s in pairwise(self.times)):
-            raise StoreError(f"times must fall strictly and end at 0 or above, got {list(self.times)}")
+            raise StoreError(f"times must fall strictly and end at 0 or above, got {short(list(self.times))}")
         if self.kind == "pictures" and (self.times, self.solver, self.solver_steps) != ((0,), NO_SOLVE, 0):
-            found = f"{list(self.times)} and {self.solver_steps} steps of {self.solver!r}"
+            found = short(f"{list(self.times)} and {self.solver_steps} steps of {self.solver!r}")
             raise StoreError(f"pictures have times [0] and no solve (0 steps of {NO_SOLVE!r}), got {found}")
         low, high = self.guidance_range
         if not 0 <= low <= high:
             raise StoreError(f"guidance must be w >= 0 or 0 <= w_min <= w_max, got {self.guidance}")
+
+    def _check_types(self) -> None:
+        """What JSON holds may be anything, and some of it merely looks like a number."""
+        whole = (*COUNTS, "seed")
+        for name in PLAN_FIELDS:
+            kind, words = (int, "a whole number") if name in whole else (str, "text")
+            if name not in NUMBERS and type(getattr(self, name)) is not kind:
+                raise StoreError(f"{name} must be {words}, got {short(repr(getattr(self, name)))}")
+        times = self.times
+        if not isinstance(times, (tuple, list)) or any(type(t) is not int for t in times):
+            raise StoreError(f"times must be whole numbers, got {short(repr(times))}")
+        bounds = tuple(self.guidance) if isinstance(self.guidance, Sequence) else (self.guidance, self.guidance)
+        if len(bounds) != 2 or any(type(w) not in (int, float) or not abs(w) <= MOST for w in bounds):
+            raise StoreError(f"guidance must be w or [w_min, w_max], got {short(repr(self.guidance))}")
 
     @property
     def guidance_range(self) -> tuple[float, float]:
@@ -206,18 +238,16 @@ class StoreIndex(Plan):
             StoreError: not JSON, of another schema, a field missing or wrong, or a shard name that is not one.
         """
         facts = load_facts(data, INDEX)
-        try:
+        with understanding(INDEX):
             shards = tuple(ShardInfo(**shard) for shard in facts["shards"])
             header = facts["header"].encode()
             layout = Layout.parse(struct.pack("<Q", len(header)) + header)
             index = cls(layout=layout, shards=shards, **plan_arguments(facts))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{INDEX} is not understood: {type(error).__name__} {error}") from None
+        _check_layout(index)
         for shard in shards:
-            _check_shard(shard, index)
+            check_shard(shard, index, INDEX)
         if len({shard.name for shard in shards}) < len(shards):
             raise StoreError(f"{INDEX} names a shard twice")
-        _check_layout(index)
         return index
 
 
@@ -246,13 +276,24 @@ def dump(facts: Mapping[str, Any]) -> bytes:
 def load_facts(data: bytes | bytearray, name: str) -> dict[str, Any]:
     """Reads what `dump` wrote. Raises StoreError: not a JSON object of this schema."""
     try:
-        facts = json.loads(data)
+        facts = parse_json(data)
     except ValueError as error:
-        raise StoreError(f"{name} is not JSON ({error})") from None
+        raise StoreError(f"{name} is not JSON ({short(error)})") from None
     if not isinstance(facts, dict) or facts.get("schema", SCHEMA) != SCHEMA:
         found = facts.get("schema") if isinstance(facts, dict) else type(facts).__name__
-        raise StoreError(f"{name} has schema {found!r}; this version reads {SCHEMA}")
+        raise StoreError(f"{name} has schema {short(repr(found))}; this version reads {SCHEMA}")
     return facts
+
+
+@contextmanager
+def understanding(name: str) -> Iterator[None]:
+    """Within it, facts that are missing or of another kind than expected are a StoreError about the file `name`."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise StoreError(f"{name} is not understood: {type(error).__name__} {short(error)}") from None
 
 
 @lru_cache(maxsize=256)
@@ -281,7 +322,7 @@ def places(shard: ShardInfo, planned: int) -> Sequence[int]:
 
 @lru_cache(maxsize=256)
 def _places(skipped: str, planned: int) -> tuple[int, ...]:
-    missing = set(map(int, skipped.split()))
+    missing = set(_missing(skipped))
     return tuple(place for place in range(planned) if place not in missing)
 
 
@@ -301,20 +342,36 @@ def kept_times(grid: Sequence[int], keep: str | Sequence[int] = "all", segments:
     return tuple(sorted(set(wanted), reverse=True))
 
 
-def _check_shard(shard: ShardInfo, plan: Plan) -> None:
+def check_shard(shard: ShardInfo, plan: Plan, where: str) -> None:
+    """Checks what `where` says of a shard, as far as that goes without reading its offsets one by one.
+
+    Raises:
+        StoreError: it makes no sense, or does not belong to the plan.
+    """
     if not isinstance(shard.name, str) or not SHARD.fullmatch(shard.name):
-        raise StoreError(f"{INDEX} names a shard {shard.name!r}; allowed: shard-000000.tar and so on")
-    if not isinstance(shard.skipped, str) or not re.fullmatch(r"(\d{1,9}( \d{1,9})*)?", shard.skipped):
-        raise BadShard(f"{INDEX} says that {shard.name} skips {shard.skipped!r}, not places")
+        raise StoreError(f"{where} names a shard {short(repr(shard.name))}; allowed: shard-000000.tar and so on")
+    if not isinstance(shard.skipped, str) or not re.fullmatch(r"([0-9]{1,9}( [0-9]{1,9})*)?", shard.skipped):
+        raise BadShard(f"{where} says that {shard.name} skips {short(repr(shard.skipped))}, not places")
     if shard.skipped and plan.kind != "pictures":
-        raise BadShard(f"{INDEX} says that {shard.name} lacks samples; of {plan.kind} none may be missing")
+        raise BadShard(f"{where} says that {shard.name} lacks samples; of {plan.kind} none may be missing")
     if shard.number >= plan.planned_shards:
-        raise BadShard(f"{INDEX} names {shard.name}, and {plan.planned_shards} shards are planned")
-    there = len(places(shard, len(plan.shard_samples(shard.number))))
-    if shard.samples != there or not (isinstance(shard.bytes, int) and shard.bytes > 0):
-        raise BadShard(f"{INDEX} gives {shard.name} {shard.samples!r} samples in {shard.bytes!r} bytes, not {there}")
+        raise BadShard(f"{where} names {shard.name}, and {plan.planned_shards} shards are planned")
+    planned, missing = len(plan.shard_samples(shard.number)), _missing(shard.skipped)
+    there = planned - len(missing)
+    counts = (shard.samples, shard.bytes)
+    if any(type(n) is not int or n > MOST_BYTES for n in counts) or shard.samples != there or shard.bytes < 1:
+        found = f"{short(repr(shard.samples))} samples in {short(repr(shard.bytes))} bytes"
+        raise BadShard(f"{where} gives {shard.name} {found}, not {there}")
+    if missing and missing[-1] >= planned:
+        raise BadShard(f"{where} says that {shard.name} skips place {missing[-1]} of {planned}")
     if not isinstance(shard.offsets, str) or not re.fullmatch("[0-9a-f]{64}", str(shard.sha256)):
-        raise BadShard(f"{INDEX} has no offsets or no sha256 for {shard.name}")
+        raise BadShard(f"{where} has no offsets or no sha256 for {shard.name}")
+    if shard.samples > (len(shard.offsets) + 1) // 2:  # before anything is made of so many
+        raise BadShard(f"{where} holds too few offsets for the {shard.samples} samples of {shard.name}")
+
+
+def _missing(skipped: str) -> list[int]:
+    return sorted(set(map(int, skipped.split())))
 
 
 def _check_layout(index: StoreIndex) -> None:
@@ -322,11 +379,11 @@ def _check_layout(index: StoreIndex) -> None:
     tensors, K = index.layout.tensors, len(index.times)
     states = tensors.get(STATES)
     if states is None or len(states.shape) != 4 or states.shape[0] != K or states.dtype != STATE_DTYPES[index.dtype]:
-        raise StoreError(f"{INDEX}: states are {states}, not [{K}, C, h, w] of {index.dtype}")
+        raise StoreError(f"{INDEX}: states are {short(states)}, not [{K}, C, h, w] of {index.dtype}")
     for name, dtype, shape in ((TIMES, torch.int32, (K,)), (GUIDANCE, torch.float32, (1,))):
         found: TensorSpec | None = tensors.get(name)
         if found is None or (found.dtype, found.shape) != (dtype, shape):
-            raise StoreError(f"{INDEX}: {name} is {found}, not {dtype} {list(shape)}")
+            raise StoreError(f"{INDEX}: {name} is {short(found)}, not {dtype} {list(shape)}")
 
 
 def _exact(value: Any, kind: type) -> Any:
@@ -338,7 +395,7 @@ def _exact(value: Any, kind: type) -> Any:
 
 def _short(value: Any) -> str:
     if not isinstance(value, tuple):
-        return repr(value)
+        return short(repr(value))
     if len(value) <= 9:
         return str(list(value))
     return f"[{value[0]}, {value[1]}, … {value[-2]}, {value[-1]}] ({len(value)})"

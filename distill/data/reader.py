@@ -9,7 +9,6 @@ archive is trusted.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -26,6 +25,7 @@ from distill.data.index import INDEX, PLAN, UNCONDITIONAL, ShardInfo, StoreIndex
 from distill.data.record import (
     CONDITIONING,
     GUIDANCE,
+    MAX_JSON_BYTES,
     STATES,
     TIMES,
     BadSample,
@@ -35,6 +35,8 @@ from distill.data.record import (
     StoreError,
     finite,
     make_key,
+    parse_json,
+    short,
     view,
 )
 from distill.data.storage import Folder, Range
@@ -42,6 +44,7 @@ from distill.diffusion.prediction import Conditioning
 
 log = logging.getLogger(__name__)
 MERGE_BYTES = 4096
+MAX_UNCONDITIONAL_BYTES = 1 << 28
 Request = tuple[int, tuple[int, ...]]
 """Index of a sample, and places of the states wanted."""
 
@@ -170,6 +173,8 @@ class Store:
         span = Span(tar.BLOCK + size + tar.padding(size), following - int(offsets[row]) + tar.BLOCK)
         if span.end < span.begin + 2 * tar.BLOCK:
             raise BadShard(f"{INDEX} holds offsets of {shard.name} that leave no room for its samples' JSON")
+        if (room := span.end - span.begin) > 2 * tar.BLOCK + MAX_JSON_BYTES:
+            raise BadShard(f"{INDEX} holds offsets of {shard.name} that leave {room} bytes for a sample's JSON")
         return span
 
     def _verify(self, shard: ShardInfo) -> None:
@@ -250,7 +255,7 @@ def _assemble(index: StoreIndex, key: str, states: tuple[int, ...], pieces: Sequ
         return _cut(pieces, tar.BLOCK + layout.start(name), spec.dtype, spec.shape)
 
     if tuple(tensor(TIMES).tolist()) != index.times:
-        raise BadSample(f"its times {tensor(TIMES).tolist()} are not the store's")
+        raise BadSample(f"its times {short(tensor(TIMES).tolist())} are not the store's")
     spec, first = layout.tensors[STATES], tar.BLOCK + layout.start(STATES)
     cut = [_cut(pieces, first + k * layout.state_bytes, spec.dtype, spec.shape[1:]) for k in states]
     found = {name.removeprefix(CONDITIONING): tensor(name) for name in layout.tensors if name.startswith(CONDITIONING)}
@@ -270,11 +275,12 @@ def _prompt(key: str, pieces: Sequence[Piece], span: Span) -> str:
     try:
         size = tar.parse_header(bytes(data[: tar.BLOCK]), tar.BLOCK).size
         body = bytes(data[tar.BLOCK : tar.BLOCK + size])
-        facts = json.loads(body)
+        facts = parse_json(body)
         if data != tar.member(f"{key}.json", body) or facts["key"] != key or not isinstance(facts["prompt"], str):
             raise ValueError("it is another sample's or has no prompt")
+        facts["prompt"].encode()  # or half of a surrogate pair would fail where the text is used
     except (ValueError, KeyError, TypeError) as error:
-        raise BadSample(f"its JSON is damaged ({type(error).__name__} {error})") from None
+        raise BadSample(f"its JSON is damaged ({type(error).__name__} {short(error)})") from None
     return facts["prompt"]
 
 
@@ -291,6 +297,8 @@ def read_index(folder: Folder) -> StoreIndex:
         begun = PLAN in folder.sizes()
         why = "its writing has begun, but no shard is finished that holds a sample" if begun else f"{INDEX} is missing"
         raise StoreError(f"no trajectory store at {folder.url}: {why}") from None
+    except OSError as error:
+        raise StoreError(f"{INDEX} of {folder.url} cannot be read: {error}") from None
     except StoreError as error:
         raise type(error)(f"{folder.url}: {error}") from None
 
@@ -309,14 +317,22 @@ def _check_sizes(folder: Folder, index: StoreIndex, tolerant: bool) -> None:
 
 def read_unconditional(folder: Folder, index: StoreIndex) -> Conditioning:
     try:
-        data = folder.read(UNCONDITIONAL)
-    except FileNotFoundError:
-        raise StoreError(f"{UNCONDITIONAL} of {folder.url} is missing") from None
+        (data,) = folder.ranges([(UNCONDITIONAL, 0, MAX_UNCONDITIONAL_BYTES + 1)])
+    except FileNotFoundError as error:
+        data = error
+    where = f"{UNCONDITIONAL} of {folder.url}"
+    if isinstance(data, OSError):
+        raise StoreError(f"{where} is missing or cannot be read ({data})")
     if (found := hashlib.sha256(data).hexdigest()) != index.unconditional_sha256:
-        raise StoreError(
-            f"{UNCONDITIONAL} of {folder.url} is damaged: sha256 {found}, {INDEX} says {index.unconditional_sha256}"
-        )
-    return safetensors.torch.load(data)
+        raise StoreError(f"{where} is damaged: sha256 {found}, {INDEX} says {short(index.unconditional_sha256)}")
+    try:
+        tensors = safetensors.torch.load(bytes(data))
+    except safetensors.SafetensorError as error:
+        raise StoreError(f"{where} is not understood ({short(error)})") from None
+    for name, x in tensors.items():
+        if x.dim() < 1 or len(x) != 1 or not finite(x):
+            raise StoreError(f"{where}: {short(name)} has the shape {list(x.shape)}, not [1, ...], or is not finite")
+    return tensors
 
 
 def _sha256_problem(folder: Folder, shard: ShardInfo) -> str | None:

@@ -34,8 +34,10 @@ DTYPES = {
 }
 STATE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 MAX_HEADER_BYTES = 1 << 16
-KEY = re.compile(r"(\d{6,})-(\d{6,})")
-SHARD = re.compile(r"shard-(\d{6,})\.tar")
+MAX_PAYLOAD_BYTES = 1 << 30
+MAX_JSON_BYTES = 1 << 20
+MAX_DIMENSIONS = 8
+SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,11})\.tar")
 
 
 class StoreError(ValueError):
@@ -73,7 +75,8 @@ class Layout:
         """Reads the header at the start of a payload; no more than 64 KiB of it.
 
         Raises:
-            StoreError: the header is cut, too long, not JSON, or its tensors do not fill the data without gaps.
+            StoreError: the header is cut, too long, not JSON, or its tensors are too large or do not fill the data
+                without gaps.
         """
         if len(payload) < 8:
             raise StoreError("safetensors header is cut short")
@@ -84,10 +87,10 @@ class Layout:
         if len(header) < 8 + length:
             raise StoreError("safetensors header is cut short")
         try:
-            entries = json.loads(header[8:])
-            tensors = {str(name): _spec(entry) for name, entry in entries.items() if name != "__metadata__"}
+            entries = parse_json(header[8:])
+            tensors = {name: _spec(entry) for name, entry in entries.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"safetensors header is not understood ({error})") from None
+            raise StoreError(f"safetensors header is not understood ({short(error)})") from None
         return cls(header, tensors, len(header) + _data_bytes(tensors))
 
     def start(self, name: str) -> int:
@@ -106,9 +109,14 @@ class Layout:
 
 
 def _spec(entry: dict[str, Any]) -> TensorSpec:
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    begin, end = (int(n) for n in entry["data_offsets"])
-    if min(shape, default=0) < 0 or end - begin != dtype.itemsize * math.prod(shape):
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{entry} has what is not a number of bytes or of entries")
+    # An empty tensor has no bytes, and yet sizes that can be too large for one.
+    if len(shape) > MAX_DIMENSIONS or dtype.itemsize * math.prod(max(n, 1) for n in shape) > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"{entry} is too large; allowed: {MAX_DIMENSIONS} dimensions, {MAX_PAYLOAD_BYTES} bytes")
+    if end - begin != dtype.itemsize * math.prod(shape):
         raise ValueError(f"{entry} is inconsistent")
     return TensorSpec(dtype, shape, begin, end)
 
@@ -117,8 +125,10 @@ def _data_bytes(tensors: Mapping[str, TensorSpec]) -> int:
     end = 0
     for name, spec in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if spec.begin != end:
-            raise StoreError(f"safetensors header leaves a gap or overlap before tensor {name!r}")
+            raise StoreError(f"safetensors header leaves a gap or overlap before tensor {short(repr(name))}")
         end = spec.end
+    if end > MAX_PAYLOAD_BYTES:
+        raise StoreError(f"safetensors header claims {end} bytes of tensors; allowed: {MAX_PAYLOAD_BYTES}")
     return end
 
 
@@ -163,8 +173,36 @@ def encode(states: Tensor, times: tuple[int, ...], guidance: float, conditioning
 
 
 def describe(**facts: object) -> bytes:
-    """A sample's JSON: where it comes from. The same facts give the same bytes."""
-    return json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+    """A sample's JSON: where it comes from. The same facts give the same bytes.
+
+    Raises:
+        StoreError: longer than a reader accepts, or not text.
+    """
+    try:
+        data = json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise StoreError(f"its JSON is not text ({error})") from None
+    if len(data) > MAX_JSON_BYTES:
+        raise StoreError(f"its JSON has {len(data)} bytes; allowed: {MAX_JSON_BYTES}")
+    return data
+
+
+def parse_json(data: bytes | bytearray) -> Any:
+    """What a JSON text says. Raises ValueError for whatever is none, however deep or odd."""
+    try:
+        return json.loads(data, parse_constant=_not_a_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _not_a_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def short(said: object, most: int = 120) -> str:
+    """A text on one line and of bounded length, for messages about what others wrote."""
+    text = " ".join(str(said).encode("utf-8", "backslashreplace").decode().split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def view(buffer: bytearray, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

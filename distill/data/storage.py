@@ -18,8 +18,6 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from distill.data.faults import reached
-
 OPEN_FILES = 64
 STALE_SECONDS = 24 * 3600
 HOST = re.sub("[^A-Za-z0-9]", "-", socket.gethostname())
@@ -83,7 +81,10 @@ class Folder:
         return open(self.local / name, "rb") if self.local is not None else self.fs.open(self.path(name), "rb")
 
     def ranges(self, requests: Sequence[Range]) -> list[bytearray | bytes | OSError]:
-        """The bytes of each range, in order; short where a file ends early, an OSError where it cannot be read."""
+        """The bytes of each range, in order; short where a file ends early, an OSError where it cannot be read.
+
+        What is not there takes no memory, however long the range.
+        """
         if self.local is not None:
             return [self._pread(*request) for request in requests]
         if not requests:
@@ -93,10 +94,10 @@ class Folder:
         return [x if isinstance(x, bytes) else OSError(str(x) or type(x).__name__) for x in found]
 
     def _pread(self, name: str, start: int, end: int) -> bytearray | OSError:
-        buffer = bytearray(end - start)
-        view, done = memoryview(buffer), 0
         try:
             descriptor = self._descriptor(name)
+            buffer = bytearray(max(0, min(end, os.fstat(descriptor).st_size) - start))
+            view, done = memoryview(buffer), 0
             while done < len(view) and (read := os.preadv(descriptor, [view[done:]], start + done)):
                 done += read
         except OSError as error:
@@ -137,7 +138,6 @@ class Folder:
         with temporary(self.local, name) as (path, file):
             file.write(data)
             sync(file)
-            reached("synced")
             with suppress(FileExistsError):
                 os.link(path, self.local / name)
         sync_folder(self.local)
@@ -181,7 +181,6 @@ def _locked(folder: Path, name: str) -> tuple[Path, IO[bytes]]:
 def commit(path: Path, file: IO[bytes], target: Path) -> None:
     """Makes a temporary file durable, then visible under its own name."""
     sync(file)
-    reached("synced")
     os.replace(path, target)
     sync_folder(target.parent)
 

@@ -1,7 +1,8 @@
 """Tar archives, strictly: what the store writes, and a walk over the archives of others.
 
 Readers of tar archives, Python's among them, take a damaged header for the end of the archive. Here an archive ends at
-its end mark, two blocks of zeros, and anything else is an error that names the place. Nothing is ever unpacked.
+its end mark, two blocks of zeros and nothing but zeros after them, and anything else is an error that names the place.
+Nothing is ever unpacked.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def walk(file: IO[bytes]) -> Iterator[Member]:
         file.seek(start)
         block = file.read(BLOCK)
         if len(block) == BLOCK and not any(block):
-            return
+            return _check_end(file, start)
         found = parse_header(block, start + BLOCK)
         start = found.start + found.size + padding(found.size)
         if start > end:
@@ -86,6 +87,17 @@ def walk(file: IO[bytes]) -> Iterator[Member]:
             continue
         yield Member(long_name or found.name, found.start, found.size, found.regular)
         long_name = None
+
+
+def _check_end(file: IO[bytes], start: int) -> None:
+    """Whether what follows a block of zeros is the end mark: a header that was overwritten has files behind it."""
+    at = start + BLOCK
+    while chunk := file.read(1 << 16):
+        if any(chunk):
+            raise ValueError(f"zeros at byte {start}, where a header should be: they are not the end")
+        at += len(chunk)
+    if at < start + len(END):
+        raise ValueError(f"no end mark at byte {start}")
 
 
 def _bounded(found: Member) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO
@@ -12,10 +11,19 @@ import torch
 
 from distill.data import tar
 from distill.data.index import INDEX, PROVENANCE, ShardInfo, StoreIndex, payload_offsets, places
-from distill.data.record import GUIDANCE, TIMES, StoreError, finite, make_key, view
+from distill.data.record import (
+    GUIDANCE,
+    MAX_JSON_BYTES,
+    TIMES,
+    StoreError,
+    finite,
+    make_key,
+    parse_json,
+    short,
+    view,
+)
 from distill.data.storage import Folder
 
-MAX_JSON_BYTES = 1 << 20
 MAX_PROBLEMS = 8
 
 
@@ -41,7 +49,7 @@ def verify_shard(
     problems = [f"{size} bytes, {INDEX} says {shard.bytes}"] if size != shard.bytes else []
     good = 0
     with folder.open(shard.name) as raw:
-        file = _Hashing(raw)
+        file = _Hashing(raw, size)
         try:
             for problem in _samples(file, index, shard):
                 seen(1)
@@ -61,10 +69,10 @@ def verify_shard(
 
 
 class _Hashing:
-    """Reads a stream from start to end, and hashes and counts what it reads."""
+    """Reads a stream of `size` bytes from start to end, and hashes and counts what it reads."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.at, self.sha256 = file, 0, hashlib.sha256()
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self.file, self.size, self.at, self.sha256 = file, size, 0, hashlib.sha256()
 
     def read(self, size: int) -> bytes:
         data = self.file.read(size)
@@ -96,14 +104,13 @@ def _member(file: _Hashing, name: str, most: int) -> bytes:
     except ValueError as error:
         raise StoreError(f"{error}, where {name} should begin") from None
     if found.name != name or not found.regular:
-        raise StoreError(f"byte {start} has a member {found.name!r}, where the file {name} should begin")
+        raise StoreError(f"byte {start} has a member {short(repr(found.name))}, where the file {name} should begin")
     if found.size > most:
         raise StoreError(f"{name} claims {found.size} bytes, at most {most} fit")
     whole = found.size + tar.padding(found.size)
-    data = file.read(whole)
-    if len(data) < whole:
+    if whole > file.size - file.at:
         raise StoreError(f"the shard ends within {name}")
-    return data[: found.size]
+    return file.read(whole)[: found.size]
 
 
 def _payload_problem(index: StoreIndex, payload: bytes) -> str | None:
@@ -118,23 +125,24 @@ def _payload_problem(index: StoreIndex, payload: bytes) -> str | None:
         if not finite(x):
             return f"{name} has values that are not finite"
         if name == TIMES and tuple(x.tolist()) != index.times:
-            return f"its times {x.tolist()} are not the store's"
+            return f"its times {short(x.tolist())} are not the store's"
     return None
 
 
 def _facts_problem(plan: StoreIndex, key: str, i: int, payload: bytes, data: bytes) -> str | None:
     """Whether KEY.json belongs to this sample of this store."""
     try:
-        facts = json.loads(data)
+        facts = parse_json(data)
     except ValueError as error:
-        return f"{key}.json is not JSON ({error})"
+        return f"{key}.json is not JSON ({short(error)})"
     w = float(view(bytearray(payload), plan.layout.start(GUIDANCE), torch.float32, (1,)))
     expected = {"key": key, "index": i, **{name: getattr(plan, name) for name in PROVENANCE}}
     for name, value in expected.items():
         if not isinstance(facts, dict) or facts.get(name) != value:
-            return f"{key}.json does not say {name} {value!r}"
-    if abs(facts.get("guidance", -1.0) - w) > 1e-4:
-        return f"guidance is {w} among its tensors and {facts.get('guidance')} in {key}.json"
+            return f"{key}.json does not say {name} {short(repr(value))}"
+    said = facts.get("guidance")
+    if type(said) not in (int, float) or not abs(said - w) <= 1e-4:
+        return f"guidance is {w} among its tensors and {short(repr(said))} in {key}.json"
     low, high = plan.guidance_range
     if not low - 1e-4 <= w <= high + 1e-4:
         return f"guidance is {w}, {INDEX} says {plan.guidance}"

@@ -14,12 +14,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import IO
+from typing import IO, Any
 
 import safetensors.torch
 
 from distill.data import tar
-from distill.data.faults import reached
 from distill.data.index import (
     INDEX,
     PLAN,
@@ -31,13 +30,15 @@ from distill.data.index import (
     ShardInfo,
     StoreIndex,
     StoreMismatch,
+    check_shard,
     dump,
     load_facts,
     plan_arguments,
     plan_facts,
+    understanding,
 )
 from distill.data.progress import Progress
-from distill.data.record import STATE_DTYPES, Layout, StoreError, describe, encode, make_key, shard_name
+from distill.data.record import STATE_DTYPES, Layout, StoreError, describe, encode, finite, make_key, shard_name, short
 from distill.data.storage import Folder
 from distill.diffusion.prediction import Conditioning
 from distill.diffusion.trajectory import Trajectory
@@ -87,7 +88,10 @@ def write_store(
         raise StoreError(f"no prompts to make {plan.kind} of")
     if not 0 <= rank < world_size:
         raise StoreError(f"rank must be within 0 ... {world_size - 1}, got {rank}")
-    empty = safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in unconditional.items()})
+    bare = {name: x.detach().cpu().contiguous() for name, x in unconditional.items()}
+    if bad := [name for name, x in bare.items() if not finite(x)]:
+        raise StoreError(f"the unconditional {bad[0]} has values that are not finite")
+    empty = safetensors.torch.save(bare)
     plan = replace(plan, prompts_sha256=_digest(prompts), unconditional_sha256=hashlib.sha256(empty).hexdigest())
 
     folder = Folder(url)
@@ -131,17 +135,13 @@ def write_shard(notes: Notes, shard: int, prompts: Sequence[str], solve: Solve, 
                 raise StoreError(f"sample {key}: its tensors differ in shape or kind from the shard's first sample")
             offsets.append(out.size + tar.BLOCK)
             out.write(tar.member(f"{key}.safetensors", payload) + tar.member(f"{key}.json", description))
-            reached("sample-written")
         out.write(tar.END)
-        reached("shard-written")
         if shard in notes.finished([shard]):
             return
         folder.commit_staged(path, file, name)
-    reached("shard-renamed")
     info = ShardInfo(name, len(offsets), out.size, out.sha256.hexdigest(), _numbers(offsets), _numbers(skipped))
     facts = {"schema": SCHEMA, "plan": plan.digest(), "header": header[8:].decode(), **info.facts()}
     folder.publish(_note_name(shard), dump(facts | ({"reasons": list(skipped.values())} if skipped else {})))
-    reached("note-written")
 
 
 class Notes:
@@ -172,7 +172,6 @@ class Notes:
         while set(shards := self.finished()) != listed and any(info.samples for info in shards.values()):
             listed = set(shards)
             self.folder.publish(INDEX, self._index(shards).to_json())
-            reached("index-written")
 
     def publish_skipped(self) -> None:
         """Once every shard is finished, says which samples were skipped and why, if any: in a file and in the log.
@@ -199,16 +198,25 @@ class Notes:
         for shard, data in zip(sizes, found, strict=True):
             if isinstance(data, OSError):
                 raise data
-            facts = load_facts(data, _note_name(shard))
-            if facts.get("plan") != self._digest:
-                continue
-            try:
-                info = ShardInfo(
-                    **{f.name: facts[f.name] for f in fields(ShardInfo) if f.name in facts or f.name != "skipped"}
-                )
-                self._read[shard] = (info, facts["header"], tuple(facts.get("reasons", ())))
-            except KeyError as error:
-                raise StoreError(f"{_note_name(shard)} of {self.folder.url} lacks {error}") from None
+            note = f"{_note_name(shard)} of {self.folder.url}"
+            facts = load_facts(data, note)
+            if facts.get("plan") == self._digest:
+                self._read[shard] = self._understood(shard, facts, note)
+
+    def _understood(self, shard: int, facts: Mapping[str, Any], note: str) -> tuple[ShardInfo, str, tuple[str, ...]]:
+        """A shard, the header of its samples and why it lacks others, as its note says. Raises StoreError."""
+        with understanding(note):
+            info = ShardInfo(
+                **{f.name: facts[f.name] for f in fields(ShardInfo) if f.name in facts or f.name != "skipped"}
+            )
+            check_shard(info, self.plan, note)
+            reasons = [str(reason) for reason in facts.get("reasons", ())]
+            if info.name != shard_name(shard) or len(reasons) != len(info.skipped.split()):
+                raise StoreError(f"{note} is of {info.name}, with {len(reasons)} reasons for the samples it lacks")
+            header = facts["header"].encode()
+            if info.samples:
+                Layout.parse(len(header).to_bytes(8, "little") + header)
+            return info, header.decode(), tuple(reasons)
 
     def _index(self, shards: Mapping[int, ShardInfo]) -> StoreIndex:
         headers = {self._read[shard][1]: shard for shard, info in shards.items() if info.samples}
@@ -270,9 +278,10 @@ def _encoded(
         key = make_key(shard, place)
         try:
             payload = encode(states[b], plan.times, w, {k: x[b] for k, x in conditioning.items()})
+            facts = _facts(plan, key, i, text, made.seeds[b], w)
         except StoreError as error:
-            raise StoreError(f"sample {key} (prompt {text!r}): {error}") from None
-        yield place, (payload, _facts(plan, key, i, text, made.seeds[b], w))
+            raise StoreError(f"sample {key} (prompt {short(repr(text))}): {error}") from None
+        yield place, (payload, facts)
 
 
 def _facts(plan: Plan, key: str, i: int, prompt: str, seed: int, w: float) -> bytes:
@@ -300,14 +309,13 @@ def _check(trajectory: Trajectory, plan: Plan, key: str, B: int) -> None:
 def _agree(folder: Folder, plan: Plan) -> None:
     """Lays down the plan, or checks that the one already there is this one."""
     folder.publish_first(PLAN, dump({"schema": SCHEMA, **plan_facts(plan)}))
-    reached("plan-written")
-    facts = load_facts(folder.read(PLAN), PLAN)
-    try:
+    where = f"{PLAN} of {folder.url}"
+    facts = load_facts(folder.read(PLAN), where)
+    with understanding(where):
         begun = Plan(**plan_arguments(facts))
+    try:
         begun.require(**{name: getattr(plan, name) for name in PLAN_FIELDS})
         plan.require(times=begun.times)  # `require` alone lets a run ask for fewer times than are stored
-    except (KeyError, TypeError) as error:
-        raise StoreError(f"{PLAN} of {folder.url} is not understood: {type(error).__name__} {error}") from None
     except StoreMismatch as error:
         raise StoreMismatch(f"{folder.url} was begun with another plan (write to a new folder): {error}") from None
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.data.index import Plan
+from distill.data.index import INDEX, Plan, StoreIndex
 from distill.data.writer import Partly, Solve, write_store
 from distill.diffusion.random import generator, seed_of
 from distill.diffusion.trajectory import Trajectory
+from tests.data.dying import Touches
 
 PROMPTS = ["a red square", "ein grüner Kreis", '"quotes", commas\tand tabs', "", "a long prompt " * 60]
 UNCONDITIONAL = {"encoder_hidden_states": torch.full((1, 7, 6), -1.0, dtype=torch.float16)}
@@ -104,7 +105,7 @@ def write(url: str | Path, plan: Plan = PLAN, **arguments: Any) -> str:
 
 
 def in_processes(*jobs: Callable[[], object], fault: str = "") -> list[int | None]:
-    """Runs each job in a process of its own, all at once; their exit codes (-9 for one that was killed)."""
+    """Runs each job in a process of its own, all at once; their exit codes (-9 for one that died of its `fault`)."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_run, args=(job, fault)) for job in jobs]
     for process in processes:
@@ -116,10 +117,22 @@ def in_processes(*jobs: Callable[[], object], fault: str = "") -> list[int | Non
 
 def _run(job: Callable[[], object], fault: str) -> None:
     if fault:
-        os.environ["DISTILL_FAULT"] = fault
+        Touches(fault)
     job()
 
 
 def files(folder: str | Path) -> dict[str, bytes]:
     """Every file of a folder, byte for byte."""
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def whole_shards(folder: Path) -> list[str]:
+    """The shards that the index of a store lists, after checking that each is there and whole."""
+    if not (folder / INDEX).exists():
+        return []
+    index = StoreIndex.from_json((folder / INDEX).read_bytes())
+    for shard in index.shards:
+        data = (folder / shard.name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
+    assert index.complete == (len(index.shards) == index.planned_shards)
+    return [shard.name for shard in index.shards]

@@ -267,7 +267,7 @@ def test_any_number_of_processes_killed_or_not_give_the_same_listing(tmp_path: P
     assert in_processes(*many) == [0, 0]
     for kill in range(1, 4):
         killed = partial(listed, source, tmp_path / f"killed-{kill}")
-        assert in_processes(killed, fault=f"pictures-listed:{kill}") == [-signal.SIGKILL]
+        assert in_processes(killed, fault=f"fsync killed-{kill}:{kill}") == [-signal.SIGKILL]
         assert len(list((tmp_path / f"killed-{kill}").glob("pictures-*"))) == kill
         assert killed().sha256 == alone.sha256
     assert all(files(other) == files(tmp_path / "alone") for other in tmp_path.glob("[tk]*"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -218,34 +217,6 @@ def test_a_bad_sample_stops_the_run(copy: Path, kind: str, num_workers: int) -> 
         for _ in islice(loader(open_store(str(copy)), reads=Everything(), num_workers=num_workers), 8):
             pass
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (1, 2)])
-@pytest.mark.parametrize("kind", [*CHANGED, *RESIZED])
-def test_losses_that_are_allowed_are_counted_and_the_rest_is_whole(
-    copy: Path, caplog: pytest.LogCaptureFixture, kind: str, world_size: int, num_workers: int
-) -> None:
-    """Damage to a shard costs its damaged samples and no others; seen and skipped are the whole index."""
-    (CHANGED | RESIZED)[kind](copy)
-    lost = {"cut to nothing": [4, 5, 6, 7], "longer": []}.get(kind, [5, 6, 7] if kind in RESIZED else [5])
-    lost_keys = {make_key(i // 4, i % 4) for i in lost}
-    store = open_store(str(copy), max_bad_fraction=0.4)  # 4 of 11
-    with caplog.at_level(logging.WARNING):
-        loaders = [
-            loader(store, 22, 11, Everything(), rank=rank, world_size=world_size, num_workers=num_workers)
-            for rank in range(world_size)
-        ]
-        batches = [batch for each in loaders for batch in islice(each, 2 // world_size)]
-    skipped = set().union(*(each.skipped for each in loaders))
-    seen = {key for batch in batches for key in batch.keys}
-    assert skipped == lost_keys
-    assert seen == {make_key(i // 4, i % 4) for i in range(11)} - lost_keys
-    assert all(key in caplog.text for key in lost_keys)
-    for batch in batches:
-        assert len(batch) == 11
-        for b, key in enumerate(batch.keys):
-            i = 4 * int(key[:6]) + int(key[7:])
-            assert torch.equal(batch.states[b], states_of(PLAN, i).half())
 
 
 def test_replacements_are_the_same_on_any_number_of_ranks(copy: Path) -> None:

@@ -177,7 +177,7 @@ def test_partial_stores_are_for_those_who_ask(tmp_path: Path) -> None:
 def test_no_store_there(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="index.json is missing"):
         open_store(str(tmp_path))
-    in_processes(lambda: write(tmp_path), fault="sample-written:1")
+    in_processes(lambda: write(tmp_path), fault="write shard-000000.tar.tmp:2")
     with pytest.raises(StoreError, match="no shard is finished"):
         open_store(str(tmp_path))
 
@@ -308,7 +308,7 @@ def test_flipped_bits_that_leave_numbers_are_found_by_the_hash(copy: Path) -> No
         ("512 512 512 512", "overlap"),
         ("512 -512 4096 8192", "lie outside"),
         ("512 9223372036854775807 -9223372036854775808 512", "lie outside"),
-        ("512", "holds 1 offsets for the 4 samples"),
+        ("512 4096 8192", "holds 3 offsets for the 4 samples"),
         ("512 x y z", "not numbers"),
         ("512 99999999999999999999999 0 0", "not numbers"),
     ],
@@ -333,6 +333,7 @@ def test_offsets_out_of_bounds(copy: Path, offsets: str, message: str) -> None:
         (lambda f: f["shards"][1].update(bytes="all"), "'all' bytes"),
         (lambda f: f["shards"][1].update(more=1), "not understood"),
         (lambda f: f["shards"][1].update(sha256="?"), "sha256"),
+        (lambda f: f["shards"][1].update(offsets="512"), "too few offsets for the 4 samples of shard-000001.tar"),
         (lambda f: f.pop("seed"), "seed"),
         (lambda f: f.update(schema=2), "schema 2"),
         (lambda f: f.update(times=[1000, 0]), "states are"),

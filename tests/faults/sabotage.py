@@ -1,0 +1,184 @@
+"""Faults in a real run, put in from outside: `python -m tests.faults.sabotage FAULTS.json scripts/train.py SETTINGS`.
+
+The product has no hooks for this. What happens, and where, is a list of objects:
+
+    {"do": "kill", "rank": 1, "step": 3}                in the middle of optimizer step 3 (counted from 0)
+    {"do": "kill", "rank": 0, "save": 1, "touch": 7}    before the 7th touch of a file in the first save of this start,
+                                                        or at its end if there are no more
+    {"do": "SIGTERM", ...}                              the same two with a signal, or with several: "SIGUSR1 SIGTERM"
+    {"do": "hang", ...}                                 the same two, for ever; "freeze" stops all threads of Python
+    {"do": "kill wandb", ...}                           the same two: its service process
+    {"do": "limit", "bytes": 8000, ...}                 the same two: no file can be longer from then on
+    {"do": "hang", "rank": 1, "batch": 3}               in the reading of its 3rd micro-batch
+    {"do": "nan", "rank": 1, "step": 3, "of": "loss"}   or "gradient"; "inf" in the place of "nan"
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import safetensors.torch
+import torch
+
+import distill.training.checkpoint
+import distill.training.trained
+from distill.data.reader import Store
+from distill.methods.base import Losses, Turn
+from distill.training.checkpoint import Checkpoints
+from distill.training.engine import Engine
+
+Fault = dict[str, Any]
+TOUCHES = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir")
+
+
+def install(faults: Sequence[Fault], rank: int) -> None:
+    """Puts in those that are meant for this rank."""
+    mine = [fault for fault in faults if fault["rank"] == rank]
+    for fault in mine:
+        if "save" in fault:
+            _Touches(fault).watch()
+        elif "batch" in fault:
+            _before(Store, "read_many", _Once(fault))
+        elif fault["do"] in ("nan", "inf"):
+            _spoil(fault)
+        else:
+            _in_step(fault)
+
+
+def _do(fault: Fault) -> None:
+    if fault["do"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault["do"] == "hang":
+        while True:
+            time.sleep(1)
+    elif fault["do"] == "freeze":
+        ctypes.PyDLL(None).sleep(1000)  # unlike CDLL, it does not let go of the interpreter
+    elif fault["do"] == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
+    elif fault["do"] == "kill wandb":
+        found = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb-core")]
+        found[0].kill()
+    else:
+        for name in fault["do"].split():
+            os.kill(os.getpid(), signal.Signals[name])
+
+
+class _Once:
+    """Does it at the so-manieth call."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault, self.left = fault, int(fault["batch"])
+
+    def __call__(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            _do(self.fault)
+
+
+def _before(owner: Any, name: str, action: Callable[..., object]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        action(*args)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, replaced)
+
+
+class _Touches:
+    """Counts this process's touches of files in a save: of Python's own, of fsync, and of what writes tensors.
+
+    "list" in the fault names a file: there every touch of that save is written down, and nothing happens.
+    """
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault, self.saves, self.on = fault, 0, False
+        self.names: list[str] = []
+
+    def watch(self) -> None:
+        save = Checkpoints.save
+
+        def counted(checkpoints: Checkpoints, *args: Any) -> Any:
+            self.saves += 1
+            self.on = self.saves == self.fault["save"]
+            try:
+                return save(checkpoints, *args)
+            finally:
+                self.touch("the end")
+                self.on = False
+                if "list" in self.fault:
+                    Path(self.fault["list"]).write_text(json.dumps(self.names))
+
+        Checkpoints.save = counted  # type: ignore[assignment, method-assign]
+        sys.addaudithook(lambda event, args: self.touch(f"{event} {args[0]}") if event in TOUCHES else None)
+        _before(os, "fsync", lambda *_: self.touch("fsync"))
+        _before(torch, "save", lambda _, file, *more: self.touch(f"torch.save {file}"))
+        for module in (safetensors.torch, distill.training.trained):
+            _before(module, "save_file", lambda _, file: self.touch(f"save_file {file}"))
+
+    def touch(self, name: str) -> None:
+        if not self.on or ("/" in name and "checkpoints" not in name):
+            return
+        self.names.append(name)
+        number = self.fault.get("touch")
+        if len(self.names) == number or (name == "the end" and number and len(self.names) < number):
+            _do(self.fault)
+
+
+def _in_step(fault: Fault) -> None:
+    """Between forward and backward, when other ranks wait for this one's gradient or are about to."""
+    _around_loss(fault, lambda losses: (_do(fault), losses)[1])
+
+
+def _spoil(fault: Fault) -> None:
+    value = float(fault["do"])
+
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return gradient * value
+
+    def spoiled(losses: Losses) -> Losses:
+        total = losses.total * value if fault["of"] == "loss" else Spoiled.apply(losses.total)
+        return Losses(total, losses.parts)
+
+    _around_loss(fault, spoiled)
+
+
+def _around_loss(fault: Fault, change: Callable[[Losses], Losses]) -> None:
+    update = Engine.update
+
+    def changed(engine: Engine, turn: Turn, micro_batches: Any, step: int) -> dict[str, float]:
+        if step == fault["step"]:
+            turn = Turn(turn.updates, lambda *args, loss=turn.loss: change(loss(*args)))
+        return update(engine, turn, micro_batches, step)
+
+    Engine.update = changed  # type: ignore[method-assign]
+
+
+def run(script: str, arguments: Sequence[str]) -> None:
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    install(json.loads(Path(sys.argv[1]).read_text()), int(os.environ.get("RANK", 0)))
+    run(sys.argv[2], sys.argv[3:])
