@@ -1,5 +1,6 @@
 """Runs that build on each other, in order:
 
+python scripts/run_chain.py chain=lcm_toy
 python scripts/run_chain.py chain=lightning_toy output_dir=outputs/lightning_toy
 python scripts/run_chain.py chain=lightning_sdxl launch="accelerate launch --num_processes 8" "overrides=['seed=1']"
 
@@ -38,7 +39,7 @@ def main(cfg: RunChainSettings) -> None:
     links = links_of(cfg.chain, cfg.output_dir, cfg.overrides)
     if cfg.list:
         for link in links:
-            print(link.name, link.state(), shlex.join(command(link, cfg.launch)), sep="\t")
+            print(link.name, link.state(), link.script, shlex.join(command(link, cfg.launch)), sep="\t")
         return
     chosen = links if cfg.link is None else [one_of(links, cfg.link)]
     with Relay() as relay:
@@ -54,7 +55,7 @@ def main(cfg: RunChainSettings) -> None:
 
 def command(link: Link, launch: str | None) -> list[str]:
     """What makes a link, its export left out."""
-    started = [sys.executable] if launch is None else shlex.split(launch)
+    started = [sys.executable] if launch is None or link.reads else shlex.split(launch)
     return [*started, script(link.script), *link.arguments]
 
 
@@ -76,6 +77,8 @@ def take(link: Link, launch: str | None, relay: Relay) -> int:
         if not link.made() and (code := relay.run(command(link, launch), lock)):
             # A launcher has exit codes of its own: what tells is the mark that a run leaves when it was asked to stop.
             return PREEMPTED if modified(marker) not in (None, before) else code
+        if link.reads:
+            link.mark()
         if link.trains and not link.done():
             return relay.run([sys.executable, script("export"), *link.export_arguments()], lock)
     return 0
@@ -99,15 +102,18 @@ def modified(path: Path) -> int | None:
 
 @contextmanager
 def locked(link: Link) -> Iterator[IO[str]]:
-    """Nobody else runs the link meanwhile. What is started inherits the lock, and holds it if this process is killed.
+    """Nobody else runs the link meanwhile, but others may write shards of the same store.
+
+    What is started inherits the lock, and holds it if this process is killed.
 
     Raises:
         ConfigError: somebody does.
     """
+    kind = fcntl.LOCK_SH if link.script == "make_trajectories" else fcntl.LOCK_EX
     link.folder.parent.mkdir(parents=True, exist_ok=True)
     with link.folder.with_name(f".{link.name}.lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"link {link.name} is being run in {link.folder} by another process") from None
         yield lock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def listed(output_dir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     chain(output_dir, tiny, "list=true")
     lines = (line.split("\t") for line in capsys.readouterr().out.splitlines())
-    return {name: (state, command) for name, state, command in lines}
+    return {name: (state, command) for name, state, _, command in lines}
 
 
 def environment() -> dict[str, str]:
@@ -147,6 +148,25 @@ def test_a_killed_chain_goes_on_to_the_same_weights(
     written = times(killed)
     chain(killed, tiny)
     assert [record.getMessage()[-4:] for record in said.records] == ["done"] * 3 and times(killed) == written
+
+
+def test_a_damaged_store_ends_the_chain_where_it_is_verified(
+    killed: Path, tiny: list[str], tmp_path: Path, said: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(killed / "store", tmp_path / "store")
+    shard = tmp_path / "store" / "shard-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
+    links = f"chain.links={hydra([LINKS[0], {'name': 'verify', 'script': 'verify_shards'}])}"
+    with pytest.raises(SystemExit) as ended:
+        chain(tmp_path, tiny, links)
+    assert ended.value.code == 1
+    assert "error: link verify ended with exit code 1" in capfd.readouterr().err
+    shard.write_bytes(whole)
+    chain(tmp_path, tiny, links)
+    said.clear()
+    chain(tmp_path, tiny, links)
+    assert said.records[-1].getMessage() == "link 2 of 2: verify is done"
 
 
 @pytest.mark.slow
@@ -219,13 +239,17 @@ def test_a_signal_reaches_the_running_link_and_ends_the_chain(
 
 
 def test_a_link_is_not_run_twice_at_once_even_if_its_runner_was_killed(tiny: list[str], tmp_path: Path) -> None:
-    """What the runner had started may live on, and then holds the lock."""
-    store, *_ = links_of(load("run_chain", RunChainSettings, arguments(tmp_path, tiny)).chain, tmp_path, tiny)
-    with locked(store) as lock:
+    """What the runner had started may live on, and then holds the lock. A store may have several writers."""
+    alone = f"chain.links={hydra([LINKS[1] | {'overrides': [*LINKS[1]['overrides'], 'data.store=S']}])}"
+    (mse,) = links_of(load("run_chain", RunChainSettings, arguments(tmp_path, tiny, alone)).chain, tmp_path, tiny)
+    with locked(mse) as lock:
         orphan = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
-    with pytest.raises(ConfigError, match="link store is being run in .* by another process"):
-        chain(tmp_path, tiny)
+    with pytest.raises(ConfigError, match="link mse is being run in .* by another process"):
+        chain(tmp_path, tiny, alone)
     orphan.kill()
     orphan.wait()
-    with locked(store):
+    with locked(mse):
+        pass
+    store, *_ = links_of(load("run_chain", RunChainSettings, arguments(tmp_path, tiny)).chain, tmp_path, tiny)
+    with locked(store), locked(store):
         pass

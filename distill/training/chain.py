@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.data.index import StoreIndex
+from distill.data.index import INDEX, StoreIndex
 from distill.data.reader import read_index
 from distill.data.record import StoreError
 from distill.data.storage import Folder
 from distill.training.checkpoint import Checkpoints
-from distill.training.config import ChainSettings, ConfigError, LinkSettings, TrainSettings, load
+from distill.training.config import (
+    READERS,
+    ChainSettings,
+    ConfigError,
+    EvaluateSettings,
+    LinkSettings,
+    SampleSettings,
+    TrainSettings,
+    load,
+)
 from distill.training.export import FACTS, check_formats
-from distill.training.run import checkpoints_of, finished
+from distill.training.run import checkpoints_of, finished, write_atomically
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class Link:
         name, script: as in the chain's file.
         folder: of the run; trajectories are written where `settings.data.store` says.
         arguments: of the script.
-        settings: what the arguments amount to.
+        settings: what the arguments amount to; of a link that only looks at what another made, that one's settings.
         formats: of the export; None if any will do.
         needs: names of the earlier links that have to be done.
     """
@@ -43,6 +53,11 @@ class Link:
         return self.script == "train"
 
     @property
+    def reads(self) -> bool:
+        """Whether it only looks at what earlier links made: it needs no launcher."""
+        return self.script in READERS
+
+    @property
     def export(self) -> Path:
         """The folder of its export."""
         return export_of(self.folder)
@@ -56,15 +71,24 @@ class Link:
         """Whether its script has nothing left to do."""
         if self.trains:
             return finished(self.folder, self.settings.max_train_steps)
+        if self.reads:
+            return self._mark.is_file() and self._mark.read_text() == self._seen()
         index = self._index()
         return index is not None and index.complete and index.samples == self.settings.data.num_samples
+
+    def mark(self) -> None:
+        """Leaves `DONE` for a link that only looks: it is done until what it looks at, or how it looks, changes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._mark, self._seen())
 
     def done(self) -> bool:
         """Whether there is nothing left to do: it is made, and exported as it is."""
         return self.made() and (not self.trains or self._exported())
 
     def steps(self) -> tuple[int, int]:
-        """Steps of the newest checkpoint (shards that are written), and in all."""
+        """Steps of the newest checkpoint (shards that are written), and in all; 1 for a link that only looks."""
+        if self.reads:
+            return int(self.made()), 1
         if self.trains:
             last = self.settings.max_train_steps
             found = Checkpoints(checkpoints_of(self.folder)).found()
@@ -80,6 +104,22 @@ class Link:
         if self.made():
             return "to be exported"
         return f"at {'step' if self.trains else 'shard'} {at} of {last}" if at else "not started"
+
+    @property
+    def _mark(self) -> Path:
+        return self.folder / "DONE"
+
+    def _seen(self) -> str:
+        """A hash of its arguments and of the file that says what it looks at: a store's index, or a run's export's."""
+        if self.script == "verify_shards":
+            folder, name = self.settings.data.store, INDEX
+        else:
+            folder, name = str(export_of(Path(self.settings.output_dir))), FACTS
+        try:
+            facts = Folder(folder).read(name)
+        except OSError:
+            facts = b""
+        return hashlib.sha256("\0".join(self.arguments).encode() + facts).hexdigest() + "\n"
 
     def _index(self) -> StoreIndex | None:
         try:
@@ -105,14 +145,18 @@ def export_of(folder: Path) -> Path:
 def links_of(chain: ChainSettings, output_dir: str | Path, overrides: Sequence[str] = ()) -> list[Link]:
     """The links of a chain, all their settings checked.
 
-    A link that trains reads the store of the last link before it that writes one. `overrides` come after a link's own.
+    A link that trains or verifies reads the store of the last link before it that writes one. `overrides` come after a
+    link's own, and are for the links with the chain's experiment alone.
 
     Raises:
         ConfigError: one line about the first link whose settings are wrong.
     """
     links: list[Link] = []
     for settings in chain.links:
-        links.append(_link(settings, chain.experiment, Path(output_dir), overrides, links))
+        if settings.script in READERS:
+            links.append(_reader(settings, Path(output_dir), links))
+        else:
+            links.append(_link(settings, chain.experiment, Path(output_dir), overrides, links))
     return links
 
 
@@ -139,7 +183,7 @@ def seconds_left(links: Sequence[Link]) -> float | None:
 
 def _link(link: LinkSettings, experiment: str, root: Path, overrides: Sequence[str], before: Sequence[Link]) -> Link:
     folder = root / link.name
-    stores = [other for other in before if not other.trains]
+    stores = [other for other in before if other.script == "make_trajectories"]
     store = folder if link.script == "make_trajectories" else stores[-1].folder if stores else None
     given = {"teacher": link.teacher, "start": link.start}
     arguments = (
@@ -156,7 +200,8 @@ def _link(link: LinkSettings, experiment: str, root: Path, overrides: Sequence[s
             check_formats(settings, link.export)
     except ConfigError as error:
         raise ConfigError(f"link {link.name}: {error}") from None
-    read = [other.name for other in stores if other.settings.data.store == settings.data.store]
+    looked = [*stores, *(other for other in before if other.script == "verify_shards")]
+    read = [other.name for other in looked if other.settings.data.store == settings.data.store]
     return Link(
         name=link.name,
         script=link.script,
@@ -166,6 +211,23 @@ def _link(link: LinkSettings, experiment: str, root: Path, overrides: Sequence[s
         formats=None if link.export is None else tuple(link.export),
         needs=tuple(dict.fromkeys([*read, *(name for name in given.values() if name is not None)])),
     )
+
+
+def _reader(link: LinkSettings, root: Path, before: Sequence[Link]) -> Link:
+    """A link that looks at what an earlier one made."""
+    folder = root / link.name
+    if link.script == "verify_shards":
+        at = [other for other in before if other.script == "make_trajectories"][-1]
+        arguments: tuple[str, ...] = (at.settings.data.store,)
+    else:
+        at = next(other for other in before if other.name == link.run)
+        what = "student" if link.script == "evaluate" else "run"
+        arguments = (f"{what}={at.folder}", *link.overrides, f"output_dir={folder}")
+        try:
+            load(link.script, EvaluateSettings if link.script == "evaluate" else SampleSettings, arguments)
+        except ConfigError as error:
+            raise ConfigError(f"link {link.name}: {error}") from None
+    return Link(link.name, link.script, folder, arguments, at.settings, formats=None, needs=(at.name,))
 
 
 def _step_seconds(run: Path) -> float | None:

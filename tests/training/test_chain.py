@@ -20,6 +20,7 @@ from distill.training.config import CONFIGS, ChainSettings, ConfigError, RunChai
 
 CHAINS = sorted(path.stem for path in (CONFIGS / "chain").glob("*.yaml"))
 STORE = {"name": "store", "script": "make_trajectories"}
+VERIFY = {"name": "verify", "script": "verify_shards"}
 
 
 def chain(*links: dict[str, Any]) -> ChainSettings:
@@ -45,7 +46,13 @@ def shipped(name: str) -> list[Link]:
         ),
         ([{"name": "a/b"}], ["a/b"]),
         ([{"name": "a", "overides": []}], ["overides"]),
-        ([{"name": "a", "script": "export"}], ["'train' or 'make_trajectories'"]),
+        ([{"name": "a", "script": "export"}], ["'train', 'make_trajectories'", "'sample'"]),
+        ([{"name": "a", "script": "verify_shards"}], ["a: no link before it writes a store that it could verify"]),
+        ([STORE, VERIFY | {"overrides": ["a=1"]}], ["verify: verify_shards has no settings to override"]),
+        ([STORE, {"name": "a", "script": "sample"}], ["a: run is for links with script: evaluate or sample"]),
+        ([{"name": "a"}, {"name": "b", "run": "a"}], ["b: run is for links with script: evaluate or sample"]),
+        ([STORE, {"name": "a", "script": "sample", "run": "store"}], ["a: no run 'store'"]),
+        ([{"name": "a"}, {"name": "b", "script": "sample", "run": "a", "teacher": "a"}], ["b: teacher is for links"]),
         ([], ["at least 1 item"]),
     ],
 )
@@ -183,6 +190,34 @@ def test_one_link_is_refused_while_what_it_builds_on_is_not_done(tmp_path: Path)
         one_of(links, "b")
     with pytest.raises(ConfigError, match="link=c: no such link; allowed: a, b"):
         one_of(links, "c")
+
+
+def test_a_link_that_looks_at_what_was_made_is_done_until_that_changes(tmp_path: Path) -> None:
+    report = {"name": "report", "script": "evaluate", "run": "run", "overrides": ["n=100"]}
+    links = links_of(chain(STORE, VERIFY, {"name": "run"}, report), tmp_path)
+    store, verify, run, evaluate = links
+    assert [link.needs for link in links] == [(), ("store",), ("store", "verify"), ("run",)]
+    assert verify.arguments == (f"{tmp_path}/store",)
+    assert evaluate.arguments == (f"student={run.folder}", "n=100", f"output_dir={evaluate.folder}")
+    store.folder.mkdir()
+    exported(run, step=6)
+    for link, seen in ((verify, store.folder / "index.json"), (evaluate, run.export / "distill.json")):
+        seen.write_text("one")
+        assert link.state() == "not started" and link.steps() == (0, 1)
+        link.mark()
+        assert link.state() == "done" and link.steps() == (1, 1)
+        seen.write_text("another")
+        assert link.state() == "not started"
+    changed = links_of(chain(STORE, VERIFY, {"name": "run"}, report | {"overrides": ["n=200"]}), tmp_path)
+    evaluate.mark()
+    assert evaluate.done() and not changed[-1].done()
+
+
+def test_the_settings_of_a_link_that_looks_are_checked_before_any_link_is_run(tmp_path: Path) -> None:
+    for override, line in (("nn=3", "link a: unknown key 'nn'"), ("n=0", "link a: n=0: input should be greater")):
+        looks = {"name": "a", "script": "evaluate", "run": "run", "overrides": [override]}
+        with pytest.raises(ConfigError, match=line):
+            links_of(chain({"name": "run"}, looks), tmp_path)
 
 
 def test_the_time_left_is_of_the_steps_left_at_the_pace_so_far(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""slurm/job.sh, around work that takes no time: when a job goes back to the queue, and when it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import ROOT, Cluster, until
+
+JOB = """#!/usr/bin/env bash
+set -euo pipefail
+source {root}/slurm/job.sh
+progress() {{ cat at 2>/dev/null || echo nowhere; }}
+work() {{ echo "$SLURM_JOB_ID" >>runs; {work}; }}
+supervise notes progress work
+"""
+FURTHER = "echo more >>at"
+ONCE = f"[ -e at ] || {{ {FURTHER}; exit 75; }}"  # asks to be run again the first time
+
+
+def submitted(slurm: Cluster, folder: Path, work: str, *options: str, **environment: str) -> str:
+    (folder / "job.sh").write_text(JOB.format(root=ROOT, work=work))
+    given = ["--job-name=work", "--requeue", "--open-mode=append", f"--chdir={folder}", f"--output={folder}/log"]
+    return slurm.call("sbatch", "--parsable", *given, *options, str(folder / "job.sh"), **environment)
+
+
+@pytest.mark.parametrize(
+    ("work", "exit_code", "restarts", "words"),
+    [
+        ("true", "0:0", 0, ""),
+        (ONCE, "0:0", 1, "is at more: back to the queue"),
+        (f"{FURTHER}; exit 3", "3:0", 0, "error: work: an alarm has ended the run, which is saved at more"),
+        (f"{FURTHER}; exit 2", "2:0", 0, "error: work: the settings are wrong"),
+        ("exit 5", "5:0", 0, "error: work: ended with exit code 5 and got no further than nowhere"),
+        ("exit 75", "75:0", 0, "error: work: ended with exit code 75 and got no further than nowhere"),
+        (f"{FURTHER}; exit 5", "5:0", 1, "error: work: ended with exit code 5 and has failed 2 times"),
+        (f"{FURTHER}; echo 3 >$JOB_NOTES/exit-1; exit 137", "3:0", 0, "an alarm has ended the run"),
+    ],
+)
+def test_a_job_is_run_again_only_if_it_got_further_and_it_may_help(
+    work: str, exit_code: str, restarts: int, words: str, slurm: Cluster, tmp_path: Path
+) -> None:
+    facts = slurm.ended(submitted(slurm, tmp_path, work, MAX_FAILURES="1"))
+    log = (tmp_path / "log").read_text()
+    assert (facts["ExitCode"], facts["Restarts"]) == (exit_code, str(restarts)), log
+    assert words in log and log.count("error: work:") == (exit_code != "0:0")
+
+
+def listening(then: str) -> str:
+    """Work in a step that waits for USR1, if it is the first time."""
+    inner = f"trap '{then}; exit 75' USR1; touch ready; sleep 60 & wait"
+    return f'[ -e at ] || srun bash -c "{inner}"'
+
+
+@pytest.mark.parametrize(
+    ("then", "state", "restarts", "words"),
+    [
+        (FURTHER, "COMPLETED", "1", "is at more: back to the queue"),
+        ("true", "FAILED", "0", "error: work: stopped before it got any further (nowhere): it needs more time"),
+    ],
+)
+def test_a_signal_before_the_time_is_up_reaches_the_steps(
+    then: str, state: str, restarts: str, words: str, slurm: Cluster, tmp_path: Path
+) -> None:
+    job = submitted(slurm, tmp_path, listening(then))
+    until((tmp_path / "ready").exists)
+    slurm.call("scancel", "--signal=USR1", "--batch", job)
+    facts = slurm.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == (state, restarts)
+    assert words in (tmp_path / "log").read_text()
+
+
+def test_a_task_of_an_array_goes_back_to_the_queue_alone(slurm: Cluster, tmp_path: Path) -> None:
+    """The last task has the id of the whole array: to signal or to requeue that id is to do so to all of them."""
+    work = f"[ $SLURM_JOB_ID != $SLURM_ARRAY_JOB_ID ] || {ONCE}; sleep 2"
+    array = submitted(slurm, tmp_path, work, "--array=0-2")
+    tasks = [slurm.ended(f"{array}_{i}") for i in range(3)]
+    runs = (tmp_path / "runs").read_text().split()
+    assert sorted(facts["Restarts"] for facts in tasks) == ["0", "0", "1"]
+    assert len(runs) == 4 and runs.count(array) == 2 and len(set(runs)) == 3
+
+
+def test_a_cancelled_job_stays_cancelled_and_takes_what_waits_for_it_along(slurm: Cluster, tmp_path: Path) -> None:
+    job = submitted(slurm, tmp_path, listening(FURTHER))
+    (tmp_path / "after").mkdir()
+    after = submitted(slurm, tmp_path / "after", "true", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+    until((tmp_path / "ready").exists)
+    slurm.call("scancel", job)
+    assert {slurm.ended(one)["JobState"] for one in (job, after)} == {"CANCELLED"}
+    assert slurm.facts(job)["Restarts"] == "0" and not (tmp_path / "after" / "runs").exists()
+
+
+def test_the_exit_code_of_one_node_is_the_jobs(slurm: Cluster, tmp_path: Path) -> None:
+    """Through `accelerate launch`, whose own is always 1, and srun, which kills the other node for it."""
+    script = "import os, sys, time\nif os.environ['RANK'] == '0':\n    time.sleep(60)\nsys.exit(3)\n"
+    (tmp_path / "rank.py").write_text(script)
+    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--exclusive"]
+    job = submitted(slurm, tmp_path, f'{FURTHER}; "${{launcher[@]}}" rank.py', *options)
+    facts, log = slurm.ended(job), (tmp_path / "log").read_text()
+    assert (facts["ExitCode"], facts["NumNodes"], facts["Restarts"]) == ("3:0", "2", "0"), log
+    assert (tmp_path / "notes" / job / "exit-1").read_text() == "3\n"
