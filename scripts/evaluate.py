@@ -1,100 +1,273 @@
-"""Judges a student of the toy teacher beside it and writes a report:
+"""Judges a student beside its teacher, or a teacher alone, by a published protocol, and writes a report:
 
-python scripts/evaluate.py run=outputs/quickstart/run lora=outputs/quickstart/lora output_dir=outputs/quickstart
+python scripts/evaluate.py student=runs/a output_dir=outputs/a                       # protocol=toy, the bundled world
+accelerate launch scripts/evaluate.py student=exports/a protocol=coco2014-10k protocol.prompts=captions_val2014.json \
+    protocol.reference=val2014 weights.inception=inception.pth model.pretrained_model_name_or_path=DIR_OR_HUB_ID \
+    guidance=7.5 dtype=bfloat16 batch_size=8 output_dir=outputs/a
 
-Killed and started again, it goes on; finished rows are not drawn twice.
+Processes share the work by blocks of pictures; the numbers are those of one process. Killed and started again, it goes
+on; finished blocks are not drawn twice.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import logging
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
+from distill.data.reader import open_store
 from distill.evaluation.cache import Cache
-from distill.evaluation.compare import Comparison, Plan, seeds_of
+from distill.evaluation.captions import read_captions
+from distill.evaluation.compare import Comparison, Plan, Scorer, seeds_of
 from distill.evaluation.proof import plain_pipeline_agrees
-from distill.evaluation.report import format_table, write_report
+from distill.evaluation.protocol import Protocol, build_scorer
+from distill.evaluation.report import RunFacts, format_table, write_report
+from distill.evaluation.shares import Share
+from distill.evaluation.stored import HeldOut
+from distill.evaluation.students import LoadedStudent, load_student, parse_sampler, with_student
 from distill.evaluation.toy import JudgeScorer
-from distill.models.denoiser import NetworkDenoiser
-from distill.models.exported import FACTS, read_export
+from distill.models.exported import FACTS
 from distill.models.families import Teacher, load_teacher
-from distill.models.folder import stored_tensors, weight_files, weights_hash
-from distill.models.lora import ADAPTER, load_lora
+from distill.models.folder import read_json
 from distill.toy.judge import load_judge
-from distill.training.config import ConfigError, EvaluateSettings, run_script
+from distill.toy.teacher import teacher_folder
+from distill.training.config import ConfigError, EvaluateSettings, TrainSettings, checking, load, run_script
+from distill.training.export import export_run
 from distill.training.run import read_run
 from distill.training.tracking import setup_logging
 
+log = logging.getLogger("distill")
 PROVEN = 20  # pictures that a plain pipeline draws too
-REPRODUCE = "bash scripts/quickstart.sh"
+STEPS = (1, 2, 4, 8)
+JUDGED = 100  # pictures, at least, for the judge's Fréchet distance
+TOY = "toy"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a student comes from: the folder it is loaded from, and the run that it is of, as far as that is known."""
+
+    folder: Path
+    run: Path | None
+    settings: dict[str, Any]
 
 
 def main(cfg: EvaluateSettings) -> None:
-    setup_logging()
-    settings = read_run(cfg.run)
-    guidance = settings.data.guidance if cfg.guidance is None else cfg.guidance
-    if not isinstance(guidance, float):
-        raise ConfigError(f"data.guidance of the run is {guidance}: set guidance=W, for the teacher to compare with")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = load_teacher(settings.model.pretrained_model_name_or_path, parts=("unet", "text", "vae"))
-    denoiser = teacher.denoiser()
-    student, student_hash = student_of(Path(cfg.lora), teacher)
-    embedded = student.guidance_embedding_dim is not None
-    student.module.to(device)
+    with checking():
+        share = Share.launched()
+    setup_logging(share.rank)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = None if cfg.student is None else find_student(cfg.student, Path(scratch))
+        with checking():
+            comparison = build(cfg, source, share)
+            if share.rank > 0:
+                return comparison.draw(comparison.settings())
+        try:
+            report(cfg, comparison, source)
+        except TimeoutError as error:
+            raise ConfigError(str(error)) from None
+
+
+def find_student(student: str, scratch: Path) -> Source:
+    """A run's student is exported first, to `scratch`: what is judged is what people get.
+
+    Raises FileNotFoundError: nothing there that could be a student.
+    """
+    folder = Path(student).expanduser()
+    if (folder / "config.yaml").is_file():
+        exported = export_run(folder, scratch / "student", dtype=torch.float16)
+        return Source(exported, folder, read_run(folder).model_dump(mode="json"))
+    if (folder / FACTS).is_file():
+        return Source(folder, None, read_json(folder, FACTS).get("settings", {}))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"student={student}: no such folder")
+    return Source(folder, None, {})
+
+
+def build(cfg: EvaluateSettings, source: Source | None, share: Share) -> Comparison:
+    """All that is loaded."""
+    device = f"cuda:{share.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    teacher = load_teacher(
+        teacher_path(cfg, source),
+        parts=("unet", "text", "vae"),
+        dtype=getattr(torch, cfg.dtype),
+        revision=cfg.model.revision,
+        variant=cfg.model.variant,
+    ).at_resolution(cfg.protocol.resolution)
+    denoisers, hashes = {"teacher": teacher.denoiser()}, {"teacher": stated(teacher.teacher_hash, cfg)}
+    student = None if source is None else load_student(source.folder, teacher)
+    if student is not None:
+        student.denoiser.module.to(device)
+        denoisers["student"], hashes["student"] = student.denoiser, stated(student.weights, cfg)
     teacher.to(device)
-    comparison = Comparison(
+    kept = Path(cfg.output_dir) / "evaluation"
+    return Comparison(
         teacher=teacher,
-        denoisers={"teacher": denoiser, "student": student},
-        hashes={"teacher": teacher.teacher_hash, "student": student_hash},
-        scorer=JudgeScorer(load_judge().to(device)),
-        plan=Plan(
-            guidance=guidance,
-            student_guidance=guidance if embedded else 1.0,
-            student_embedded=embedded,
-            n=cfg.n,
-            tuning_n=cfg.tuning_n,
-            steps=tuple(cfg.steps),
-            guidances=tuple(cfg.guidances),
-            batch_size=cfg.batch_size,
-        ),
-        cache=Cache(Path(cfg.output_dir) / "evaluation"),
+        denoisers=denoisers,
+        hashes=hashes,
+        scorer=scorer_of(cfg, teacher, kept, device),
+        plan=plan_of(cfg, source, student),
+        cache=Cache(kept, writes=share.rank == 0),
+        share=share,
+        stored=stored_of(cfg, source, teacher, device),
     )
+
+
+def stated(weights: str, cfg: EvaluateSettings) -> str:
+    """Weights in another precision draw other pictures."""
+    return weights if cfg.dtype == "float32" else f"{weights} in {cfg.dtype}"
+
+
+def teacher_path(cfg: EvaluateSettings, source: Source | None) -> str:
+    """What is asked for, or what the student was distilled from where that is known to be there."""
+    own = {} if source is None else source.settings.get("model", {})
+    path = cfg.model.pretrained_model_name_or_path or own.get("pretrained_model_name_or_path")
+    if cfg.model.pretrained_model_name_or_path is None and source is not None and source.run is None:
+        path = path if path and "/" in path else None  # of a folder an export keeps the last name only
+    if path is None and cfg.protocol.name == TOY:
+        return str(teacher_folder())
+    if path is None:
+        raise ConfigError("which teacher? Set model.pretrained_model_name_or_path=DIR_OR_HUB_ID")
+    return path
+
+
+def scorer_of(cfg: EvaluateSettings, teacher: Teacher, kept: Path, device: str) -> Scorer:
+    of, n = cfg.protocol, cfg.n or cfg.protocol.n
+    if of.prompts is None:
+        if of.metrics != ["judge"]:
+            raise ConfigError(f"protocol {of.name} has no prompts: set protocol.prompts=FILE")
+        if n < JUDGED:
+            raise ConfigError(f"n={n}: the judge's Fréchet distance takes at least {JUDGED} pictures")
+        return JudgeScorer(load_judge().to(device))
+    protocol = Protocol(
+        name=of.name,
+        used_by=of.used_by,
+        n=n,
+        side=teacher.resolution,
+        reference=of.reference,
+        matching=of.matching,
+        shown_at=of.shown_at,
+        clip=of.clip,
+        clip_weights=of.clip_weights,
+        clip_prefix=of.clip_prefix,
+        metrics=tuple(of.metrics),
+    )
+    return build_scorer(protocol, read_captions(of.prompts, n), cfg.weights.model_dump(), kept, device)
+
+
+def plan_of(cfg: EvaluateSettings, source: Source | None, student: LoadedStudent | None) -> Plan:
+    of, guidance = cfg.protocol, teacher_guidance(cfg, source)
+    own = None if student is None else student.sampling.steps
+    plan = Plan(
+        guidance=guidance,
+        n=cfg.n or of.n,
+        tuning_n=of.tuning_n,
+        steps=tuple(cfg.steps or ([own] if own else STEPS)),
+        guidances=tuple(of.tuning_guidances) if of.tuning_n else (guidance,),
+        spacings=("leading", "trailing") if of.tuning_n else ("trailing",),
+        teacher_steps=cfg.teacher_steps,
+        batch_size=cfg.batch_size,
+        block_size=cfg.block_size,
+    )
+    if student is None:
+        return plan
+    if own is not None and plan.steps != (own,):
+        log.warning("the student was made for %d steps, and is drawn in %s", own, ", ".join(map(str, plan.steps)))
+    samplings = [parse_sampler(text, student.sampling) for text in cfg.samplers or [student.sampling.sampler]]
+    return with_student(plan, student, samplings, cfg.guidances or [guidance if student.embedded else 1.0])
+
+
+def teacher_guidance(cfg: EvaluateSettings, source: Source | None) -> float:
+    found = {} if source is None else source.settings.get("data", {})
+    guidance = found.get("guidance") if cfg.guidance is None else cfg.guidance
+    if not isinstance(guidance, (int, float)):
+        what = "there is no run that says it" if guidance is None else f"data.guidance of the run is {guidance}"
+        raise ConfigError(
+            f"the teacher's guidance is not known ({what}): set guidance=W, for the teacher to compare with"
+        )
+    return float(guidance)
+
+
+def stored_of(cfg: EvaluateSettings, source: Source | None, teacher: Teacher, device: str) -> HeldOut | None:
+    if cfg.store is None:
+        return None
+    trained = {} if source is None else source.settings.get("data", {})
+    own = trained.get("store") is not None and Path(trained["store"]).resolve() == Path(cfg.store).resolve()
+    note = f"""Stored ends: of the last {cfg.store_samples} samples of {Path(cfg.store).name}, from their own noise."""
+    note += " The student was trained on this store: they are not held out." if own else ""
+    if own:
+        log.warning("store=%s is the one that the student was trained on: its samples are not held out", cfg.store)
+    return HeldOut(open_store(cfg.store), teacher.schedule, cfg.store_samples, device, (note,))
+
+
+def report(cfg: EvaluateSettings, comparison: Comparison, source: Source | None) -> None:
+    """Waits for the other processes, and writes what all have found."""
+    toy = isinstance(comparison.scorer, JudgeScorer)
     rows = write_report(
-        Path(cfg.output_dir),
+        Path(cfg.output_dir) / "report",
         comparison,
-        about=_about(cfg.run, guidance),
-        reproduce=REPRODUCE,
-        real=comparison.scorer.real_pictures(cfg.n),
-        metrics_file=Path(cfg.run) / "metrics.jsonl",
-        agreement=_agreement(comparison, settings.model.pretrained_model_name_or_path, cfg.lora),
+        about=about(cfg, comparison, source),
+        reproduce=f"python scripts/evaluate.py {shlex.join(sys.argv[1:])}",
+        real=comparison.scorer.real_pictures(comparison.plan.n) if isinstance(comparison.scorer, JudgeScorer) else None,
+        run=None if source is None or source.run is None else facts_of(source.run),
+        agreement=agreement(cfg, comparison, source) if toy and source is not None else None,
     )
     print(format_table(rows))
-    print(f"report: {cfg.output_dir}/report.md, pictures: {cfg.output_dir}/grid.png")
+    print(f"report: {cfg.output_dir}/report/index.html; report.md, metrics.json and pictures lie beside it")
 
 
-def student_of(export: Path, teacher: Teacher) -> tuple[NetworkDenoiser, str]:
-    """The exported student and the hash of its weights: a LoRA, which is put onto the teacher's network, or a UNet."""
-    if not (export / "unet").is_dir():
-        load_lora(teacher.unet, export)
-        return replace(teacher.denoiser(), adapter=ADAPTER), weights_hash(
-            stored_tensors([export / "pytorch_lora_weights.safetensors"])
-        )
-    unet = UNet2DConditionModel.from_pretrained(export / "unet").eval().requires_grad_(False)
-    prediction = (read_export(export).prediction if (export / FACTS).is_file() else None) or teacher.prediction
-    student = NetworkDenoiser(unet, teacher.schedule, prediction)
-    return student, weights_hash(stored_tensors(weight_files(export, "unet")))
+def facts_of(run: Path) -> RunFacts:
+    """What the report tells of the run that a student comes from."""
+    metrics = run / "metrics.jsonl"
+    environment = json.loads((run / "environment.json").read_text()) if (run / "environment.json").is_file() else {}
+    environment |= {"packages": ", ".join(f"{name} {v}" for name, v in environment.get("packages", {}).items() if v)}
+    return RunFacts(
+        metrics if metrics.is_file() else None,
+        departures(run),
+        (run / "config.yaml").read_text(),
+        {name: value for name, value in environment.items() if value},
+    )
 
 
-def _agreement(comparison: Comparison, pretrained: str, lora: str) -> float:
+def departures(run: Path) -> dict[str, tuple[Any, Any]] | None:
+    """The run's settings that are not its experiment's; None if it was not started by the name of one."""
+    given = (run / "overrides.txt").read_text().split() if (run / "overrides.txt").is_file() else []
+    names = [argument for argument in given if argument.startswith("experiment=")]
+    if not names:
+        return None
+    try:
+        there = flat(load("train", TrainSettings, names).model_dump(mode="json"))
+    except ConfigError:  # an experiment that is no longer there
+        return None
+    here = flat(read_run(run).model_dump(mode="json"))
+    keys = [key for key in there | here if there.get(key) != here.get(key)]
+    return {key: (there.get(key, "—"), here.get(key, "—")) for key in keys}
+
+
+def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {above + key: value}
+    return found
+
+
+def agreement(cfg: EvaluateSettings, comparison: Comparison, source: Source) -> float:
     """How far a plain diffusers pipeline with the exported student is from our own pictures; raises if it is far."""
-    steps = 4
+    steps = 4 if 4 in comparison.plan.steps else comparison.plan.steps[0]
     expected = comparison.pictures(comparison.plan.student(steps), range(PROVEN))
     prompts, seeds = comparison.scorer.prompts("report", PROVEN), seeds_of("report", PROVEN)
     guidance = comparison.plan.student_guidance
-    difference = plain_pipeline_agrees(pretrained, lora, prompts, seeds, steps, expected, guidance)
+    path = teacher_path(cfg, source)
+    difference = plain_pipeline_agrees(path, source.folder, prompts, seeds, steps, expected, guidance)
     if difference > 1e-2:
         raise RuntimeError(
             f"a plain diffusers pipeline draws other pictures: greatest difference {difference:.3g} of 2"
@@ -102,14 +275,20 @@ def _agreement(comparison: Comparison, pretrained: str, lora: str) -> float:
     return difference
 
 
-def _about(run: str, guidance: float) -> str:
-    settings = read_run(run)
-    kind = str(settings.student["_target_"]).rpartition(".")[2]
-    what = f"An LCM-LoRA of rank {settings.lora_rank}" if kind == "LoRAStudent" else "A full network"
-    return (
-        f"{what} for the toy teacher: {settings.max_train_steps} steps of {settings.global_batch_size} samples from "
-        f"{settings.data.num_samples} stored trajectories of {settings.data.solver_steps} steps; guidance {guidance:g}."
-    )
+def about(cfg: EvaluateSettings, comparison: Comparison, source: Source | None) -> str:
+    teacher = comparison.teacher
+    name = teacher.teacher_id if isinstance(teacher, Teacher) else "the teacher"
+    if source is None:
+        return f"The teacher {name} alone; guidance {comparison.plan.guidance:g}."
+    settings = source.settings
+    if not settings.keys() >= {"student", "method"}:
+        what = Path(str(cfg.student)).name
+        return f"{what}, a student of {name}; the teacher's guidance {comparison.plan.guidance:g}."
+    kind = str(settings["student"]["_target_"]).rpartition(".")[2]
+    method = str(settings["method"]["_target_"]).rpartition(".")[2]
+    what = f"A LoRA of rank {settings['lora_rank']}" if kind == "LoRAStudent" else "A full network"
+    trained = f"{settings['max_train_steps']} steps of {settings['global_batch_size']} samples"
+    return f"{what} for {name}, by {method}: {trained}; the teacher's guidance {comparison.plan.guidance:g}."
 
 
 if __name__ == "__main__":

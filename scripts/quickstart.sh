@@ -23,6 +23,6 @@ echo "== 2/4 LCM-LoRA, $processes processes, DeepSpeed ZeRO-2 -> $out/run"
 launch --use_deepspeed scripts/train.py experiment=quickstart
 echo "== 3/4 the LoRA as files -> $out/lora"
 python scripts/export.py run=$out/run output_dir=$out/lora
-echo "== 4/4 student and teacher judged -> $out/report.md"
+echo "== 4/4 student and teacher judged -> $out/report/index.html"
 [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
-python scripts/evaluate.py run=$out/run lora=$out/lora output_dir=$out
+python scripts/evaluate.py student=$out/run output_dir=$out

@@ -1,11 +1,17 @@
-"""Finished pieces of an evaluation, kept so that one that was killed goes on where it was."""
+"""Finished pieces of an evaluation, kept so that one that was killed goes on where it was.
+
+Several processes may share a folder: tensors appear in it whole or not at all, and one process writes the lines.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
+POLL_SECONDS, SAY_SECONDS, PATIENCE_SECONDS = 0.2, 30.0, 2 * 3600.0
+
 
 class Cache:
-    """cache.jsonl in a folder: one finished piece a line, found again by the facts that determine it."""
+    """cache.jsonl in a folder: one finished piece a line, found again by the facts that determine it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    Args:
+        writes: whether lines are written; of several processes one does. Tensors are written by all.
+    """
+
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self.writes = Path(folder), writes
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / "cache.jsonl"
         self._values = dict(self._read())
@@ -28,9 +41,10 @@ class Cache:
         key = key_of(facts)
         if key not in self._values:
             self._values[key] = compute()
-            line = json.dumps({"key": key, "facts": facts, "value": self._values[key]})
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            if self.writes:
+                line = json.dumps({"key": key, "facts": facts, "value": self._values[key]})
+                with open(self._path, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
         return self._values[key]
 
     def __contains__(self, facts: Mapping[str, Any]) -> bool:
@@ -42,18 +56,52 @@ class Cache:
 
     def tensors(self, facts: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The same for several of them, by name, in one file."""
-        path = self.folder / f"{key_of(facts)}.safetensors"
+        self.make(facts, compute)
+        return load_file(self._file(facts))
+
+    def has_tensors(self, facts: Mapping[str, Any]) -> bool:
+        """Whether `make` has made them, here or in another process."""
+        return self._file(facts).exists()
+
+    def make(self, facts: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> None:
+        """What `tensors` does, without reading them."""
+        path = self._file(facts)
         if not path.exists():
-            whole = path.with_suffix(".tmp")
+            whole = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.tmp")
             save_file({name: tensor.contiguous() for name, tensor in compute().items()}, whole)
             os.replace(whole, path)
-        return load_file(path)
+
+    def awaited(
+        self, pieces: Sequence[Mapping[str, Any]], patience: float = PATIENCE_SECONDS
+    ) -> list[dict[str, Tensor]]:
+        """The tensors of all these facts, once other processes have made those that this one has not.
+
+        Raises:
+            TimeoutError: none has appeared for `patience` seconds: another process is gone.
+        """
+        missing = [facts for facts in pieces if not self.has_tensors(facts)]
+        last = said = time.monotonic()
+        while missing:
+            time.sleep(POLL_SECONDS)
+            still, now = [facts for facts in missing if not self.has_tensors(facts)], time.monotonic()
+            last = now if len(still) < len(missing) else last
+            missing = still
+            waiting = f"{len(missing)} of {len(pieces)} blocks of other processes"
+            if missing and now - last > patience:
+                raise TimeoutError(f"{waiting} are missing in {self.folder}, and none came for {patience:g} s")
+            if missing and now - said > SAY_SECONDS:
+                said = now
+                log.info("waiting for %s", waiting)
+        return [load_file(self._file(facts)) for facts in pieces]
+
+    def _file(self, facts: Mapping[str, Any]) -> Path:
+        return self.folder / f"{key_of(facts)}.safetensors"
 
     def _read(self) -> Iterable[tuple[str, dict[str, Any]]]:
         if not self._path.exists():
             return
         text = self._path.read_text(encoding="utf-8", errors="replace")
-        if not text.endswith("\n"):  # torn by a kill: the next line must not be glued to it
+        if self.writes and not text.endswith("\n"):  # torn by a kill: the next line must not be glued to it
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write("\n")
         for line in text.splitlines():

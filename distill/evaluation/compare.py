@@ -1,12 +1,13 @@
 """Student against teacher on the same prompts and noise, at equal steps and at equal network evaluations.
 
 What is reported is drawn from prompts and seeds of the split "report"; what is chosen (the teacher's guidance and
-spacing at few steps) is chosen on those of the split "tuning".
+spacing at few steps) is chosen on those of the split "tuning". The work is cut into blocks of pictures that do not
+depend on how many processes share it: neither do the numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -20,10 +21,12 @@ from distill.diffusion.prediction import Conditioning, Denoiser
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import TIMES, make_times
 from distill.evaluation.cache import Cache
+from distill.evaluation.shares import Share
 from distill.methods.sampling import SAMPLERS, sample, starting_noise
 
-FIRST_SEED = {"report": 10_000_000, "tuning": 20_000_000}
-"""Seed of a split's first picture; the next ones count up. `torch.Generator().manual_seed(seed)` makes its noise."""
+FIRST_SEED = {"report": 10_000_000, "tuning": 20_000_000, "stored": 30_000_000}
+"""Seed of a split's first picture; the next ones count up. `torch.Generator().manual_seed(seed)` makes its noise; of
+a stored solve, which has its own, the noise that a sampler adds."""
 
 DECODING = 3  # what decoding and scoring a picture costs, in network evaluations and roughly; for progress only
 WORK = "units"
@@ -51,8 +54,25 @@ class Teacher(Protocol):
 class Scorer(Protocol):
     """How good pictures are. What it finds in each is small, so that thousands of large pictures need no memory."""
 
-    name: str
-    """Says which judge and which protocol; results are kept under it."""
+    @property
+    def name(self) -> str:
+        """Says which judge and which protocol; results are kept under it."""
+
+    @property
+    def protocol(self) -> str:
+        """Its name and what shapes its numbers beside N. Rows of another one never share a table with these."""
+
+    @property
+    def against(self) -> str:
+        """What pictures are held against that are not measured with them, such as FID's reference; or nothing."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What else a reader has to know of how it was measured, a sentence or two each."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Metrics of the protocol that could not be measured, and why not."""
 
     def prompts(self, split: str, n: int) -> list[str]:
         """n prompts; those of "report" and "tuning" are drawn with different noise, and may be the same."""
@@ -61,7 +81,23 @@ class Scorer(Protocol):
         """Of each of the images [B, 3, H, W] in [-1, 1], whatever `summarise` needs: tensors [B, ...]."""
 
     def summarise(self, measured: Mapping[str, Tensor], split: str) -> dict[str, float]:
-        """The metrics of all pictures of a split, "frechet" among them."""
+        """The metrics of all pictures of a split, "frechet" among them if a teacher is tuned."""
+
+
+class StoredSolves(Protocol):
+    """Solves of the teacher that are stored, as noise, conditioning and end points; see `distill.evaluation.stored`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    def measure(self, denoiser: Denoiser, setting: Setting, places: range, batch_size: int) -> dict[str, Tensor]:
+        """How far the end points that `denoiser` draws are from those of these solves: tensors [len(places)]."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +185,11 @@ class Plan:
         guidance: the teacher's at full steps, and in the student's sampler.
         n: pictures of each row; tuning_n: of each setting tried.
         steps: of student and teacher.
-        guidances, spacings: tried for the teacher at each number of steps.
+        guidances, spacings: tried for the teacher at each number of steps, and the best taken. Of one guidance and
+            one spacing nothing is tried.
         student_sampler, student_spacing, student_guidance, student_embedded: how the student is sampled from.
+        more: settings that have rows beside these.
+        block_size: pictures that are made by one process, in batches of `batch_size`, and kept together.
     """
 
     guidance: float
@@ -164,7 +203,9 @@ class Plan:
     student_spacing: str = "lcm"
     student_guidance: float = 1.0
     student_embedded: bool = False
+    more: tuple[Setting, ...] = ()
     batch_size: int = 64
+    block_size: int = 250
 
     def reference(self) -> Setting:
         """The teacher at full steps: what the student is to equal."""
@@ -190,7 +231,9 @@ class Comparison:
 
     Args:
         teacher: with text encoders and autoencoder.
-        denoisers: "teacher" and "student"; hashes: of their weights, under the same names.
+        denoisers: "teacher" and, if there is one, "student"; hashes: of their weights, under the same names.
+        share: which blocks are this process's; the others' are waited for.
+        stored: solves that rows are held against as well.
     """
 
     teacher: Teacher
@@ -199,6 +242,8 @@ class Comparison:
     scorer: Scorer
     plan: Plan
     cache: Cache
+    share: Share = Share()
+    stored: StoredSolves | None = None
 
     def rows(self) -> list[Row]:
         """The teacher at full steps; then at each number of steps the teacher's best, the undistilled teacher in the
@@ -206,41 +251,54 @@ class Comparison:
 
         A row holds its setting (model, sampler, spacing, steps, guidance), nfe, n, the scorer's metrics, and
         teacher_consistency: the mean squared difference, per latent element, of its final latents from the teacher's at
-        full steps from the same noise and prompt. Standard errors are called `*_se`.
+        full steps from the same noise and prompt. Standard errors are called `*_se`. With `stored` there are
+        stored_consistency, the same from the end points of its solves, and stored_cosine. What it was measured by is
+        there too: protocol, judged_by, seeds (first and last), times, weights (their hash), left_out.
         """
         settings = self.settings()
-        if any(self._facts(s, "report") not in self.cache for s in settings):
-            self._ends()
-        advance = self._progress("evaluation", "report", settings[1:])
-        return [self.cache.value(self._facts(s, "report"), lambda s=s: self._row(s, advance)) for s in settings]  # type: ignore[misc]
+        self.draw(settings)
+        return [self.row(setting) for setting in settings]
 
     def row(self, setting: Setting) -> Row:
         """The row of one setting, of the student's or the teacher's."""
-        return self.cache.value(self._facts(setting, "report"), lambda: self._row(setting, lambda work: None))
+        return self.cache.value(self._row_facts(setting), lambda: self._row(setting)) | self._stated(setting)
 
-    def measured(self, setting: Setting, advance: Advance = lambda work: None) -> dict[str, Tensor]:
+    def draw(self, settings: Sequence[Setting]) -> None:
+        """Makes this process's blocks of rows: all that a process has to do whose rank is not 0."""
+        todo = [s for s in settings if self._row_facts(s) not in self.cache]
+        self._draw("evaluation", "report", todo)
+        if self.stored is not None:
+            self._draw("stored solves", "stored", todo)
+
+    def measured(self, setting: Setting, split: str = "report") -> dict[str, Tensor]:
         """What the scorer finds in each picture of a row, and `teacher_distance`, its latents' from the teacher's: all
         [n, ...], picture by picture of the same prompts and noise as those of any other row."""
-        return self.cache.tensors({"measured": self._facts(setting, "report")}, lambda: self._measure(setting, advance))
+        self._draw(f"{setting.model}, {setting.steps} steps", split, [setting])
+        return _together(self.cache.awaited([self._block_facts(setting, split, b) for b in self._blocks(split)]))
 
     def settings(self) -> list[Setting]:
         """Those of the rows, in order; tunes the teacher first."""
-        tuned = self.tune()
-        settings = [self.plan.reference()]
-        for steps in self.plan.steps:
-            settings += [tuned[steps], self.plan.undistilled(steps), self.plan.student(steps)]
-        return list(dict.fromkeys(settings))
+        tuned, plan = self.tune(), self.plan
+        settings = [plan.reference()]
+        for steps in plan.steps:
+            students = [plan.undistilled(steps), plan.student(steps)] if "student" in self.denoisers else []
+            settings += [tuned[steps], *students, *(s for s in plan.more if s.steps == steps)]
+        return list(dict.fromkeys([*settings, *plan.more]))
 
     def tune(self) -> dict[int, Setting]:
         """The teacher's best setting at each number of steps: of the lowest Frechet distance on the tuning split."""
         tried = {steps: self.plan.candidates(steps) for steps in self.plan.steps}
-        advance = self._progress("tuning the teacher", "tuning", [s for settings in tried.values() for s in settings])
+        several = [s for settings in tried.values() if len(settings) > 1 for s in settings]
+        todo = [s for s in several if self._facts(s, "tuning") not in self.cache]
+        self._draw("tuning the teacher", "tuning", todo)
 
         def frechet(setting: Setting) -> float:
-            row = self.cache.value(self._facts(setting, "tuning"), lambda: self._tuning_row(setting, advance))
+            row = self.cache.value(self._facts(setting, "tuning"), lambda: self._tuning_row(setting))
             return row["frechet"]
 
-        return {steps: min(settings, key=frechet) for steps, settings in tried.items()}
+        return {
+            steps: min(settings, key=frechet) if len(settings) > 1 else settings[0] for steps, settings in tried.items()
+        }
 
     def pictures(self, setting: Setting, places: Sequence[int]) -> Tensor:
         """Pictures of a row, drawn again: [len(places), 3, H, W] in [-1, 1]."""
@@ -255,48 +313,87 @@ class Comparison:
         )
         return torch.cat([batch.images for batch in batches])
 
-    def _row(self, setting: Setting, advance: Advance) -> Row:
-        measured = self.measured(setting, advance)
-        distance, error = mean_with_error(measured.pop("teacher_distance"))
+    def _row(self, setting: Setting) -> Row:
+        measured = self.measured(setting)
+        distance = measured.pop("teacher_distance")
         row = asdict(setting) | {"nfe": setting.nfe, "n": self.plan.n} | self.scorer.summarise(measured, "report")
-        return row | {"teacher_consistency": distance, "teacher_consistency_se": error}
+        found = {"teacher_consistency": distance}
+        if self.stored is not None:
+            row["stored_n"] = self.stored.n
+            found |= {f"stored_{name}": values for name, values in self.measured(setting, "stored").items()}
+        for name, values in found.items():
+            row[name], row[f"{name}_se"] = mean_with_error(values)
+        return row
 
-    def _measure(self, setting: Setting, advance: Advance) -> dict[str, Tensor]:
-        ends = self._ends().split(self.plan.batch_size)
-        if setting == self.plan.reference():
-            batches = self._decoded(ends)
-        else:
-            batches = self._generate(setting, "report", self.plan.n, advance)
+    def _tuning_row(self, setting: Setting) -> Row:
+        measured = self.measured(setting, "tuning")
+        return asdict(setting) | {"n": self.plan.tuning_n} | self.scorer.summarise(measured, "tuning")
+
+    def _stated(self, setting: Setting) -> Row:
+        """What every row says of how it was measured."""
+        return {
+            "protocol": f"{self.scorer.protocol}, N = {self.plan.n}",
+            "judged_by": self.scorer.name,
+            "seeds": [FIRST_SEED["report"], FIRST_SEED["report"] + self.plan.n - 1],
+            "times": make_times(setting.spacing, self.teacher.schedule.T, setting.steps),
+            "weights": self.hashes[setting.model],
+            "left_out": dict(self.scorer.left_out),
+        }
+
+    def _n(self, split: str) -> int:
+        if split == "stored":
+            return 0 if self.stored is None else self.stored.n
+        return self.plan.tuning_n if split == "tuning" else self.plan.n
+
+    def _blocks(self, split: str) -> list[range]:
+        """The places of a split's pictures, block by block."""
+        size, n = self.plan.block_size, self._n(split)
+        return [range(first, min(first + size, n)) for first in range(0, n, size)]
+
+    def _draw(self, what: str, split: str, settings: Sequence[Setting]) -> None:
+        """Makes those of this process's blocks that are not there yet."""
+        own = self.share.own(self._blocks(split))  # the same of every row: their reference is made by the same process
+        pieces = [(s, block, self._block_facts(s, split, block)) for s in settings for block in own]
+        todo = [(s, block, facts) for s, block, facts in pieces if not self.cache.has_tensors(facts)]
+        work = sum(s.work * len(block) for s, block, _ in todo)
+        named = what if self.share.world_size == 1 else f"{what}, rank {self.share.rank}"
+        advance = Progress(named, work, WORK, bar=self.share.rank == 0).update
+        for setting, block, facts in todo:
+            self.cache.make(facts, lambda s=setting, b=block: self._measure(s, split, b, advance))  # type: ignore[misc]
+
+    def _measure(self, setting: Setting, split: str, block: range, advance: Advance) -> dict[str, Tensor]:
+        if split == "stored":
+            assert self.stored is not None  # its split would be empty
+            found = self.stored.measure(self.denoisers[setting.model], setting, block, self.plan.batch_size)
+            advance(setting.work * len(block))
+            return found
+        if split == "tuning":
+            batches = self._generate(setting, split, block, advance)
+            return _together([self.scorer.measure(batch.images, batch.prompts) for batch in batches])
+        is_reference = setting == self.plan.reference()
+        ends = self._ends(block, advance if is_reference else lambda work: None).split(self.plan.batch_size)
+        batches = self._decoded(ends, block) if is_reference else self._generate(setting, split, block, advance)
         measured, distances = [], []
         for batch, end in zip(batches, ends, strict=True):
             measured.append(self.scorer.measure(batch.images, batch.prompts))
             distances.append(l2(batch.latents, end).double())
         return _together(measured) | {"teacher_distance": torch.cat(distances)}
 
-    def _tuning_row(self, setting: Setting, advance: Advance) -> Row:
-        batches = self._generate(setting, "tuning", self.plan.tuning_n, advance)
-        measured = [self.scorer.measure(batch.images, batch.prompts) for batch in batches]
-        return asdict(setting) | {"n": self.plan.tuning_n} | self.scorer.summarise(_together(measured), "tuning")
-
-    def _generate(
-        self, setting: Setting, split: str, n: int, advance: Advance = lambda work: None
-    ) -> Iterator[Generated]:
-        prompts, seeds = self.scorer.prompts(split, n), seeds_of(split, n)
+    def _generate(self, setting: Setting, split: str, block: range, advance: Advance) -> Iterator[Generated]:
+        n = self._n(split)
+        prompts, seeds = (of(split, n)[block.start : block.stop] for of in (self.scorer.prompts, seeds_of))
         denoiser = self.denoisers[setting.model]
-        return generate(self.teacher, denoiser, prompts, seeds, setting, self.plan.batch_size, advance)
+        return generate(self.teacher, denoiser, prompts, seeds, setting, self.plan.batch_size, advance)  # type: ignore[arg-type]
 
-    def _ends(self) -> Tensor:
-        """Final latents of the teacher at full steps, [n, C, h, w]."""
-        setting, n = self.plan.reference(), self.plan.n
+    def _ends(self, block: range, advance: Advance) -> Tensor:
+        """Final latents of the teacher at full steps, [len(block), C, h, w]."""
+        setting = self.plan.reference()
+        facts = {"latents": self._block_facts(setting, "report", block)}
+        batches = self._generate(setting, "report", block, advance)  # nothing is drawn until it is asked for
+        return self.cache.tensor(facts, lambda: torch.cat([batch.latents for batch in batches]))
 
-        def compute() -> Tensor:
-            advance = Progress("teacher at full steps", n * setting.work, WORK).update
-            return torch.cat([batch.latents for batch in self._generate(setting, "report", n, advance)])
-
-        return self.cache.tensor({"latents": self._facts(setting, "report")}, compute)
-
-    def _decoded(self, latents: Sequence[Tensor]) -> Iterator[Generated]:
-        prompts = self.scorer.prompts("report", self.plan.n)
+    def _decoded(self, latents: Sequence[Tensor], block: range) -> Iterator[Generated]:
+        prompts = self.scorer.prompts("report", self.plan.n)[block.start : block.stop]
         for chunk in latents:
             device = next(iter(self.teacher.unconditional().values())).device
             yield Generated(self.teacher.decode(chunk.to(device)).cpu(), chunk, prompts[: len(chunk)])
@@ -309,10 +406,31 @@ class Comparison:
             return facts | {"n": self.plan.tuning_n}
         return facts | {"n": self.plan.n, "reference": [asdict(self.plan.reference()), self.hashes["teacher"]]}
 
-    def _progress(self, what: str, split: str, settings: Sequence[Setting]) -> Advance:
-        n = self.plan.tuning_n if split == "tuning" else self.plan.n
-        todo = [s for s in settings if self._facts(s, split) not in self.cache]
-        return Progress(what, n * sum(s.work for s in todo), WORK).update
+    def _row_facts(self, setting: Setting) -> dict[str, Any]:
+        beside = {"against": self.scorer.against, "stored": self.stored.name if self.stored is not None else ""}
+        return self._facts(setting, "report") | {name: what for name, what in beside.items() if what}
+
+    def _block_facts(self, setting: Setting, split: str, block: range) -> dict[str, Any]:
+        if split == "stored":
+            assert self.stored is not None
+            facts = asdict(setting) | {"stored": self.stored.name, "weights": self.hashes[setting.model]}
+        else:
+            facts = self._facts(setting, split)
+        return {"measured": facts, "block": [block.start, block.stop]}
+
+
+def by_protocol(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by the protocol that they were measured by, which decides who may share a table; "" where none is said."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.get("protocol", ""), []).append(row)
+    return found
+
+
+def require_one_protocol(rows: Iterable[Row]) -> None:
+    """Raises ValueError for rows of several protocols: their numbers do not compare."""
+    if len(found := [name for name in by_protocol(rows) if name]) > 1:
+        raise ValueError(f"rows of different protocols cannot share a table: {' | '.join(found)}")
 
 
 def mean_with_error(values: Tensor) -> tuple[float, float]:

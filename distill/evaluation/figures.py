@@ -28,6 +28,13 @@ METRICS = {  # row key: title, logarithmic axis, which way is better
     "frechet": ("Fréchet distance", True, "lower"),
     "teacher_consistency": ("teacher consistency", True, "lower"),
     "reward": ("reward", False, "higher"),
+    "fid": ("FID", True, "lower"),
+    "fid_patch": ("FID-patch", True, "lower"),
+    "clip_score": ("CLIP score", False, "higher"),
+    "aesthetic": ("aesthetic score", False, "higher"),
+    "image_reward": ("ImageReward", False, "higher"),
+    "hps": ("HPS", False, "higher"),
+    "pickscore": ("PickScore", False, "higher"),
 }
 
 
@@ -41,10 +48,7 @@ class GridRow:
 
 
 def draw_grid(path: Path, columns: Sequence[str], groups: Sequence[Sequence[GridRow]], cell: int = CELL) -> None:
-    """Draws rows of images under their columns' titles, prompts for example; groups of rows stand a little apart.
-
-    Small images are magnified by a whole factor, pixel by pixel, to at most `cell` pixels; large ones are shrunk to it.
-    """
+    """Draws rows of images under their columns' titles, prompts for example; groups of rows stand a little apart."""
     rows = sum(len(group) for group in groups)
     width = LABEL_WIDTH + len(columns) * (cell + GAP) + 2 * GAP
     height = HEADER + rows * (cell + GAP) + len(groups) * 3 * GAP
@@ -60,7 +64,7 @@ def draw_grid(path: Path, columns: Sequence[str], groups: Sequence[Sequence[Grid
                 pen.text((14, top + cell / 2 - 4 - TITLE_LINE * above), line, INK, _font(15), "ls")
             pen.text((14, top + cell / 2 + 16), row.detail, GREY, _font(11), "ls")
             for column, image in enumerate(row.images):
-                canvas.paste(_cell(image, cell), (LABEL_WIDTH + column * (cell + GAP), top))
+                canvas.paste(cell_picture(image, cell), (LABEL_WIDTH + column * (cell + GAP), top))
             top += cell + GAP
         top += 3 * GAP
     canvas.save(path)
@@ -71,7 +75,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def _cell(image: Tensor, cell: int) -> Image.Image:
+def cell_picture(image: Tensor, cell: int) -> Image.Image:
+    """An image [3, H, W] in [-1, 1] at most `cell` pixels a side: a small one magnified by a whole factor."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels)
     longest = max(picture.size)
@@ -99,23 +104,46 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], real: Mapping[str
 
     The first row is the teacher at full steps, drawn as a dashed line; `real` pictures' own scores as a dotted one.
     """
-    full, rest = rows[0], rows[1:]
-    metrics = [name for name in METRICS if name in full]
+    metrics = [name for name in METRICS if name in rows[0]]
     figure = Figure(figsize=(4.3 * len(metrics), 7.2), layout="constrained")
     axes = figure.subplots(2, len(metrics), squeeze=False, sharey="col")
     for column, name in enumerate(metrics):
-        title, logarithmic, better = METRICS[name]
         for axis, x in zip(axes[:, column], ("steps", "nfe"), strict=True):
-            for line, points in _lines(rest).items():
-                _draw_line(axis, line, sorted(points, key=lambda row: row[x]), x, name)
-            _draw_levels(axis, name, full, real)
-            _powers_of_two(axis, {row[x] for row in rest})
-            axis.set_xlabel("steps" if x == "steps" else "network evaluations a picture")
-            _open(axis, logarithmic)
-        axes[0, column].set_title(f"{title} ({better} is better)", fontsize=11)
+            _draw_metric(axis, rows, name, x, real)
+        axes[0, column].set_title(_title(name), fontsize=11)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=10, frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def curve_figures(rows: Sequence[Mapping[str, Any]], real: Mapping[str, float] | None = None) -> dict[str, Figure]:
+    """Each metric against steps as a figure of its own, by its title; the rows are those of `draw_curves`."""
+    figures = {}
+    for name in (name for name in METRICS if name in rows[0]):
+        figure = Figure(figsize=(4.6, 3.9), layout="constrained")
+        axis = figure.subplots()
+        _draw_metric(axis, rows, name, "steps", real)
+        axis.set_title(_title(name), fontsize=11)
+        axis.legend(fontsize=8, frameon=False)
+        figures[METRICS[name][0]] = figure
+    return figures
+
+
+def _draw_metric(
+    axis: Axes, rows: Sequence[Mapping[str, Any]], name: str, x: str, real: Mapping[str, float] | None
+) -> None:
+    full, rest = rows[0], rows[1:]
+    for line, points in _lines(rest).items():
+        _draw_line(axis, line, sorted(points, key=lambda row: row[x]), x, name)
+    _draw_levels(axis, name, full, real)
+    _powers_of_two(axis, {row[x] for row in rest})
+    axis.set_xlabel("steps" if x == "steps" else "network evaluations a picture")
+    _open(axis, METRICS[name][1])
+
+
+def _title(name: str) -> str:
+    title, _, better = METRICS[name]
+    return f"{title} ({better} is better)"
 
 
 def draw_lines(
@@ -137,7 +165,6 @@ def draw_lines(
     figure = Figure(figsize=(4.3 * len(metrics), 4.4), layout="constrained")
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axis, name in zip(axes, metrics, strict=True):
-        title, logarithmic, better = METRICS[name]
         for (label, rows), (colour, marker) in zip(lines.items(), cycle(LINES), strict=False):
             _draw_points(axis, sorted(rows, key=lambda row: row[x]), x, name, label, colour, marker)
         for what, where in (begins or {}).items():
@@ -147,8 +174,8 @@ def draw_lines(
         if x == "steps":
             _powers_of_two(axis, {row[x] for rows in lines.values() for row in rows})
         axis.set_xlabel("steps" if x == "steps" else "training step")
-        axis.set_title(f"{title} ({better} is better)", fontsize=11)
-        _open(axis, logarithmic)
+        axis.set_title(_title(name), fontsize=11)
+        _open(axis, METRICS[name][1])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=10, frameon=False)
     figure.savefig(path, dpi=110)
@@ -234,20 +261,40 @@ def draw_training(path: Path, metrics_file: Path) -> None:
     Raises:
         ValueError: the file holds no line of metrics.
     """
+    lines, panels = _trained(metrics_file)
+    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _draw_scalars(axis, lines, title, names)
+    figure.savefig(path, dpi=110)
+
+
+def training_figures(metrics_file: Path) -> dict[str, Figure]:
+    """The panels of `draw_training` and those of the other scalars, each a figure of its own, by its title."""
+    lines, panels = _trained(metrics_file, ("samples_per_second", "skipped"))
+    figures = {}
+    for title, names in panels.items():
+        figures[title] = Figure(figsize=(4.6, 3.4), layout="constrained")
+        _draw_scalars(figures[title].subplots(), lines, title, names)
+    return figures
+
+
+def _trained(metrics_file: Path, more: Sequence[str] = ()) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """The lines of a metrics.jsonl, and which of their scalars go into which panel."""
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     if not lines:
         raise ValueError(f"{metrics_file} holds no metrics")
     known = dict.fromkeys(name for line in lines for name in line)  # a validation's line has other names than a step's
-    losses = [name for name in known if "loss" in name]
-    panels = {"loss": losses} | {name: [name] for name in ("lr", "grad_norm") if name in known}
-    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name in names:
-            points = [(line["step"], float(line[name])) for line in lines if name in line]
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
-        axis.set_title(title, fontsize=11)
-        axis.set_xlabel("step")
-        _open(axis, title != "lr")
-        if len(names) > 1:
-            axis.legend(fontsize=9, frameon=False)
-    figure.savefig(path, dpi=110)
+    panels = {"loss": [name for name in known if "loss" in name]}
+    panels |= {name: [name] for name in ("lr", "grad_norm", *more) if name in known}
+    return lines, panels | {name: [name] for name in known if more and name.startswith("validation/")}
+
+
+def _draw_scalars(axis: Axes, lines: Sequence[Mapping[str, Any]], title: str, names: Sequence[str]) -> None:
+    for name in names:
+        points = [(line["step"], float(line[name])) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("step")
+    _open(axis, title in ("loss", "grad_norm"))
+    if len(names) > 1:
+        axis.legend(fontsize=9, frameon=False)

@@ -1,6 +1,7 @@
 """Frechet distance of two sets of features, in float64, with a standard error.
 
-The distance is biased upwards in small samples, so that only distances of equal n compare: unequal n is refused.
+The distance is biased upwards in small samples, so that only distances of equal n compare: two sets of unequal n are
+refused. Against statistics that are given, such as those of a data set, n is for the caller to state.
 """
 
 from __future__ import annotations
@@ -31,6 +32,18 @@ def frechet_with_error(features: Tensor, reference: Tensor, groups: int = 25) ->
     return distance, _jackknife(without)
 
 
+def frechet_to_statistics_with_error(
+    features: Tensor, mean: Tensor, covariance: Tensor, groups: int = 25
+) -> tuple[float, float]:
+    """The distance of features [n, F] from a Gaussian of this mean [F] and covariance [F, F], and its standard error.
+
+    The error is that of `frechet_with_error`. Raises ValueError: too few features for a covariance of full rank.
+    """
+    features = _enough(features).double()
+    distance, without = _without_groups(features, mean.double(), _root(covariance.double()), groups)
+    return distance, _jackknife(without)
+
+
 def frechet_difference_with_error(a: Tensor, b: Tensor, reference: Tensor, groups: int = 25) -> tuple[float, float]:
     """The distance of `a` less that of `b`, and the standard error of this difference.
 
@@ -44,7 +57,10 @@ def frechet_difference_with_error(a: Tensor, b: Tensor, reference: Tensor, group
 def _with_groups_left_out(features: Tensor, reference: Tensor, groups: int) -> tuple[float, Tensor]:
     """The distance of all features, and those without each of the groups, float64 [groups]."""
     features, reference = _checked(features, reference)
-    mean, root = reference.mean(0), _root(reference.T.cov())
+    return _without_groups(features, reference.mean(0), _root(reference.T.cov()), groups)
+
+
+def _without_groups(features: Tensor, mean: Tensor, root: Tensor, groups: int) -> tuple[float, Tensor]:
     parts = features.tensor_split(groups)
     without = [torch.cat([*parts[:i], *parts[i + 1 :]]) for i in range(groups)]
     distances = [_distance(rest, mean, root) for rest in without]
@@ -75,7 +91,11 @@ def _checked(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
             f"Frechet distances compare at equal n only: features {tuple(features.shape)} against "
             f"{tuple(reference.shape)}, both must be [n, F]"
         )
+    return _enough(features).double(), reference.double()
+
+
+def _enough(features: Tensor) -> Tensor:
     n, width = features.shape
     if n <= width:
         raise ValueError(f"a Frechet distance over {width} features needs more than {width} pictures, got {n}")
-    return features.double(), reference.double()
+    return features

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill.evaluation.pipelines import draw, load_pipeline, sampling_of, use_sampler
+from distill.evaluation.pipelines import draw, load_pipeline, milestone_steps, sampling_of, use_sampler
 
 
 def plain_pipeline_agrees(
@@ -33,9 +33,12 @@ def plain_pipeline_agrees(
             f"{len(expected)} pictures need as many prompts and seeds, got {len(prompts)} and {len(seeds)}"
         )
     pipeline = load_pipeline(str(pretrained_model_name_or_path), lora)
-    if sampling_of(lora) is None:
+    sampling = sampling_of(lora)
+    if sampling is None:
         use_sampler(pipeline, "lcm", "lcm")
-    drawn = draw(pipeline, prompts, seeds, steps, guidance) * 2 - 1
+    at_milestones = sampling is not None and sampling.spacing == "milestones"
+    times = milestone_steps(pipeline, steps) if at_milestones else None
+    drawn = draw(pipeline, prompts, seeds, steps, guidance, timesteps=times) * 2 - 1
     if drawn.shape != expected.shape:
         raise ValueError(f"the pipeline draws {tuple(drawn.shape)}, expected are {tuple(expected.shape)}")
     return float((drawn.float().cpu() - expected.cpu()).abs().max())

@@ -6,14 +6,24 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from distill.evaluation.compare import FIRST_SEED, Comparison, Row, Setting
-from distill.evaluation.figures import GridRow, draw_curves, draw_grid, draw_training, line_of
+from distill.evaluation import page
+from distill.evaluation.compare import FIRST_SEED, Comparison, Row, Setting, require_one_protocol
+from distill.evaluation.figures import (
+    GridRow,
+    curve_figures,
+    draw_curves,
+    draw_grid,
+    draw_training,
+    line_of,
+    training_figures,
+)
 
 COLUMNS = {  # row key: heading, format
     "model": ("model", "{}"),
@@ -26,16 +36,33 @@ COLUMNS = {  # row key: heading, format
     "frechet": ("Fréchet", "{:.3f}"),
     "sharpness": ("sharpness", "{:.2f}"),
     "diversity": ("diversity", "{:.2f}"),
+    "fid": ("FID", "{:.2f}"),
+    "fid_patch": ("FID-patch", "{:.2f}"),
+    "clip_score": ("CLIP score", "{:.2f}"),
+    "aesthetic": ("aesthetic", "{:.2f}"),
+    "image_reward": ("ImageReward", "{:.3f}"),
+    "hps": ("HPS", "{:.2f}"),
+    "pickscore": ("PickScore", "{:.2f}"),
     "teacher_consistency": ("teacher consistency", "{:.4f}"),
+    "stored_consistency": ("from stored ends", "{:.4f}"),
+    "stored_cosine": ("cosine with them", "{:.4f}"),
 }
 GRID_COLUMNS = 10
+TITLE = "Student and teacher compared"
+SAME_NOISE = "Each column has one prompt and one starting noise."
+IN_DIFFUSERS = "In a plain diffusers pipeline"
+NOT_THE_EXPERIMENTS = "What is not as in its experiment:"
 
 
 def format_table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]] = COLUMNS) -> str:
     """The rows as a Markdown table, aligned so that a terminal shows it well too; errors are standard errors.
 
     `columns` maps a row's keys to headings and formats; a column that no row has is left out.
+
+    Raises:
+        ValueError: rows of several protocols, whose numbers do not compare.
     """
+    require_one_protocol(rows)
     keys = [key for key in columns if any(key in row for row in rows)]
     cells = [[columns[key][0] for key in keys]] + [[_cell(row, key, columns[key][1]) for key in keys] for row in rows]
     widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(keys))]
@@ -56,6 +83,23 @@ def _cell(row: Row, key: str, pattern: str) -> str:
     return f"{text} ± {pattern.format(row[f'{key}_se'])}" if f"{key}_se" in row else text
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """The training run that a student comes from, as its folder tells it.
+
+    Args:
+        metrics_file: its metrics.jsonl, if there is one.
+        changed: settings that are not its experiment's, (there, here) by key; None if it is of no experiment.
+        config: all of its settings, as text.
+        environment: where it was trained.
+    """
+
+    metrics_file: Path | None
+    changed: Mapping[str, tuple[Any, Any]] | None = None
+    config: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+
 def write_report(
     folder: Path,
     comparison: Comparison,
@@ -63,41 +107,78 @@ def write_report(
     about: str,
     reproduce: str,
     real: Mapping[str, float] | None = None,
-    metrics_file: Path | None = None,
+    run: RunFacts | None = None,
     agreement: float | None = None,
 ) -> list[Row]:
-    """Evaluates what is not in the comparison's cache, and writes metrics.json, report.md, grid.png and curves.png
-    (and training.png) to `folder`. Returns the rows.
+    """Evaluates what is not in the comparison's cache, and writes index.html, report.md, metrics.json, grid.png and
+    curves.png (and training.png) to `folder`. Returns the rows.
 
     Args:
-        about: what was distilled from what, a paragraph of Markdown.
+        about: what was distilled from what, a paragraph.
         reproduce: the commands that do all of it again.
         real: metrics of real pictures, the best that can be reached.
-        metrics_file: of the training run.
+        run: of the student's training.
         agreement: greatest difference between our pictures and those of a plain diffusers pipeline, see `proof`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = comparison.rows()
-    _write_grid(folder / "grid.png", comparison, rows)
+    columns, groups = _grid(comparison, rows)
+    draw_grid(folder / "grid.png", columns, groups)
     draw_curves(folder / "curves.png", rows, real)
-    if metrics_file is not None:
-        draw_training(folder / "training.png", metrics_file)
+    if run is not None and run.metrics_file is not None:
+        draw_training(folder / "training.png", run.metrics_file)
     (folder / "metrics.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (folder / "report.md").write_text(_markdown(comparison, rows, about, reproduce, real, run, agreement) + "\n")
     parts = [
-        "# Student and teacher compared",
+        page.text(about),
+        page.section("Results", page.table(rows, COLUMNS), page.text(_protocol(comparison, real))),
+        page.section("Quality against steps", page.curves(curve_figures(rows, real))),
+        page.section("Pictures", page.text(SAME_NOISE), page.grid(columns, groups)),
+        *([] if run is None else _of_run(run)),
+        *([] if agreement is None else [page.section(IN_DIFFUSERS, page.text(_agreement(agreement)))]),
+        page.section("Again", page.code(reproduce)),
+        page.section("Environment of the evaluation", page.facts(_environment(comparison))),
+    ]
+    magnified = groups[0][0].images.shape[-1] <= page.SMALL
+    page.write_page(folder / "index.html", TITLE, parts, magnified)
+    return rows
+
+
+def _markdown(
+    comparison: Comparison,
+    rows: Sequence[Row],
+    about: str,
+    reproduce: str,
+    real: Mapping[str, float] | None,
+    run: RunFacts | None,
+    agreement: float | None,
+) -> str:
+    parts = [
+        f"# {TITLE}",
         about,
         format_table(rows),
-        _protocol(comparison, real),
-        "## Pictures\n\nEach column has one prompt and one starting noise.\n\n![samples](grid.png)",
+        f"## How it was measured\n\n{_protocol(comparison, real)}",
+        f"## Pictures\n\n{SAME_NOISE}\n\n![samples](grid.png)",
         "## Quality against steps, and against network evaluations\n\n![curves](curves.png)",
     ]
-    if metrics_file is not None:
+    if run is not None and run.metrics_file is not None:
         parts.append("## Training\n\n![training](training.png)")
     if agreement is not None:
-        parts.append(_agreement(agreement))
-    parts += [f"## Again\n\n```sh\n{reproduce.strip()}\n```", _environment(comparison)]
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
-    return rows
+        parts.append(f"## {IN_DIFFUSERS}\n\n{_agreement(agreement)}")
+    environment = "\n".join(f"- {name}: {value}" for name, value in _environment(comparison).items())
+    return "\n\n".join([*parts, f"## Again\n\n```sh\n{reproduce.strip()}\n```", f"## Environment\n\n{environment}"])
+
+
+def _of_run(run: RunFacts) -> list[str]:
+    parts = []
+    if run.metrics_file is not None:
+        parts.append(page.section("Training", page.curves(training_figures(run.metrics_file))))
+    if run.config:
+        changed = [] if run.changed is None else [page.text(NOT_THE_EXPERIMENTS), page.changes(run.changed)]
+        parts.append(page.section("Settings", *changed, page.folded("all settings", run.config)))
+    if run.environment:
+        parts.append(page.section("Environment of the training", page.facts(run.environment)))
+    return parts
 
 
 def setting_of(row: Row) -> Setting:
@@ -105,7 +186,8 @@ def setting_of(row: Row) -> Setting:
     return Setting(**{field.name: row[field.name] for field in fields(Setting)})
 
 
-def _write_grid(path: Path, comparison: Comparison, rows: Sequence[Row]) -> None:
+def _grid(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[GridRow]]]:
+    """Prompts, and pictures of the rows in groups of as many steps."""
     n = comparison.plan.n
     places = [9 * i % n for i in range(min(GRID_COLUMNS, n))]  # prompts in turn: 9 apart, they differ in every way
     groups: dict[int, list[GridRow]] = {}
@@ -115,7 +197,7 @@ def _write_grid(path: Path, comparison: Comparison, rows: Sequence[Row]) -> None
             line = GridRow(_title(setting), _detail(row), comparison.pictures(setting, places))
             groups.setdefault(setting.steps, []).append(line)
     prompts = comparison.scorer.prompts("report", n)
-    draw_grid(path, [prompts[i] for i in places], list(groups.values()))
+    return [prompts[i] for i in places], list(groups.values())
 
 
 def _title(setting: Setting) -> str:
@@ -128,40 +210,44 @@ def _detail(row: Row) -> str:
 
 
 def _protocol(comparison: Comparison, real: Mapping[str, float] | None) -> str:
-    plan = comparison.plan
+    plan, scorer = comparison.plan, comparison.scorer
     tried = f"{{{', '.join(plan.spacings)}}} × w in {{{', '.join(f'{w:g}' for w in plan.guidances)}}}"
+    tuned = f"""the best of {tried} by Fréchet distance on
+  {plan.tuning_n} other noises (seeds from {FIRST_SEED["tuning"]} up)"""
+    few = tuned if len(plan.candidates(1)) > 1 else f"{plan.spacings[0]} times, w as the rows say, not tuned"
     text = f"""
 - Every row: the same {plan.n} prompts and starting noises (seeds from {FIRST_SEED["report"]} up, one CPU generator a
   picture). Errors are standard errors over these pictures, of one training run.
-- teacher, ddim, up to {max(plan.steps)} steps: the best of {tried} by Fréchet distance on
-  {plan.tuning_n} other noises (seeds from {FIRST_SEED["tuning"]} up).
-- teacher, {plan.student_sampler}: the undistilled teacher, guided, in the student's sampler.
+- teacher, ddim, up to {max(plan.steps)} steps: {few}.
+"""
+    if "student" in comparison.denoisers:
+        text += f"- teacher, {plan.student_sampler}: the undistilled teacher, guided, in the student's sampler.\n"
+    text += f"""\
 - w: guidance, `uncond + w (cond - uncond)`; 1 is none. A student has its teacher's guidance built in.
 - NFE: network evaluations a picture; a guided step takes two. Compare at equal NFE as well as at equal steps.
 - Teacher consistency: mean squared difference, per latent element, from the teacher's {plan.teacher_steps}-step end
   point from the same noise and prompt. A sampler that adds fresh noise cannot reach 0.
-- Judged by: {comparison.scorer.name}. Fréchet distances compare at equal n only.
+- Protocol: {scorer.protocol}, N = {plan.n}. Results of another one do not compare with these.
+- Judged by: {scorer.name}. Fréchet distances compare at equal n only.
 """
+    text += "".join(f"- {note}\n" for note in (*scorer.notes, *(comparison.stored.notes if comparison.stored else ())))
+    text += "".join(f"- Left out: {name}, {reason}\n" for name, reason in scorer.left_out.items())
     if real:
         scores = ", ".join(f"{COLUMNS[k][0]} {COLUMNS[k][1].format(v)}" for k, v in real.items() if k in COLUMNS)
         text += f"- As many other real pictures score: {scores}.\n"
-    return "## How it was measured\n" + text.rstrip()
+    return text.strip()
 
 
 def _agreement(difference: float) -> str:
-    return f"""## In a plain diffusers pipeline
-
-The exported LoRA, loaded by `load_lora_weights` into diffusers' own pipeline with its own `LCMScheduler`, draws the
-same pictures: the greatest difference of any pixel is {difference:.1e}, of a range of 2."""
+    return f"""The exported student in diffusers' own pipeline, with its own scheduler, draws the same pictures: the
+greatest difference of any pixel is {difference:.1e}, of a range of 2."""
 
 
-def _environment(comparison: Comparison) -> str:
+def _environment(comparison: Comparison) -> dict[str, str]:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    weights = ", ".join(f"{name} {digest}" for name, digest in comparison.hashes.items())
-    lines = [
-        f"- Python {platform.python_version()}, {packages}",
-        f"- {platform.system()} on {device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        f"- weights: {weights}",
-    ]
-    return "## Environment\n\n" + "\n".join(lines)
+    return {
+        "packages": f"Python {platform.python_version()}, {packages}",
+        "machine": f"{platform.system()} on {device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "weights": ", ".join(f"{name} {digest}" for name, digest in comparison.hashes.items()),
+    }

@@ -29,6 +29,10 @@ class JudgeScorer:
         real: draws real pictures of labels; those of a styled world are another function's.
     """
 
+    protocol, against = "toy", ""
+    notes: Sequence[str] = ()
+    left_out: Mapping[str, str] = {}
+
     def __init__(self, judge: Judge, real: Callable[[Tensor, torch.Generator], Tensor] = render) -> None:
         self.judge, self.real = judge, real
         self.name = f"toy judge {weights_hash(judge)}"

@@ -152,7 +152,7 @@ class TestTuning:
         study = comparison(tmp_path)
         tuned = study.tune()
         for steps, chosen in tuned.items():
-            others = {s: study._tuning_row(s, lambda n: None)["frechet"] for s in study.plan.candidates(steps)}
+            others = {s: study._tuning_row(s)["frechet"] for s in study.plan.candidates(steps)}
             assert len(others) == 4 and others[chosen] == min(others.values())
 
     def test_it_never_sees_what_is_reported(self, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from distill.evaluation.compare import Setting
 from distill.evaluation.pipelines import load_pipeline
 from distill.evaluation.plug_in import Bench, Line
 from distill.evaluation.toy import JudgeScorer
+from distill.methods.sampling import Sampling
+from distill.models.exported import FACTS
 from distill.models.families import load_teacher
 from distill.models.lora import add_lora, save_lora
 from distill.toy.judge import load_judge
@@ -47,18 +50,18 @@ def test_the_command_trains_once_and_writes_a_report(tmp_path: Path) -> None:
     models = {
         name: [(row["model"], row.get("steps"), row.get("weight")) for row in rows] for name, rows in report.items()
     }
-    pair = ("teacher + style", "teacher + style + LCM-LoRA")
+    pair = ("teacher + style", "teacher + style + LoRA")
     assert models == {
         "fine_tune": [
             ("other real pictures", None, None),
             ("fine-tune", 2, None),
             ("fine-tune", 1, None),
-            ("fine-tune + LCM-LoRA", 1, None),
+            ("fine-tune + LoRA", 1, None),
         ],
-        "teacher": [("other real pictures", None, None), ("teacher + LCM-LoRA", 4, None)],
+        "teacher": [("other real pictures", None, None), ("teacher + LoRA", 1, None)],
         "style_lora": [
             ("other real pictures", None, None),
-            *[(pair[0], 2, 0), (pair[0], 4, 0), (pair[1], 4, 0)],
+            *[(pair[0], 2, 0), (pair[0], 1, 0), (pair[1], 1, 0)],
             *[(pair[0], 2, 1), (pair[0], 1, 1), (pair[1], 1, 1)],
         ],
     }
@@ -85,6 +88,18 @@ def test_the_command_trains_once_and_writes_a_report(tmp_path: Path) -> None:
 def test_a_lora_that_is_not_there_is_one_clear_line_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="^lora=nowhere: no LoRA in that folder"):
         plug_in.main(load("plug_in", PlugInSettings, ["lora=nowhere", f"output_dir={tmp_path / 'out'}", *TINY]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lightning_lora_is_drawn_as_it_was_exported_and_in_its_own_steps_only(tmp_path: Path) -> None:
+    folder = random_lora(tmp_path / "lora", 0)
+    cfg = load("plug_in", PlugInSettings, [f"lora={folder}", f"output_dir={tmp_path / 'out'}", *TINY])
+    assert plug_in.student(cfg, "any", 2) == Setting("any", "lcm", 2, 1.0, "lcm")
+    facts = {"format": 1, "formats": ["diffusers"], "files": {}, "step": 1, "base": "", "base_hash": "", "weights": ""}
+    (folder / FACTS).write_text(json.dumps(facts | {"sampling": asdict(Sampling("euler", "trailing", 2))}))
+    assert plug_in.student(cfg, "any", 2) == Setting("any", "euler", 2, 1.0, "trailing")
+    with pytest.raises(ConfigError, match=r"was made for 2 steps: set steps=\[2\]$"):
+        plug_in.main(cfg)
     assert not (tmp_path / "out").exists()
 
 

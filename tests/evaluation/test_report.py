@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from distill.evaluation.figures import CELL, GAP, HEADER, LABEL_WIDTH, GridRow, draw_grid, draw_training
-from distill.evaluation.report import format_table, setting_of, write_report
+from distill.evaluation.report import RunFacts, format_table, setting_of, write_report
 from tests.evaluation.world import comparison
 
 ROW = {
@@ -57,7 +58,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
         comparison(folder / "cache"),
         about="A Gaussian.",
         reproduce="bash quickstart.sh\n",
-        metrics_file=metrics,
+        run=RunFacts(metrics, {"learning_rate": (1, 2)}, "seed: 0", {"torch": "2.14"}),
         agreement=1.5e-6,
     )
     return folder / "out", rows
@@ -75,6 +76,17 @@ def test_the_report_is_a_folder_that_is_complete(report: tuple[Path, list[dict]]
     for name in linked:
         picture = np.asarray(Image.open(folder / name).convert("L"))
         assert picture.std() > 5  # something is drawn
+
+
+def test_the_page_tells_what_the_markdown_tells(report: tuple[Path, list[dict]]) -> None:  # type: ignore[type-arg]
+    folder, rows = report
+    told = html.unescape((folder / "index.html").read_text())
+    for said in ("bash quickstart.sh", "1.5e-06", "A Gaussian.", "10000000", "mean squared difference", "seed: 0"):
+        assert said in told
+    assert told.count('<tr class="student">') == sum(row["model"] == "student" for row in rows) > 0
+    assert '<dt>learning_rate</dt><dd><span class="was">1</span> → <span class="is">2</span>' in told
+    shown = [row for row in rows if row["sampler"] == "ddim" or row["model"] == "student"]
+    assert told.count("<figure>") == len(shown) and told.count('aria-label="loss"') == 1
 
 
 def test_the_grid_shows_the_pictures_of_the_rows(report: tuple[Path, list[dict]]) -> None:  # type: ignore[type-arg]

@@ -60,6 +60,10 @@ class PixelScorer:
 
     lives: int = 10**9
     name: str = "pixels"
+    protocol: str = "pixels"
+    against: str = ""
+    notes: Sequence[str] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     seen: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def prompts(self, split: str, n: int) -> list[str]:

@@ -1,0 +1,81 @@
+"""Students against end points that the teacher has stored: needs no weights but the student's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.data.reader import Store
+from distill.diffusion.guidance import guided
+from distill.diffusion.losses import l2
+from distill.diffusion.prediction import Denoiser
+from distill.diffusion.schedule import NoiseSchedule
+from distill.diffusion.solver import make_times
+from distill.evaluation.compare import FIRST_SEED, Setting
+from distill.methods.sampling import sample
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The last `n` samples of a trajectory store. Of them nothing is read but the first state and the last.
+
+    Args:
+        store: open; of solves from pure noise to clean latents.
+        schedule: the teacher's.
+        device: of the denoisers.
+        notes: what a reader has to know of them.
+
+    Raises:
+        ValueError: fewer samples than `n`, or a store that is not of such solves.
+    """
+
+    store: Store
+    schedule: NoiseSchedule
+    n: int
+    device: torch.device | str = "cpu"
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        times, url = self.store.index.times, self.store.folder.url
+        if (times[0], times[-1]) != (self.schedule.T, 0):
+            raise ValueError(f"store={url} holds no whole solves: its times run from {times[0]} to {times[-1]}")
+        if self.n > len(self.store):
+            raise ValueError(f"store={url} holds {len(self.store)} samples, asked for are {self.n}")
+
+    @property
+    def name(self) -> str:
+        """Which samples: of the store's plan, and of these shards' bytes."""
+        shards = self.store.index.shards
+        return f"last {self.n} of {len(self.store)} in {shards[0].sha256[:16]} ... {shards[-1].sha256[:16]}"
+
+    def measure(self, denoiser: Denoiser, setting: Setting, places: range, batch_size: int) -> dict[str, Tensor]:
+        """`consistency`, the mean squared difference per latent element of what is drawn from a solve's noise and
+        conditioning from its end point, and `cosine`, of the two as vectors: float64 [len(places)].
+
+        It is drawn as `setting` says, whatever the guidance of the stored solve.
+        """
+        parts = [
+            self._measure(denoiser, setting, places[i : i + batch_size]) for i in range(0, len(places), batch_size)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _measure(self, denoiser: Denoiser, setting: Setting, places: range) -> dict[str, Tensor]:
+        first = len(self.store) - self.n
+        samples = [self.store.read(first + i, (0, len(self.store.index.times) - 1)) for i in places]
+        x, end = torch.stack([s.states.float() for s in samples], dim=1).to(self.device)  # [B, C, h, w] each
+        conditioning = {
+            name: torch.stack([s.conditioning[name] for s in samples]).to(self.device, torch.float32)
+            for name in samples[0].conditioning
+        }
+        unconditional = {name: value.to(self.device, torch.float32) for name, value in self.store.unconditional.items()}
+        if setting.embedded:
+            conditioning["guidance"] = torch.full((len(x),), setting.guidance, device=x.device)
+        follow = denoiser if setting.embedded else guided(denoiser, unconditional, setting.guidance)
+        generators = [torch.Generator().manual_seed(FIRST_SEED["stored"] + i) for i in places]
+        times = make_times(setting.spacing, self.schedule.T, setting.steps)
+        drawn = sample(follow, self.schedule, x, times, conditioning, setting.sampler, generators)
+        cosine = F.cosine_similarity(drawn.double().flatten(1), end.double().flatten(1))
+        return {"consistency": l2(drawn, end).double().cpu(), "cosine": cosine.cpu()}

@@ -1,0 +1,106 @@
+"""Students as they are in folders, and the settings that they and their teachers are drawn with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+
+from distill.diffusion.solver import make_times
+from distill.evaluation.compare import Plan, Setting
+from distill.evaluation.pipelines import sampling_of
+from distill.methods.sampling import Sampling
+from distill.models.denoiser import NetworkDenoiser
+from distill.models.exported import FACTS, read_export
+from distill.models.families import Teacher
+from distill.models.folder import stored_tensors, weight_files, weights_hash
+from distill.models.lora import ADAPTER, load_lora, lora_file
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """A student on its teacher's schedule, the hash of its weights, and how it is drawn."""
+
+    denoiser: NetworkDenoiser
+    weights: str
+    sampling: Sampling
+
+    @property
+    def embedded(self) -> bool:
+        """Whether guidance is an input of its network."""
+        return self.denoiser.guidance_embedding_dim is not None
+
+
+def load_student(folder: str | Path, teacher: Teacher) -> LoadedStudent:
+    """The student in a folder: a LoRA, which is put onto the teacher's network, or the UNet of `unet/`.
+
+    An export says how it is drawn; any other folder's student is taken for one that LCM's sampler draws.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: an export of another model than the teacher, or one that cannot be read.
+    """
+    folder = Path(folder).expanduser()
+    export = read_export(folder) if (folder / FACTS).is_file() else None
+    if export is not None:
+        export.require_base(teacher.teacher_hash)
+    sampling = sampling_of(folder) or Sampling()
+    if not (folder / "unet").is_dir():
+        digest = weights_hash(stored_tensors([lora_file(folder)]))
+        load_lora(teacher.unet, folder)
+        return LoadedStudent(replace(teacher.denoiser(), adapter=ADAPTER), digest, sampling)
+    dtype = next(teacher.unet.parameters()).dtype
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True)
+    prediction = (export.prediction if export is not None else None) or teacher.prediction
+    denoiser = NetworkDenoiser(unet.eval().requires_grad_(False), teacher.schedule, prediction)
+    return LoadedStudent(denoiser, weights_hash(stored_tensors(weight_files(folder, "unet"))), sampling)
+
+
+def parse_sampler(text: str, own: Sampling) -> Sampling:
+    """`SAMPLER/SPACING`, or `SAMPLER`: at the student's own spacing if it is its own, else at the sampler's usual one.
+
+    Raises ValueError: a name that is not known, or two that do not go together.
+    """
+    sampler, _, spacing = text.partition("/")
+    usual = own.spacing if sampler == own.sampler else "lcm" if sampler == "lcm" else "trailing"
+    return Sampling(sampler, spacing or usual, own.steps)
+
+
+def with_student(plan: Plan, student: LoadedStudent, samplings: Sequence[Sampling], guidances: Sequence[float]) -> Plan:
+    """The plan with rows of the student by every sampler and guidance; the first of each are its usual ones.
+
+    Raises:
+        ValueError: more steps than a sampler has times.
+    """
+    first = samplings[0]
+    settings = [
+        Setting("student", sampling.sampler, steps, w, sampling.spacing, student.embedded)
+        for sampling in samplings
+        for w in guidances
+        for steps in plan.steps
+    ]
+    for setting in settings:
+        make_times(setting.spacing, student.denoiser.schedule.T, setting.steps)
+    plan = replace(
+        plan,
+        student_sampler=first.sampler,
+        student_spacing=first.spacing,
+        student_guidance=guidances[0],
+        student_embedded=student.embedded,
+    )
+    return replace(plan, more=(*plan.more, *settings[len(plan.steps) :], *_at_equal_cost(plan, settings)))
+
+
+def _at_equal_cost(plan: Plan, students: Sequence[Setting]) -> Iterator[Setting]:
+    """The teacher in as many network evaluations as each student takes, where the plan has no such row of it.
+
+    Guided steps take two: an odd number of evaluations is one of steps without guidance.
+    """
+    tuned = len(plan.candidates(1)) > 1
+    for nfe in dict.fromkeys(student.nfe for student in students):
+        guided = plan.guidance != 1 and nfe % 2 == 0
+        steps = nfe // 2 if guided else nfe
+        if steps not in plan.steps or (not guided and plan.guidance != 1 and not tuned):
+            yield Setting("teacher", "ddim", steps, plan.guidance if guided else 1.0, plan.spacings[-1])

@@ -1,0 +1,182 @@
+"""`scripts/evaluate.py`: students in every kind of folder, by a protocol of metrics and by the toy's; the refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from distill.evaluation.compare import Plan, Setting
+from distill.evaluation.students import load_student, parse_sampler, with_student
+from distill.methods.sampling import Sampling
+from distill.models.families import load_teacher
+from distill.models.formats import save_unet
+from distill.models.lora import add_lora, save_lora
+from distill.training.config import ConfigError, EvaluateSettings, load
+from tests.evaluation.test_metrics import TINY
+from tests.tiny import save_tiny
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import evaluate  # noqa: E402
+
+FACTS = {
+    "formats": ["diffusers"],
+    "prediction": "epsilon",
+    "sampling": {"sampler": "ddim", "spacing": "trailing", "steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher, a LoRA and a UNet of it as exports, prompts, and a tiny CLIP."""
+    root = tmp_path_factory.mktemp("evaluate")
+    save_tiny(root / "teacher")
+    teacher = load_teacher(root / "teacher")
+    facts = FACTS | {"base_hash": teacher.teacher_hash, "settings": {"data": {"guidance": 2.0}}}
+    random = torch.Generator().manual_seed(1)
+    for parameter in add_lora(teacher.unet, rank=3, alpha=2.0):
+        parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=random))
+    save_lora(root / "lora", teacher.unet)
+    save_lora(root / "foreign", teacher.unet)
+    (root / "lora" / "distill.json").write_text(json.dumps(facts))
+    whole = load_teacher(root / "teacher").unet
+    save_unet(root / "unet", whole, torch.float32)
+    (root / "prompts.jsonl").write_text('"a cat"\n"two dogs"\n"a boat"\n')
+    (root / "tiny-evaluate.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(root / "tiny-evaluate.json")
+    torch.save(open_clip.create_model("tiny-evaluate").state_dict(), root / "clip.pt")
+    return root
+
+
+def settings(folder: Path, output: Path, *overrides: str) -> EvaluateSettings:
+    given = [
+        "protocol=coco2014-10k",
+        f"protocol.prompts={folder / 'prompts.jsonl'}",
+        "protocol.resolution=null",
+        "protocol.clip=tiny-evaluate",
+        f"weights.clip={folder / 'clip.pt'}",
+        f"model.pretrained_model_name_or_path={folder / 'teacher'}",
+        "n=3",
+        "teacher_steps=3",
+        "batch_size=2",
+        f"output_dir={output}",
+    ]
+    return load("evaluate", EvaluateSettings, [*given, *overrides])
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return json.loads((output / "report" / "metrics.json").read_text())
+
+
+def test_an_export_is_judged_as_it_says(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main(settings(folder, tmp_path, f"student={folder / 'lora'}", "samplers=[ddim,lcm]"))
+    found = rows(tmp_path)
+    drawn = [(row["model"], row["sampler"], row["spacing"], row["steps"], row["guidance"], row["nfe"]) for row in found]
+    assert drawn == [
+        ("teacher", "ddim", "trailing", 3, 2.0, 6),
+        ("teacher", "ddim", "trailing", 2, 2.0, 4),
+        ("student", "ddim", "trailing", 2, 1.0, 2),
+        ("student", "lcm", "lcm", 2, 1.0, 2),
+        ("teacher", "ddim", "trailing", 1, 2.0, 2),  # at the student's cost
+    ]
+    for row in found:
+        assert row["n"] == 3 and row["protocol"].startswith("coco2014-10k: 24 px, CLIP tiny-evaluate")
+        assert {"clip_score", "clip_score_se", "teacher_consistency"} <= row.keys()
+        assert row["left_out"].keys() == {"fid", "fid_patch"}
+    assert len({row["weights"] for row in found}) == 2
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Left out: fid, " in text and "N = 3" in text and "CLIP score" in capsys.readouterr().out
+
+
+def test_a_teacher_alone_and_any_student_s_folder(folder: Path, tmp_path: Path) -> None:
+    evaluate.main(settings(folder, tmp_path / "teacher", "guidance=2", "steps=[1]", "dtype=bfloat16"))
+    assert [(row["model"], row["steps"]) for row in rows(tmp_path / "teacher")] == [("teacher", 3), ("teacher", 1)]
+    assert all(row["weights"].endswith(" in bfloat16") for row in rows(tmp_path / "teacher"))
+    evaluate.main(settings(folder, tmp_path / "unet", "guidance=2", "steps=[1]", f"student={folder / 'unet'}"))
+    student = next(row for row in rows(tmp_path / "unet") if row["model"] == "student")
+    assert (student["sampler"], student["guidance"]) == ("lcm", 1.0)
+    teacher = next(row for row in rows(tmp_path / "unet") if row["nfe"] == 1 and row["model"] == "teacher")
+    for name in ("teacher_consistency", "clip_score"):  # its weights are the teacher's: one jump is one unguided step
+        assert student[name] == pytest.approx(teacher[name], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["steps=[1]"], r"the teacher's guidance is not known \(there is no run that says it\): set guidance=W"),
+        (["guidance=2", "student=nowhere"], "^student=nowhere: no such folder$"),
+        (["guidance=2", "n=4"], "prompts.jsonl: there are 3, the protocol takes 4$"),
+        (
+            ["guidance=2", "student={folder}/teacher/vae"],
+            "no LoRA in .*vae: pytorch_lora_weights.safetensors is missing$",
+        ),
+        (["student={folder}/lora", "samplers=[rk4]"], "^sampler 'rk4' is not known; allowed: lcm, "),
+        (["student={folder}/lora", "samplers=[ddim/milestones]", "steps=[9]"], "steps must be within 1 ... 8, got 9"),
+        (["guidance=2", "protocol=toy", "n=99"], "n=99: the judge's Fréchet distance takes at least 100 pictures$"),
+        (["guidance=2", "model.pretrained_model_name_or_path=null"], "^which teacher. Set model.pretrained_model"),
+        (["guidance=2", "weights.clip={folder}/prompts.jsonl"], "prompts.jsonl is refused: it is not a state dict"),
+        (["guidance=2", "store={folder}/nowhere"], "no trajectory store at"),
+    ],
+)
+def test_what_cannot_be_judged_is_one_clear_line(
+    folder: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    given = [override.format(folder=folder) for override in overrides]
+    if "protocol=toy" in given:
+        cfg = load("evaluate", EvaluateSettings, [*given, f"output_dir={tmp_path}"])
+    else:
+        cfg = settings(folder, tmp_path, *given)
+    with pytest.raises((ConfigError, FileNotFoundError, ValueError), match=message) as error:
+        evaluate.main(cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_an_export_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    facts = json.loads((folder / "lora" / "distill.json").read_text()) | {"base_hash": "0000"}
+    (folder / "foreign" / "distill.json").write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="is an export of another model: its base_hash is 0000"):
+        evaluate.main(settings(folder, tmp_path, f"student={folder / 'foreign'}"))
+
+
+def test_the_toy_s_protocol_needs_nothing_but_a_guidance(tmp_path: Path) -> None:
+    few = ["n=100", "guidance=2", "teacher_steps=1", "steps=[1]", "protocol.tuning_n=0", f"output_dir={tmp_path}"]
+    evaluate.main(load("evaluate", EvaluateSettings, few))
+    (row,) = rows(tmp_path)
+    assert (
+        row["protocol"] == "toy, N = 100" and row["judged_by"].startswith("toy judge ") and 0 < row["caption_accuracy"]
+    )
+
+
+def test_the_key_student_is_a_value_and_not_hydra_s_group() -> None:
+    assert load("evaluate", EvaluateSettings, ["student=runs/a", "output_dir=o"]).student == "runs/a"
+    assert load("evaluate", EvaluateSettings, ["output_dir=o"]).student is None
+    with pytest.raises(ConfigError, match="student"):
+        load("evaluate", EvaluateSettings, ["student=[a,b]", "output_dir=o"])
+
+
+def test_samplers_take_the_spacing_that_is_meant() -> None:
+    lightning = Sampling("euler", "trailing", 4)
+    assert parse_sampler("euler", lightning) == lightning
+    assert parse_sampler("lcm", lightning) == Sampling("lcm", "lcm", 4)
+    assert parse_sampler("ddim", Sampling()) == Sampling("ddim", "trailing")
+    assert parse_sampler("ddim/milestones", Sampling()) == Sampling("ddim", "milestones")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_teacher_is_drawn_at_each_student_s_cost(folder: Path, guidance: float) -> None:
+    student = load_student(folder / "lora", load_teacher(folder / "teacher"))
+    plan = Plan(guidance, steps=(1, 3, 8), guidances=(guidance,), spacings=("trailing",))
+    full = with_student(plan, student, [Sampling()], [1.0, 2.0])
+    of_student = [full.student(steps) for steps in plan.steps] + [s for s in full.more if s.model == "student"]
+    assert {s.nfe for s in of_student} == {1, 3, 8, 2, 6, 16}
+    of_teacher = {s.nfe for s in full.more if s.model == "teacher"} | {full.candidates(s)[0].nfe for s in plan.steps}
+    assert {s.nfe for s in of_student} <= of_teacher
+    assert Setting("student", "lcm", 8, 2.0, "lcm") in full.more
+    tuned = with_student(replace(plan, guidances=(1.0, 2.0)), student, [Sampling()], [1.0])
+    assert all(s.steps not in plan.steps for s in tuned.more)  # there the tuned teacher is
