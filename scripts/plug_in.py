@@ -1,4 +1,4 @@
-"""Plugs the toy LCM-LoRA into models that it was not distilled from, and judges it there:
+"""Plugs a few-step LoRA of the toy teacher into models that it was not distilled from, and judges it there:
 
 python scripts/plug_in.py lora=outputs/quickstart/lora
 
@@ -24,38 +24,39 @@ from distill.diffusion.random import generator
 from distill.evaluation.cache import Cache
 from distill.evaluation.compare import Row, Setting
 from distill.evaluation.figures import GridRow, draw_grid
-from distill.evaluation.pipelines import load_pipeline
+from distill.evaluation.pipelines import load_pipeline, sampling_of
 from distill.evaluation.plug_in import Bench, Line, columns
 from distill.evaluation.report import format_table
 from distill.evaluation.toy import JudgeScorer
+from distill.methods.sampling import Sampling
 from distill.models.lora import add_lora, save_lora
 from distill.toy.judge import load_judge
 from distill.toy.styles import NIGHT, UPRIGHT, Style
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS, balanced_labels
-from distill.training.config import ConfigError, PlugInSettings, run_script
+from distill.training.config import ConfigError, PlugInSettings, ToyControlSettings, run_script
 from distill.training.tracking import setup_logging
 
-FEW = 4  # steps at which the style's weights are compared
+FEW = 4  # steps at which the style's weights are compared, where the LoRA can be drawn in as many
 GRID_COLUMNS = 10
+STUDENT = {"student": 1.0}  # the adapter's weight
 
 
 def main(cfg: PlugInSettings) -> None:
     setup_logging()
-    if not list(Path(cfg.lora).glob("*.safetensors")):
-        raise FileNotFoundError(f"lora={cfg.lora}: no LoRA in that folder; scripts/export.py writes one")
+    check_lora(cfg.lora, cfg.steps)
     output = Path(cfg.output_dir)
     shared = {"pictures": cfg.pictures, "batch_size": cfg.train_batch_size, "seed": cfg.seed}
     facts = shared | {"steps": cfg.fine_tune_steps}
     fine_tune = trained(output / NIGHT.name, facts, lambda folder: train_fine_tune(cfg, folder))
     facts = shared | {"steps": cfg.style_steps, "rank": cfg.style_rank, "alpha": cfg.style_alpha}
     style_lora = trained(output / UPRIGHT.name, facts, lambda folder: train_style_lora(cfg, folder))
-    on_fine_tune = bench(cfg, fine_tune, {"lcm": cfg.lora}, NIGHT)
-    beside_style = bench(cfg, teacher_folder(), {"lcm": cfg.lora, "style": style_lora}, UPRIGHT)
-    on_teacher = bench(cfg, teacher_folder(), {"lcm": cfg.lora}, NIGHT)
+    on_fine_tune = bench(cfg, fine_tune, {"student": cfg.lora}, NIGHT)
+    beside_style = bench(cfg, teacher_folder(), {"student": cfg.lora, "style": style_lora}, UPRIGHT)
+    on_teacher = bench(cfg, teacher_folder(), {"student": cfg.lora}, NIGHT)
     parts = [
         Part("On a fine-tuned model", "fine_tune", on_fine_tune, fine_tune_lines(cfg)),
-        Part("The same LoRA on its own teacher, which lacks the style", "teacher", on_teacher, [TEACHER_LINE]),
+        Part("The same LoRA on its own teacher, which lacks the style", "teacher", on_teacher, [teacher_line(cfg)]),
         Part("Beside a style LoRA", "style_lora", beside_style, style_lines(cfg)),
     ]
     write_report(output, cfg, parts)
@@ -155,7 +156,7 @@ def fine_tune_lines(cfg: PlugInSettings) -> list[Line]:
     lines = [Line({}, [Setting("fine-tune", "ddim", cfg.teacher_steps, cfg.guidance)])]
     for steps in cfg.steps:
         lines.append(Line({}, few_steps(cfg, "fine-tune", steps)))
-        lines.append(Line({"lcm": 1.0}, [student("fine-tune + LCM-LoRA", steps)]))
+        lines.append(Line(STUDENT, [student(cfg, "fine-tune + LoRA", steps)]))
     return lines
 
 
@@ -165,9 +166,9 @@ def style_lines(cfg: PlugInSettings) -> list[Line]:
     for weight in cfg.weights:
         more, style = {"weight": weight}, {"style": weight}
         lines.append(Line(style, [Setting("teacher + style", "ddim", cfg.teacher_steps, cfg.guidance)], more))
-        for steps in cfg.steps if weight == 1 else [FEW]:
+        for steps in cfg.steps if weight == 1 else [some_steps(cfg)]:
             lines.append(Line(style, few_steps(cfg, "teacher + style", steps), more))
-            lines.append(Line({"lcm": 1.0} | style, [student("teacher + style + LCM-LoRA", steps)], more))
+            lines.append(Line(STUDENT | style, [student(cfg, "teacher + style + LoRA", steps)], more))
     return lines
 
 
@@ -176,11 +177,31 @@ def few_steps(cfg: PlugInSettings, model: str, steps: int) -> list[Setting]:
     return [Setting(model, "ddim", steps, w, spacing) for spacing in ("leading", "trailing") for w in cfg.guidances]
 
 
-def student(model: str, steps: int) -> Setting:
-    return Setting(model, "lcm", steps, 1.0, "lcm")
+def student(cfg: PlugInSettings | ToyControlSettings, model: str, steps: int) -> Setting:
+    """As its export says that it is drawn; LCM-LoRAs of others say nothing."""
+    own = sampling_of(cfg.lora) or Sampling()
+    return Setting(model, own.sampler, steps, 1.0, own.spacing)
 
 
-TEACHER_LINE = Line({"lcm": 1.0}, [student("teacher + LCM-LoRA", FEW)])
+def teacher_line(cfg: PlugInSettings) -> Line:
+    return Line(STUDENT, [student(cfg, "teacher + LoRA", some_steps(cfg))])
+
+
+def some_steps(cfg: PlugInSettings) -> int:
+    return FEW if FEW in cfg.steps else cfg.steps[0]
+
+
+def check_lora(folder: str, steps: Sequence[int]) -> None:
+    """There is one, and it can be drawn in so many steps.
+
+    Raises:
+        FileNotFoundError, ConfigError: otherwise.
+    """
+    if not list(Path(folder).glob("*.safetensors")):
+        raise FileNotFoundError(f"lora={folder}: no LoRA in that folder; scripts/export.py writes one")
+    own = sampling_of(folder)
+    if own is not None and own.steps is not None and list(steps) != [own.steps]:
+        raise ConfigError(f"lora={folder} was made for {own.steps} steps: set steps=[{own.steps}]")
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -189,7 +210,7 @@ TEACHER_LINE = Line({"lcm": 1.0}, [student("teacher + LCM-LoRA", FEW)])
 def write_report(output: Path, cfg: PlugInSettings, parts: Sequence[Part]) -> None:
     """report.md, report.json and a grid for each part, in `output`."""
     results: dict[str, list[Row]] = {}
-    sections = ["# A LoRA of consistency distillation, plugged in", protocol(cfg)]
+    sections = ["# A few-step LoRA, plugged in", protocol(cfg)]
     for part in parts:
         rows = part.bench.rows(part.name, part.lines)
         draw_part(output / f"{part.name}.png", part, rows)
@@ -217,7 +238,7 @@ def draw_part(path: Path, part: Part, rows: Sequence[Row]) -> None:
 
 def protocol(cfg: PlugInSettings) -> str:
     tried = f"{{leading, trailing}} × w in {{{', '.join(f'{w:g}' for w in cfg.guidances)}}}"
-    return f"""The LCM-LoRA was distilled from the bundled teacher and has seen neither of the others. "{NIGHT.name}" is
+    return f"""The LoRA was distilled from the bundled teacher and has seen neither of the others. "{NIGHT.name}" is
 a copy of that teacher, fine-tuned for {cfg.fine_tune_steps} steps on pictures with dark backgrounds only.
 "{UPRIGHT.name}" is a LoRA of rank {cfg.style_rank} and alpha {cfg.style_alpha:g}, trained for {cfg.style_steps} steps
 on pictures whose stripes and checks stand upright.

@@ -136,7 +136,8 @@ def draw_pictures(
         folder = Path(cfg.output_dir) / (f"steps-{steps}" if isinstance(cfg.steps, list) else "")
         folder.mkdir(parents=True, exist_ok=True)
         pictures: list[dict[str, Any]] = []
-        times = milestone_steps(pipeline, steps) if sampling.spacing == "milestones" else None
+        with checking("steps: "):
+            times = milestone_steps(pipeline, steps) if sampling.spacing == "milestones" else None
         for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"{steps} steps", unit="batch"):
             chunk = prompts[start : start + cfg.batch_size]
             seeds = [cfg.seed + start + i for i in range(len(chunk))]

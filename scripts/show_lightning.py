@@ -1,10 +1,11 @@
 """The adversarial game beside mean squared error on the toy world, in 8, 4, 2 steps and 1, with several seeds:
 
-python scripts/show_lightning.py            # about 100 CPU minutes; killed and started again, it goes on
+python scripts/show_lightning.py            # about 130 CPU minutes; killed and started again, it goes on
 
-Each seed is a chain (configs/chain/lightning_compare.yaml) of students by mean squared error. Each of them goes on in
-two or three ways that take about as long: more of the same, or the game. All draw the same prompts from the same noise,
-so that how far two of them are apart is known better than how good each is; the report says both.
+A chain (configs/chain/lightning_compare.yaml) makes students by mean squared error until more of it gains little. Each
+of them goes on, with each seed, in two or three ways that take about as long: more of the same, or the game. All draw
+the same prompts from the same noise, so that how far two of them are apart is known better than how good each is; the
+report says both.
 """
 
 from __future__ import annotations
@@ -42,14 +43,13 @@ GRID_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Student:
-    """A link of every seed's chain, named by how it was trained and its number of steps."""
+    """A link of the chain for each seed, named by how it was trained and its number of steps; "m" has one in all."""
 
     kind: str
     steps: int
 
-    @property
-    def link(self) -> str:
-        return f"{self.kind}{self.steps}"
+    def link(self, seed: int) -> str:
+        return f"{self.kind}{self.steps}" + (f"-{seed}" if self.kind != "m" else "")
 
     @property
     def setting(self) -> Setting:
@@ -63,8 +63,7 @@ Comparisons = dict[tuple[Student, int], Comparison]
 def main(cfg: ShowSettings) -> None:
     setup_logging()
     output = Path(cfg.output_dir)
-    for seed in cfg.seeds:
-        run_chain(output, seed, cfg.overrides)
+    run_chain(output, cfg.overrides)
     plan = Plan(2.0, cfg.n, cfg.tuning_n, (8, 4, 2, 1), tuple(cfg.guidances), batch_size=cfg.batch_size)
     scorer = JudgeScorer(load_judge())
     comparisons = {(s, seed): comparison_of(output, s, seed, plan, scorer) for s in STUDENTS for seed in cfg.seeds}
@@ -74,20 +73,18 @@ def main(cfg: ShowSettings) -> None:
     print(f"report: {output}/report.md, with grid.png")
 
 
-def run_chain(output: Path, seed: int, overrides: list[str]) -> None:
-    """A seed's chain; all read one store, that of the first seed to come."""
-    own = [f"data.store={output / 'store'}", f"seed={seed}", *overrides]
+def run_chain(output: Path, overrides: list[str]) -> None:
     script = Path(__file__).with_name("run_chain.py")
-    command = [sys.executable, str(script), f"chain={CHAIN}", f"output_dir={output / str(seed)}"]
-    command += ["overrides=[" + ",".join(f"'{override}'" for override in own) + "]"]
+    command = [sys.executable, str(script), f"chain={CHAIN}", f"output_dir={output / 'links'}"]
+    command += ["overrides=[" + ",".join(f"'{override}'" for override in overrides) + "]"]
     if code := subprocess.run(command).returncode:
-        sys.exit(f"error: the chain of seed {seed} ended with exit code {code}: {shlex.join(command)}")
+        sys.exit(f"error: the chain ended with exit code {code}: {shlex.join(command)}")
 
 
 def comparison_of(output: Path, student: Student, seed: int, plan: Plan, scorer: JudgeScorer) -> Comparison:
     """The export of a link beside the teacher; all share what is known of the teacher."""
     teacher = load_teacher(teacher_folder(), parts=("unet", "text", "vae"))
-    export = open_export(output / str(seed) / student.link / "export")
+    export = open_export(output / "links" / student.link(seed) / "export")
     return Comparison(
         teacher=teacher,
         denoisers=FullStudent(guidance_embedding_dim=None).networks(teacher, start=export),
@@ -136,8 +133,9 @@ def write(output: Path, cfg: ShowSettings, rows: list[Row], apart: list[Row]) ->
     text = format_table(rows, title | {k: columns[k] for k in ("steps", "nfe", *METRICS)})
     paired = format_table(apart, title | {k: columns[k] for k in ("steps", *PAIRED)})
     print(f"{text}\n\n{paired}")
-    about = f"""n = {cfg.n} pictures a row and seed, {len(cfg.seeds)} training seeds. ± is the standard error of the
-mean, over pictures or over seeds, whichever is greater. Sharpness: high-frequency energy relative to real pictures.
+    about = f"""n = {cfg.n} pictures a row and seed. The seeds, {len(cfg.seeds)}, are those of the training that is
+compared; of one number of steps all begin with one student. ± is the standard error of the mean, over pictures or over
+seeds, whichever is greater. Sharpness: high-frequency energy relative to real pictures.
 Diversity: variance of features within a caption, relative to real pictures. Teacher consistency: mean squared
 difference of the final latents from the teacher's at 50 steps, from the same noise."""
     of_differences = """Of two students that draw the same prompts from the same noise: what these do to both cancels,

@@ -1,4 +1,4 @@
-"""Uses the toy LCM-LoRA under a ControlNet of its teacher and from pictures, and judges it there:
+"""Uses a few-step LoRA of the toy teacher under a ControlNet of its teacher and from pictures, and judges it there:
 
 python scripts/toy_control.py lora=outputs/quickstart/lora
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, StableDiffusionXLImg2ImgPipeline
-from plug_in import few_steps, frozen_teacher, student, trained
+from plug_in import STUDENT, check_lora, few_steps, frozen_teacher, student, trained
 from torch import Tensor
 from train_toy_teacher import descend, reconstruct, set_rate
 
@@ -40,14 +40,12 @@ from distill.training.tracking import setup_logging
 
 GRID_COLUMNS = 10
 RATE = 3e-3  # of learning the control
-STUDENT = {"student": 1.0}  # the adapter's weight
 BEST = "true pictures, through the VAE"
 
 
 def main(cfg: ToyControlSettings) -> None:
     setup_logging()
-    if not list(Path(cfg.lora).glob("*.safetensors")):
-        raise FileNotFoundError(f"lora={cfg.lora}: no LoRA in that folder; scripts/export.py writes one")
+    check_lora(cfg.lora, cfg.steps)
     output = Path(cfg.output_dir)
     facts = {"steps": cfg.control_steps, "pictures": cfg.pictures, "batch_size": cfg.train_batch_size, "seed": cfg.seed}
     controlnet = trained(output / "controlnet", facts, lambda folder: train_controlnet(cfg, folder))
@@ -133,7 +131,7 @@ def control_part(cfg: ToyControlSettings, pipeline: Any, controlnet: Path) -> Pa
     scene = draw_scene(balanced_labels(cfg.n), generator("toy control", cfg.seed, "controls"))
     ways = [floor(cfg, 0.0), Way([teacher(cfg)], {}, 0.0), Way([teacher(cfg)], {}, 1.0)]
     for steps in cfg.steps:
-        ways += [Way(few_steps(cfg, "teacher", steps), {}, 1.0), Way([student("student", steps)], STUDENT, 1.0)]
+        ways += [Way(few_steps(cfg, "teacher", steps), {}, 1.0), Way([student(cfg, "student", steps)], STUDENT, 1.0)]
     under = StableDiffusionXLControlNetPipeline.from_pipe(
         pipeline, controlnet=ControlNetModel.from_pretrained(controlnet)
     )
@@ -152,7 +150,7 @@ def restyle_part(cfg: ToyControlSettings, pipeline: Any) -> Part:
     ways = [floor(cfg, 1.0), Way([teacher(cfg)], {}, cfg.strength)]
     for steps in cfg.steps:
         tried = [Setting("teacher", "ddim", steps, w) for w in cfg.guidances]  # leading times would start far too late
-        ways += [Way(tried, {}, cfg.strength), Way([student("student", steps)], STUDENT, cfg.strength)]
+        ways += [Way(tried, {}, cfg.strength), Way([student(cfg, "student", steps)], STUDENT, cfg.strength)]
     image_to_image = StableDiffusionXLImg2ImgPipeline.from_pipe(pipeline)
     use = the_use(cfg, image_to_image, from_picture, (source + 1) / 2, before)
     others = {BEST: best(pipeline, wanted), "sources, as they are": source}
@@ -170,7 +168,7 @@ def teacher(cfg: ToyControlSettings) -> Setting:
 
 
 def floor(cfg: ToyControlSettings, strength: float) -> Way:
-    return Way([student("student", max(cfg.steps))], STUDENT, strength)
+    return Way([student(cfg, "student", max(cfg.steps))], STUDENT, strength)
 
 
 def the_use(cfg: ToyControlSettings, pipeline: Any, arguments: Arguments, images: Tensor, scene: Scene) -> Use:
@@ -185,7 +183,7 @@ def the_use(cfg: ToyControlSettings, pipeline: Any, arguments: Arguments, images
 def write_report(output: Path, cfg: ToyControlSettings, parts: Sequence[Part]) -> None:
     """report.md, report.json and a grid for each part, in `output`."""
     results: dict[str, list[Row]] = {}
-    sections = ["# A LoRA of consistency distillation in other pipelines", protocol(cfg)]
+    sections = ["# A few-step LoRA in other pipelines", protocol(cfg)]
     for part in parts:
         rows = part.use.rows(part.name, part.ways)
         draw_part(output / f"{part.name}.png", part, rows)

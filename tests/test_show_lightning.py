@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.training.chain import links_of
-from distill.training.config import RunChainSettings, load
+from distill.training.chain import Link, links_of
+from distill.training.config import RunChainSettings, ShowSettings, load
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -16,23 +16,27 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from show_lightning import CHAIN, STUDENTS  # noqa: E402
 
 
-def test_its_students_are_links_of_the_chain_that_start_alike(tmp_path: Path) -> None:
-    """Of one number of steps all go on from one student and learn from one teacher, and draw in as many steps."""
+@pytest.fixture(scope="module")
+def links(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Link]:
     chain = load("run_chain", RunChainSettings, [f"chain={CHAIN}"]).chain
-    links = {link.name: link for link in links_of(chain, tmp_path)}
-    for student in STUDENTS:
-        link = links[student.link]
+    return {link.name: link for link in links_of(chain, tmp_path_factory.mktemp("links"))}
+
+
+def test_its_students_are_links_of_the_chain_that_start_alike(links: dict[str, Link]) -> None:
+    """Of one number of steps all go on from one student and learn from one teacher, and draw in as many steps."""
+    seeds = load("show_lightning", ShowSettings, []).seeds
+    for student, seed in ((student, seed) for student in STUDENTS for seed in seeds):
+        link = links[student.link(seed)]
         assert link.settings.method["student_steps"] == student.steps
         assert link.settings.method["x_T"] == "noise"  # as Setting's "ddim" starts
         if student.kind != "m":
-            first = links[f"e{student.steps}"]
+            assert link.settings.seed == seed
+            first = links[f"e{student.steps}-{seed}"]
             assert (link.settings.start, link.settings.teacher) == (first.settings.start, first.settings.teacher)
             assert link.settings.start == str(links[f"m{student.steps}"].export)
 
 
 @pytest.mark.parametrize("kind", "vc")
-def test_the_games_differ_in_what_the_discriminator_sees(kind: str, tmp_path: Path) -> None:
-    chain = load("run_chain", RunChainSettings, [f"chain={CHAIN}"]).chain
-    links = {link.name: link for link in links_of(chain, tmp_path)}
-    conditional = {links[f"{kind}{n}"].settings.networks["discriminator"]["conditional"] for n in (2, 1)}
+def test_the_games_differ_in_what_the_discriminator_sees(kind: str, links: dict[str, Link]) -> None:
+    conditional = {links[f"{kind}{n}-0"].settings.networks["discriminator"]["conditional"] for n in (2, 1)}
     assert conditional == {kind == "c"}
