@@ -16,7 +16,8 @@ import logging
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,25 @@ from distill.data.reader import open_store
 from distill.evaluation.cache import Cache
 from distill.evaluation.captions import read_captions
 from distill.evaluation.compare import Comparison, Plan, Scorer, seeds_of
+from distill.evaluation.figures import METRICS
 from distill.evaluation.proof import plain_pipeline_agrees
 from distill.evaluation.protocol import Protocol, build_scorer
 from distill.evaluation.report import RunFacts, format_table, write_report
 from distill.evaluation.shares import Share
 from distill.evaluation.stored import HeldOut
 from distill.evaluation.students import LoadedStudent, load_student, parse_sampler, with_student
+from distill.evaluation.together import flat
 from distill.evaluation.toy import JudgeScorer
 from distill.models.exported import FACTS
 from distill.models.families import Teacher, load_teacher
 from distill.models.folder import read_json
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
+from distill.training.checkpoint import Checkpoints, mark_best
 from distill.training.config import ConfigError, EvaluateSettings, TrainSettings, checking, load, run_script
 from distill.training.export import export_run
-from distill.training.run import read_run
-from distill.training.tracking import setup_logging
+from distill.training.run import checkpoints_of, finished, read_run
+from distill.training.tracking import open_trackers, read_metrics, setup_logging
 
 log = logging.getLogger("distill")
 PROVEN = 20  # pictures that a plain pipeline draws too
@@ -64,6 +68,8 @@ def main(cfg: EvaluateSettings) -> None:
     with checking():
         share = Share.launched()
     setup_logging(share.rank)
+    if cfg.watch is not None:
+        return watch(cfg, Path(cfg.watch), share)
     with tempfile.TemporaryDirectory() as scratch:
         source = None if cfg.student is None else find_student(cfg.student, Path(scratch))
         with checking():
@@ -74,6 +80,63 @@ def main(cfg: EvaluateSettings) -> None:
             report(cfg, comparison, source)
         except TimeoutError as error:
             raise ConfigError(str(error)) from None
+
+
+def watch(cfg: EvaluateSettings, run: Path, share: Share) -> None:
+    """Judges each new checkpoint of a run, beside it, until it is done and all are; marks the best.
+
+    What it finds goes to RUN/evaluation/, to trackers of the run's kinds there.
+    """
+    if share.world_size > 1 or cfg.student is not None:
+        raise ConfigError("watch=RUN is for one process, and takes the place of student=")
+    if cfg.watch_metric not in METRICS:
+        raise ConfigError(f"watch_metric={cfg.watch_metric} is not known; allowed: {', '.join(METRICS)}")
+    settings, folder = read_run(run), run / "evaluation"
+    rows = read_metrics(folder, sys.maxsize)
+    kinds = [settings.report_to] if isinstance(settings.report_to, str) else settings.report_to
+    last = max((int(row["step"]) for row in rows), default=0)
+    tracker = open_trackers(kinds, folder, settings.model_dump(mode="json"), resume_step=last)
+    while True:
+        over = finished(run, settings.max_train_steps)  # asked before looking: what is saved meanwhile is not missed
+        judged = {int(row["step"]) for row in rows}
+        new = sorted(step for step, _ in Checkpoints(checkpoints_of(run)).found() if step not in judged)
+        for step in new:
+            if (found := judge(cfg, run, step)) is not None:
+                tracker.log(found, step)
+                rows.append({"step": step} | found)
+                mark(run, rows, cfg.watch_metric)
+        if over and not new:
+            break
+        time.sleep(0 if new else cfg.watch_seconds)
+    tracker.close()
+
+
+def judge(cfg: EvaluateSettings, run: Path, step: int) -> dict[str, float] | None:
+    """METRIC/STEPS of a checkpoint's student; None for one that has been dropped meanwhile."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            exported = export_run(run, Path(scratch) / "student", checkpoint=step, dtype=torch.float16)
+        except ConfigError as error:
+            log.warning("step %d is not judged: %s", step, error)
+            return None
+        source = Source(exported, run, read_run(run).model_dump(mode="json"))
+        with checking():
+            comparison = build(cfg, source, Share())
+        judged = [comparison.row(comparison.plan.student(steps)) for steps in comparison.plan.steps]
+    log.info("step %d\n%s", step, format_table(judged))
+    return {f"{name}/{row['steps']}": row[name] for row in judged for name in METRICS if name in row}
+
+
+def mark(run: Path, rows: Sequence[Mapping[str, float]], metric: str) -> None:
+    """The best of all, at the most steps of sampling that it was judged by."""
+    keys = [key for row in rows for key in row if key.startswith(f"{metric}/")]
+    if not keys:
+        raise ConfigError(f"watch_metric={metric} is not among what is measured: {', '.join(rows[-1])}")
+    key = max(keys, key=lambda name: int(name.rpartition("/")[2]))
+    there = [row for row in rows if key in row]
+    best = (max if METRICS[metric][2] == "higher" else min)(there, key=lambda row: row[key])
+    mark_best(checkpoints_of(run), int(best["step"]))
+    log.info("best by %s: step %d, %.4g", key, best["step"], best[key])
 
 
 def find_student(student: str, scratch: Path) -> Source:
@@ -250,14 +313,6 @@ def departures(run: Path) -> dict[str, tuple[Any, Any]] | None:
     here = flat(read_run(run).model_dump(mode="json"))
     keys = [key for key in there | here if there.get(key) != here.get(key)]
     return {key: (there.get(key, "—"), here.get(key, "—")) for key in keys}
-
-
-def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {above + key: value}
-    return found
 
 
 def agreement(cfg: EvaluateSettings, comparison: Comparison, source: Source) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distill.evaluation.compare import Plan, Setting
 from distill.evaluation.students import load_student, parse_sampler, with_student
@@ -18,9 +20,12 @@ from distill.methods.sampling import Sampling
 from distill.models.families import load_teacher
 from distill.models.formats import save_unet
 from distill.models.lora import add_lora, save_lora
+from distill.training.checkpoint import _digest, _write_manifest, best_of
 from distill.training.config import ConfigError, EvaluateSettings, load
+from distill.training.run import mark_finished
 from tests.evaluation.test_metrics import TINY
 from tests.tiny import save_tiny
+from tests.training.test_export import a_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import evaluate  # noqa: E402
@@ -180,3 +185,29 @@ def test_the_teacher_is_drawn_at_each_student_s_cost(folder: Path, guidance: flo
     assert Setting("student", "lcm", 8, 2.0, "lcm") in full.more
     tuned = with_student(replace(plan, guidances=(1.0, 2.0)), student, [Sampling()], [1.0])
     assert all(s.steps not in plan.steps for s in tuned.more)  # there the tuned teacher is
+
+
+def test_each_checkpoint_of_a_run_is_judged_beside_it_and_the_best_is_marked(folder: Path, tmp_path: Path) -> None:
+    """The second checkpoint's LoRA is zero: that student is its teacher, and nearer to it than the first."""
+    trained = a_run(tmp_path, "sd15", "lora", "data.guidance=1.0", "max_train_steps=5")
+    first = trained.folder / "checkpoints" / "step-00000003"
+    second = Path(shutil.copytree(first, first.with_name("step-00000005")))
+    manifest = json.loads((second / "manifest.json").read_text())
+    del manifest["seal"]
+    for path in (path for path in manifest["files"] if path.endswith(".safetensors")):
+        save_file({name: torch.zeros_like(w) for name, w in load_file(second / path).items()}, second / path)
+        manifest["files"][path] = _digest(second / path)
+    _write_manifest(second, manifest | {"step": 5})
+    mark_finished(trained.folder, 5)
+
+    given = [f"watch={trained.folder}", f"model.pretrained_model_name_or_path={trained.teacher}", "guidance=1"]
+    given += ["samplers=[ddim]", "steps=[1,3]", "watch_metric=teacher_consistency"]
+    for _ in range(2):  # watched again, nothing is judged twice
+        evaluate.main(settings(folder, tmp_path / "out", *given))
+        lines = [json.loads(line) for line in (trained.folder / "evaluation/metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [3, 5]
+    assert {"clip_score/1", "teacher_consistency/1", "teacher_consistency/3"} <= lines[0].keys()
+    assert lines[1]["teacher_consistency/3"] < 1e-6 < lines[0]["teacher_consistency/3"]  # float16 of it was exported
+    assert best_of(trained.folder / "checkpoints") == 5
+    with pytest.raises(ConfigError, match="watch_metric=fidd is not known"):
+        evaluate.main(settings(folder, tmp_path / "out", *given[:-1], "watch_metric=fidd"))

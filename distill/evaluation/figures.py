@@ -181,6 +181,23 @@ def draw_lines(
     figure.savefig(path, dpi=110)
 
 
+def line_figures(lines: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str]) -> dict[str, Figure]:
+    """Rows as lines against their steps, a figure for each metric, by its title."""
+    figures = {}
+    for name in metrics:
+        figure = Figure(figsize=(4.6, 3.9), layout="constrained")
+        axis = figure.subplots()
+        for (label, rows), (colour, marker) in zip(lines.items(), cycle(LINES), strict=False):
+            _draw_points(axis, sorted(rows, key=lambda row: row["steps"]), "steps", name, label, colour, marker)
+        _powers_of_two(axis, {row["steps"] for rows in lines.values() for row in rows})
+        axis.set_xlabel("steps")
+        axis.set_title(_title(name), fontsize=11)
+        _open(axis, METRICS[name][1])
+        axis.legend(fontsize=8, frameon=False)
+        figures[METRICS[name][0]] = figure
+    return figures
+
+
 def _powers_of_two(axis: Axes, values: Iterable[int]) -> None:
     """A logarithmic axis with a tick at each value."""
     axis.set_xscale("log", base=2)

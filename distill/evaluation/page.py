@@ -127,6 +127,13 @@ def _data(picture: Image.Image) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def picture(file: Path) -> str:
+    """A picture from a file."""
+    with Image.open(file) as found:
+        source = _data(found.convert("RGB"))
+    return f'<div class="scroll"><figure><img alt="{html.escape(file.stem)}" src="{source}"></figure></div>'
+
+
 def facts(values: Mapping[str, Any]) -> str:
     """Names and values."""
     return (

@@ -48,6 +48,7 @@ COLUMNS = {  # row key: heading, format
     "stored_cosine": ("cosine with them", "{:.4f}"),
 }
 GRID_COLUMNS = 10
+CONFIG = "config.yaml"
 TITLE = "Student and teacher compared"
 SAME_NOISE = "Each column has one prompt and one starting noise."
 IN_DIFFUSERS = "In a plain diffusers pipeline"
@@ -111,7 +112,7 @@ def write_report(
     agreement: float | None = None,
 ) -> list[Row]:
     """Evaluates what is not in the comparison's cache, and writes index.html, report.md, metrics.json, grid.png and
-    curves.png (and training.png) to `folder`. Returns the rows.
+    curves.png (and of a run training.png and config.yaml) to `folder`. Returns the rows.
 
     Args:
         about: what was distilled from what, a paragraph.
@@ -128,6 +129,8 @@ def write_report(
     if run is not None and run.metrics_file is not None:
         draw_training(folder / "training.png", run.metrics_file)
     (folder / "metrics.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if run is not None and run.config:
+        (folder / CONFIG).write_text(run.config)
     (folder / "report.md").write_text(_markdown(comparison, rows, about, reproduce, real, run, agreement) + "\n")
     parts = [
         page.text(about),

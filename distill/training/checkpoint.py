@@ -5,6 +5,7 @@
             manifest.json         size and sha256 of every file, versions, settings, what an engine must fit
             student/              a trained network: weights.safetensors, ema.safetensors, every rank's optimizer state
         latest                    the name of the newest one, for people and batch scripts
+        best                      the name of the one that an evaluation has found best, if any: it is kept
 
 All ranks call the methods of `Checkpoints` together; the folder is one that all of them see.
 """
@@ -24,6 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,6 +40,12 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
+DEEPSPEEDS_OWN = {  # what the files of ZeRO-1, 2 and 3 hold beside tensors and plain values
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 _NAME = re.compile(r"step-(\d{8,})")
 _GO_ON = "resume_from_checkpoint=latest goes on from it; for a new run choose another output_dir"
 _PACKAGES = ("distill", "torch", "accelerate", "deepspeed", "diffusers", "peft")
@@ -65,6 +73,7 @@ class Checkpoints:
         total_limit: keep the newest so many; None keeps all.
         config: the run's settings, for the record.
         must_match: settings (values of JSON) that a resumed run must share with the one that saved.
+        run: the run's own name; checkpoints of another one are taken from a folder that is named only.
 
     Raises:
         ValueError: a limit below 1.
@@ -74,6 +83,7 @@ class Checkpoints:
     total_limit: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     must_match: Mapping[str, Any] = field(default_factory=dict)
+    run: str = ""
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
@@ -127,6 +137,7 @@ class Checkpoints:
     ) -> dict[str, Any]:
         return {
             "format": FORMAT,
+            "run": self.run,
             "step": step,
             "state": dict(state),
             "engine_state": engine.state_dict(),
@@ -139,7 +150,8 @@ class Checkpoints:
 
     def _drop_old(self) -> None:
         if self.total_limit is not None:
-            for _, folder in self.found()[self.total_limit :]:
+            best = best_of(self.folder)
+            for folder in (folder for step, folder in self.found()[self.total_limit :] if step != best):
                 doomed = folder.with_name(folder.name + ".tmp")  # half deleted, it must not look like a checkpoint
                 folder.rename(doomed)
                 shutil.rmtree(doomed)
@@ -171,6 +183,11 @@ class Checkpoints:
             raise CheckpointError(candidates)
         for folder in candidates:
             manifest, problem = self._verify(engine, folder)
+            if problem is None and self._is_foreign(manifest, where):
+                raise CheckpointError(
+                    f"{folder} was saved by another run: resume_from_checkpoint={folder} in a new output_dir goes on "
+                    "from it, if that is what you want"
+                )
             if problem is None:
                 return self._load(engine, folder, manifest)
             if where != LATEST:
@@ -189,8 +206,13 @@ class Checkpoints:
         if problem is None:
             paths = sorted(manifest["files"])[engine.rank :: engine.world_size]
             problem = next((p for path in paths if (p := _difference(folder, path, manifest["files"][path]))), None)
+            problem = problem or next((p for path in paths if (p := _foreign_code(folder, path))), None)
         problems = [p for p in engine.gathered(problem) if p]
         return manifest, problems[0] if problems else None
+
+    def _is_foreign(self, manifest: Mapping[str, Any], where: str | int | None) -> bool:
+        named = isinstance(where, str) and where != LATEST and not where.isdigit()
+        return not named and manifest.get("run", "") != self.run
 
     def _load(self, engine: Engine, folder: Path, manifest: Mapping[str, Any]) -> Resumed:
         problem = engine.misfit(manifest["engine"]) or _mismatch(manifest["must_match"], self.must_match)
@@ -257,6 +279,17 @@ def read_weights(
             raise CheckpointError(f"{candidate} is damaged: {problem}")
         log.warning("checkpoint %s is damaged (%s); trying the one before", candidate.name, problem)
     raise CheckpointError(f"no whole checkpoint in {folder}")
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Notes in a run's checkpoints which one an evaluation has found best; it is not dropped for its age."""
+    _write_atomically(folder / BEST, f"step-{step:08d}\n")
+
+
+def best_of(folder: Path) -> int | None:
+    """The step of the checkpoint that is marked as the best; None if none is."""
+    found = _NAME.fullmatch((folder / BEST).read_text().strip()) if (folder / BEST).is_file() else None
+    return int(found[1]) if found else None
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
@@ -333,6 +366,17 @@ def _difference(folder: Path, path: str, expected: Mapping[str, Any]) -> str | N
     if (size := file.stat().st_size) != expected["size"]:
         return f"{path} has {size} bytes, not {expected['size']}"
     return None if _digest(file)["sha256"] == expected["sha256"] else f"{path} has other contents than were saved"
+
+
+def _foreign_code(folder: Path, path: str) -> str | None:
+    """What a pickle would call beside tensors and what DeepSpeed puts into its files; it is not run to be told."""
+    if not path.endswith(".pt"):
+        return None
+    try:
+        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(folder / path)) - DEEPSPEEDS_OWN
+    except Exception as error:  # of whatever is no file of torch's: a pickle of its own, a zip without one
+        return f"{path} is not a file of torch's ({type(error).__name__})"
+    return f"{path} would call {', '.join(sorted(found))}, which no checkpoint does" if found else None
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

@@ -406,6 +406,9 @@ class EvaluateSettings(Settings):
     protocol: ProtocolSettings
     model: EvaluatedModelSettings
     student: str | None
+    watch: str | None
+    watch_metric: str
+    watch_seconds: Positive
     guidance: Annotated[Number, Field(ge=0)] | None
     steps: Annotated[list[Positive], Field(min_length=1)] | None
     samplers: Annotated[list[str], Field(min_length=1)] | None
@@ -418,6 +421,13 @@ class EvaluateSettings(Settings):
     dtype: Literal["float16", "bfloat16", "float32"]
     batch_size: Positive
     block_size: Positive
+    output_dir: str
+
+
+class ReportSettings(Settings):
+    """`configs/report.yaml`: evaluations on one page."""
+
+    evaluations: Annotated[list[str], Field(min_length=1)]
     output_dir: str
 
 

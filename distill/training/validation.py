@@ -1,17 +1,26 @@
-"""Pictures of the student while it trains: the same prompts and the same noise every time; and how they differ."""
+"""The student while it trains: pictures of the same prompts from the same noise every time, and what they are worth."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill.diffusion.guidance import guided
+from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Denoiser
 from distill.diffusion.random import seed_of
+from distill.diffusion.solver import make_times
 from distill.methods.base import Method
 from distill.methods.sampling import Sampling, sample, starting_noise
 from distill.models.families import Teacher
+from distill.models.rewards import Reward
 from distill.training.engine import Engine
 from distill.training.health import DIVERSITY
 from distill.training.tracking import Tracker, to_pictures
@@ -22,6 +31,10 @@ DIVERSITY_PROMPTS = 4
 class Validation:
     """Draws `prompts` with the student's weights, or their moving average where there is one.
 
+    The ranks share the drawing. Scalars are `validation/diversity`, `validation/teacher_consistency` (the mean squared
+    difference of a latent's elements from `ends`), `validation/reward` (the mean score of the pictures), each if it is
+    asked for; `validation/seconds` of this time, and `validation/share` of the time since the first step in all.
+
     Args:
         teacher: with its VAE.
         conditioning: of the prompts, [B, ...]; its "guidance" [B] is told to a student that takes it as an input.
@@ -30,6 +43,8 @@ class Validation:
         diversity_seeds: noises from which each of the first `DIVERSITY_PROMPTS` prompts is drawn, to see how the
             results differ; 0 does not.
         sampling: how the method's students are drawn.
+        ends: where the teacher gets to from the same noise, [B, C, h, w]; `teacher_ends` makes them.
+        reward: of pictures; CLIP's is the CLIP score.
     """
 
     def __init__(
@@ -41,38 +56,105 @@ class Validation:
         seed: int,
         diversity_seeds: int = 0,
         sampling: Sampling = Method.sampling,
+        ends: Tensor | None = None,
+        reward: Reward | None = None,
     ) -> None:
         self.teacher, self.prompts, self.conditioning = teacher, list(prompts), dict(conditioning)
         self.sampler, self.times = sampling.sampler, sampling.times(teacher.schedule.T, steps)
-        self.seeds = [seed_of(seed, "validation", i) for i in range(len(prompts))]
-        self.many_seeds = [
-            [seed_of(seed, "diversity", i, j) for j in range(diversity_seeds)]
-            for i in range(min(len(prompts), DIVERSITY_PROMPTS) if diversity_seeds else 0)
-        ]
+        self.ends, self.reward = ends, reward
+        self.seeds = validation_seeds(seed, len(prompts))
+        many = range(min(len(prompts), DIVERSITY_PROMPTS) if diversity_seeds else 0)
+        self.many_seeds = [[seed_of(seed, "diversity", i, j) for j in range(diversity_seeds)] for i in many]
+        self._began, self._spent = time.monotonic(), 0.0
 
     def __call__(self, engine: Engine, tracker: Tracker, step: int) -> dict[str, float]:
-        """Every rank draws (under ZeRO-3 it must); the main one shows. Returns `validation/diversity`, if asked for."""
+        """On all ranks; the main one shows the pictures, and all are told the scalars."""
+        began = time.monotonic()
         with engine.inference("student", ema=engine.has_ema("student")) as student:
-            conditioning = {k: v.to(engine.device) for k, v in self.conditioning.items()}
-            latents = self.draw(student, self.seeds, conditioning, engine.device)
-            groups = []
-            for i, seeds in enumerate(self.many_seeds):
-                one = {k: v[i : i + 1].expand(len(seeds), *v.shape[1:]) for k, v in conditioning.items()}
-                groups.append(self.draw(student, seeds, one, engine.device))
+            latents = self._draw(engine, student, self.seeds, range(len(self.prompts)))
+            groups = [self._draw(engine, student, seeds, [i] * len(seeds)) for i, seeds in enumerate(self.many_seeds)]
+        found: dict[str, float] = {}
         if engine.is_main:
-            self.teacher.to(engine.device)
-            pictures = torch.cat([self.teacher.decode(latent[None]).cpu() for latent in latents])
-            self.teacher.to("cpu")
-            tracker.images("validation", to_pictures(pictures), step, self.prompts)
-        return {DIVERSITY: engine.from_main(diversity(torch.stack(groups)))} if groups else {}
+            found = self._shown(engine, tracker, latents, step)
+        if groups:
+            found[DIVERSITY] = diversity(torch.stack(groups))
+        if self.ends is not None:
+            found["validation/teacher_consistency"] = float(l2(latents, self.ends).double().mean())
+        now = time.monotonic()
+        self._spent += now - began
+        found |= {"validation/seconds": now - began, "validation/share": self._spent / (now - self._began)}
+        return engine.from_main(found)
 
-    def draw(
-        self, student: Denoiser, seeds: Sequence[int], conditioning: Mapping[str, Tensor], device: torch.device
-    ) -> Tensor:
-        """Clean latents [B, C, h, w] from the noise of B seeds."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        x = starting_noise(generators, self.teacher.latent_shape).to(device)
-        return sample(student, self.teacher.schedule, x, self.times, conditioning, self.sampler, generators)
+    def _draw(self, engine: Engine, student: Denoiser, seeds: Sequence[int], prompts: Sequence[int]) -> Tensor:
+        """Clean latents [B, C, h, w] on the CPU, from the noise of B seeds for B of the prompts, of all ranks together.
+
+        Each draws as many, some twice if need be: under ZeRO-3 all ranks must call the network together.
+        """
+        n, ranks = len(seeds), engine.world_size
+        places = [(engine.rank + i * ranks) % n for i in range(-(-n // ranks))]
+        chosen = [prompts[place] for place in places]
+        conditioning = {k: v[chosen].to(engine.device) for k, v in self.conditioning.items()}
+        generators = [torch.Generator().manual_seed(seeds[place]) for place in places]
+        x = starting_noise(generators, self.teacher.latent_shape).to(engine.device)
+        drawn = sample(student, self.teacher.schedule, x, self.times, conditioning, self.sampler, generators)
+        whole = dict(pair for part in engine.gathered(list(zip(places, drawn.cpu(), strict=True))) for pair in part)
+        return torch.stack([whole[place] for place in range(n)])
+
+    @torch.no_grad()
+    def _shown(self, engine: Engine, tracker: Tracker, latents: Tensor, step: int) -> dict[str, float]:
+        """The pictures, decoded one by one to need little memory; and what they score."""
+        self.teacher.to(engine.device)
+        pictures = torch.cat([self.teacher.decode(latent[None].to(engine.device)).cpu() for latent in latents])
+        self.teacher.to("cpu")
+        tracker.images("validation", to_pictures(pictures), step, self.prompts)
+        if self.reward is None:
+            return {}
+        scores = [self.reward((p[None] + 1) / 2, [words]) for p, words in zip(pictures, self.prompts, strict=True)]
+        return {"validation/reward": float(torch.cat(scores).double().mean())}
+
+
+def validation_seeds(seed: int, n: int) -> list[int]:
+    """Of the noise of n pictures."""
+    return [seed_of(seed, "validation", i) for i in range(n)]
+
+
+@torch.no_grad()
+def teacher_ends(
+    teacher: Teacher,
+    conditioning: Mapping[str, Tensor],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    kept: Path,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Tensor:
+    """Final latents [B, C, h, w] of the teacher (DDIM at trailing times), on the CPU; from `kept` where it is there.
+
+    Args:
+        conditioning: of B prompts, [B, ...].
+        seeds: of their noise.
+        kept: a file of the run's, so that it is drawn once; of other steps or another guidance it is drawn again.
+        advance: is told of each one drawn.
+    """
+    facts = {"steps": str(steps), "guidance": f"{guidance:g}", "seeds": " ".join(map(str, seeds))}
+    if kept.is_file():
+        with safe_open(kept, "pt") as file:
+            if file.metadata() == facts:
+                return load_file(kept)["ends"]
+    times = make_times("trailing", teacher.schedule.T, steps)
+    follow = guided(teacher.denoiser(), teacher.unconditional(), guidance)
+    ends = []
+    for i, seed in enumerate(seeds):
+        generators = [torch.Generator().manual_seed(seed)]
+        one = {name: value[i : i + 1] for name, value in conditioning.items() if name != "guidance"}
+        x = starting_noise(generators, teacher.latent_shape).to(next(iter(one.values())).device)
+        ends.append(sample(follow, teacher.schedule, x, times, one, "ddim", generators).cpu())
+        advance(1)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    aside = kept.with_name(f".{kept.name}.{os.getpid()}")
+    save_file({"ends": torch.cat(ends)}, aside, facts)
+    aside.replace(kept)
+    return torch.cat(ends)
 
 
 def diversity(latents: Tensor) -> float:

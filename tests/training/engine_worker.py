@@ -36,9 +36,12 @@ from distill.models.lora import TEACHING, add_lora
 from distill.training.checkpoint import Checkpoints
 from distill.training.engine import Engine, LearningRate, TrainedNetwork
 from distill.training.preemption import Preemption
+from distill.training.tracking import open_trackers
+from distill.training.validation import Validation
 from tests.tiny import CHANNELS, tiny_conditioning, tiny_pipeline, tiny_unet
 
 GLOBAL_BATCH = 8
+KEYS = tuple(tiny_conditioning("sdxl", 1, 0))
 SCHEDULE = NoiseSchedule.scaled_linear()
 # Two levels are enough here, and ZeRO-3 gathers each weight of each level by itself.
 TWO_LEVELS: dict[str, Any] = {
@@ -270,9 +273,20 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
         "weights": {name: engine.export_weights(name) for name in method.trains},
         "ema": {name: engine.export_weights(name, ema=True) for name in method.trains},
         "ema_output": ema_output(engine),
+        "validated": validated(engine) if case.get("validate") else {},
         "cut": cut(engine),
         "said": [(f(engine.rank == 1), f(True), f(False)) for f in (engine.any, engine.all_agree)],
     }
+
+
+def validated(engine: Engine) -> dict[str, float]:
+    """What five pictures are worth, which two ranks cannot share evenly; and how three of each prompt differ."""
+    conditioning = {key: torch.cat([tiny_conditioning("sdxl", 1, i)[key] for i in range(5)]) for key in KEYS}
+    ends = torch.zeros(5, CHANNELS, 8, 8)
+    prompts = [f"prompt {i}" for i in range(5)]
+    teacher = teacher_with_decoder()
+    draws = Validation(teacher, prompts, conditioning, 2, 0, 3, ends=ends, reward=lambda x, p: x.mean((1, 2, 3)))
+    return draws(engine, open_trackers([], Path(), {}, main=False), 1)
 
 
 def cut(engine: Engine) -> float:

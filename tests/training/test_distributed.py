@@ -52,7 +52,7 @@ def engine(name: str, **changes: Any) -> dict[str, Any]:
 
 # name of the case: engine, method, and what is special about it
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ddp-lora": ("ddp", "distance", {"poison": POISON, "save_at": [3]}),
+    "ddp-lora": ("ddp", "distance", {"poison": POISON, "save_at": [3], "validate": True}),
     "ddp-duel": ("ddp", "duel", {}),
     "zero1-lcm": ("zero1", "lcm", {}),
     "zero2-lora": ("zero2", "distance", {"poison": POISON, "signal": [1, 3]}),
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddp-rewarded": ("ddp", "rewarded", {}),
     "zero2-rewarded": ("zero2", "rewarded", {}),
     # ZeRO-3 replaces torch's linear for the rest of the process: what comes after it rounds in another way
-    "zero3-lora": ("zero3", "distance", {"poison": POISON, "save_at": [3, 6]}),
+    "zero3-lora": ("zero3", "distance", {"poison": POISON, "save_at": [3, 6], "validate": True}),
     "zero2-bf16": ("zero2", "distance", {"mixed_precision": "bf16"}),
     "ddp-lcm": ("ddp", "lcm-ema", {}),
     "zero2-lcm": ("zero2", "lcm-ema", {}),
@@ -137,7 +137,7 @@ def second(folder: Path, first: Any) -> tuple[dict[str, dict[str, Any]], str]:
 def alone(method: str, poison: bool, mixed_precision: str = "no", steps: int = STEPS) -> dict[str, Any]:
     """The same training by one process without Accelerate's launcher or DeepSpeed."""
     settings = engine("single", gradient_accumulation_steps=1, mixed_precision=mixed_precision)
-    special = {"poison": POISON} if poison else {}
+    special = {"poison": POISON, "validate": True} if poison else {}
     started, result = run_here({"engine": settings, "method": method, "steps": steps, **special})
     started.release()
     return result
@@ -168,6 +168,14 @@ def test_two_processes_play_as_one_does_under_every_stage(method: str, folder: P
     cases = {name: case(name, folder) for name, (_, played, _) in GAMES.items() if played == method}
     for result in launch(folder / method, cases, "--use_deepspeed", *TWO)[0].values():
         assert_agree(result, alone(method, False))
+
+
+@pytest.mark.parametrize("name", ["ddp-lora", "zero3-lora"])
+def test_two_ranks_that_share_a_validation_find_what_one_does(first: Any, name: str) -> None:
+    found, wanted = first[0][name]["validated"], alone("distance", True)["validated"]
+    assert found.keys() == wanted.keys()
+    for key in ("validation/diversity", "validation/teacher_consistency", "validation/reward"):
+        assert found[key] == pytest.approx(wanted[key], rel=1e-4), key
 
 
 def test_ranks_agree_on_flags(first: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from distill.methods.sampling import Sampling, sample, starting_noise
 from distill.models.families import load_teacher
 from distill.training.engine import Engine, TrainedNetwork
 from distill.training.tracking import to_pictures
-from distill.training.validation import Validation
+from distill.training.validation import Validation, teacher_ends, validation_seeds
 from tests.tiny import save_tiny
 
 PROMPTS, USUAL_STEPS = ["snow", "a red boat"], 3
@@ -50,3 +51,34 @@ def test_pictures_are_drawn_as_the_method_says(sampling: Sampling, times: list[i
     latents = sample(student, teacher.schedule, x, times, conditioning, sampling.sampler, generators)
     expected = to_pictures(torch.cat([teacher.decode(latent[None]) for latent in latents]))
     assert all(a.tobytes() == b.tobytes() for a, b in zip(gallery.shown, expected, strict=True))
+
+
+def brightness(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    return images.mean((1, 2, 3)) * len(prompts[0])
+
+
+def test_the_student_is_measured_against_its_teachers_ends_and_by_a_reward(tmp_path: Path) -> None:
+    """A student that is its teacher, drawn as the teacher is, is no further away than rounding; another one is."""
+    teacher = load_teacher(save_tiny(tmp_path), parts=("unet", "text", "vae"))
+    teacher.unet.requires_grad_(True)
+    conditioning, seeds, kept = teacher.encode(PROMPTS), validation_seeds(0, 2), tmp_path / "run" / "ends.safetensors"
+    told: list[int] = []
+    ends = teacher_ends(teacher, conditioning, seeds, 2, 1.0, kept, told.append)
+    assert ends.shape == (2, *teacher.latent_shape) and told == [1, 1]
+    assert torch.equal(teacher_ends(teacher, conditioning, seeds, 2, 1.0, kept, told.append), ends)  # drawn once
+    assert told == [1, 1]
+    assert not torch.equal(teacher_ends(teacher, conditioning, seeds, 2, 3.0, kept, told.append), ends)
+    assert told == [1, 1, 1, 1]  # of another guidance: drawn again
+
+    engine, gallery, found = Engine().start(), Gallery(), []
+    engine.prepare({"student": teacher.denoiser()}, {"student": TrainedNetwork(torch.optim.SGD)})
+    for steps in (2, 1):
+        sampling = Sampling("ddim", "trailing", steps)
+        validation = Validation(teacher, PROMPTS, conditioning, 2, 0, 0, sampling, ends, brightness)
+        found.append(validation(engine, gallery, 1))  # type: ignore[arg-type]
+    engine.release()
+    assert found[0]["validation/teacher_consistency"] < 1e-10 < 1e-3 < found[1]["validation/teacher_consistency"]
+    shown = [torch.tensor(list(picture.tobytes())).double().mean() / 255 for picture in gallery.shown]
+    expected = sum(float(mean) * len(prompt) for mean, prompt in zip(shown, PROMPTS, strict=True)) / 2
+    assert found[1]["validation/reward"] == pytest.approx(expected, abs=0.02)  # pictures are rounded to 8 bits
+    assert 0 < found[1]["validation/share"] <= 1 and found[1]["validation/seconds"] > 0
