@@ -1,0 +1,240 @@
+"""What a run asks of machines: bytes, seconds and failures, worked out from counted networks and counted turns.
+
+Memory is what one process of the run holds, by the engine that it runs under; the parts that only DeepSpeed decides
+(which copies it keeps, what it sends) are those of its version 0.19.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from distill.data import tar
+from distill.data.reader import plan_reads
+from distill.data.record import Layout, describe, encode
+from distill.training.config import ClusterSettings
+from distill.training.counting import Cost
+
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
+BUCKET = 5 * 10**8
+"""Elements that DeepSpeed flattens for one all-reduce of stage 1, its default."""
+LIVE = 10**9
+"""Elements of weights that DeepSpeed keeps gathered at stage 3, its default."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Weights of a network that are trained, and that are not."""
+
+    trained: int
+    frozen: int
+
+
+def counted(module: nn.Module) -> Counted:
+    """Counts the weights of a network, on whatever device."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return Counted(trained, sum(p.numel() for p in module.parameters()) - trained)
+
+
+def optimizer_bytes(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> float:
+    """Bytes of state that an optimizer keeps for a weight, found by letting it take a step of a few."""
+    weight = nn.Parameter(torch.zeros(16, 16))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = make([weight])
+    optimizer.step()
+    state = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.ndim]
+    return sum(x.nbytes for x in state) / weight.numel()
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one process, of all its networks.
+
+    Args:
+        weights: as the networks compute with them, frozen ones and copies that autocast makes among them.
+        masters: float32 copies that an optimizer updates.
+        gradients: that stay for the whole step.
+        optimizer: its state.
+        average: the moving average.
+        buffers: that are allocated once, or last as long as the activations do.
+        step: that live for a moment after the backward pass, when activations are gone.
+    """
+
+    weights: float = 0.0
+    masters: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    average: float = 0.0
+    buffers: float = 0.0
+    step: float = 0.0
+
+    def __add__(self, other: Held) -> Held:
+        return Held(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def states(self) -> float:
+        """What stays between steps."""
+        return self.weights + self.masters + self.gradients + self.optimizer + self.average + self.buffers
+
+    def total(self, activations: float) -> float:
+        """The most at once."""
+        return self.states + max(activations, self.step)
+
+
+def frozen(weights: int, bf16: bool) -> Held:
+    """A network beside the trained ones, whole on every process: a teacher."""
+    return Held(weights=(2 if bf16 else 4) * weights)
+
+
+def held(
+    network: Counted,
+    engine: str,
+    ranks: int,
+    *,
+    bf16: bool,
+    optimizer: float,
+    averaged: bool,
+    average_answers: bool = False,
+    bucket: int = BUCKET,
+) -> Held:
+    """A trained network on each of `ranks`.
+
+    Args:
+        engine: one of `ENGINES`.
+        optimizer: bytes of state a trained weight (`optimizer_bytes`).
+        averaged: whether its moving average is kept.
+        average_answers: whether losses ask that, for which the masters step aside.
+        bucket: `reduce_bucket_size` of the engine.
+    """
+    T, F = network.trained, network.frozen
+    if engine in ("single", "ddp"):
+        weights = 4 * T + (2 * F + 2 * T if bf16 else 4 * F)  # under autocast, bfloat16 copies of what is trained
+        return Held(weights=weights, gradients=4 * T, optimizer=optimizer * T, average=4 * T if averaged else 0)
+    low, share = (2 if bf16 else 4), T / ranks
+    common = Held(
+        weights=low * (T + F),
+        masters=4 * share,
+        optimizer=optimizer * share,
+        average=4 * share if averaged else 0,
+        buffers=low * bucket + (4 * share if average_answers else 0),
+    )
+    if engine == "zero1" and bf16:  # gradients add up in float32 on every rank, and are flattened to be sent
+        return common + Held(gradients=4 * T, buffers=-low * bucket, step=(4 if ranks == 1 else 6) * min(T, BUCKET))
+    if engine in ("zero1", "zero2"):
+        kept = T if engine == "zero1" else share
+        return common + Held(gradients=low * kept, step=4 * share)
+    gathered = low * min(T + F, LIVE)
+    whole, cut = low * (T + F), low * (T + F) / ranks
+    return common + Held(weights=cut - whole, gradients=4 * share, buffers=gathered if ranks > 1 else 0, step=4 * share)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a process sends in a step, in rings: reduced are gradients, gathered are weights."""
+
+    reduced: float
+    gathered: float
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.reduced + other.reduced, self.gathered + other.gathered)
+
+    def seconds(self, cluster: ClusterSettings) -> float:
+        """At the slowest link of the ring, beside nothing else."""
+        link = cluster.node_link_gb_s
+        if cluster.nodes > 1:
+            link = min(link, cluster.network_gb_s / cluster.gpus_per_node)
+        return (self.reduced + self.gathered) / (1e9 * link * cluster.link_efficiency)
+
+
+def traffic(
+    network: Counted,
+    engine: str,
+    ranks: int,
+    *,
+    bf16: bool,
+    micro_batches: int,
+    passes: int,
+    average_answers: bool = False,
+) -> Traffic:
+    """What a trained network makes each of `ranks` send in a step.
+
+    Args:
+        passes: over its weights in a micro-batch: forward, backward and recomputed ones.
+        average_answers: see `held`; it is spread over the ranks and taken back in every micro-batch.
+    """
+    T, F, ring = network.trained, network.frozen, (ranks - 1) / ranks
+    low = 2 if bf16 else 4
+    if engine in ("single", "ddp"):
+        return Traffic(2 * 4 * T * ring, 0)
+    spread = (1 + (2 * micro_batches if average_answers else 0)) * low * T * ring
+    if engine == "zero1":
+        return Traffic(2 * low * T * ring, spread)
+    if engine == "zero2":  # an all-reduce of each bucket, of which a rank keeps its share
+        return Traffic(2 * low * T * ring * micro_batches, spread)
+    return Traffic(low * T * ring * micro_batches, passes * micro_batches * low * (T + F) * ring)
+
+
+def passes(costs: Sequence[Cost], names: Sequence[str], checkpointed: bool) -> int:
+    """Over the weights of the networks `names`, which share a module, in a micro-batch of each turn."""
+    plain = sum(cost.calls.get(name, 0) for cost in costs for name in names)
+    graded = sum(cost.calls_with_gradient.get(name, 0) for cost in costs for name in names)
+    return plain + (2 if checkpointed else 1) * graded
+
+
+def checkpoint_bytes(network: Counted, engine: str, *, bf16: bool, optimizer: float, averaged: bool) -> float:
+    """Of a trained network: its whole weights, their average, and every rank's share of the optimizer's state."""
+    T = network.trained
+    whole = 4 * T * (2 if averaged else 1)
+    if engine in ("single", "ddp"):
+        return whole + optimizer * T
+    return whole + (4 + optimizer) * T + (2 if bf16 else 4) * T  # with the masters, and DeepSpeed's own file of weights
+
+
+def sample_layout(states: Tensor, times: Sequence[int], conditioning: Mapping[str, Tensor]) -> Layout:
+    """What a stored sample looks like: states [K, C, h, w] at K times, conditioning without a batch dimension."""
+    return Layout.parse(encode(states, tuple(times), 1.0, conditioning))
+
+
+def stored_bytes(layout: Layout, facts: Mapping[str, object]) -> int:
+    """Of a sample in its shard: both members of the archive, `facts` being those of its JSON."""
+    return sum(tar.BLOCK + size + tar.padding(size) for size in (layout.payload_bytes, len(describe(**facts))))
+
+
+def read_bytes(layout: Layout, states: Sequence[int]) -> int:
+    """That are read of a sample for some of its states."""
+    return sum(span.end - span.begin for span in plan_reads(layout, tuple(states)))
+
+
+def best_interval(save: float, mtbf: float) -> float:
+    """Seconds of work between checkpoints that lose the least (Daly 2006, eq. 37; Young 1974 is its first term).
+
+    Args:
+        save: seconds a checkpoint takes.
+        mtbf: mean seconds between failures of the whole job.
+    """
+    if save >= 2 * mtbf:
+        return mtbf
+    x = save / (2 * mtbf)
+    return math.sqrt(2 * save * mtbf) * (1 + math.sqrt(x) / 3 + x / 9) - save
+
+
+def lost_share(interval: float, save: float, mtbf: float, restart: float) -> float:
+    """The share of time that goes into checkpoints, work done twice and restarts (Daly 2006, eq. 20).
+
+    Failures come at random (a Poisson process), also while the job saves or restarts; all are seconds.
+    """
+    exponent = (interval + save + restart) / mtbf
+    if exponent > 700:
+        return 1.0
+    return 1 - interval / (mtbf * math.exp(restart / mtbf) * math.expm1((interval + save) / mtbf))
+
+
+def most_samples(memory: float, held: Held, activations: float) -> int:
+    """The largest micro-batch in so many bytes, of which a sample takes `activations`; 0 if not even the states fit."""
+    if held.total(0) > memory:
+        return 0
+    return int((memory - held.states) // activations)
