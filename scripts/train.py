@@ -8,12 +8,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill.data.loader import Loader, make_loader
+from distill.data.progress import Progress as Bar
 from distill.data.prompts import read_prompts
 from distill.data.reader import Store, open_store
 from distill.methods.base import Method
@@ -22,87 +25,176 @@ from distill.models.families import Teacher, load_teacher
 from distill.models.latent_reward import LatentReward
 from distill.training.checkpoint import Checkpoints
 from distill.training.config import ConfigError, TrainSettings, build, checking, run_script
-from distill.training.engine import Engine, LearningRate, TrainedNetwork
+from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
 from distill.training.health import Health
+from distill.training.lock import RunLock
 from distill.training.loop import Every, train
 from distill.training.preemption import Preemption
-from distill.training.run import checkpoints_of, finished, launched_rank, launched_world_size, mark_finished, open_run
-from distill.training.tracking import Meter, Progress, Tracker, open_trackers, read_metrics, setup_logging
-from distill.training.validation import Validation
+from distill.training.run import (
+    checkpoints_of,
+    finished,
+    identity,
+    launched_rank,
+    launched_world_size,
+    mark_finished,
+    open_run,
+)
+from distill.training.tracking import (
+    SKIPPED,
+    Meter,
+    Progress,
+    Tracker,
+    cut_after,
+    note_skipped,
+    open_trackers,
+    read_metrics,
+    setup_logging,
+)
+from distill.training.validation import Validation, teacher_ends, validation_seeds
+from distill.training.watchdog import Watchdog
+from distill.training.writing import WriteError
 
 log = logging.getLogger("distill")
 
 PREEMPTED = 75  # EX_TEMPFAIL: saved, and to be run again
-UNHEALTHY = 3  # an alarm has ended the run; it is not to be run again as it is
+NOT_SAVED = 74  # EX_IOERR: the last checkpoint could not be written
+UNHEALTHY = 3  # an alarm, or losses that are not finite, have ended the run; it is not to be run again as it is
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, checked as far as it can be before the first network is loaded."""
+
+    cfg: TrainSettings
+    engine: Engine
+    micro_batch_size: int
+    method: Method
+    exports: dict[str, Exported]
+    student: Any
+    others: dict[str, Any]
+    health: Health
+    plans: dict[str, TrainedNetwork]
+    store: Store
+    preemption: Preemption
+    watchdog: Watchdog
 
 
 def main(cfg: TrainSettings) -> None:
     setup_logging(launched_rank())
-    # Everything that the user may have to mend is built and checked before the first network is loaded.
-    engine: Engine = build(cfg.engine)
+    parts = checked(cfg)
+    with RunLock(Path(cfg.output_dir), takes=launched_rank() == 0):
+        folder = open_run(parts.cfg)
+        if finished(folder, cfg.max_train_steps):
+            log.info("%s has taken its %d steps already", folder, cfg.max_train_steps)
+            return
+        code = distil(parts, folder)
+    if code:
+        sys.exit(code)
+
+
+def checked(cfg: TrainSettings) -> Parts:
+    """Everything that the user may have to mend; raises ConfigError."""
+    folder, first = Path(cfg.output_dir), launched_rank() == 0
+    engine: Engine = build(cfg.engine, on_skipped=partial(note_skipped, folder))
     micro_batch_size = split_batch(cfg, launched_world_size())
+    with checking("preemption_signals: "):
+        preemption = Preemption(folder, writes=first, signals=cfg.preemption_signals)
     teacher = teacher_of(cfg, parts=())
     method: Method = build(cfg.method, schedule=teacher.schedule)
     check_method(cfg, method)
     exports = exports_of(cfg, teacher)
     cfg = settled(cfg, exports)
-    student, others = build(cfg.student), others_of(cfg, method)
-    health: Health = build(cfg.health, main=launched_rank() == 0)
     with checking():
         rate = LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
-        plans = {name: plan_of(cfg, method, rate, name) for name in method.trains}
-        store = fitting_store(cfg, teacher, method, exports)
+        return Parts(
+            cfg=cfg,
+            engine=engine,
+            micro_batch_size=micro_batch_size,
+            method=method,
+            exports=exports,
+            student=build(cfg.student),
+            others=others_of(cfg, method),
+            health=build(cfg.health, main=first),
+            plans={name: plan_of(cfg, method, rate, name) for name in method.trains},
+            store=fitting_store(cfg, teacher, method, exports),
+            preemption=preemption,
+            watchdog=Watchdog(cfg.watchdog_minutes, launched_rank()),
+        )
 
-    folder = open_run(cfg)
-    if finished(folder, cfg.max_train_steps):
-        log.info("%s has taken its %d steps already", folder, cfg.max_train_steps)
-        return
+
+def distil(parts: Parts, folder: Path) -> int:
+    """Loads the networks, goes on where the run was, and trains; returns the exit code."""
+    cfg, engine, method, health = parts.cfg, parts.engine, parts.method, parts.health
     with checking():
-        engine.start()
-        hashes = engine.from_main(hashes_of(exports) if engine.is_main else {})
-        recorded = cfg.model_dump(mode="json")
-        checkpoints = Checkpoints(checkpoints_of(folder), cfg.checkpoints_total_limit, recorded, hashes)
-        teacher = teacher_of(cfg, parts=("unet",))
-        networks = {name: other.network(teacher, cfg.seed) for name, other in others.items()}  # of it untouched
-        starts, teaches = exports.get("start"), exports.get("teacher")
-        networks |= student.networks(teacher, cfg.seed, "teacher" in method.asks, starts, teaches)
-        engine.prepare(networks, plans, helpers_of(cfg, method))
-        resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
-    start_step = resumed.step if resumed else 0
-
+        checkpoints, start_step = started(parts, folder)
+    if engine.is_main:
+        cut_after(folder / SKIPPED, start_step)
     health.recall(engine.from_main(read_metrics(folder, start_step)))
     report_to = [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to
     tracker = open_trackers(report_to, folder, cfg.model_dump(mode="json"), resume_step=start_step, main=engine.is_main)
     progress = Progress(cfg.max_train_steps, start_step, main=engine.is_main)
-    with Preemption(folder, writes=engine.is_main) as preemption:
-        step = train(
-            method,
-            engine,
-            iter(loader_of(cfg, store, method, engine, micro_batch_size, start_step)),
-            start_step=start_step,
-            max_train_steps=cfg.max_train_steps,
-            every=Every(cfg.log_every, cfg.checkpointing_steps, cfg.validation_steps),
-            meter=Meter(cfg.max_train_steps, cfg.global_batch_size, start_step),
-            progress=progress,
-            tracker=tracker,
-            checkpoints=checkpoints,
-            preemption=preemption,
-            health=health,
-            validate=validation_of(cfg, method, engine, tracker),
-        )
-        if step < cfg.max_train_steps and not health.ends_run:
-            preemption.mark(step)
+    step, failure = start_step, None
+    with parts.preemption, parts.watchdog:
+        try:
+            step = train(
+                method,
+                engine,
+                iter(loader_of(cfg, parts.store, method, engine, parts.micro_batch_size, start_step)),
+                start_step=start_step,
+                max_train_steps=cfg.max_train_steps,
+                every=Every(cfg.log_every, cfg.checkpointing_steps, cfg.validation_steps),
+                meter=Meter(cfg.max_train_steps, cfg.global_batch_size, start_step),
+                progress=progress,
+                tracker=tracker,
+                checkpoints=checkpoints,
+                preemption=parts.preemption,
+                watchdog=parts.watchdog,
+                health=health,
+                validate=validation_of(cfg, method, engine, tracker, folder),
+            )
+        except (NonFiniteError, WriteError) as error:  # on all ranks alike
+            failure = error
+        code = exit_code(step, cfg.max_train_steps, health, failure)
+        if code == PREEMPTED:
+            parts.preemption.mark(step)
     progress.close()
     tracker.close()
-    if engine.is_main and step == cfg.max_train_steps and not health.ends_run:
+    if engine.is_main and code == 0:
         mark_finished(folder, step)
     engine.close()
+    return code
+
+
+def started(parts: Parts, folder: Path) -> tuple[Checkpoints, int]:
+    """Joins the other ranks and prepares the networks, as the checkpoint has them that the run goes on from.
+
+    Returns what saves the run, and the steps taken.
+    """
+    cfg, engine = parts.cfg, parts.engine
+    engine.start()
+    hashes = engine.from_main(hashes_of(parts.exports) if engine.is_main else {})
+    recorded = cfg.model_dump(mode="json")
+    own = engine.from_main(identity(folder) if engine.is_main else "")
+    checkpoints = Checkpoints(checkpoints_of(folder), cfg.checkpoints_total_limit, recorded, hashes, own)
+    teacher = teacher_of(cfg, parts=("unet",))
+    networks = {name: other.network(teacher, cfg.seed) for name, other in parts.others.items()}  # of it untouched
+    starts, teaches = parts.exports.get("start"), parts.exports.get("teacher")
+    networks |= parts.student.networks(teacher, cfg.seed, "teacher" in parts.method.asks, starts, teaches)
+    engine.prepare(networks, parts.plans, helpers_of(cfg, parts.method))
+    resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
+    return checkpoints, resumed.step if resumed else 0
+
+
+def exit_code(step: int, max_train_steps: int, health: Health, failure: Exception | None) -> int:
+    """0 for a run that has taken its steps; otherwise why it has not, which rank 0 says in a line."""
+    say = log.error if launched_rank() == 0 else log.debug
+    if failure is not None:
+        say("%s", failure)
+        return NOT_SAVED if isinstance(failure, WriteError) else UNHEALTHY
     if health.ends_run:
-        if launched_rank() == 0:
-            log.error("ended at step %d, for %s; health.stop=false goes on", step, " and ".join(health.alarms))
-        sys.exit(UNHEALTHY)
-    if step < cfg.max_train_steps:
-        sys.exit(PREEMPTED)
+        say("ended at step %d, for %s; health.stop=false goes on", step, " and ".join(health.alarms))
+        return UNHEALTHY
+    return 0 if step == max_train_steps else PREEMPTED
 
 
 def split_batch(cfg: TrainSettings, world_size: int) -> int:
@@ -244,20 +336,37 @@ def loader_of(
 
 
 def validation_of(
-    cfg: TrainSettings, method: Method, engine: Engine, tracker: Tracker
+    cfg: TrainSettings, method: Method, engine: Engine, tracker: Tracker, folder: Path
 ) -> Callable[[int], dict[str, float]]:
-    """Draws the validation prompts, if there are any. Text encoders are needed once, and dropped."""
+    """Draws the validation prompts, if there are any. Text encoders and the teacher are needed once, and dropped."""
     if cfg.validation_prompts is None:
         return lambda step: {}
     prompts = cfg.validation_prompts
     prompts = read_prompts(prompts) if isinstance(prompts, str) else prompts
     teacher = teacher_of(cfg, parts=("text", "vae"))
     conditioning = teacher.encode(prompts)
+    ends = ends_of(cfg, engine, conditioning, folder)
     del teacher.parts["text"]
     conditioning |= {"guidance": torch.full((len(prompts),), cfg.validation_guidance)}
     steps, seeds = cfg.validation_sampling_steps, cfg.validation_diversity_seeds
-    draws = Validation(teacher, prompts, conditioning, steps, cfg.seed, seeds, method.sampling)
+    reward = build(cfg.validation_reward) if cfg.validation_reward is not None and engine.is_main else None
+    draws = Validation(teacher, prompts, conditioning, steps, cfg.seed, seeds, method.sampling, ends, reward)
     return partial(draws, engine, tracker)
+
+
+def ends_of(
+    cfg: TrainSettings, engine: Engine, conditioning: Mapping[str, torch.Tensor], folder: Path
+) -> torch.Tensor | None:
+    """Where the model itself gets to from the validation's noise, on the main rank; drawn once a run."""
+    if not cfg.validation_teacher_steps or not engine.is_main:
+        return None
+    guidance = cfg.data.guidance if isinstance(cfg.data.guidance, float) else cfg.validation_guidance
+    teacher = teacher_of(cfg, parts=("unet", "text")).to(engine.device)
+    seeds = validation_seeds(cfg.seed, len(next(iter(conditioning.values()))))
+    progress = Bar("the teacher's own pictures", len(seeds), "pictures")
+    there = {name: value.to(engine.device) for name, value in conditioning.items()}
+    kept = folder / "validation.safetensors"
+    return teacher_ends(teacher, there, seeds, cfg.validation_teacher_steps, guidance, kept, progress.update)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distill.diffusion.trajectory import Batch
@@ -12,6 +13,10 @@ from distill.training.engine import Engine
 from distill.training.health import Health
 from distill.training.preemption import Preemption
 from distill.training.tracking import Meter, Progress, Tracker
+from distill.training.watchdog import Watchdog
+from distill.training.writing import WriteError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,39 +41,63 @@ def train(
     tracker: Tracker,
     checkpoints: Checkpoints,
     preemption: Preemption,
+    watchdog: Watchdog,
     health: Health,
     validate: Callable[[int], Mapping[str, float]],
 ) -> int:
     """Takes optimizer steps until `max_train_steps`, a signal or an alarm that ends the run; returns the steps in all.
 
     A step runs every turn of the method, each on the same micro-batches; its number is what metrics, checkpoints and
-    schedules count. What `validate` returns is logged.
+    schedules count. What `validate` returns is logged. A checkpoint that cannot be written is a warning, and the next
+    one is tried; not so the one that the run ends with.
+
+    Raises:
+        WriteError: the last checkpoint could not be written.
+        NonFiniteError: too many steps in a row were skipped.
     """
     step = start_step
     stop = False
     while step < max_train_steps and not stop and not health.ends_run:
-        with meter.waiting():
+        with meter.waiting(), watchdog.over("a batch from the loader"):
             micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps)]
-        if method.resets(step):
-            engine.reset_optimizers()
-        scalars: dict[str, float] = {}
-        for turn in method.turns(step):
-            scalars |= engine.update(turn, micro_batches, step)
+        with watchdog.over(f"step {step + 1}: its computation, or other ranks in it"):
+            scalars = _turns(method, engine, micro_batches, step)
+            stop = engine.any(preemption.requested)
         step += 1
         meter.step()
         progress.step()
 
         last = step == max_train_steps
-        stop = engine.any(preemption.requested)
         if last or stop or step % every.log == 0:
             scalars |= meter.read()
             tracker.log(scalars | health.read(scalars, step), step)
             progress.show(step, scalars)
-        if last or stop or step % every.checkpoint == 0:
-            checkpoints.save(engine, step)
-        if last or (step % every.validate == 0 and not stop):
-            if found := validate(step):
-                tracker.log({**found, **health.read(found, step)}, step)
+        with watchdog.over(f"the checkpoint of step {step}"):
+            if last or stop or step % every.checkpoint == 0:
+                _save(checkpoints, engine, step, must=last or stop)
+        with watchdog.over(f"the validation of step {step}"):
+            if last or (step % every.validate == 0 and not stop):
+                if found := validate(step):
+                    tracker.log({**found, **health.read(found, step)}, step)
         if health.ends_run:
-            checkpoints.save(engine, step)
+            _save(checkpoints, engine, step, must=True)
     return step
+
+
+def _turns(method: Method, engine: Engine, micro_batches: Sequence[Batch], step: int) -> dict[str, float]:
+    if method.resets(step):
+        engine.reset_optimizers()
+    scalars: dict[str, float] = {}
+    for turn in method.turns(step):
+        scalars |= engine.update(turn, micro_batches, step)
+    return scalars
+
+
+def _save(checkpoints: Checkpoints, engine: Engine, step: int, must: bool) -> None:
+    try:
+        checkpoints.save(engine, step)
+    except WriteError as error:  # on all ranks alike
+        if must:
+            raise
+        if engine.is_main:
+            log.warning("%s; the run goes on, and what is saved is as it was", error)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,9 +18,15 @@ from typing import Any
 import torch
 import yaml
 
-from distill.training.config import ConfigError, TrainSettings
+from distill.training.config import ConfigError, TrainSettings, checking, read_settings, read_yaml
 
-PACKAGES = ("torch", "accelerate", "deepspeed", "diffusers", "peft", "transformers", "numpy")
+PACKAGES = ("distill", "torch", "accelerate", "deepspeed", "diffusers", "peft", "transformers", "numpy", "safetensors")
+# What launchers, schedulers and libraries are told through variables; never one that may hold a secret.
+_VARIABLES = re.compile(
+    r"(SLURM|NCCL|GLOO|TORCH|PYTORCH|CUDA|CUBLAS|OMP|MKL|ACCELERATE|DS|HF|WANDB|TOKENIZERS)_.*"
+    r"|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
+)
+_SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|JWT", re.IGNORECASE)
 
 # What may change between a run and its continuation without changing what it computes, or what is asked of it next.
 FREE = frozenset(
@@ -36,7 +45,11 @@ FREE = frozenset(
         "validation_sampling_steps",
         "validation_guidance",
         "validation_diversity_seeds",
+        "validation_teacher_steps",
+        "validation_reward",
         "health",
+        "preemption_signals",
+        "watchdog_minutes",
         "report_to",
         "log_every",
         "data",
@@ -45,6 +58,9 @@ FREE = frozenset(
         "start",
     }
 )
+
+
+IDENTITY = "run_id"
 
 
 def launched_rank() -> int:
@@ -67,14 +83,23 @@ def open_run(settings: TrainSettings) -> Path:
     wanted = settings.model_dump(mode="json")
     recorded = folder / "config.yaml"
     if recorded.is_file() and any(checkpoints_of(folder).glob("step-*")):
-        _same_run(folder, yaml.safe_load(recorded.read_text()), wanted)
+        with checking(f"{recorded}: "):
+            before = read_yaml(recorded)
+        _same_run(folder, before, wanted)
     if launched_rank() > 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(recorded, yaml.safe_dump(wanted, sort_keys=False))
     write_atomically(folder / "overrides.txt", "\n".join(sys.argv[1:]) + "\n")
     write_atomically(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    if not (folder / IDENTITY).is_file():
+        write_atomically(folder / IDENTITY, secrets.token_hex(8) + "\n")
     return folder
+
+
+def identity(folder: Path) -> str:
+    """A run's own name, which its checkpoints bear; its folder may be moved. `open_run` has given it."""
+    return (folder / IDENTITY).read_text().strip()
 
 
 def read_run(folder: str | Path) -> TrainSettings:
@@ -82,11 +107,12 @@ def read_run(folder: str | Path) -> TrainSettings:
 
     Raises:
         FileNotFoundError: no run there.
+        ConfigError: its settings are damaged, or not those of a run of this version.
     """
     recorded = Path(folder) / "config.yaml"
     if not recorded.is_file():
         raise FileNotFoundError(f"run={folder}: no run there (config.yaml is missing)")
-    return TrainSettings.model_validate(yaml.safe_load(recorded.read_text()))
+    return read_settings(recorded, TrainSettings)
 
 
 def mark_finished(folder: Path, step: int) -> None:
@@ -106,7 +132,7 @@ def checkpoints_of(folder: str | Path) -> Path:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, git commit and machine: what one needs to know to repeat a run."""
+    """Versions, git commit, machine and variables: what one needs to know to repeat a run. Nothing secret."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -115,6 +141,8 @@ def environment() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu_count": os.cpu_count(),
         "git_commit": _git_commit(),
+        "host": socket.gethostname(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if _is_told(name, value)},
     }
 
 
@@ -132,6 +160,11 @@ def _same_run(folder: Path, recorded: Mapping[str, Any], wanted: Mapping[str, An
                 f"output_dir={folder} holds a run with {key}={recorded[key]!r}, this one has {wanted[key]!r}: "
                 f"choose another output_dir, or the same {key}"
             )
+
+
+def _is_told(name: str, value: str) -> bool:
+    secret = _SECRET.search(name) or re.search(r"://[^/]*@", value)  # a password before a host
+    return _VARIABLES.fullmatch(name) is not None and not secret
 
 
 def _version(package: str) -> str | None:

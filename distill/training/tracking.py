@@ -30,10 +30,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from distill.training.engine import Skipped
+
 logger = logging.getLogger(__name__)
 
 Scalars = Mapping[str, float]
 TRACKERS = ("jsonl", "wandb", "tensorboard")
+SKIPPED = "skipped_batches.jsonl"
 
 
 class Tracker(Protocol):
@@ -104,7 +107,8 @@ class JsonlTracker:
 
     Each line reaches the operating system at once, so a killed process loses none. Lines beyond `resume_step` are cut
     on opening: a run that was interrupted and resumed leaves the file of one that was not. Numbers that JSON has no
-    word for are the strings "nan", "inf" and "-inf".
+    word for are the strings "nan", "inf" and "-inf". While the disk is full, lines wait in memory, and pictures are
+    given up; each is a warning.
     """
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
@@ -112,25 +116,59 @@ class JsonlTracker:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         cut_after(path, resume_step)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "ab", buffering=0)
+        self._waiting = b""
 
     def log(self, scalars: Scalars, step: int) -> None:
-        row = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        waited = len(self._waiting)
+        self._waiting += _line(scalars, step)
+        try:
+            self._write()
+        except OSError as error:
+            if not waited:
+                logger.warning("metrics.jsonl cannot be written, its lines wait in memory: %s", error)
 
     def images(self, name: str, images: Sequence[Image.Image], step: int, captions: Sequence[str] = ()) -> None:
         folder = self.folder / "samples" / f"step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
-            image.save(folder / f"{name}-{i:02d}.png")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(images):
+                image.save(folder / f"{name}-{i:02d}.png")
+        except OSError as error:
+            logger.warning("pictures of step %d are not written: %s", step, error)
 
     def close(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            logger.error("metrics.jsonl lacks its last %d lines: %s", self._waiting.count(b"\n"), error)
         self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:  # a full disk may take a part
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+
+def note_skipped(folder: Path, skipped: Skipped) -> None:
+    """Adds an update that was skipped, with the keys of its samples, to the skipped_batches.jsonl of a run's folder.
+
+    Its `step` is the one of metrics.jsonl that shows it.
+    """
+    scalars = {"loss": skipped.loss, "grad_norm": skipped.grad_norm}
+    try:
+        with open(Path(folder) / SKIPPED, "ab") as file:
+            file.write(_line(scalars, skipped.step + 1, network=skipped.network, keys=skipped.keys))
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", SKIPPED, error)
+
+
+def _line(scalars: Scalars, step: int, **more: Any) -> bytes:
+    row = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
+    return (json.dumps({"step": step, **row, **more}) + "\n").encode()
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drops the lines of a metrics.jsonl that lie beyond `step` or are torn; all at once, or not at all."""
+    """Drops the lines beyond `step`, and torn ones, of a metrics.jsonl or skipped_batches.jsonl: all, or none."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

@@ -6,6 +6,7 @@ the same in both: float32 masters, on each rank its own share, which the optimiz
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from distill.models.ema import average_
+from distill.training.elastic import OPTIMIZER, WholeState
+from distill.training.writing import Writes
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
@@ -140,12 +143,13 @@ class Trained(ABC):
         with self._average_in_masters():
             return self.whole()
 
-    def save(self, folder: Path) -> None:
-        """Writes this network's files into `folder`, which is there, on all ranks."""
-        self.save_state(folder)
+    def save(self, folder: Path, writes: Writes) -> None:
+        """Writes this network's files into `folder`, which is there, on all ranks; what fails is kept in `writes`."""
+        self.save_state(folder, writes)
         for average in (False, True) if self.ema is not None else (False,):
             if weights := self.weights(average):
-                save_file({name: w.contiguous() for name, w in weights.items()}, folder / weights_file(average))
+                weights = {name: w.contiguous() for name, w in weights.items()}
+                writes(save_file, weights, folder / weights_file(average))
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote. The average goes through the masters, which `load_state` then sets."""
@@ -153,6 +157,15 @@ class Trained(ABC):
             self.load_whole(load_file(folder / weights_file(ema=True)))
             _copy(self.masters(), self.ema)
         self.load_state(folder)
+
+    def load_moved(self, folder: Path, state: WholeState) -> None:
+        """Reads what `save` wrote on other ranks or at another ZeRO stage; `state` is its optimizer's."""
+        if self.ema is not None:
+            self.load_whole(load_file(folder / weights_file(ema=True)))
+            _copy(self.masters(), self.ema)
+        self.load_whole(load_file(folder / weights_file()))
+        self.spread()
+        self.load_optimizer(state)
 
     @property
     def _average(self) -> list[Tensor]:
@@ -198,12 +211,16 @@ class Trained(ABC):
         """Makes the network compute with the masters as they are now."""
 
     @abstractmethod
-    def save_state(self, folder: Path) -> None:
+    def save_state(self, folder: Path, writes: Writes) -> None:
         """Writes this rank's share of the optimizer's state into `folder`."""
 
     @abstractmethod
     def load_state(self, folder: Path) -> None:
         """Reads weights and the optimizer's state."""
+
+    @abstractmethod
+    def load_optimizer(self, state: WholeState) -> None:
+        """Sets the optimizer's state (this rank's share) from a whole one, the same on all ranks."""
 
     @abstractmethod
     def close(self) -> None:
@@ -260,13 +277,22 @@ class Replicated(Trained):
     def spread(self) -> None:
         pass  # the masters are the network's weights
 
-    def save_state(self, folder: Path) -> None:
+    def save_state(self, folder: Path, writes: Writes) -> None:
         if self.writes:
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            writes(torch.save, self.optimizer.state_dict(), folder / OPTIMIZER)
 
     def load_state(self, folder: Path) -> None:
         self.load_whole(load_file(folder / weights_file()))
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+
+    def load_optimizer(self, state: WholeState) -> None:
+        steps = torch.tensor(state.steps)
+        values = {
+            i: {"step": steps.clone(), **{key: v.reshape(p.shape) for key, v in state.of(name).items()}}
+            for i, (name, p) in enumerate(self.parameters.items())
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": values if state.steps else {}, "param_groups": groups})
 
     def close(self) -> None:
         pass
@@ -314,10 +340,11 @@ class Partitioned(Trained):
     def spread(self) -> None:
         _spread_partitions(self._engine.optimizer)
 
-    def save_state(self, folder: Path) -> None:
-        self._engine.save_checkpoint(
-            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
-        )
+    def save_state(self, folder: Path, writes: Writes) -> None:
+        with _keeping_failures(self._engine, writes):
+            self._engine.save_checkpoint(
+                str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
+            )
 
     def load_state(self, folder: Path) -> None:
         # Frozen weights are not in the file, so the names cannot match strictly; the checkpoint's manifest has been
@@ -327,6 +354,13 @@ class Partitioned(Trained):
         )
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")
+
+    def load_optimizer(self, state: WholeState) -> None:
+        if state.steps:
+            _begin_state(self._engine.optimizer, state.of(next(iter(self.parameters))), state.steps)
+            for name, parameter in self.parameters.items():
+                for key, value in state.of(name).items():
+                    _set_state(parameter, key, value.to(parameter.device))
 
     def close(self) -> None:
         self._engine.destroy()
@@ -348,26 +382,65 @@ def _copy(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 
 
 def _fp32_partitions(optimizer: Any) -> list[Tensor]:
-    """This rank's share of the float32 weights. DeepSpeed's internals: named in these functions, nowhere else."""
+    """This rank's share of the float32 weights."""
+    return [partition.detach() for partition in _flat_groups(optimizer)]
+
+
+def _flat_groups(optimizer: Any) -> list[Tensor]:
+    """What the optimizer inside updates. DeepSpeed's internals: named in these functions, nowhere else."""
     for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
         if partitions := getattr(optimizer, attribute, None):
-            return [partition.detach() for partition in partitions]
+            return list(partitions)
     raise RuntimeError(f"this DeepSpeed's {type(optimizer).__name__} does not show its float32 partitions")
 
 
 @torch.no_grad()
 def _set_fp32(parameter: Any, value: Tensor) -> None:
-    """`safe_set_full_fp32_param`, which at ZeRO-3 cannot set a weight whose elements the ranks do not share evenly."""
-    if not hasattr(parameter, "ds_id"):
+    if hasattr(parameter, "ds_id"):
+        _set_share(parameter, None, value)
+    else:
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, value)
-        return
+
+
+@torch.no_grad()
+def _set_state(parameter: Any, key: str, value: Tensor) -> None:
+    if hasattr(parameter, "ds_id"):
+        _set_share(parameter, key, value)
+    else:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _set_share(parameter: Any, key: str | None, value: Tensor) -> None:
+    """DeepSpeed's own setters at ZeRO-3 cannot set values whose elements the ranks do not share evenly."""
     optimizer = parameter._z3_optimizer
-    share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=None)
+    share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
     first = share.numel() * optimizer._get_param_partition_rank(parameter)
     mine = value.flatten()[first : first + share.numel()]
     share[: mine.numel()].copy_(mine)
+
+
+def _begin_state(optimizer: Any, like: Mapping[str, Tensor], steps: float) -> None:
+    """Gives the optimizer inside, which has not taken a step, the state that its first one would; of zeros."""
+    for flat in _flat_groups(optimizer):
+        zeros = {key: torch.zeros_like(flat.detach()) for key in like}
+        optimizer.optimizer.state[flat] = {"step": torch.tensor(steps), **zeros}
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._lazy_init_hp_params_optimizer_state()  # so that the setters find it
+
+
+@contextmanager
+def _keeping_failures(engine: Any, writes: Writes) -> Iterator[None]:
+    """Inside, what DeepSpeed cannot write is kept in `writes`. It saves between barriers, and must miss none."""
+    for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
+        setattr(owner, name, functools.partial(writes, getattr(owner, name)))
+    try:
+        yield
+    finally:
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
 
 
 @torch.no_grad()

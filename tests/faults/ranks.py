@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -32,11 +31,10 @@ LIMIT = 300.0  # of a launch
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch went: the exit codes of its ranks, seconds from the first end to the last, CPU seconds, words."""
+    """How a launch went: the exit codes of its ranks, seconds from the first end to the last, and what they said."""
 
     codes: list[int]
     seconds: float
-    cpu: float
     said: str
 
 
@@ -67,7 +65,7 @@ class Launch:
             except psutil.NoSuchProcess:
                 pass
         psutil.wait_procs(doomed, timeout=60)
-        return Ended([-9], 0.0, 0.0, self.log.read_text())
+        return Ended([-9], 0.0, self.log.read_text())
 
     def wait(self) -> Ended:
         while self.running():
@@ -165,9 +163,7 @@ def launch(
         elif time.monotonic() > deadline:
             _send(started, signal.SIGKILL)
         time.sleep(0.01)
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = {"codes": [codes[r] for r in range(ranks)], "seconds": time.monotonic() - (first or 0)}
-    result["cpu"] = spent.ru_utime + spent.ru_stime
     if disk is not None:
         shutil.copytree(disk[0], f"{log}.disk")
         unmount(disk[0])

@@ -64,6 +64,7 @@ def _do(fault: Fault) -> None:
         while True:
             time.sleep(1)
     elif fault["do"] == "freeze":
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # none of them wakes it
         ctypes.PyDLL(None).sleep(1000)  # unlike CDLL, it does not let go of the interpreter
     elif fault["do"] == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))

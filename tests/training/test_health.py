@@ -196,7 +196,7 @@ def test_a_student_that_collapses_is_found_by_its_validation(tmp_path: Path) -> 
     tracker.close()
     engine.release()
     assert [row["alarm/collapse"] for row in found] == [0, 1, 0]
-    assert found[0] == {**found[2], "alarm/collapse": 0} and found[0]["validation/diversity"] > 0.1
+    assert found[0]["validation/diversity"] == found[2]["validation/diversity"] > 0.1
     assert len(list((tmp_path / "samples" / "step-000001").iterdir())) == len(prompts)
 
 
