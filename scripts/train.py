@@ -159,6 +159,7 @@ def distil(parts: Parts, folder: Path) -> int:
             parts.preemption.mark(step)
     progress.close()
     tracker.close()
+    engine.barrier()  # a launcher may end all ranks when the first is gone, and this one still sends
     if engine.is_main and code == 0:
         mark_finished(folder, step)
     engine.close()

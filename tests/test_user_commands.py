@@ -119,6 +119,7 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.distributed
+@pytest.mark.faults
 @pytest.mark.parametrize("engine, processes", [("single", 1), ("zero2", 2)])
 def test_killed_and_run_again_is_as_if_it_had_not_been(
     engine: str, processes: int, xl: list[str], tmp_path: Path

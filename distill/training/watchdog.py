@@ -66,10 +66,12 @@ class Watchdog:
 
     def _watch(self, limit: float) -> None:
         pause = min(limit / 4, 5.0)
-        while not self._end.wait(pause):
+        while True:
             # Code that never lets go of the interpreter stops this thread too: then this timer, which needs none, goes
             # off. It is put back here for as long as all is well.
             faulthandler.dump_traceback_later(limit + 4 * pause, exit=True, file=_STDERR)
+            if self._end.wait(pause):
+                return
             if (waits := self._waits) is not None and (waited := time.monotonic() - waits[1]) > limit:
                 give_up(f"rank {self.rank} has waited {waited:.0f} s for {waits[0]} (watchdog_minutes={limit / 60:g})")
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.faults.ranks import PATIENCE, ROOT
-from tests.faults.runs import EVERY, STEPS, Runs, accelerate, errors, metrics, wait_for
+from tests.faults.runs import EVERY, Runs, accelerate, errors, metrics, wait_for
 
 pytestmark = pytest.mark.distributed
 
@@ -231,19 +231,20 @@ def test_a_damaged_file_of_any_kind_costs_its_checkpoint(
 @pytest.mark.parametrize(
     "ranks, kills, steps",
     [
-        (1, 3, STEPS),
+        (1, 3, 16),
         pytest.param(1, 50, 160, marks=pytest.mark.faults),
-        pytest.param(2, 8, 24, marks=pytest.mark.faults),
+        pytest.param(2, 8, 48, marks=pytest.mark.faults),
     ],
 )
 def test_random_sigkills(ranks: int, kills: int, steps: int, runs: Runs, fault: Fault, tmp_path: Path) -> None:
     """At any moment, also of the start, one process or all; always the same command, and at last the same weights."""
     run, random_ = tmp_path / "run", random.Random(ranks)
     row = fault(1, f"SIGKILLs at random, {ranks} process{'es' * (ranks > 1)}")
-    for _ in range(kills):
+    for left in range(kills, 0, -1):
         launch = runs.start(run, ranks=ranks, steps=steps)
-        wait_for(launch.log, random_.randint(0, 5 if steps == STEPS else 10), launch)
-        time.sleep(random_.uniform(0, 0.3))
+        share = (steps - max(saved(run), default=0)) // (left + 1)  # of the steps, so that none gets to their end
+        wait_for(launch.log, random_.randint(0, 3 + share), launch)  # a few lines come before the first step's
+        time.sleep(random_.uniform(0, 0.04))
         start = time.monotonic()
         if ranks > 1 and (there := launch.ranks()) and random_.random() < 0.7:
             random_.choice(there).kill()

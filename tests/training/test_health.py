@@ -23,6 +23,7 @@ from distill.training.loop import Every, train
 from distill.training.preemption import Preemption
 from distill.training.tracking import JsonlTracker, Meter, Progress, open_trackers, read_metrics
 from distill.training.validation import Validation, diversity
+from distill.training.watchdog import Watchdog
 from tests.tiny import save_tiny, tiny_conditioning, tiny_unet
 from tests.training.engine_worker import SCHEDULE, TWO_LEVELS, micro_batches, student
 
@@ -236,6 +237,7 @@ def test_a_discriminator_that_does_not_learn_is_said_to_guess(stop: bool, tmp_pa
             tracker=tracker,
             checkpoints=checkpoints,
             preemption=Preemption(tmp_path),
+            watchdog=Watchdog(None),
             health=health,
             validate=lambda step: {},
         )
