@@ -165,17 +165,11 @@ def draw_lines(
     figure = Figure(figsize=(4.3 * len(metrics), 4.4), layout="constrained")
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axis, name in zip(axes, metrics, strict=True):
-        for (label, rows), (colour, marker) in zip(lines.items(), cycle(LINES), strict=False):
-            _draw_points(axis, sorted(rows, key=lambda row: row[x]), x, name, label, colour, marker)
+        _draw_rows(axis, lines, name, x)
         for what, where in (begins or {}).items():
             axis.axvline(where, color=GREY, linewidth=1, label=what)
         if level[1].get(name):
             axis.axhline(level[1][name], color=GREY, linestyle=":", label=level[0])
-        if x == "steps":
-            _powers_of_two(axis, {row[x] for rows in lines.values() for row in rows})
-        axis.set_xlabel("steps" if x == "steps" else "training step")
-        axis.set_title(_title(name), fontsize=11)
-        _open(axis, METRICS[name][1])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=10, frameon=False)
     figure.savefig(path, dpi=110)
@@ -187,15 +181,20 @@ def line_figures(lines: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequ
     for name in metrics:
         figure = Figure(figsize=(4.6, 3.9), layout="constrained")
         axis = figure.subplots()
-        for (label, rows), (colour, marker) in zip(lines.items(), cycle(LINES), strict=False):
-            _draw_points(axis, sorted(rows, key=lambda row: row["steps"]), "steps", name, label, colour, marker)
-        _powers_of_two(axis, {row["steps"] for rows in lines.values() for row in rows})
-        axis.set_xlabel("steps")
-        axis.set_title(_title(name), fontsize=11)
-        _open(axis, METRICS[name][1])
+        _draw_rows(axis, lines, name, "steps")
         axis.legend(fontsize=8, frameon=False)
         figures[METRICS[name][0]] = figure
     return figures
+
+
+def _draw_rows(axis: Axes, lines: Mapping[str, Sequence[Mapping[str, Any]]], name: str, x: str) -> None:
+    for (label, rows), (colour, marker) in zip(lines.items(), cycle(LINES), strict=False):
+        _draw_points(axis, sorted(rows, key=lambda row: row[x]), x, name, label, colour, marker)
+    if x == "steps":
+        _powers_of_two(axis, {row[x] for rows in lines.values() for row in rows})
+    axis.set_xlabel("steps" if x == "steps" else "training step")
+    axis.set_title(_title(name), fontsize=11)
+    _open(axis, METRICS[name][1])
 
 
 def _powers_of_two(axis: Axes, values: Iterable[int]) -> None:

@@ -152,20 +152,22 @@ class Trained(ABC):
                 writes(save_file, weights, folder / weights_file(average))
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote. The average goes through the masters, which `load_state` then sets."""
-        if self.ema is not None:
-            self.load_whole(load_file(folder / weights_file(ema=True)))
-            _copy(self.masters(), self.ema)
+        """Reads what `save` wrote."""
+        self._load_average(folder)
         self.load_state(folder)
 
     def load_moved(self, folder: Path, state: WholeState) -> None:
         """Reads what `save` wrote on other ranks or at another ZeRO stage; `state` is its optimizer's."""
-        if self.ema is not None:
-            self.load_whole(load_file(folder / weights_file(ema=True)))
-            _copy(self.masters(), self.ema)
+        self._load_average(folder)
         self.load_whole(load_file(folder / weights_file()))
         self.spread()
         self.load_optimizer(state)
+
+    def _load_average(self, folder: Path) -> None:
+        """Through the masters, which are to be set afterwards."""
+        if self.ema is not None:
+            self.load_whole(load_file(folder / weights_file(ema=True)))
+            _copy(self.masters(), self.ema)
 
     @property
     def _average(self) -> list[Tensor]:
