@@ -14,9 +14,10 @@ from train import others_of
 
 from distill.diffusion.random import Context, generator
 from distill.methods.base import Method
-from distill.training.config import CONFIGS, TrainSettings, build, load
+from distill.training.config import CONFIGS, build, load
 from distill.training.counting import PUBLISHED, architecture, batch_of, cast, count, networks_of
 from distill.training.planning import Counted, Held, counted, frozen, held, most_samples, optimizer_bytes
+from distill.training.settings import TrainSettings
 
 GIB = 2**30
 RANKS = 8

@@ -43,9 +43,10 @@ from distill.models.folder import read_json
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.training.checkpoint import Checkpoints, mark_best
-from distill.training.config import ConfigError, EvaluateSettings, TrainSettings, checking, load, run_script
+from distill.training.config import ConfigError, checking, load, run_script
 from distill.training.export import export_run
 from distill.training.run import checkpoints_of, finished, read_run
+from distill.training.settings import EvaluateSettings, TrainSettings
 from distill.training.tracking import open_trackers, read_metrics, setup_logging
 
 log = logging.getLogger("distill")

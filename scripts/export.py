@@ -21,9 +21,10 @@ from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.pipelines import draw, load_pipeline, use_sampler
 from distill.evaluation.report import COLUMNS, format_table
 from distill.training.card import SAMPLES, sample_steps, write_card
-from distill.training.config import ConfigError, ExportSettings, TrainSettings, checking, run_script
+from distill.training.config import ConfigError, checking, run_script
 from distill.training.export import Export, check_formats, published, push, require_login, write_student
 from distill.training.run import read_run
+from distill.training.settings import ExportSettings, TrainSettings
 from distill.training.tracking import setup_logging
 
 CELL = 192  # pixels of a sample on the card

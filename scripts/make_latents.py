@@ -18,9 +18,10 @@ from distill.data.images import Accept, Listing, list_pictures
 from distill.data.index import NO_SOLVE, Plan
 from distill.data.writer import work_split, write_store
 from distill.models.families import Teacher, load_teacher
-from distill.training.config import ConfigError, TrainSettings, checking, run_script
+from distill.training.config import ConfigError, checking, run_script
 from distill.training.latents import LatentEncoder
 from distill.training.run import launched_rank
+from distill.training.settings import TrainSettings
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import stored
 

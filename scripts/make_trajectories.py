@@ -20,8 +20,9 @@ from distill.diffusion.solver import make_times
 from distill.models.exported import open_export
 from distill.models.families import Teacher, load_teacher
 from distill.models.student import as_teacher
-from distill.training.config import ConfigError, TrainSettings, checking, run_script
+from distill.training.config import ConfigError, checking, run_script
 from distill.training.run import launched_rank
+from distill.training.settings import TrainSettings
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored
 

@@ -7,182 +7,30 @@ Nothing is loaded: the run's own losses are walked through on networks without w
 
 from __future__ import annotations
 
-import math
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import torch
-from train import check_method, others_of
-
-from distill.data.index import kept_times
-from distill.data.progress import Progress
-from distill.data.record import STATE_DTYPES, Layout, make_key
-from distill.diffusion.random import Context, generator
-from distill.diffusion.solver import make_times
-from distill.diffusion.trajectory import Batch
-from distill.methods.base import Method
-from distill.training.config import ClusterSettings, ConfigError, PlanSettings, build, checking, run_script
-from distill.training.counting import TAUGHT, Architecture, Cost, architecture, batch_of, cast, count, networks_of
-from distill.training.engine import Engine
-from distill.training.planning import (
-    Counted,
-    Held,
-    Traffic,
-    best_interval,
-    checkpoint_bytes,
-    counted,
-    frozen,
-    held,
-    lost_share,
-    most_samples,
-    optimizer_bytes,
-    passes,
-    read_bytes,
-    sample_layout,
-    stored_bytes,
-    traffic,
+from plan_run import (
+    GB,
+    GIB,
+    TERA,
+    Run,
+    averaged_over,
+    bytes_sent,
+    engine_of,
+    engines_of,
+    picked,
+    prepared,
+    rate_of,
+    sent_seconds,
+    size_save_mtbf_restart,
+    step_seconds,
+    usable,
 )
+
+from distill.training.config import run_script
+from distill.training.planning import best_interval, lost_share, most_samples, read_bytes
+from distill.training.settings import ClusterSettings, PlanSettings
 from distill.training.tracking import setup_logging
-
-GIB, GB, TERA = 2**30, 1e9, 1e12
-WALKED = 2  # samples of the batch that is walked through
-Way = tuple[bool, bool]
-"""Whether an engine keeps masters beside the weights, as DeepSpeed does; and whether activations are recomputed."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps in a row that have the same turns: the first of them, and how many."""
-
-    first: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run on networks without weights.
-
-    Args:
-        engine: that it is planned with: its own, or ddp where that is one process and there are more.
-        modules: trained and frozen weights of each module, by the names of the networks that share it.
-        walks: what each turn of each phase costs.
-        optimizer: bytes of state a trained weight.
-    """
-
-    cfg: PlanSettings
-    method: Method
-    engine: str
-    phases: tuple[Phase, ...]
-    modules: dict[tuple[str, ...], Counted]
-    walks: dict[Way, list[list[Cost]]]
-    optimizer: float
-    layout: Layout
-    times: tuple[int, ...]
-    stored: int
-
-    @property
-    def bf16(self) -> bool:
-        return self.cfg.mixed_precision == "bf16"
-
-    @property
-    def ranks(self) -> int:
-        return ranks_of(self.cfg.cluster)
-
-    @property
-    def samples(self) -> int:
-        """Of a micro-batch; rounded up where the global batch does not divide."""
-        return math.ceil(self.cfg.global_batch_size / (self.ranks * self.cfg.gradient_accumulation_steps))
-
-    @property
-    def global_batch(self) -> int:
-        return self.samples * self.ranks * self.cfg.gradient_accumulation_steps
-
-    def costs(self, engine: str, checkpointed: bool) -> list[list[Cost]]:
-        return self.walks[_masters(engine), checkpointed]
-
-    def trained(self) -> Iterator[tuple[str, tuple[str, ...], Counted]]:
-        """Each trained network with all names of its module, and its weights."""
-        for names, weights in self.modules.items():
-            for name in self.method.trains:
-                if name in names:
-                    yield name, names, weights
-
-    def engine_of(self, engine: str, name: str) -> str:
-        """Of a network: the run's own engine may have other stages for some."""
-        stages = self.cfg.engine.get("stages") or {}
-        return f"zero{stages[name]}" if engine == self.engine and name in stages else engine
-
-    def averaged(self, name: str) -> bool:
-        return self.cfg.ema_decay is not None and (name == "student" or f"{name}_ema" in self.method.asks)
-
-    def held(self, engine: str) -> Held:
-        trains, total = {names for _, names, _ in self.trained()}, Held()
-        for names, weights in self.modules.items():
-            if names not in trains:
-                total += frozen(weights.frozen + weights.trained, self.bf16)
-        settings = (self.cfg.engine.get("deepspeed") or {}).get("zero_optimization", {})
-        for name, _, weights in self.trained():
-            total += held(
-                weights,
-                self.engine_of(engine, name),
-                self.ranks,
-                bf16=self.bf16,
-                optimizer=self.optimizer,
-                averaged=self.averaged(name),
-                average_answers=f"{name}_ema" in self.method.asks,
-                bucket=int(settings.get("reduce_bucket_size", 50_000_000)),
-            )
-        return total
-
-    def activations(self, engine: str, checkpointed: bool) -> float:
-        """Of a sample, at most over all turns."""
-        return max(cost.activations(1) for phase in self.costs(engine, checkpointed) for cost in phase)
-
-    def memory(self, engine: str, checkpointed: bool, samples: int) -> float:
-        """Bytes of a process; of a single one exactly, whose gradients come as activations go."""
-        states = self.held(engine)
-        if engine != "single":
-            return states.total(samples * self.activations(engine, checkpointed))
-        peaks = max(cost.peak(samples) for phase in self.costs(engine, checkpointed) for cost in phase)
-        return max(states.states, states.states - states.gradients - self._copies() + peaks)
-
-    def _copies(self) -> float:
-        """What autocast makes of trained weights, which is among the peaks too."""
-        return 2 * sum(weights.trained for _, _, weights in self.trained()) if self.bf16 else 0
-
-    def traffic(self, engine: str, checkpointed: bool, phase: int) -> Traffic:
-        total, costs = Traffic(0, 0), self.costs(engine, checkpointed)[phase]
-        for name, names, weights in self.trained():
-            total += traffic(
-                weights,
-                self.engine_of(engine, name),
-                self.ranks,
-                bf16=self.bf16,
-                micro_batches=self.cfg.gradient_accumulation_steps,
-                passes=passes(costs, (*names, f"{name}_ema"), checkpointed),
-                average_answers=f"{name}_ema" in self.method.asks,
-            )
-        return total
-
-    def flops(self, phase: int) -> float:
-        """Of a sample."""
-        return sum(cost.flops for cost in self.costs(self.engine, self.cfg.gradient_checkpointing)[phase])
-
-    def checkpoint(self, engine: str) -> float:
-        return sum(
-            checkpoint_bytes(
-                weights,
-                self.engine_of(engine, name),
-                bf16=self.bf16,
-                optimizer=self.optimizer,
-                averaged=self.averaged(name),
-            )
-            for name, _, weights in self.trained()
-        )
 
 
 def main(cfg: PlanSettings) -> None:
@@ -190,157 +38,6 @@ def main(cfg: PlanSettings) -> None:
     run = prepared(cfg)
     for part in (heading, networks, memory, communication, storage, speed, checkpoints, verdict):
         print("\n".join(part(run)), end="\n\n", flush=True)
-
-
-# ---- what is counted ----------------------------------------------------------------------------------------------
-
-
-def prepared(cfg: PlanSettings) -> Run:
-    """Builds the networks without weights and walks through every turn that differs; raises ConfigError."""
-    if cfg.teacher is not None and cfg.teacher not in TAUGHT:
-        raise ConfigError(f"teacher={cfg.teacher}: a plan reads no export; allowed: {', '.join(TAUGHT)}, null")
-    if cfg.start is not None:
-        raise ConfigError("start: a plan needs none, what a student starts as takes no memory")
-    engine = engine_of(cfg)
-    engine = "ddp" if engine == "single" and ranks_of(cfg.cluster) > 1 else engine
-    built = architecture(cfg.model)
-    method: Method = build(cfg.method, schedule=built.teacher.schedule)
-    if "reward" in method.asks or "perceptual" in method.asks:
-        raise ConfigError("a plan knows no rewards and no perceptual distances: choose a method without")
-    check_method(cfg, method)
-    with checking():
-        made = networks_of(cfg, built.teacher, method.asks, others_of(cfg, method))
-        layout, times, stored = sample_of(cfg, built)
-        for start in method.starts:
-            method.reads(start).check(times)
-    modules: dict[int, tuple[str, ...]] = {}
-    for name, network in made.items():
-        modules[id(network.module)] = (*modules.get(id(network.module), ()), name)
-    weights = {names: counted(made[names[0]].module) for names in modules.values()}
-    phases = tuple(phases_of(method, cfg.max_train_steps))
-    averages = {f"{name}_ema": made[name] for name in method.trains if f"{name}_ema" in method.asks}
-    picked = [len(method.reads(p.first).pick(times, generator("plan"))) for p in phases]
-    walker = Walker(cfg, method, phases, {**made, **averages}, [batch_of(built, n, WALKED) for n in picked])
-    with checking():
-        walks = walker.walks(engine)
-    return Run(
-        cfg=cfg,
-        method=method,
-        engine=engine,
-        phases=phases,
-        modules=weights,
-        walks=walks,
-        optimizer=optimizer_bytes(build(cfg.optimizer)),
-        layout=layout,
-        times=times,
-        stored=stored,
-    )
-
-
-def engine_of(cfg: PlanSettings) -> str:
-    """The name of the run's engine in `planning.ENGINES`."""
-    engine: Engine = build(cfg.engine)
-    for key in (cfg.engine.get("deepspeed") or {}).get("zero_optimization", {}):
-        if key.startswith("offload"):
-            raise ConfigError(f"engine.deepspeed.zero_optimization.{key}: a plan knows no offloading")
-    return f"zero{engine.stage}" if engine.stage else engine.kind
-
-
-def _masters(engine: str) -> bool:
-    return engine.startswith("zero")
-
-
-def phases_of(method: Method, steps: int) -> Iterator[Phase]:
-    """The stages of a method, and parts of them that train other networks."""
-
-    def kind(step: int) -> tuple[int, tuple[str, ...]]:
-        return sum(step >= start for start in method.starts), tuple(turn.updates for turn in method.turns(step))
-
-    for _, together in groupby(range(steps), kind):
-        first, *rest = together
-        yield Phase(first, 1 + len(rest))
-
-
-@dataclass(frozen=True)
-class Walker:
-    """Walks through the turns of all phases, one of `batches` each."""
-
-    cfg: PlanSettings
-    method: Method
-    phases: tuple[Phase, ...]
-    networks: dict[str, Any]
-    batches: Sequence[Batch]
-
-    def ways(self, engine: str) -> list[Way]:
-        """Those that differ: float32 weights are the same whoever keeps them, and one process needs no other way."""
-        alone = ranks_of(self.cfg.cluster) == 1
-        kept = [_masters(engine)] if alone or self.cfg.mixed_precision == "no" else [True, False]
-        return [(masters, checkpointed) for checkpointed in (False, True) for masters in kept]
-
-    def walks(self, engine: str) -> dict[Way, list[list[Cost]]]:
-        """What each turn of each phase costs, of both kinds of engines."""
-        ways, found = self.ways(engine), {}
-        progress = Progress("walking through the turns", len(ways), "ways")
-        processes = min(len(ways), os.cpu_count() or 1)
-        with multiprocessing.get_context("fork").Pool(processes, _take, (self,)) as pool:
-            for way, costs in pool.imap_unordered(_walk, ways):
-                found[way] = costs
-                progress.update(1)
-        return found | {(not m, c): costs for (m, c), costs in found.items() if (not m, c) not in found}
-
-    def walk(self, masters: bool, checkpointed: bool) -> list[list[Cost]]:
-        bf16 = self.cfg.mixed_precision == "bf16"
-        cast(self.networks, self.method.trains, bf16, masters)
-        repeated: dict[Any, Any] = {}
-        return [
-            [
-                count(
-                    turn,
-                    self.networks,
-                    batch,
-                    Context(self.cfg.seed, phase.first, batch.positions),
-                    checkpointed=checkpointed,
-                    autocast=() if masters or not bf16 else self.method.trains,
-                    repeated=repeated,
-                )
-                for turn in self.method.turns(phase.first)
-            ]
-            for phase, batch in zip(self.phases, self.batches, strict=True)
-        ]
-
-
-_taken: list[Walker] = []  # of a forked process
-
-
-def _take(walker: Walker) -> None:
-    torch.set_num_threads(1)
-    _taken.append(walker)
-
-
-def _walk(way: Way) -> tuple[Way, list[list[Cost]]]:
-    return way, _taken[0].walk(*way)
-
-
-def sample_of(cfg: PlanSettings, built: Architecture) -> tuple[Layout, tuple[int, ...], int]:
-    """What a sample of the store looks like, the times of its states, and its bytes in a shard."""
-    data, teacher = cfg.data, built.teacher
-    times: tuple[int, ...] = (0,)
-    if data.guidance is not None:
-        grid = make_times("trailing", teacher.schedule.T, data.solver_steps)
-        times = kept_times(grid, data.keep, data.segments)
-    dtype = STATE_DTYPES[data.dtype]
-    conditioning = {
-        name: torch.zeros(x.shape[1:], dtype=torch.float32 if name == "time_ids" else dtype)
-        for name, x in batch_of(built, 1).conditioning.items()
-    }
-    layout = sample_layout(torch.zeros(len(times), *teacher.latent_shape, dtype=dtype), times, conditioning)
-    facts = {"key": make_key(0, 0), "index": 0, "prompt": "x" * 80, "seed": 2**62, "guidance": 1.0}
-    facts |= {"teacher_id": teacher.teacher_id, "teacher_hash": "0" * 16, "schedule_fingerprint": "0" * 16}
-    facts |= {"solver": data.solver, "solver_steps": data.solver_steps, "spacing": "trailing"}
-    return layout, times, stored_bytes(layout, facts)
-
-
-# ---- what is said -------------------------------------------------------------------------------------------------
 
 
 def heading(run: Run) -> Iterator[str]:
@@ -390,7 +87,7 @@ def communication(run: Run) -> Iterator[str]:
     yield "Communication of a GPU in a step, in rings"
     rows = []
     for engine in engines_of(run):
-        sent = averaged_over(run, lambda phase, engine=engine: _sent(run, engine, phase))
+        sent = averaged_over(run, lambda phase, engine=engine: bytes_sent(run, engine, phase))
         seconds = sent_seconds(run, engine)
         reduced = averaged_over(
             run, lambda phase, engine=engine: run.traffic(engine, run.cfg.gradient_checkpointing, phase).reduced
@@ -523,68 +220,8 @@ def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
 
 
-# ---- numbers of several parts -------------------------------------------------------------------------------------
-
-
-def ranks_of(cluster: ClusterSettings) -> int:
-    return cluster.nodes * cluster.gpus_per_node
-
-
 def machines(cluster: ClusterSettings) -> str:
     return f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}"
-
-
-def usable(cluster: ClusterSettings) -> float:
-    return GIB * cluster.memory_gib * cluster.usable
-
-
-def engines_of(run: Run) -> list[str]:
-    """Those to compare, the run's own among them."""
-    possible = ["ddp", "zero1", "zero2", "zero3"] if run.ranks > 1 else ["single"]
-    return possible if run.engine in possible else [*possible, run.engine]
-
-
-def averaged_over(run: Run, value: Callable[[int], float]) -> float:
-    """The mean of a phase's value over the steps of the run."""
-    return sum(phase.steps * value(i) for i, phase in enumerate(run.phases)) / run.cfg.max_train_steps
-
-
-def _sent(run: Run, engine: str, phase: int) -> float:
-    found = run.traffic(engine, run.cfg.gradient_checkpointing, phase)
-    return found.reduced + found.gathered
-
-
-def sent_seconds(run: Run, engine: str) -> float:
-    checkpointed, cluster = run.cfg.gradient_checkpointing, run.cfg.cluster
-    return averaged_over(run, lambda phase: run.traffic(engine, checkpointed, phase).seconds(cluster))
-
-
-def rate_of(run: Run) -> float:
-    """FLOP/s that a GPU reaches."""
-    cluster = run.cfg.cluster
-    return TERA * cluster.mfu * (cluster.tflops if run.bf16 else cluster.tflops_float32)
-
-
-def step_seconds(run: Run, engine: str) -> float:
-    """Of a step: measured, or computation and then communication."""
-    if run.cfg.measured_step_seconds is not None:
-        return run.cfg.measured_step_seconds
-    samples = run.samples * run.cfg.gradient_accumulation_steps
-    return samples * averaged_over(run, run.flops) / rate_of(run) + sent_seconds(run, engine)
-
-
-def size_save_mtbf_restart(run: Run) -> tuple[float, float, float, float]:
-    """Bytes of a checkpoint, and in seconds: to save it, between failures of the job, from one to the next step."""
-    cluster, size = run.cfg.cluster, run.checkpoint(run.engine)
-    read = GB * cluster.read_gb_s * cluster.nodes
-    save = size / (GB * cluster.write_gb_s) + size / read
-    restart = 60 * cluster.restart_minutes + size / read
-    return size, save, 3600 * cluster.node_mtbf_hours / cluster.nodes, restart
-
-
-def picked(run: Run, phase: Phase) -> tuple[int, ...]:
-    """Places of the states that a sample of this phase reads, for example."""
-    return run.method.reads(phase.first).pick(run.times, generator("plan"))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -34,7 +34,8 @@ from distill.toy.judge import load_judge
 from distill.toy.styles import NIGHT, UPRIGHT, Style
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS, balanced_labels
-from distill.training.config import ConfigError, PlugInSettings, ToyControlSettings, run_script
+from distill.training.config import ConfigError, run_script
+from distill.training.settings import PlugInSettings, ToyControlSettings
 from distill.training.tracking import setup_logging
 
 FEW = 4  # steps at which the style's weights are compared, where the LoRA can be drawn in as many

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.evaluation.together import write_together
-from distill.training.config import ConfigError, ReportSettings, run_script
+from distill.training.config import ConfigError, run_script
+from distill.training.settings import ReportSettings
 
 
 def main(cfg: ReportSettings) -> None:

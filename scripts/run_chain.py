@@ -25,8 +25,9 @@ from typing import IO
 from tqdm import tqdm
 
 from distill.training.chain import Link, links_of, one_of, seconds_left
-from distill.training.config import ConfigError, RunChainSettings, run_script
+from distill.training.config import ConfigError, run_script
 from distill.training.preemption import MARKER
+from distill.training.settings import RunChainSettings
 from distill.training.tracking import setup_logging
 
 log = logging.getLogger("distill")

@@ -51,9 +51,10 @@ from distill.methods.sampling import Sampling
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
-from distill.training.config import ConfigError, ModelSettings, SampleSettings, checking, run_script
+from distill.training.config import ConfigError, checking, run_script
 from distill.training.export import export_run
 from distill.training.run import read_run
+from distill.training.settings import ModelSettings, SampleSettings
 from distill.training.tracking import setup_logging
 
 log = logging.getLogger("distill")

@@ -28,8 +28,9 @@ from distill.models.rewards import Reward
 from distill.toy.judge import load_judge
 from distill.toy.world import balanced_labels, render
 from distill.training.checkpoint import Checkpoints, read_weights
-from distill.training.config import ConfigError, ScoreRewardSettings, TrainSettings, build, run_script
+from distill.training.config import ConfigError, build, run_script
 from distill.training.run import checkpoints_of, read_run, write_atomically
+from distill.training.settings import ScoreRewardSettings, TrainSettings
 from distill.training.tracking import setup_logging
 
 COLUMNS = {  # row key: heading, format

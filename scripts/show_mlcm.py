@@ -31,9 +31,10 @@ from distill.models.folder import stored_tensors, weights_hash
 from distill.models.lora import ADAPTER, load_lora
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
-from distill.training.config import ShowMLCMSettings, TrainSettings, checking, load, run_script
+from distill.training.config import checking, load, run_script
 from distill.training.export import export_run
 from distill.training.run import finished
+from distill.training.settings import ShowMLCMSettings, TrainSettings
 from distill.training.tracking import setup_logging
 
 EXPERIMENT = "mlcm_toy"

@@ -23,8 +23,9 @@ import make_trajectories
 import train
 import yaml
 
-from distill.training.config import ConfigError, SlurmSettings, SubmitSettings, TrainSettings, run_script
+from distill.training.config import ConfigError, run_script
 from distill.training.run import write_atomically
+from distill.training.settings import SlurmSettings, SubmitSettings, TrainSettings
 from distill.training.tracking import setup_logging
 
 log = logging.getLogger("distill")

@@ -35,7 +35,8 @@ from distill.toy.control import as_control, build_controlnet, controlled
 from distill.toy.judge import load_judge
 from distill.toy.teacher import encode_captions, teacher_folder, time_ids
 from distill.toy.world import CAPTIONS, PATTERNS, Scene, balanced_labels, coverage, draw_scene, paint
-from distill.training.config import ToyControlSettings, run_script
+from distill.training.config import run_script
+from distill.training.settings import ToyControlSettings
 from distill.training.tracking import setup_logging
 
 GRID_COLUMNS = 10

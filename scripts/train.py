@@ -24,7 +24,7 @@ from distill.models.exported import Exported, open_export
 from distill.models.families import Teacher, load_teacher
 from distill.models.latent_reward import LatentReward
 from distill.training.checkpoint import Checkpoints
-from distill.training.config import ConfigError, TrainSettings, build, checking, run_script
+from distill.training.config import ConfigError, build, checking, run_script
 from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
 from distill.training.health import Health
 from distill.training.lock import RunLock
@@ -39,6 +39,7 @@ from distill.training.run import (
     mark_finished,
     open_run,
 )
+from distill.training.settings import TrainSettings
 from distill.training.tracking import (
     SKIPPED,
     Meter,

@@ -21,8 +21,9 @@ from distill.models.families import load_teacher
 from distill.models.formats import save_unet
 from distill.models.lora import add_lora, save_lora
 from distill.training.checkpoint import _digest, _write_manifest, best_of
-from distill.training.config import ConfigError, EvaluateSettings, load
+from distill.training.config import ConfigError, load
 from distill.training.run import mark_finished
+from distill.training.settings import EvaluateSettings
 from tests.evaluation.test_metrics import TINY
 from tests.tiny import save_tiny
 from tests.training.test_export import a_run

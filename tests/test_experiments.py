@@ -26,8 +26,9 @@ from distill.methods.base import Method
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher
 from distill.models.full_size import build_unet, unet_config
-from distill.training.config import CONFIGS, TrainSettings, build, load
+from distill.training.config import CONFIGS, build, load
 from distill.training.engine import Engine, LearningRate, TrainedNetwork
+from distill.training.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEDULE = NoiseSchedule.scaled_linear()

@@ -17,8 +17,9 @@ from distill.diffusion.solver import solve
 from distill.models.exported import open_export
 from distill.models.families import load_teacher
 from distill.models.student import as_teacher
-from distill.training.config import ConfigError, SampleSettings, TrainSettings, load
+from distill.training.config import ConfigError, load
 from distill.training.export import export_run
+from distill.training.settings import SampleSettings, TrainSettings
 from scripts import make_trajectories, sample, train
 from tests.tiny import save_tiny
 

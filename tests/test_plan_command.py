@@ -15,10 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import plan  # noqa: E402
+import plan_run  # noqa: E402
 
 from distill.methods.mlcm import MLCM  # noqa: E402
-from distill.training.config import CONFIGS, ConfigError, PlanSettings, build, load  # noqa: E402
+from distill.training.config import CONFIGS, ConfigError, build, load  # noqa: E402
 from distill.training.counting import architecture  # noqa: E402
+from distill.training.settings import PlanSettings  # noqa: E402
 
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 CLUSTERS = sorted(p.stem for p in (CONFIGS / "cluster").glob("*.yaml"))
@@ -29,12 +31,12 @@ def settings(*overrides: str) -> PlanSettings:
 
 
 @pytest.fixture(scope="module")
-def run() -> plan.Run:
+def run() -> plan_run.Run:
     """The game of the toy on eight GPUs: two networks that are trained, and a teacher in the first one."""
-    return plan.prepared(settings("experiment=lightning_toy", "cluster=a100-80gb-x8", "engine=zero2"))
+    return plan_run.prepared(settings("experiment=lightning_toy", "cluster=a100-80gb-x8", "engine=zero2"))
 
 
-def changed(run: plan.Run, **changes: Any) -> plan.Run:
+def changed(run: plan_run.Run, **changes: Any) -> plan_run.Run:
     cluster = run.cfg.cluster.model_copy(update=changes.pop("cluster", {}))
     return replace(run, cfg=run.cfg.model_copy(update={"cluster": cluster, **changes}))
 
@@ -68,14 +70,14 @@ def test_the_command_prints_a_report() -> None:
 )
 def test_a_mistake_is_told(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        plan.prepared(settings("experiment=quickstart", override))
+        plan_run.prepared(settings("experiment=quickstart", override))
     assert message in str(raised.value)
 
 
 def test_what_depends_on_draws_is_not_counted_but_said() -> None:
     stage = "{segments: 8, skip: 25, iterations: 1300, source: rollout}"
     with pytest.raises(ConfigError, match="it cannot be counted"):
-        plan.prepared(settings("experiment=mlcm_toy", "cluster=laptop", f"method.stages=[{stage}]"))
+        plan_run.prepared(settings("experiment=mlcm_toy", "cluster=laptop", f"method.stages=[{stage}]"))
 
 
 def test_a_mistake_is_one_line() -> None:
@@ -91,10 +93,10 @@ def test_every_experiment_can_be_planned(experiment: str) -> None:
     cfg = settings(f"experiment={experiment}")
     built = architecture(cfg.model)
     method = build(cfg.method, schedule=built.teacher.schedule)
-    phases = list(plan.phases_of(method, cfg.max_train_steps))
+    phases = list(plan_run.phases_of(method, cfg.max_train_steps))
     assert sum(phase.steps for phase in phases) == cfg.max_train_steps
     assert len(phases) == (len(method.stages) if isinstance(method, MLCM) else 1)
-    layout, times, stored = plan.sample_of(cfg, built)
+    layout, times, stored = plan_run.sample_of(cfg, built)
     assert stored > layout.payload_bytes > len(times) * layout.state_bytes
     for phase in phases:
         method.reads(phase.first).check(times)
@@ -104,12 +106,12 @@ def test_every_experiment_can_be_planned(experiment: str) -> None:
 def test_every_cluster_is_the_size_its_name_says(cluster: str) -> None:
     found = settings(f"cluster={cluster}").cluster
     gpus = 1 if cluster == "laptop" else int(cluster.rpartition("-x")[2])
-    assert plan.ranks_of(found) == gpus
+    assert plan_run.ranks_of(found) == gpus
     if cluster != "laptop":
         assert found.gpus_per_node == 8 and cluster.split("-")[0] in found.gpu.lower()
 
 
-def test_a_game_counts_both_turns_and_what_they_ask(run: plan.Run) -> None:
+def test_a_game_counts_both_turns_and_what_they_ask(run: plan_run.Run) -> None:
     judged, drawn = run.costs("zero2", False)[0]
     assert (judged.updates, drawn.updates) == ("discriminator", "student")
     assert judged.evaluations == {"teacher": 4, "student": 1, "discriminator": 2}  # 32 steps in 8, at guidance 1
@@ -117,7 +119,7 @@ def test_a_game_counts_both_turns_and_what_they_ask(run: plan.Run) -> None:
     assert judged.with_gradient == {"discriminator": 2} and drawn.with_gradient == {"student": 1, "discriminator": 1}
 
 
-def test_zero_cuts_what_it_says_and_ddp_nothing(run: plan.Run) -> None:
+def test_zero_cuts_what_it_says_and_ddp_nothing(run: plan_run.Run) -> None:
     names = ("ddp", "zero1", "zero2", "zero3")
     ddp, one, two, three = (run.held(engine) for engine in names)
     assert one.optimizer == two.optimizer == three.optimizer == pytest.approx(ddp.optimizer / 8)
@@ -127,39 +129,39 @@ def test_zero_cuts_what_it_says_and_ddp_nothing(run: plan.Run) -> None:
     assert sent[3].gathered > 3 * sent[2].gathered > 0 == sent[0].gathered
 
 
-def test_networks_of_several_stages_are_cut_as_they_are_asked_for(run: plan.Run) -> None:
+def test_networks_of_several_stages_are_cut_as_they_are_asked_for(run: plan_run.Run) -> None:
     mixed = changed(run, engine={**run.cfg.engine, "stages": {"discriminator": 3}})
     assert run.held("zero3").weights < mixed.held("zero2").weights < run.held("zero2").weights
     assert mixed.held("zero3") == run.held("zero3")
 
 
-def test_what_does_not_fit_is_said_with_what_would(run: plan.Run) -> None:
+def test_what_does_not_fit_is_said_with_what_would(run: plan_run.Run) -> None:
     assert said(plan.verdict(run)) == "engine=zero2 fits."
     large = changed(run, global_batch_size=4096)
     room = sum(large.memory("ddp", c, large.samples) for c in (False, True)) / 2
-    tight = changed(large, cluster={"memory_gib": room / plan.GIB, "usable": 1.0})
+    tight = changed(large, cluster={"memory_gib": room / plan_run.GIB, "usable": 1.0})
     assert "engine=zero2 needs" in said(plan.verdict(tight))
     assert "take engine=ddp gradient_checkpointing=true" in said(plan.verdict(tight))
     room = sum(large.memory(e, True, large.samples // n) for e, n in (("ddp", 2), ("ddp", 1))) / 2
-    tighter = changed(large, cluster={"memory_gib": room / plan.GIB, "usable": 1.0})
+    tighter = changed(large, cluster={"memory_gib": room / plan_run.GIB, "usable": 1.0})
     assert "gradient_checkpointing=true gradient_accumulation_steps=2" in said(plan.verdict(tighter))
     none = changed(run, cluster={"memory_gib": 1e-4})
     assert "GPUs with more memory" in said(plan.verdict(none))
 
 
-def test_a_batch_that_does_not_divide_is_said_with_one_that_does(run: plan.Run) -> None:
+def test_a_batch_that_does_not_divide_is_said_with_one_that_does(run: plan_run.Run) -> None:
     odd = changed(run, global_batch_size=20)
     assert "global_batch_size=20 is no multiple of 8 GPUs x 1 micro-batches: take 16 or 24" in said(plan.verdict(odd))
     assert "24 samples a step" in said(plan.heading(odd))
 
 
-def test_a_measured_step_takes_the_place_of_the_estimate(run: plan.Run) -> None:
+def test_a_measured_step_takes_the_place_of_the_estimate(run: plan_run.Run) -> None:
     measured = changed(run, measured_step_seconds=9.0, max_train_steps=200)
     assert "A step: 9.000 s as measured; 7.1 samples/s" in said(plan.speed(measured))
     assert "200 steps: 0.50 h, 4.0 GPU hours" in said(plan.speed(measured))
 
 
-def test_twice_the_failures_and_rarer_checkpoints_lose_more(run: plan.Run) -> None:
+def test_twice_the_failures_and_rarer_checkpoints_lose_more(run: plan_run.Run) -> None:
     slow = changed(run, measured_step_seconds=60.0)
     worse = changed(slow, cluster={"node_mtbf_hours": 5.0})
     assert "% of the time is lost to saving and failures" in said(plan.verdict(worse))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from distill.diffusion.schedule import NoiseSchedule
-from distill.training.config import CONFIGS, ConfigError, TrainSettings, build, load
+from distill.training.config import CONFIGS, ConfigError, build, load
+from distill.training.settings import TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import train  # noqa: E402

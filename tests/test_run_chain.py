@@ -21,7 +21,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from distill.training.chain import links_of
-from distill.training.config import ConfigError, RunChainSettings, load
+from distill.training.config import ConfigError, load
+from distill.training.settings import RunChainSettings
 from tests.test_user_commands import PROMPTS, ROOT, run
 from tests.tiny import save_tiny
 

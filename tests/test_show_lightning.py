@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from distill.training.chain import Link, links_of
-from distill.training.config import RunChainSettings, ShowSettings, load
+from distill.training.config import load
+from distill.training.settings import RunChainSettings, ShowSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))

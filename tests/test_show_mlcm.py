@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from distill.evaluation.seeds import over_seeds
-from distill.training.config import ConfigError, ShowMLCMSettings, load
+from distill.training.config import ConfigError, load
+from distill.training.settings import ShowMLCMSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))

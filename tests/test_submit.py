@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill.training.config import ConfigError, SubmitSettings, TrainSettings, given, load
+from distill.training.config import ConfigError, given, load
+from distill.training.settings import SubmitSettings, TrainSettings
 from tests.test_user_commands import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -16,8 +16,8 @@ from yaml import YAMLError
 from distill.diffusion.prediction import Prediction
 from distill.models.formats import LORA_FORMATS
 from distill.models.schedulers import scheduler_settings
-from distill.training.config import DataSettings, ModelSettings
 from distill.training.export import Export
+from distill.training.settings import DataSettings, ModelSettings
 
 log = logging.getLogger(__name__)
 

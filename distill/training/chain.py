@@ -13,18 +13,17 @@ from distill.data.reader import read_index
 from distill.data.record import StoreError
 from distill.data.storage import Folder
 from distill.training.checkpoint import Checkpoints
-from distill.training.config import (
+from distill.training.config import ConfigError, load
+from distill.training.export import FACTS, check_formats
+from distill.training.run import checkpoints_of, finished, write_atomically
+from distill.training.settings import (
     READERS,
     ChainSettings,
-    ConfigError,
     EvaluateSettings,
     LinkSettings,
     SampleSettings,
     TrainSettings,
-    load,
 )
-from distill.training.export import FACTS, check_formats
-from distill.training.run import checkpoints_of, finished, write_atomically
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher,
 from distill.models.folder import read_json
 from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import TEACHING, add_lora
-from distill.training.config import CONFIGS, ConfigError, ModelSettings, TrainSettings, build
+from distill.training.config import CONFIGS, ConfigError, build
+from distill.training.settings import ModelSettings, TrainSettings
 
 PUBLISHED = ("sd15", "sdxl", "ssd1b")
 """Models of `configs/model/` whose sizes are known without a download."""

@@ -26,8 +26,9 @@ from distill.models.families import load_teacher
 from distill.models.formats import LORA_FORMATS, save_pipeline, save_unet
 from distill.models.schedulers import make_scheduler
 from distill.training.checkpoint import read_weights
-from distill.training.config import ConfigError, TrainSettings, build, checking
+from distill.training.config import ConfigError, build, checking
 from distill.training.run import checkpoints_of, read_run
+from distill.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from distill.data import tar
 from distill.data.reader import plan_reads
 from distill.data.record import Layout, describe, encode
-from distill.training.config import ClusterSettings
 from distill.training.counting import Cost
+from distill.training.settings import ClusterSettings
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
 BUCKET = 5 * 10**8

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import yaml
 
-from distill.training.config import ConfigError, TrainSettings, checking, read_settings, read_yaml
+from distill.training.config import ConfigError, checking, read_settings, read_yaml
+from distill.training.settings import TrainSettings
 
 PACKAGES = ("distill", "torch", "accelerate", "deepspeed", "diffusers", "peft", "transformers", "numpy", "safetensors")
 # What launchers, schedulers and libraries are told through variables; never one that may hold a secret.

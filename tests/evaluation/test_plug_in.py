@@ -24,7 +24,8 @@ from distill.models.lora import add_lora, save_lora
 from distill.toy.judge import load_judge
 from distill.toy.styles import UPRIGHT
 from distill.toy.teacher import teacher_folder
-from distill.training.config import ConfigError, PlugInSettings, load
+from distill.training.config import ConfigError, load
+from distill.training.settings import PlugInSettings
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import plug_in  # noqa: E402

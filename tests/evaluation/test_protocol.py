@@ -18,7 +18,8 @@ from distill.evaluation.metrics import ScoreMetric
 from distill.evaluation.protocol import METRICS, MetricScorer, Protocol, Reference, build_scorer
 from distill.evaluation.reference import Statistics
 from distill.evaluation.report import format_table, write_report
-from distill.training.config import CONFIGS, EvaluateSettings, load
+from distill.training.config import CONFIGS, load
+from distill.training.settings import EvaluateSettings
 from tests.evaluation.test_metrics import pictures, quarters, save
 from tests.evaluation.world import comparison
 

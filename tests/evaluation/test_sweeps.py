@@ -21,7 +21,8 @@ from distill.evaluation.sweeps import Models, Sweep, Way, guidance_sweep, lora_s
 from distill.models.lora import add_lora, save_lora
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS, balanced_labels, render
-from distill.training.config import ConfigError, ModelSettings, SampleSettings, load
+from distill.training.config import ConfigError, load
+from distill.training.settings import ModelSettings, SampleSettings
 from tests.tiny import FAMILIES, save_tiny, tiny_pipeline, tiny_unet
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))

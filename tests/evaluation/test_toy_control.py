@@ -15,7 +15,8 @@ from distill.evaluation.pipelines import load_pipeline
 from distill.evaluation.uses import Way
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import balanced_labels, draw_scene, paint
-from distill.training.config import ConfigError, ToyControlSettings, load
+from distill.training.config import ConfigError, load
+from distill.training.settings import ToyControlSettings
 from tests.evaluation.test_plug_in import random_lora
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))

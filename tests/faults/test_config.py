@@ -11,14 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill.training.config import (
-    MAX_SETTINGS_BYTES,
-    ConfigError,
-    TrainSettings,
-    load,
-    read_settings,
-    run_script,
-)
+from distill.training.config import MAX_SETTINGS_BYTES, ConfigError, load, read_settings, run_script
+from distill.training.settings import TrainSettings
 from tests.faults.conftest import Outcome
 from tests.faults.ranks import ROOT
 

@@ -16,7 +16,8 @@ from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
 from distill.methods.base import Method
 from distill.training.chain import Link, links_of, one_of, seconds_left
-from distill.training.config import CONFIGS, ChainSettings, ConfigError, RunChainSettings, build, load
+from distill.training.config import CONFIGS, ConfigError, build, load
+from distill.training.settings import ChainSettings, RunChainSettings
 
 CHAINS = sorted(path.stem for path in (CONFIGS / "chain").glob("*.yaml"))
 STORE = {"name": "store", "script": "make_trajectories"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from distill.training.config import CONFIGS, TrainSettings, load
+from distill.training.config import CONFIGS, load
+from distill.training.settings import TrainSettings
 
 GIVEN = ["output_dir=runs/a", "data.store=store"]
 

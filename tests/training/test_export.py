@@ -32,10 +32,11 @@ from distill.models.families import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
 from distill.training.card import base_licence
 from distill.training.checkpoint import Checkpoints
-from distill.training.config import ConfigError, ExportSettings, ModelSettings, TrainSettings, build, load
+from distill.training.config import ConfigError, build, load
 from distill.training.engine import Engine, TrainedNetwork
 from distill.training.export import export_run, published, require_login
 from distill.training.run import checkpoints_of, open_run, read_run
+from distill.training.settings import ExportSettings, ModelSettings, TrainSettings
 from scripts.export import main
 from scripts.train import settled
 from tests.tiny import FAMILIES, save_tiny

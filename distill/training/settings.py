@@ -1,0 +1,478 @@
+"""What the settings of each script are: the checked form of the files in `configs/`, key by key.
+
+`distill/training/config.py` composes, checks and builds them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from distill.training.config import Settings, check_component, suggest
+
+
+def check_number(value: Any) -> Any:
+    """Refuses true and false, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "input should be a number")
+    return value
+
+
+Component = Annotated[dict[str, Any], AfterValidator(check_component)]
+Number = Annotated[float, BeforeValidator(check_number), Field(allow_inf_nan=False)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Natural = Annotated[int, Field(ge=0, strict=True)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+
+
+def check_several(count: int) -> int:
+    """Raises ValueError for 1: what is compared is none, or two or more."""
+    if count == 1:
+        raise ValueError("must be 0, or 2 or more: one has nothing to be compared with")
+    return count
+
+
+Several = Annotated[Natural, AfterValidator(check_several)]
+
+
+class ModelSettings(Settings):
+    """The teacher: a diffusers pipeline folder or hub id. `resolution` in pixels; null takes the teacher's own."""
+
+    pretrained_model_name_or_path: str
+    revision: str | None = None
+    variant: str | None = None
+    resolution: Positive | None = None
+
+
+class DataSettings(Settings):
+    """The store: how it is written (all but the last two) and read.
+
+    `guidance` is the teacher's w in `uncond + w (cond - uncond)`: a number, or a range [w_min, w_max] that every
+    trajectory draws its own from; null where nothing was solved. `keep` is all, milestones (the edges of `segments`
+    equal segments), or times.
+
+    From pictures (`data=images`): `images` are tars or a folder, `min_size` is pixels of the shorter side (null: the
+    teacher's resolution), `max_aspect_ratio` longer over shorter side, `vae` an autoencoder in place of the teacher's,
+    `prompt_column` names the caption in JSON, and `num_samples` null takes them all.
+    """
+
+    store: str
+    prompts: str | None = None
+    prompt_column: str | None = None
+    images: str | None = None
+    min_size: Positive | None = None
+    max_aspect_ratio: Annotated[Number, Field(ge=1)] = 2.0
+    crop: Literal["center", "random"] = "center"
+    vae: str | None = None
+    num_samples: Positive | None = 2000
+    samples_per_shard: Positive = 100
+    solver: Literal["ddim", "heun", "dpmpp_2m"] = "ddim"
+    solver_steps: Positive = 50
+    guidance: (
+        Annotated[Number, Field(ge=0)] | tuple[Annotated[Number, Field(ge=0)], Annotated[Number, Field(ge=0)]] | None
+    )
+    keep: Literal["all", "milestones"] | list[Natural] = "all"
+    segments: Positive = 8
+    dtype: Literal["float16", "float32"] = "float16"
+    batch_size: Positive = 8
+    max_bad_fraction: Fraction = 0.0
+    verify_on_first_read: bool = False
+
+
+class TrainSettings(Settings):
+    """All of `configs/train.yaml`, which `train.py` and `make_trajectories.py` share."""
+
+    model: ModelSettings
+    data: DataSettings
+    method: Component
+    student: Component
+    optimizer: Component
+    engine: Component
+    networks: dict[str, Component] = {}
+    reward: Component | None = None
+    reward_batch_size: Positive = 1
+    perceptual: Component | None = None
+    teacher: str | None = None
+    start: str | None = None
+    health: Component = {"_target_": "distill.training.health.Health"}
+    output_dir: str
+    seed: Natural
+    max_train_steps: Positive
+    global_batch_size: Positive
+    gradient_accumulation_steps: Positive
+    learning_rate: Annotated[Number, Field(gt=0)]
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"]
+    lr_warmup_steps: Natural
+    max_grad_norm: Annotated[Number, Field(gt=0)] | None
+    mixed_precision: Literal["no", "bf16"]
+    gradient_checkpointing: bool
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None
+    lora_rank: Positive
+    lora_alpha: Annotated[Number, Field(gt=0)]
+    dataloader_num_workers: Natural
+    resume_from_checkpoint: str | Natural | None
+    checkpointing_steps: Positive
+    checkpoints_total_limit: Positive | None
+    preemption_signals: Annotated[list[str], Field(min_length=1)] = ["SIGTERM", "SIGUSR1"]
+    watchdog_minutes: Annotated[Number, Field(gt=0)] | None = 30
+    validation_prompts: list[str] | str | None
+    validation_steps: Positive
+    validation_sampling_steps: Positive
+    validation_guidance: Annotated[Number, Field(ge=0)] = 7.5  # runs of before it existed have none
+    validation_diversity_seeds: Several = 0
+    validation_teacher_steps: Natural = 0
+    validation_reward: Component | None = None
+    report_to: list[Literal["jsonl", "wandb", "tensorboard"]] | Literal["jsonl", "wandb", "tensorboard"]
+    log_every: Positive
+
+
+class ClusterSettings(Settings):
+    """A file of `configs/cluster/`: machines, a process a GPU; GiB are 2^30 bytes, GB and tera powers of ten.
+
+    `usable` is the share of a GPU's memory for tensors, `mfu` the share of its arithmetic that a training step reaches,
+    `link_efficiency` that of its links; the latter are of one direction.
+    """
+
+    gpu: str
+    nodes: Positive
+    gpus_per_node: Positive
+    memory_gib: Annotated[Number, Field(gt=0)]
+    usable: Annotated[Number, Field(gt=0, le=1)]
+    tflops: Annotated[Number, Field(gt=0)]
+    tflops_float32: Annotated[Number, Field(gt=0)]
+    mfu: Annotated[Number, Field(gt=0, le=1)]
+    node_link_gb_s: Annotated[Number, Field(gt=0)]
+    network_gb_s: Annotated[Number, Field(gt=0)]
+    link_efficiency: Annotated[Number, Field(gt=0, le=1)]
+    read_gb_s: Annotated[Number, Field(gt=0)]
+    write_gb_s: Annotated[Number, Field(gt=0)]
+    node_mtbf_hours: Annotated[Number, Field(gt=0)]
+    restart_minutes: Annotated[Number, Field(ge=0)]
+
+
+class PlanSettings(TrainSettings):
+    """`configs/plan.yaml`: a training run's settings, and where it is to run."""
+
+    cluster: ClusterSettings
+    measured_step_seconds: Annotated[Number, Field(gt=0)] | None
+
+
+class SampleSettings(Settings):
+    """`configs/sample.yaml`: pictures from a pipeline, with or without a LoRA, or from a run, or a sweep over them."""
+
+    model: ModelSettings
+    run: str | None
+    lora: str | None
+    lora_scale: Number
+    prompts: str | list[str]
+    negative_prompt: str | None
+    sweep: Literal["steps", "guidance", "lora"] | None
+    steps: Positive | list[Positive] | None
+    guidance: Annotated[Number, Field(ge=0)] | list[Annotated[Number, Field(ge=1)]] | None
+    sampler: Literal["lcm", "euler", "ddim", "heun", "dpmpp_2m"] | None
+    spacing: Literal["lcm", "trailing", "leading", "milestones"] | None
+    teacher: str | None
+    teacher_steps: Positive
+    teacher_guidance: Annotated[Number, Field(ge=0)]
+    num_images_per_prompt: Positive
+    batch_size: Positive
+    seed: Natural
+    output_dir: str
+
+
+class PlugInSettings(Settings):
+    """`configs/plug_in.yaml`: the toy LCM-LoRA on a fine-tuned teacher and beside a style LoRA."""
+
+    lora: str
+    output_dir: str
+    n: Annotated[int, Field(ge=100, strict=True)]
+    steps: list[Positive]
+    weights: list[Number]
+    teacher_steps: Positive
+    guidance: Annotated[Number, Field(ge=0)]
+    guidances: list[Annotated[Number, Field(ge=0)]]
+    fine_tune_steps: Positive
+    style_steps: Positive
+    style_rank: Positive
+    style_alpha: Annotated[Number, Field(gt=0)]
+    pictures: Positive
+    train_batch_size: Positive
+    batch_size: Positive
+    seed: Natural
+
+
+class ToyControlSettings(Settings):
+    """`configs/toy_control.yaml`: the toy LCM-LoRA under a ControlNet of its teacher, and from pictures."""
+
+    lora: str
+    output_dir: str
+    n: Annotated[int, Field(ge=100, strict=True)]
+    steps: Annotated[list[Positive], Field(min_length=1)]
+    strength: Annotated[Number, Field(gt=0, le=1)]
+    teacher_steps: Positive
+    guidance: Annotated[Number, Field(ge=0)]
+    guidances: Annotated[list[Annotated[Number, Field(ge=0)]], Field(min_length=1)]
+    control_steps: Positive
+    pictures: Positive
+    train_batch_size: Positive
+    batch_size: Positive
+    seed: Natural
+
+
+def check_repository(name: str | None) -> str | None:
+    """Raises ValueError for what cannot be the name of a repository on the hub; None is no repository."""
+    if name is not None:
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            name = ""
+        if name.count("/") != 1:
+            raise ValueError("must be organisation/name, of letters, digits, '-', '_' and '.', or null")
+    return name
+
+
+Repository = Annotated[str | None, AfterValidator(check_repository)]
+
+
+class ExportSettings(Settings):
+    """`configs/export.yaml`: files that other people's programs load, from a run's checkpoint."""
+
+    run: str
+    checkpoint: str | Natural
+    use_ema: bool
+    output_dir: str
+    formats: Annotated[list[str], Field(min_length=1)] | None
+    dtype: Literal["float16", "bfloat16", "float32"]
+    card_prompts: list[str] | None
+    metrics: str | None
+    push_to_hub: Repository
+    hub_private: bool
+
+
+class EvaluatedModelSettings(Settings):
+    """The teacher, as in `ModelSettings`; null is the student's own."""
+
+    pretrained_model_name_or_path: str | None
+    revision: str | None
+    variant: str | None
+
+
+class ProtocolSettings(Settings):
+    """A file of `configs/protocol/`; see `distill.evaluation.protocol.Protocol`.
+
+    `prompts` null are the toy's captions; `resolution` null is the teacher's; of `tuning_n` 0 no teacher is tuned.
+    """
+
+    name: str
+    used_by: str
+    prompts: str | None
+    n: Positive
+    resolution: Positive | None
+    reference: str | None
+    matching: bool
+    shown_at: Positive | None
+    clip: str | None
+    clip_weights: str | None
+    clip_prefix: str
+    metrics: Annotated[list[str], Field(min_length=1)]
+    tuning_n: Natural
+    tuning_guidances: list[Annotated[Number, Field(ge=0)]]
+
+
+class WeightsSettings(Settings):
+    """What metrics are loaded from: files or hub ids."""
+
+    inception: str | None
+    clip: str | None
+    aesthetic: str | None
+    aesthetic_clip: str | None
+    image_reward: str | None
+    bert_tokenizer: str | None
+    hps: str | None
+    pickscore: str | None
+    pickscore_tokenizer: str | None
+
+
+class EvaluateSettings(Settings):
+    """`configs/evaluate.yaml`: a student beside its teacher, or a teacher alone, by a protocol."""
+
+    protocol: ProtocolSettings
+    model: EvaluatedModelSettings
+    student: str | None
+    watch: str | None
+    watch_metric: str
+    watch_seconds: Positive
+    guidance: Annotated[Number, Field(ge=0)] | None
+    steps: Annotated[list[Positive], Field(min_length=1)] | None
+    samplers: Annotated[list[str], Field(min_length=1)] | None
+    guidances: Annotated[list[Annotated[Number, Field(ge=0)]], Field(min_length=1)] | None
+    teacher_steps: Positive
+    n: Positive | None
+    store: str | None
+    store_samples: Positive
+    weights: WeightsSettings
+    dtype: Literal["float16", "bfloat16", "float32"]
+    batch_size: Positive
+    block_size: Positive
+    output_dir: str
+
+
+class ReportSettings(Settings):
+    """`configs/report.yaml`: evaluations on one page."""
+
+    evaluations: Annotated[list[str], Field(min_length=1)]
+    output_dir: str
+
+
+class ScoreRewardSettings(Settings):
+    """`configs/score_reward.yaml`: the checkpoints of toy runs, by a reward and by the judge."""
+
+    reward: Component
+    run: str | Annotated[list[str], Field(min_length=1)]
+    output_dir: str
+    steps: Positive
+    n: Annotated[int, Field(ge=100, strict=True)]
+    batch_size: Positive
+
+
+class ShowSettings(Settings):
+    """`configs/show_lightning.yaml`: students of several kinds on the toy world, with several seeds."""
+
+    output_dir: str
+    overrides: list[str]
+    seeds: Annotated[list[Natural], Field(min_length=1)]
+    n: Annotated[int, Field(ge=100, strict=True)]
+    tuning_n: Annotated[int, Field(ge=100, strict=True)]
+    guidances: list[Annotated[Number, Field(ge=0)]]
+    batch_size: Positive
+
+
+class ShowMLCMSettings(ShowSettings):
+    """`configs/show_mlcm.yaml`: MLCM-LoRA beside LCM-LoRA on the toy world."""
+
+    steps: list[Positive]
+
+
+READERS = ("verify_shards", "evaluate", "sample")
+
+
+class LinkSettings(Settings):
+    """A link of a chain: a run of `script` with `overrides`, of the chain's experiment or, for one that only looks at
+    what was made, of its own settings.
+
+    A training run is exported when it is finished, in the formats `export` (null: its student's usual ones); `teacher`
+    and `start` name the earlier links whose exports become those settings of it. `evaluate` and `sample` look at the
+    earlier link `run`, `verify_shards` at the store before it. With `seeds` there is a link for each, "NAME-SEED".
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    script: Literal["train", "make_trajectories", "verify_shards", "evaluate", "sample"] = "train"
+    overrides: list[str] = []
+    teacher: str | None = None
+    start: str | None = None
+    run: str | None = None
+    export: Annotated[list[str], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Natural], Field(min_length=1)] | None = None
+
+
+def each_seed(links: list[LinkSettings]) -> list[LinkSettings]:
+    """With a link for each of its seeds in the place of one that has them."""
+
+    def seeded(link: LinkSettings, seed: int) -> LinkSettings:
+        given = {"name": f"{link.name}-{seed}", "overrides": [*link.overrides, f"seed={seed}"], "seeds": None}
+        return link.model_copy(update=given)
+
+    return [one for link in links for one in ([seeded(link, s) for s in link.seeds] if link.seeds else [link])]
+
+
+def check_links(links: list[LinkSettings]) -> list[LinkSettings]:
+    """Raises ValueError for a name that is given twice, or a link that builds on none of those before it."""
+    names = [link.name for link in links]
+    for i, link in enumerate(links):
+        before = [other.name for other in links[:i] if other.script == "train"]
+        if link.name in names[:i]:
+            raise ValueError(f"two links are called {link.name!r}")
+        if link.script != "train" and (link.start or link.export):
+            raise ValueError(f"{link.name}: start and export are for links with script: train")
+        if link.script in READERS and link.teacher:
+            raise ValueError(f"{link.name}: teacher is for links that train, or make trajectories")
+        if (link.script in ("evaluate", "sample")) != (link.run is not None):
+            raise ValueError(f"{link.name}: run is for links with script: evaluate or sample, which need it")
+        if link.script == "verify_shards" and link.overrides:
+            raise ValueError(f"{link.name}: verify_shards has no settings to override")
+        if link.script == "verify_shards" and not any(other.script == "make_trajectories" for other in links[:i]):
+            raise ValueError(f"{link.name}: no link before it writes a store that it could verify")
+        for key, name in {"teacher": link.teacher, "start": link.start, "run": link.run}.items():
+            if name in names[i:]:
+                raise ValueError(f"{link.name}: {key} {name!r} is not before it in the chain")
+            if name is not None and name not in before:
+                allowed = ", ".join(before) or "none, it is the first"
+                raise ValueError(f"{link.name}: no {key} {name!r}{suggest(name, before)}; allowed: {allowed}")
+    return links
+
+
+class ChainSettings(Settings):
+    """A file of `configs/chain/`: links, in the order in which they are run."""
+
+    experiment: str
+    links: Annotated[list[LinkSettings], Field(min_length=1), AfterValidator(each_seed), AfterValidator(check_links)]
+
+
+Strings = list[str]  # `list` is one of the settings
+
+
+class RunChainSettings(Settings):
+    """`configs/run_chain.yaml`: the links of a chain, one after another."""
+
+    chain: ChainSettings
+    output_dir: str
+    overrides: Strings
+    launch: str | None
+    link: str | None
+    list: bool
+
+
+def like(pattern: str, what: str) -> BeforeValidator:
+    """Refuses what does not match, whole, and says what would."""
+
+    def check(value: Any) -> Any:
+        if value is not None and (not isinstance(value, str) or not re.fullmatch(pattern, value)):
+            raise ValueError(f"{value!r} is not {what}")
+        return value
+
+    return BeforeValidator(check)
+
+
+Word = Annotated[str | None, like(r"[\w.-]+", "a name")]
+Memory = Annotated[str | None, like(r"\d+[MGT]", "an amount of memory such as 200G")]
+Duration = Annotated[str | None, like(r"(\d+-)?\d+:\d\d:\d\d", "a time such as 12:00:00 or 2-00:00:00")]
+Option = Annotated[str, like(r"--[a-z][a-z-]*(=\S+)?", "an option of sbatch such as --qos=high")]
+
+
+class SlurmSettings(Settings):
+    """Of a job: `slurm` in `configs/submit.yaml`. What is null is left to the cluster."""
+
+    script: Literal["train", "make_trajectories"]
+    nodes: Positive
+    gpus_per_node: Positive | None
+    processes_per_node: Positive | None
+    cpus_per_task: Positive | None
+    mem: Memory
+    time: Duration
+    partition: Word
+    account: Word
+    array: Positive | None
+    options: list[Option]
+    grace_seconds: Annotated[int, Field(ge=90, strict=True)]
+    max_failures: Natural
+
+
+class SubmitSettings(TrainSettings):
+    """`configs/submit.yaml`: a run, and the job that it is to be."""
+
+    slurm: SlurmSettings
+    dry_run: bool
