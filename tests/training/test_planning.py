@@ -172,7 +172,7 @@ def test_a_stored_sample_has_the_planned_size(tmp_path: Path) -> None:
 
 
 def test_the_published_sample_of_sdxl_takes_what_the_reader_was_measured_to_take() -> None:
-    """5.43 MiB with 41 states, and 0.55 MiB of it read for two: the README's, of a store that was written."""
+    """5.43 MiB with 41 states, and 0.55 MiB of it read for two, as docs/mlcm.md says, of a store that was written."""
     text = {"encoder_hidden_states": torch.zeros(77, 2048).half(), "text_embeds": torch.zeros(1280).half()}
     layout: Layout = sample_layout(torch.zeros(41, 4, 128, 128).half(), range(40, -1, -1), text)
     assert stored_bytes(layout, {"prompt": ""}) / 2**20 == pytest.approx(5.43, abs=0.01)
