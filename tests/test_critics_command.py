@@ -15,8 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_user_commands import PROMPTS, ROOT, run
-from tests.tiny import save_tiny
+from tests.test_user_commands import ROOT, run, write_store
 
 CONSISTENCY = "{segments: 1, skip: 20, iterations: 3}"
 FROM_STUDENT = "segments: 1, grid: 8, skip: 125, source: student, student_steps: 2"
@@ -26,17 +25,7 @@ CRITICS = f"{{{FROM_STUDENT}, matching: 0.5, adversarial: 0.5, iterations: 5}}"
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A store of a tiny SDXL-shaped teacher, and a method of two stages on it."""
-    folder = tmp_path_factory.mktemp("critics")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    common = [
-        "experiment=lcm_lora_sdxl",
-        f"model.pretrained_model_name_or_path={save_tiny(folder / 'teacher', 'sdxl')}",
-        f"data.prompts={folder}/prompts.txt",
-        f"data.store={folder}/store",
-        "data.num_samples=12",
-        "mixed_precision=no",
-    ]
-    run(sys.executable, "scripts/make_trajectories.py", *common)
+    common = write_store(tmp_path_factory.mktemp("critics"))
     method = ["method=mlcm_critics", f"method.stages=[{CONSISTENCY},{CRITICS}]", "max_train_steps=8"]
     sizes = ["global_batch_size=4", "lora_rank=2", "lora_alpha=2", "lr_warmup_steps=0", "log_every=1", "ema_decay=0.9"]
     return [*common, *method, *sizes, "checkpointing_steps=4", "gradient_checkpointing=true"]

@@ -101,10 +101,8 @@ def test_four_commands_from_prompts_to_pictures(family: str, processes: int, tmp
     assert _difference(before, drawn[1]) > 1
 
 
-@pytest.fixture(scope="module")
-def xl(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings of a tiny SDXL-shaped teacher whose store is written."""
-    folder = tmp_path_factory.mktemp("xl")
+def write_store(folder: Path) -> list[str]:
+    """A tiny SDXL-shaped teacher and its store in `folder`; the settings that name them."""
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     settings = [
         "experiment=lcm_lora_sdxl",
@@ -116,6 +114,11 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
     run(sys.executable, "scripts/make_trajectories.py", *settings)
     return settings
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_store(tmp_path_factory.mktemp("xl"))
 
 
 @pytest.mark.distributed

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill.data.progress import Progress
 from distill.diffusion.random import generator
+from distill.evaluation import report
 from distill.evaluation.cache import Cache, weights_hash
 from distill.evaluation.compare import WORK, Row, Setting, seeds_of
 from distill.evaluation.pipelines import draw, use_adapters, use_sampler
@@ -19,18 +20,9 @@ from distill.evaluation.toy import JudgeScorer
 from distill.toy.styles import Style
 from distill.toy.world import labels_of
 
-COLUMNS = {  # row key: heading, format
-    "model": ("model", "{}"),
-    "weight": ("style's weight", "{:g}"),
-    "sampler": ("sampler", "{}"),
-    "spacing": ("times", "{}"),
-    "steps": ("steps", "{}"),
-    "guidance": ("w", "{:g}"),
-    "nfe": ("NFE", "{}"),
-    "caption_accuracy": ("captions right", "{:.3f}"),
-    "style": ("style", "{:.3f}"),
-    "frechet": ("Fréchet", "{:.3f}"),
-}
+OWN = {"weight": ("style's weight", "{:g}"), "style": ("style", "{:.3f}")}
+ORDER = "model weight sampler spacing steps guidance nfe caption_accuracy style frechet".split()
+COLUMNS = {key: (report.COLUMNS | OWN)[key] for key in ORDER}  # row key: heading, format
 
 
 @dataclass(frozen=True)
