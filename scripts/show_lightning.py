@@ -30,7 +30,8 @@ from distill.models.families import load_teacher
 from distill.models.student import FullStudent
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
-from distill.training.config import ShowSettings, run_script
+from distill.training.config import run_script
+from distill.training.settings import ShowSettings
 from distill.training.tracking import setup_logging
 
 CHAIN = "lightning_compare"
@@ -56,7 +57,7 @@ class Student:
         return Setting("student", "ddim", self.steps)
 
 
-STUDENTS = [Student(kind, steps) for steps in (8, 4, 2, 1) for kind in "mevc" if kind != "c" or steps <= 2]
+STUDENTS = [Student(kind, steps) for steps in (8, 4, 2, 1) for kind in "mevc" if kind != "c" or steps == 1]
 Comparisons = dict[tuple[Student, int], Comparison]
 
 
@@ -112,7 +113,7 @@ def table(comparisons: Comparisons, cfg: ShowSettings) -> list[Row]:
 def differences(comparisons: Comparisons, scorer: JudgeScorer, cfg: ShowSettings) -> list[Row]:
     """Each game's metrics less those of as much time of mean squared error, and one game's less the other's."""
     pairs = [(s, Student("e", s.steps)) for s in STUDENTS if s.kind in "vc"]
-    pairs += [(Student("c", steps), Student("v", steps)) for steps in (2, 1)]
+    pairs += [(Student("c", 1), Student("v", 1))]
 
     def apart(a: Student, b: Student, seed: int) -> Row:
         return difference(scorer, *(comparisons[s, seed].measured(s.setting) for s in (a, b)))
@@ -134,8 +135,8 @@ def write(output: Path, cfg: ShowSettings, rows: list[Row], apart: list[Row]) ->
     paired = format_table(apart, title | {k: columns[k] for k in ("steps", *PAIRED)})
     print(f"{text}\n\n{paired}")
     about = f"""n = {cfg.n} pictures a row and seed. The seeds, {len(cfg.seeds)}, are those of the training that is
-compared; of one number of steps all begin with one student. ± is the standard error of the mean, over pictures or over
-seeds, whichever is greater. Sharpness: high-frequency energy relative to real pictures.
+compared; of one number of steps all begin with one student, of 2 steps a LoRA of rank 1. ± is the standard error of the
+mean, over pictures or over seeds, whichever is greater. Sharpness: high-frequency energy relative to real pictures.
 Diversity: variance of features within a caption, relative to real pictures. Teacher consistency: mean squared
 difference of the final latents from the teacher's at 50 steps, from the same noise."""
     of_differences = """Of two students that draw the same prompts from the same noise: what these do to both cancels,

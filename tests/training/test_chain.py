@@ -136,10 +136,12 @@ def test_lightnings_chain_is_the_papers(name: str) -> None:
         assert link.settings.networks["discriminator"]["conditional"] == link.name.endswith("-cond")
         assert link.settings.optimizer["betas"] == ([0.0, 0.99] if game else [0.9, 0.999])
         assert link.settings.optimizer["weight_decay"] == 0
-        if name != "lightning_toy":
+        every = link.settings.method["student_steps"] <= 2
+        if name == "lightning_toy":  # its games are too short to spend on times that are not drawn from
+            every = "Convert" in link.settings.method["_target_"]
+        else:
             assert link.settings.learning_rate == (1e-5 if not game else 1e-6 if lora else 5e-7)
-        if link.settings.method["student_steps"] <= 2:
-            assert link.settings.method["times"] == [250, 500, 750, 1000]
+        assert link.settings.method["times"] == ([250, 500, 750, 1000] if every else None)
     starts = [Path(link.settings.start).parent.name for link in trained if link.settings.start]
     loras = [link.name for link in trained if "-lora" in link.name]
     assert all(start in starts for start, _ in pairwise(loras))  # each goes on from the one before
