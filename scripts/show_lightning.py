@@ -1,6 +1,6 @@
 """The adversarial game beside mean squared error on the toy world, in 8, 4, 2 steps and 1, with several seeds:
 
-python scripts/show_lightning.py            # about 130 CPU minutes; killed and started again, it goes on
+python scripts/show_lightning.py            # about 200 CPU minutes; killed and started again, it goes on
 
 A chain (configs/chain/lightning_compare.yaml) makes students by mean squared error until more of it gains little. Each
 of them goes on, with each seed, in two or three ways that take about as long: more of the same, or the game. All draw
