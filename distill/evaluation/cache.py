@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from distill.models.files import save_file
 
 log = logging.getLogger(__name__)
 POLL_SECONDS, SAY_SECONDS, PATIENCE_SECONDS = 0.2, 30.0, 2 * 3600.0

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.data import tar
 from distill.data.images import ENDINGS
 from distill.data.progress import Progress
 from distill.data.prompts import find_files
+from distill.models.files import save_file
 
 BATCH = 32
 FORMATS = ("JPEG", "PNG", "WEBP")

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.diffusion.prediction import Prediction
 from distill.models.families import Teacher
+from distill.models.files import save_file
 from distill.models.formats import rounded
 from distill.models.lora import lora_config, lora_state_dict
 

@@ -19,10 +19,10 @@ from diffusers.models import UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.diffusion.random import generator
+from distill.models.files import save_file
 from distill.models.formats import rounded
 
 LCM_LORA_TARGETS: tuple[str, ...] = (

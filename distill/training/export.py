@@ -23,6 +23,7 @@ from distill.data.storage import sync_folder
 from distill.methods.sampling import Sampling
 from distill.models.exported import FACTS
 from distill.models.families import load_teacher
+from distill.models.files import share
 from distill.models.formats import LORA_FORMATS, save_pipeline, save_unet
 from distill.models.schedulers import make_scheduler
 from distill.training.checkpoint import read_weights
@@ -221,6 +222,7 @@ def published(output_dir: str | Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        share(aside)
         _seal(aside)
         _require_replaceable(final)
         _replace(final, aside)

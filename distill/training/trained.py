@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from distill.models.ema import average_
+from distill.models.files import save_file
 from distill.training.elastic import OPTIMIZER, WholeState
 from distill.training.writing import Writes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.diffusion.guidance import guided
@@ -20,6 +20,7 @@ from distill.diffusion.solver import make_times
 from distill.methods.base import Method
 from distill.methods.sampling import Sampling, sample, starting_noise
 from distill.models.families import Teacher
+from distill.models.files import save_file
 from distill.models.rewards import Reward
 from distill.training.engine import Engine
 from distill.training.health import DIVERSITY
