@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from train import others_of
-
+from distill.commands.train import others_of
 from distill.diffusion.random import Context, generator
 from distill.methods.base import Method
 from distill.training.config import CONFIGS, build, load

@@ -1,24 +1,6 @@
-"""Puts finished evaluations beside each other on one page:
+"""Launches `distill.commands.report`, which says what it does."""
 
-python scripts/report.py evaluations=[outputs/a,outputs/b] output_dir=outputs/a_and_b
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-from distill.evaluation.together import write_together
-from distill.training.config import ConfigError, run_script
-from distill.training.settings import ReportSettings
-
-
-def main(cfg: ReportSettings) -> None:
-    reports = {Path(folder).resolve().name: Path(folder) / "report" for folder in cfg.evaluations}
-    if len(reports) < len(cfg.evaluations):
-        raise ConfigError(f"evaluations are named by their folders, and two are called alike: {', '.join(reports)}")
-    write_together(Path(cfg.output_dir) / "report", reports)
-    print(f"report: {cfg.output_dir}/report/index.html")
-
+from distill.commands.report import run
 
 if __name__ == "__main__":
-    run_script(main, "report", ReportSettings)
+    run()

@@ -1,58 +1,6 @@
-"""Checks a trajectory store from end to end: sizes, sha256, tar structure, every sample's schema and numbers.
+"""Launches `distill.commands.verify_shards`, which says what it does."""
 
-    python scripts/verify_shards.py STORE [SHARD ...]
-
-STORE is a folder or an fsspec URL; SHARD limits the check to some shards (`shard-000003.tar`). Exit status 0 if all is
-well, 1 if something is wrong, 2 if STORE cannot be opened.
-"""
-
-from __future__ import annotations
-
-import argparse
-import logging
-import sys
-
-from distill.data.progress import Progress
-from distill.data.reader import read_index, read_unconditional
-from distill.data.record import StoreError
-from distill.data.storage import Folder
-from distill.data.verify import Verdict, verify_shard
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store")
-    parser.add_argument("shards", nargs="*")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        verdicts = verify(arguments.store, arguments.shards)
-    except (StoreError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for verdict in verdicts:
-        print(f"{verdict.shard:<20} {verdict.samples:>8} good samples   {'ok' if not verdict.problems else 'BAD'}")
-        for problem in verdict.problems:
-            print(f"    {verdict.shard}: {problem}")
-    bad = [verdict for verdict in verdicts if verdict.problems]
-    good = sum(verdict.samples for verdict in verdicts)
-    print(f"{len(verdicts)} shards, {good} good samples, {len(bad)} bad shards")
-    return 1 if bad else 0
-
-
-def verify(url: str, only: list[str]) -> list[Verdict]:
-    """Verdicts on the shards of a store, in order, and on what the store lacks."""
-    folder = Folder(url)
-    index = read_index(folder)
-    read_unconditional(folder, index)
-    if unknown := set(only) - {shard.name for shard in index.shards}:
-        raise StoreError(f"no shards {', '.join(sorted(unknown))} in {url}")
-    if not index.complete:
-        print(f"{url} is unfinished: {len(index.shards)} of {index.planned_shards} shards are written")
-    shards = [shard for shard in index.shards if not only or shard.name in only]
-    progress = Progress("verifying", sum(shard.samples for shard in shards), "samples")
-    return [verify_shard(folder, index, shard, progress.update) for shard in shards]
-
+from distill.commands.verify_shards import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

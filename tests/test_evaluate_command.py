@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distill.commands import evaluate
 from distill.evaluation.compare import Plan, Setting
 from distill.evaluation.students import load_student, parse_sampler, with_student
 from distill.methods.sampling import Sampling
@@ -27,9 +27,6 @@ from distill.training.settings import EvaluateSettings
 from tests.evaluation.test_metrics import TINY
 from tests.tiny import save_tiny
 from tests.training.test_export import a_run
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import evaluate  # noqa: E402
 
 FACTS = {
     "formats": ["diffusers"],

@@ -19,6 +19,7 @@ FLOORS = {
     "methods": 2,
     "training": 3,
     "evaluation": 3,
+    "commands": 4,
 }
 TORCH_ONLY = {"diffusion", "methods"}  # torch and the standard library, and of this project floor 0 alone
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from distill.commands import make_trajectories, sample, train
 from distill.data.reader import open_store
 from distill.diffusion.solver import solve
 from distill.models.exported import open_export
@@ -20,7 +21,6 @@ from distill.models.student import as_teacher
 from distill.training.config import ConfigError, load
 from distill.training.export import export_run
 from distill.training.settings import SampleSettings, TrainSettings
-from scripts import make_trajectories, sample, train
 from tests.tiny import save_tiny
 
 PROMPTS = ["a red boat", "two owls", "a bridge at night", "snow"]

@@ -11,17 +11,13 @@ from typing import Any
 
 import pytest
 
+from distill.commands import plan, plan_run
+from distill.methods.mlcm import MLCM
+from distill.training.config import CONFIGS, ConfigError, build, load
+from distill.training.counting import architecture
+from distill.training.settings import PlanSettings
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import plan  # noqa: E402
-import plan_run  # noqa: E402
-
-from distill.methods.mlcm import MLCM  # noqa: E402
-from distill.training.config import CONFIGS, ConfigError, build, load  # noqa: E402
-from distill.training.counting import architecture  # noqa: E402
-from distill.training.settings import PlanSettings  # noqa: E402
-
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 CLUSTERS = sorted(p.stem for p in (CONFIGS / "cluster").glob("*.yaml"))
 

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from distill.commands import train
 from distill.diffusion.schedule import NoiseSchedule
 from distill.training.config import CONFIGS, ConfigError, build, load
 from distill.training.settings import TrainSettings
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import train  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 REWARDS = sorted(path.stem for path in (CONFIGS / "reward").glob("*.yaml"))

@@ -20,15 +20,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from distill.commands.run_chain import locked, main
 from distill.training.chain import links_of
 from distill.training.config import ConfigError, load
 from distill.training.settings import RunChainSettings
 from tests.test_user_commands import PROMPTS, ROOT, run
 from tests.tiny import save_tiny
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from run_chain import locked, main  # noqa: E402
 
 GAME = ["method.teacher_steps=4", "method.student_steps=2", "networks.discriminator.conditional=true"]
 LINKS: list[dict[str, Any]] = [

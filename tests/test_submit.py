@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from distill.commands.submit import main
 from distill.training.config import ConfigError, given, load
 from distill.training.settings import SubmitSettings, TrainSettings
-from tests.test_user_commands import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from submit import main  # noqa: E402
 
 TOY = ["experiment=lcm_toy", "slurm.script=make_trajectories"]
 

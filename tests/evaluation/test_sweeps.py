@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from diffusers import DiffusionPipeline, HeunDiscreteScheduler, LCMScheduler, PN
 from PIL import Image
 from torch import Tensor
 
+from distill.commands import sample
 from distill.evaluation.figures import CELL, GAP, HEADER, LABEL_WIDTH
 from distill.evaluation.pipelines import draw, is_student, load_pipeline
 from distill.evaluation.sweeps import Models, Sweep, Way, guidance_sweep, lora_sweep, run_sweep, steps_sweep
@@ -24,9 +24,6 @@ from distill.toy.world import CAPTIONS, balanced_labels, render
 from distill.training.config import ConfigError, load
 from distill.training.settings import ModelSettings, SampleSettings
 from tests.tiny import FAMILIES, save_tiny, tiny_pipeline, tiny_unet
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import sample  # noqa: E402
 
 PROMPTS, SEEDS = ["a cat", "two dogs", "snow"], [5, 6, 7]
 REFERENCE = Way(False, 4, 3.0)

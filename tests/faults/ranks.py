@@ -251,8 +251,6 @@ def _free_port() -> int:
 
 def _import_all() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import runpy
-
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (brings a compiler with it)
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: F401
@@ -261,8 +259,7 @@ def _import_all() -> None:
     import tests.faults.sabotage  # noqa: F401
 
     torch.set_num_threads(1)
-    sys.path.insert(0, str(ROOT / "scripts"))
-    runpy.run_path(str(ROOT / "scripts/train.py"), run_name="imported")
+    import distill.commands.train  # noqa: F401
 
 
 if __name__ == "__main__":

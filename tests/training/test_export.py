@@ -24,6 +24,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from torch import Tensor
 
+from distill.commands.export import main
+from distill.commands.train import settled
 from distill.diffusion.prediction import Prediction
 from distill.evaluation.pipelines import load_pipeline, sampling_of, use_sampler
 from distill.methods.sampling import Sampling, sample, starting_noise
@@ -37,8 +39,6 @@ from distill.training.engine import Engine, TrainedNetwork
 from distill.training.export import export_run, published, require_login
 from distill.training.run import checkpoints_of, open_run, read_run
 from distill.training.settings import ExportSettings, ModelSettings, TrainSettings
-from scripts.export import main
-from scripts.train import settled
 from tests.tiny import FAMILIES, save_tiny
 
 PROMPTS, SEEDS = ["a cat", "two dogs"], [3, 10_000_000]

@@ -11,8 +11,8 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from train import check_method, others_of
 
+from distill.commands.train import check_method, others_of
 from distill.data.index import kept_times
 from distill.data.progress import Progress
 from distill.data.record import STATE_DTYPES, Layout, make_key

@@ -1,0 +1,356 @@
+"""Judges a student beside its teacher, or a teacher alone, by a published protocol, and writes a report:
+
+python scripts/evaluate.py student=runs/a output_dir=outputs/a                       # protocol=toy, the bundled world
+accelerate launch scripts/evaluate.py student=exports/a protocol=coco2014-10k protocol.prompts=captions_val2014.json \
+    protocol.reference=val2014 weights.inception=inception.pth model.pretrained_model_name_or_path=DIR_OR_HUB_ID \
+    guidance=7.5 dtype=bfloat16 batch_size=8 output_dir=outputs/a
+
+Processes share the work by blocks of pictures; the numbers are those of one process. Killed and started again, it goes
+on; finished blocks are not drawn twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.data.reader import open_store
+from distill.evaluation.cache import Cache
+from distill.evaluation.captions import read_captions
+from distill.evaluation.compare import Comparison, Plan, Scorer, seeds_of
+from distill.evaluation.figures import METRICS
+from distill.evaluation.proof import plain_pipeline_agrees
+from distill.evaluation.protocol import Protocol, build_scorer
+from distill.evaluation.report import RunFacts, format_table, write_report
+from distill.evaluation.shares import Share
+from distill.evaluation.stored import HeldOut
+from distill.evaluation.students import LoadedStudent, load_student, parse_sampler, with_student
+from distill.evaluation.together import flat
+from distill.evaluation.toy import JudgeScorer
+from distill.models.exported import FACTS
+from distill.models.families import Teacher, load_teacher
+from distill.models.folder import read_json
+from distill.toy.judge import load_judge
+from distill.toy.teacher import teacher_folder
+from distill.training.checkpoint import Checkpoints, mark_best
+from distill.training.config import ConfigError, checking, load, run_script
+from distill.training.export import export_run
+from distill.training.run import checkpoints_of, finished, read_run
+from distill.training.settings import EvaluateSettings, TrainSettings
+from distill.training.tracking import open_trackers, read_metrics, setup_logging
+
+log = logging.getLogger("distill")
+PROVEN = 20  # pictures that a plain pipeline draws too
+STEPS = (1, 2, 4, 8)
+JUDGED = 100  # pictures, at least, for the judge's Fréchet distance
+TOY = "toy"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a student comes from: the folder it is loaded from, and the run that it is of, as far as that is known."""
+
+    folder: Path
+    run: Path | None
+    settings: dict[str, Any]
+
+
+def main(cfg: EvaluateSettings) -> None:
+    with checking():
+        share = Share.launched()
+    setup_logging(share.rank)
+    if cfg.watch is not None:
+        return watch(cfg, Path(cfg.watch), share)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = None if cfg.student is None else find_student(cfg.student, Path(scratch))
+        with checking():
+            comparison = build(cfg, source, share)
+            if share.rank > 0:
+                return comparison.draw(comparison.settings())
+        try:
+            report(cfg, comparison, source)
+        except TimeoutError as error:
+            raise ConfigError(str(error)) from None
+
+
+def watch(cfg: EvaluateSettings, run: Path, share: Share) -> None:
+    """Judges each new checkpoint of a run, beside it, until it is done and all are; marks the best.
+
+    What it finds goes to RUN/evaluation/, to trackers of the run's kinds there.
+    """
+    if share.world_size > 1 or cfg.student is not None:
+        raise ConfigError("watch=RUN is for one process, and takes the place of student=")
+    if cfg.watch_metric not in METRICS:
+        raise ConfigError(f"watch_metric={cfg.watch_metric} is not known; allowed: {', '.join(METRICS)}")
+    settings, folder = read_run(run), run / "evaluation"
+    rows = read_metrics(folder, sys.maxsize)
+    kinds = [settings.report_to] if isinstance(settings.report_to, str) else settings.report_to
+    last = max((int(row["step"]) for row in rows), default=0)
+    tracker = open_trackers(kinds, folder, settings.model_dump(mode="json"), resume_step=last)
+    while True:
+        over = finished(run, settings.max_train_steps)  # asked before looking: what is saved meanwhile is not missed
+        judged = {int(row["step"]) for row in rows}
+        new = sorted(step for step, _ in Checkpoints(checkpoints_of(run)).found() if step not in judged)
+        for step in new:
+            if (found := judge(cfg, run, step)) is not None:
+                tracker.log(found, step)
+                rows.append({"step": step} | found)
+                mark(run, rows, cfg.watch_metric)
+        if over and not new:
+            break
+        time.sleep(0 if new else cfg.watch_seconds)
+    tracker.close()
+
+
+def judge(cfg: EvaluateSettings, run: Path, step: int) -> dict[str, float] | None:
+    """METRIC/STEPS of a checkpoint's student; None for one that has been dropped meanwhile."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            exported = export_run(run, Path(scratch) / "student", checkpoint=step, dtype=torch.float16)
+        except ConfigError as error:
+            log.warning("step %d is not judged: %s", step, error)
+            return None
+        source = Source(exported, run, read_run(run).model_dump(mode="json"))
+        with checking():
+            comparison = build(cfg, source, Share())
+        judged = [comparison.row(comparison.plan.student(steps)) for steps in comparison.plan.steps]
+    log.info("step %d\n%s", step, format_table(judged))
+    return {f"{name}/{row['steps']}": row[name] for row in judged for name in METRICS if name in row}
+
+
+def mark(run: Path, rows: Sequence[Mapping[str, float]], metric: str) -> None:
+    """The best of all, at the most steps of sampling that it was judged by."""
+    keys = [key for row in rows for key in row if key.startswith(f"{metric}/")]
+    if not keys:
+        raise ConfigError(f"watch_metric={metric} is not among what is measured: {', '.join(rows[-1])}")
+    key = max(keys, key=lambda name: int(name.rpartition("/")[2]))
+    there = [row for row in rows if key in row]
+    best = (max if METRICS[metric][2] == "higher" else min)(there, key=lambda row: row[key])
+    mark_best(checkpoints_of(run), int(best["step"]))
+    log.info("best by %s: step %d, %.4g", key, best["step"], best[key])
+
+
+def find_student(student: str, scratch: Path) -> Source:
+    """A run's student is exported first, to `scratch`: what is judged is what people get.
+
+    Raises FileNotFoundError: nothing there that could be a student.
+    """
+    folder = Path(student).expanduser()
+    if (folder / "config.yaml").is_file():
+        exported = export_run(folder, scratch / "student", dtype=torch.float16)
+        return Source(exported, folder, read_run(folder).model_dump(mode="json"))
+    if (folder / FACTS).is_file():
+        return Source(folder, None, read_json(folder, FACTS).get("settings", {}))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"student={student}: no such folder")
+    return Source(folder, None, {})
+
+
+def build(cfg: EvaluateSettings, source: Source | None, share: Share) -> Comparison:
+    """All that is loaded."""
+    device = f"cuda:{share.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    teacher = load_teacher(
+        teacher_path(cfg, source),
+        parts=("unet", "text", "vae"),
+        dtype=getattr(torch, cfg.dtype),
+        revision=cfg.model.revision,
+        variant=cfg.model.variant,
+    ).at_resolution(cfg.protocol.resolution)
+    denoisers, hashes = {"teacher": teacher.denoiser()}, {"teacher": stated(teacher.teacher_hash, cfg)}
+    student = None if source is None else load_student(source.folder, teacher)
+    if student is not None:
+        student.denoiser.module.to(device)
+        denoisers["student"], hashes["student"] = student.denoiser, stated(student.weights, cfg)
+    teacher.to(device)
+    kept = Path(cfg.output_dir) / "evaluation"
+    return Comparison(
+        teacher=teacher,
+        denoisers=denoisers,
+        hashes=hashes,
+        scorer=scorer_of(cfg, teacher, kept, device),
+        plan=plan_of(cfg, source, student),
+        cache=Cache(kept, writes=share.rank == 0),
+        share=share,
+        stored=stored_of(cfg, source, teacher, device),
+    )
+
+
+def stated(weights: str, cfg: EvaluateSettings) -> str:
+    """Weights in another precision draw other pictures."""
+    return weights if cfg.dtype == "float32" else f"{weights} in {cfg.dtype}"
+
+
+def teacher_path(cfg: EvaluateSettings, source: Source | None) -> str:
+    """What is asked for, or what the student was distilled from where that is known to be there."""
+    own = {} if source is None else source.settings.get("model", {})
+    path = cfg.model.pretrained_model_name_or_path or own.get("pretrained_model_name_or_path")
+    if cfg.model.pretrained_model_name_or_path is None and source is not None and source.run is None:
+        path = path if path and "/" in path else None  # of a folder an export keeps the last name only
+    if path is None and cfg.protocol.name == TOY:
+        return str(teacher_folder())
+    if path is None:
+        raise ConfigError("which teacher? Set model.pretrained_model_name_or_path=DIR_OR_HUB_ID")
+    return path
+
+
+def scorer_of(cfg: EvaluateSettings, teacher: Teacher, kept: Path, device: str) -> Scorer:
+    of, n = cfg.protocol, cfg.n or cfg.protocol.n
+    if of.prompts is None:
+        if of.metrics != ["judge"]:
+            raise ConfigError(f"protocol {of.name} has no prompts: set protocol.prompts=FILE")
+        if n < JUDGED:
+            raise ConfigError(f"n={n}: the judge's Fréchet distance takes at least {JUDGED} pictures")
+        return JudgeScorer(load_judge().to(device))
+    protocol = Protocol(
+        name=of.name,
+        used_by=of.used_by,
+        n=n,
+        side=teacher.resolution,
+        reference=of.reference,
+        matching=of.matching,
+        shown_at=of.shown_at,
+        clip=of.clip,
+        clip_weights=of.clip_weights,
+        clip_prefix=of.clip_prefix,
+        metrics=tuple(of.metrics),
+    )
+    return build_scorer(protocol, read_captions(of.prompts, n), cfg.weights.model_dump(), kept, device)
+
+
+def plan_of(cfg: EvaluateSettings, source: Source | None, student: LoadedStudent | None) -> Plan:
+    of, guidance = cfg.protocol, teacher_guidance(cfg, source)
+    own = None if student is None else student.sampling.steps
+    plan = Plan(
+        guidance=guidance,
+        n=cfg.n or of.n,
+        tuning_n=of.tuning_n,
+        steps=tuple(cfg.steps or ([own] if own else STEPS)),
+        guidances=tuple(of.tuning_guidances) if of.tuning_n else (guidance,),
+        spacings=("leading", "trailing") if of.tuning_n else ("trailing",),
+        teacher_steps=cfg.teacher_steps,
+        batch_size=cfg.batch_size,
+        block_size=cfg.block_size,
+    )
+    if student is None:
+        return plan
+    if own is not None and plan.steps != (own,):
+        log.warning("the student was made for %d steps, and is drawn in %s", own, ", ".join(map(str, plan.steps)))
+    samplings = [parse_sampler(text, student.sampling) for text in cfg.samplers or [student.sampling.sampler]]
+    return with_student(plan, student, samplings, cfg.guidances or [guidance if student.embedded else 1.0])
+
+
+def teacher_guidance(cfg: EvaluateSettings, source: Source | None) -> float:
+    found = {} if source is None else source.settings.get("data", {})
+    guidance = found.get("guidance") if cfg.guidance is None else cfg.guidance
+    if not isinstance(guidance, (int, float)):
+        what = "there is no run that says it" if guidance is None else f"data.guidance of the run is {guidance}"
+        raise ConfigError(
+            f"the teacher's guidance is not known ({what}): set guidance=W, for the teacher to compare with"
+        )
+    return float(guidance)
+
+
+def stored_of(cfg: EvaluateSettings, source: Source | None, teacher: Teacher, device: str) -> HeldOut | None:
+    if cfg.store is None:
+        return None
+    trained = {} if source is None else source.settings.get("data", {})
+    own = trained.get("store") is not None and Path(trained["store"]).resolve() == Path(cfg.store).resolve()
+    note = f"""Stored ends: of the last {cfg.store_samples} samples of {Path(cfg.store).name}, from their own noise."""
+    note += " The student was trained on this store: they are not held out." if own else ""
+    if own:
+        log.warning("store=%s is the one that the student was trained on: its samples are not held out", cfg.store)
+    return HeldOut(open_store(cfg.store), teacher.schedule, cfg.store_samples, device, (note,))
+
+
+def report(cfg: EvaluateSettings, comparison: Comparison, source: Source | None) -> None:
+    """Waits for the other processes, and writes what all have found."""
+    toy = isinstance(comparison.scorer, JudgeScorer)
+    rows = write_report(
+        Path(cfg.output_dir) / "report",
+        comparison,
+        about=about(cfg, comparison, source),
+        reproduce=f"python scripts/evaluate.py {shlex.join(sys.argv[1:])}",
+        real=comparison.scorer.real_pictures(comparison.plan.n) if isinstance(comparison.scorer, JudgeScorer) else None,
+        run=None if source is None or source.run is None else facts_of(source.run),
+        agreement=agreement(cfg, comparison, source) if toy and source is not None else None,
+    )
+    print(format_table(rows))
+    print(f"report: {cfg.output_dir}/report/index.html; report.md, metrics.json and pictures lie beside it")
+
+
+def facts_of(run: Path) -> RunFacts:
+    """What the report tells of the run that a student comes from."""
+    metrics = run / "metrics.jsonl"
+    environment = json.loads((run / "environment.json").read_text()) if (run / "environment.json").is_file() else {}
+    environment |= {"packages": ", ".join(f"{name} {v}" for name, v in environment.get("packages", {}).items() if v)}
+    return RunFacts(
+        metrics if metrics.is_file() else None,
+        departures(run),
+        (run / "config.yaml").read_text(),
+        {name: value for name, value in environment.items() if value},
+    )
+
+
+def departures(run: Path) -> dict[str, tuple[Any, Any]] | None:
+    """The run's settings that are not its experiment's; None if it was not started by the name of one."""
+    given = (run / "overrides.txt").read_text().split() if (run / "overrides.txt").is_file() else []
+    names = [argument for argument in given if argument.startswith("experiment=")]
+    if not names:
+        return None
+    try:
+        there = flat(load("train", TrainSettings, names).model_dump(mode="json"))
+    except ConfigError:  # an experiment that is no longer there
+        return None
+    here = flat(read_run(run).model_dump(mode="json"))
+    keys = [key for key in there | here if there.get(key) != here.get(key)]
+    return {key: (there.get(key, "—"), here.get(key, "—")) for key in keys}
+
+
+def agreement(cfg: EvaluateSettings, comparison: Comparison, source: Source) -> float:
+    """How far a plain diffusers pipeline with the exported student is from our own pictures; raises if it is far."""
+    steps = 4 if 4 in comparison.plan.steps else comparison.plan.steps[0]
+    expected = comparison.pictures(comparison.plan.student(steps), range(PROVEN))
+    prompts, seeds = comparison.scorer.prompts("report", PROVEN), seeds_of("report", PROVEN)
+    guidance = comparison.plan.student_guidance
+    path = teacher_path(cfg, source)
+    difference = plain_pipeline_agrees(path, source.folder, prompts, seeds, steps, expected, guidance)
+    if difference > 1e-2:
+        raise RuntimeError(
+            f"a plain diffusers pipeline draws other pictures: greatest difference {difference:.3g} of 2"
+        )
+    return difference
+
+
+def about(cfg: EvaluateSettings, comparison: Comparison, source: Source | None) -> str:
+    teacher = comparison.teacher
+    name = teacher.teacher_id if isinstance(teacher, Teacher) else "the teacher"
+    if source is None:
+        return f"The teacher {name} alone; guidance {comparison.plan.guidance:g}."
+    settings = source.settings
+    if not settings.keys() >= {"student", "method"}:
+        what = Path(str(cfg.student)).name
+        return f"{what}, a student of {name}; the teacher's guidance {comparison.plan.guidance:g}."
+    kind = str(settings["student"]["_target_"]).rpartition(".")[2]
+    method = str(settings["method"]["_target_"]).rpartition(".")[2]
+    what = f"A LoRA of rank {settings['lora_rank']}" if kind == "LoRAStudent" else "A full network"
+    trained = f"{settings['max_train_steps']} steps of {settings['global_batch_size']} samples"
+    return f"{what} for {name}, by {method}: {trained}; the teacher's guidance {comparison.plan.guidance:g}."
+
+
+def run() -> None:
+    """The command, as it is typed."""
+    run_script(main, "evaluate", EvaluateSettings)
+
+
+if __name__ == "__main__":
+    run()

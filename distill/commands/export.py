@@ -1,0 +1,122 @@
+"""A run's student as files for other people's programs, with a model card:
+
+python scripts/export.py run=runs/a output_dir=exports/a
+python scripts/export.py run=runs/a output_dir=exports/a formats=[diffusers,kohya,pipeline] push_to_hub=me/a
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+
+from distill.data.progress import Progress
+from distill.data.prompts import read_prompts
+from distill.diffusion.prediction import Prediction
+from distill.evaluation.figures import GridRow, draw_grid
+from distill.evaluation.pipelines import draw, load_pipeline, use_sampler
+from distill.evaluation.report import COLUMNS, format_table
+from distill.training.card import SAMPLES, sample_steps, write_card
+from distill.training.config import ConfigError, checking, run_script
+from distill.training.export import Export, check_formats, published, push, require_login, write_student
+from distill.training.run import read_run
+from distill.training.settings import ExportSettings, TrainSettings
+from distill.training.tracking import setup_logging
+
+CELL = 192  # pixels of a sample on the card
+MOST_PROMPTS = 8  # of a run's validation prompts
+
+
+def main(cfg: ExportSettings) -> None:
+    setup_logging()
+    # What the user may have to mend is checked before anything is loaded or written.
+    run = read_run(cfg.run)
+    check_formats(run, cfg.formats)
+    prompts = prompts_of(cfg, run)
+    metrics = None if cfg.metrics is None else table_of(Path(cfg.metrics))
+    if cfg.push_to_hub is not None:
+        require_login(cfg.push_to_hub)
+
+    final = Path(cfg.output_dir)
+    name = (cfg.push_to_hub or str(final.resolve())).rpartition("/")[2]
+    with published(final) as folder:
+        export = write_student(
+            folder, cfg.run, name, cfg.checkpoint, cfg.use_ema, cfg.formats, getattr(torch, cfg.dtype)
+        )
+        if prompts:
+            draw_samples(folder, export, prompts)
+        write_card(folder, export, metrics, cfg.push_to_hub)
+    for path in sorted(p for p in final.rglob("*") if p.is_file()):
+        print(f"{path.stat().st_size / 2**20:9.2f} MiB  {path}")
+    if cfg.push_to_hub is not None:
+        print(push(final, cfg.push_to_hub, cfg.hub_private))
+
+
+def prompts_of(cfg: ExportSettings, run: TrainSettings) -> list[str]:
+    """The prompts of the card's pictures, none if there is to be no picture."""
+    if cfg.card_prompts is not None:
+        return cfg.card_prompts
+    prompts = run.validation_prompts or []
+    with checking("validation_prompts of the run: "):
+        return (read_prompts(prompts) if isinstance(prompts, str) else prompts)[:MOST_PROMPTS]
+
+
+def table_of(path: Path) -> str:
+    """Rows of `scripts/evaluate.py` as Markdown."""
+    if not path.is_file():
+        raise FileNotFoundError(f"metrics={path}: no such file")
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or not any(isinstance(row, dict) and COLUMNS.keys() & row.keys() for row in rows):
+        raise ConfigError(f"metrics={path} must be a metrics.json of scripts/evaluate.py, a list of rows")
+    return format_table(rows)
+
+
+def draw_samples(folder: Path, export: Export, prompts: list[str]) -> None:
+    """The card's picture, drawn from the files as they will be used."""
+    pipeline = pipeline_of(folder, export)
+    if torch.cuda.is_available():
+        pipeline.to("cuda", torch.float16)
+    progress = Progress("samples of the card", len(sample_steps(export)) * len(prompts), "pictures")
+    rows = []
+    for steps in sample_steps(export):
+        images = []
+        for seed, prompt in enumerate(prompts):
+            resolution = export.settings.model.resolution
+            images.append(draw(pipeline, [prompt], [seed], steps, export.guidance_scale, resolution).float().cpu())
+            progress.update(1)
+        rows.append(GridRow(f"{steps} {'step' if steps == 1 else 'steps'}", "", torch.cat(images) * 2 - 1))
+    draw_grid(folder / SAMPLES, prompts, [rows], cell=CELL)
+
+
+def pipeline_of(folder: Path, export: Export) -> Any:
+    """A plain diffusers pipeline with the exported student."""
+    if "pipeline" in export.formats:
+        return load_pipeline(str(folder))
+    files = {"diffusers": folder, "kohya": folder / "kohya" / f"{export.name}.safetensors"}
+    lora = next((files[name] for name in files if name in export.formats), None)
+    model = export.settings.model
+    pipeline = load_pipeline(
+        model.pretrained_model_name_or_path, lora=lora, revision=model.revision, variant=model.variant
+    )
+    if lora is None and "unet" in export.formats:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    elif lora is None:
+        pipeline.unet = PeftModel.from_pretrained(pipeline.unet, folder / "peft")
+    use_sampler(pipeline, export.sampling.sampler, export.sampling.spacing, Prediction(export.prediction))
+    return pipeline
+
+
+def run() -> None:
+    """The command, as it is typed."""
+    run_script(main, "export", ExportSettings)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,96 @@
+"""Writes a store of clean latents of pictures with captions, for `method=lcm_noised`:
+
+accelerate launch scripts/make_latents.py experiment=lcm_lora_sdxl data=images data.images='laion/*.tar' \
+    data.store=STORE
+
+The pictures are listed first, into the store's folder. Every process, under a launcher or in a SLURM array, writes
+shards of its own; killed at any moment and started again, each goes on. A picture that cannot be decoded is skipped
+and named. Settings are `configs/data/images.yaml`; `--cfg` prints them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from distill.data.images import Accept, Listing, list_pictures
+from distill.data.index import NO_SOLVE, Plan
+from distill.data.writer import work_split, write_store
+from distill.models.families import Teacher, load_teacher
+from distill.training.config import ConfigError, checking, run_script
+from distill.training.latents import LatentEncoder
+from distill.training.run import launched_rank
+from distill.training.settings import TrainSettings
+from distill.training.tracking import setup_logging
+from distill.training.trajectories import stored
+
+
+def main(cfg: TrainSettings) -> None:
+    setup_logging(launched_rank())
+    data, model = cfg.data, cfg.model
+    if data.images is None:
+        raise ConfigError(
+            "data.images has no value: set data=images data.images='FOLDER/*.tar' or a folder of pictures"
+        )
+    with checking():
+        rank, world_size = work_split()
+        teacher = load_teacher(
+            model.pretrained_model_name_or_path,
+            parts=("text", "vae"),
+            revision=model.revision,
+            variant=model.variant,
+            vae=data.vae,
+            vae_dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" and torch.cuda.is_available() else torch.float32,
+        ).at_resolution(model.resolution)
+        accept = Accept(data.min_size or teacher.resolution, data.max_aspect_ratio, data.prompt_column)
+        listing = list_pictures(data.images, data.store, accept, rank=rank, world_size=world_size)
+        plan = plan_of(cfg, teacher, listing)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    encoder = LatentEncoder(teacher.to(device), plan, listing, device)
+    with checking():
+        write_store(
+            data.store,
+            plan,
+            listing.captions[: plan.samples],
+            stored(teacher.unconditional(), plan.dtype),
+            encoder,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+def plan_of(cfg: TrainSettings, teacher: Teacher, listing: Listing) -> Plan:
+    data, pictures = cfg.data, len(listing.pictures)
+    if data.images is None or (data.num_samples or 0) > pictures:
+        raise ConfigError(f"data.num_samples={data.num_samples}, but there are {pictures} pictures")
+    return Plan(
+        kind="pictures",
+        teacher_id=teacher.teacher_id,
+        teacher_hash=teacher.teacher_hash,
+        schedule_fingerprint=teacher.schedule.fingerprint,
+        solver=NO_SOLVE,
+        solver_steps=0,
+        spacing=NO_SOLVE,
+        guidance=1.0,
+        times=(0,),
+        resolution=teacher.resolution,
+        prompt_source=os.path.basename(data.images.rstrip("/")),
+        seed=cfg.seed,
+        samples=data.num_samples or pictures,
+        samples_per_shard=data.samples_per_shard,
+        batch_size=data.batch_size,
+        dtype=data.dtype,
+        pictures_sha256=listing.sha256,
+        crop=data.crop,
+        vae_hash=teacher.vae_hash,
+    )
+
+
+def run() -> None:
+    """The command, as it is typed."""
+    run_script(main, "train", TrainSettings)
+
+
+if __name__ == "__main__":
+    run()

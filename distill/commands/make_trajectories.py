@@ -1,0 +1,109 @@
+"""Writes a store of teacher trajectories:
+
+accelerate launch scripts/make_trajectories.py experiment=lcm_lora_sd15 data.prompts=prompts.txt data.store=STORE
+
+Every process, under a launcher or in a SLURM array, writes shards of its own; killed at any moment and started again,
+each goes on. Settings are the `data` group of `configs/train.yaml`; `--cfg` prints them. `teacher=EXPORT` solves with
+an earlier student's network.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from distill.data.index import Plan, kept_times
+from distill.data.prompts import read_prompts
+from distill.data.writer import work_split, write_store
+from distill.diffusion.solver import make_times
+from distill.models.exported import open_export
+from distill.models.families import Teacher, load_teacher
+from distill.models.student import as_teacher
+from distill.training.config import ConfigError, checking, run_script
+from distill.training.run import launched_rank
+from distill.training.settings import TrainSettings
+from distill.training.tracking import setup_logging
+from distill.training.trajectories import TrajectorySolver, stored
+
+
+def main(cfg: TrainSettings) -> None:
+    setup_logging(launched_rank())
+    prompts = prompts_of(cfg)
+    with checking():
+        teacher = teacher_of(cfg, parts=("unet", "text"))
+        own_hash = teacher.teacher_hash
+        if cfg.teacher is not None:
+            export = open_export(cfg.teacher)
+            export.require_base(own_hash)
+            teacher, own_hash = as_teacher(teacher, export), export.weights_hash
+        plan = plan_of(cfg, teacher, own_hash)
+        rank, world_size = work_split()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    solver = TrajectorySolver(teacher.to(device), plan, device)
+    with checking():
+        write_store(
+            cfg.data.store,
+            plan,
+            prompts,
+            stored(teacher.unconditional(), plan.dtype),
+            solver,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+def prompts_of(cfg: TrainSettings) -> list[str]:
+    """Checks that the settings are whole, as far as it can be told without the teacher."""
+    data = cfg.data
+    if data.guidance is None:
+        raise ConfigError("data.guidance has no value: set data.guidance=W (data=images is for make_latents.py)")
+    if data.num_samples is None:
+        raise ConfigError("data.num_samples has no value: set data.num_samples=N")
+    if data.prompts is None:
+        raise ConfigError("data.prompts has no value: set data.prompts=FILE")
+    with checking():
+        return read_prompts(data.prompts, data.prompt_column)
+
+
+def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
+    model = cfg.model
+    with checking("model."):
+        return load_teacher(
+            model.pretrained_model_name_or_path,
+            parts=parts,
+            dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" and torch.cuda.is_available() else torch.float32,
+            revision=model.revision,
+            variant=model.variant,
+        ).at_resolution(model.resolution)
+
+
+def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> Plan:
+    data = cfg.data
+    assert data.guidance is not None and data.num_samples is not None and data.prompts is not None  # prompts_of
+    return Plan(
+        teacher_id=teacher.teacher_id,
+        teacher_hash=teacher_hash,
+        schedule_fingerprint=teacher.schedule.fingerprint,
+        solver=data.solver,
+        solver_steps=data.solver_steps,
+        spacing="trailing",
+        guidance=data.guidance,
+        times=kept_times(make_times("trailing", teacher.schedule.T, data.solver_steps), data.keep, data.segments),
+        resolution=teacher.resolution,
+        prompt_source=os.path.basename(data.prompts),
+        seed=cfg.seed,
+        samples=data.num_samples,
+        samples_per_shard=data.samples_per_shard,
+        batch_size=data.batch_size,
+        dtype=data.dtype,
+    )
+
+
+def run() -> None:
+    """The command, as it is typed."""
+    run_script(main, "train", TrainSettings)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,245 @@
+"""What a run needs before it is begun: `python scripts/plan.py experiment=lcm_lora_sdxl cluster=a100-80gb-x64`.
+
+Parameters, memory by engine, communication, storage, time, checkpoints and what failures cost, and what does not fit.
+Nothing is loaded: the run's own losses are walked through on networks without weights. `cluster` is a file of
+`configs/cluster/`; its numbers are overridden by their names (cluster.nodes=3 cluster.mfu=0.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from distill.commands.plan_run import (
+    GB,
+    GIB,
+    TERA,
+    Run,
+    averaged_over,
+    bytes_sent,
+    engine_of,
+    engines_of,
+    picked,
+    prepared,
+    rate_of,
+    sent_seconds,
+    size_save_mtbf_restart,
+    step_seconds,
+    usable,
+)
+from distill.training.config import run_script
+from distill.training.planning import best_interval, lost_share, most_samples, read_bytes
+from distill.training.settings import ClusterSettings, PlanSettings
+from distill.training.tracking import setup_logging
+
+
+def main(cfg: PlanSettings) -> None:
+    setup_logging(0)
+    run = prepared(cfg)
+    for part in (heading, networks, memory, communication, storage, speed, checkpoints, verdict):
+        print("\n".join(part(run)), end="\n\n", flush=True)
+
+
+def heading(run: Run) -> Iterator[str]:
+    cfg, cluster = run.cfg, run.cfg.cluster
+    split = f"{run.samples} a GPU" + (
+        f" x {cfg.gradient_accumulation_steps} micro-batches" if cfg.gradient_accumulation_steps > 1 else ""
+    )
+    yield f"{type(run.method).__name__}, {cfg.max_train_steps} steps, on {machines(cluster)}"
+    yield f"engine={run.engine}, mixed_precision={cfg.mixed_precision}, {run.global_batch} samples a step: {split}"
+
+
+def networks(run: Run) -> Iterator[str]:
+    yield from table(
+        ["network", "weights, M", "trained, M"],
+        [
+            [" and ".join(names), f"{(w.trained + w.frozen) / 1e6:.1f}", f"{w.trained / 1e6:.1f}"]
+            for names, w in run.modules.items()
+        ],
+    )
+
+
+def memory(run: Run) -> Iterator[str]:
+    room = usable(run.cfg.cluster)
+    yield f"Memory of a GPU, GiB; {room / GIB:.1f} are usable. Activations of {run.samples} samples, at their most."
+    heads = "engine,weights,masters,gradients,optimizer,average,buffers,step,activations,in all,fits,most samples"
+    rows = []
+    for engine in engines_of(run):
+        held = run.held(engine)
+        states = [held.weights, held.masters, held.gradients, held.optimizer, held.average, held.buffers, held.step]
+        for checkpointed in (False, True):
+            activations = run.activations(engine, checkpointed)
+            total = run.memory(engine, checkpointed, run.samples)
+            bytes_of = [*states, run.samples * activations, total]
+            rows.append(
+                [
+                    engine + (", checkpointed" if checkpointed else ""),
+                    *(f"{b / GIB:.2f}" for b in bytes_of),
+                    "yes" if total <= room else "no",
+                    str(most_samples(room, held, activations)),
+                ]
+            )
+    yield from table(heads.split(","), rows)
+    yield "Masters are float32 copies, step is what lives after the backward pass, when activations are gone."
+
+
+def communication(run: Run) -> Iterator[str]:
+    yield "Communication of a GPU in a step, in rings"
+    rows = []
+    for engine in engines_of(run):
+        sent = averaged_over(run, partial(bytes_sent, run, engine))
+        seconds = sent_seconds(run, engine)
+        reduced = averaged_over(run, partial(bytes_reduced, run, engine))
+        rows.append([engine, f"{reduced / GB:.3f}", f"{(sent - reduced) / GB:.3f}", f"{seconds:.3f}"])
+    yield from table(["engine", "gradients, GB", "weights, GB", "seconds"], rows)
+
+
+def bytes_reduced(run: Run, engine: str, phase: int) -> float:
+    """Bytes of gradients among those that a GPU sends in a step."""
+    return run.traffic(engine, run.cfg.gradient_checkpointing, phase).reduced
+
+
+def storage(run: Run) -> Iterator[str]:
+    cfg, cluster = run.cfg, run.cfg.cluster
+    samples = cfg.data.num_samples
+    read = max(read_bytes(run.layout, picked(run, phase)) for phase in run.phases)
+    rate = run.global_batch / step_seconds(run, run.engine)
+    yield f"Store: {run.stored / 2**20:.2f} MiB a sample of {len(run.times)} states" + (
+        f", {samples * run.stored / GIB:.1f} GiB for {samples} samples" if samples else ""
+    )
+    need = rate * read / cluster.nodes
+    yield (
+        f"Reading: {read / 2**20:.2f} MiB a sample, {need / 1e6:.1f} MB/s a node "
+        f"({100 * need / (GB * cluster.read_gb_s):.1f} % of the {cluster.read_gb_s:g} GB/s it reads)"
+    )
+
+
+def speed(run: Run) -> Iterator[str]:
+    cfg, cluster = run.cfg, run.cfg.cluster
+    yield "Network evaluations a sample, and TFLOP (forward, backward and recomputed)"
+    rows = []
+    for i, phase in enumerate(run.phases):
+        for cost in run.costs(run.engine, cfg.gradient_checkpointing)[i]:
+            asked = ", ".join(f"{name} {n:g}" for name, n in cost.evaluations.items())
+            graded = ", ".join(f"{name} {n:g}" for name, n in cost.with_gradient.items())
+            steps = f"{phase.first} ... {phase.first + phase.steps - 1}"
+            rows.append([steps, cost.updates, asked, graded, f"{cost.flops / TERA:.2f}"])
+    yield from table(["steps", "turn of", "evaluations", "of them with a gradient", "TFLOP"], rows)
+    step = step_seconds(run, run.engine)
+    how = "as measured" if cfg.measured_step_seconds else f"at {rate_of(run) / TERA:.4g} TFLOP/s a GPU"
+    if not cfg.measured_step_seconds:
+        how += f" (mfu {cluster.mfu:g}) and {sent_seconds(run, run.engine):.3f} s of communication beside nothing"
+    yield f"A step: {step:.3f} s {how}; {run.global_batch / step:.1f} samples/s"
+    hours = cfg.max_train_steps * step / 3600
+    yield f"{cfg.max_train_steps} steps: {hours:.2f} h, {hours * run.ranks:.1f} GPU hours, without saving and failures"
+
+
+def checkpoints(run: Run) -> Iterator[str]:
+    cfg = run.cfg
+    size, save, mtbf, restart = size_save_mtbf_restart(run)
+    step = step_seconds(run, run.engine)
+    interval = min(cfg.checkpointing_steps, cfg.max_train_steps) * step
+    lost, best = lost_share(interval, save, mtbf, restart), best_interval(save, mtbf)
+    least = lost_share(best, save, mtbf, restart)
+    yield f"Checkpoint: {size / GIB:.2f} GiB, {save:.1f} s to write it and read it back for its hashes"
+    yield (
+        f"Failures: one in {mtbf / 3600:.0f} h; {100 * lost:.2f} % of the time is lost with a checkpoint every "
+        f"{cfg.checkpointing_steps} steps ({interval / 60:.1f} min)"
+    )
+    yield (
+        f"The least is {100 * least:.2f} %, every {max(1, round(best / step))} steps ({best / 60:.1f} min; "
+        "Daly 2006, doi 10.1016/j.future.2004.11.016)"
+    )
+    hours = cfg.max_train_steps * step / 3600 / max(1 - lost, 1e-9)
+    yield f"In all: {hours:.2f} h, {hours * run.ranks:.1f} GPU hours"
+
+
+def verdict(run: Run) -> Iterator[str]:
+    """What does not fit, and what would."""
+    said = list(problems(run))
+    yield "What does not fit:" if said else f"engine={run.engine} fits."
+    yield from (f"- {line}" for line in said)
+
+
+def problems(run: Run) -> Iterator[str]:
+    cfg, room = run.cfg, usable(run.cfg.cluster)
+    parts = run.ranks * cfg.gradient_accumulation_steps
+    if run.global_batch != cfg.global_batch_size:
+        lower = cfg.global_batch_size // parts * parts
+        nearest = f"{lower} or {run.global_batch}" if lower else f"{run.global_batch}"
+        yield (
+            f"global_batch_size={cfg.global_batch_size} is no multiple of {run.ranks} GPUs x "
+            f"{cfg.gradient_accumulation_steps} micro-batches: take {nearest} (planned with {run.global_batch})"
+        )
+    if (asked := engine_of(cfg)) != run.engine:
+        yield f"engine={asked} is one process, there are {run.ranks} GPUs: take a launcher and {advice(run, room)}"
+    elif run.memory(run.engine, cfg.gradient_checkpointing, run.samples) > room:
+        needed = run.memory(run.engine, cfg.gradient_checkpointing, run.samples)
+        yield (
+            f"engine={run.engine} needs {needed / GIB:.1f} GiB a GPU for {run.samples} samples, {room / GIB:.1f} are "
+            f"usable: take {advice(run, room)}"
+        )
+    step = step_seconds(run, run.engine)
+    read = max(read_bytes(run.layout, picked(run, phase)) for phase in run.phases)
+    if (need := run.global_batch / step * read / cfg.cluster.nodes) > GB * cfg.cluster.read_gb_s:
+        yield f"a node reads {cfg.cluster.read_gb_s:g} GB/s and needs {need / GB:.1f}: keep the store on local disks"
+    if not cfg.measured_step_seconds and (sent := sent_seconds(run, run.engine)) > step / 2:
+        yield f"{sent:.2f} s of a step of {step:.2f} s are communication: raise gradient_accumulation_steps"
+    yield from rarely_saved(run, step)
+
+
+def rarely_saved(run: Run, step: float) -> Iterator[str]:
+    """Where another interval of checkpoints saves a fiftieth of the run and six minutes at least."""
+    cfg, (_, save, mtbf, restart) = run.cfg, size_save_mtbf_restart(run)
+    best = min(cfg.max_train_steps, max(1, round(best_interval(save, mtbf) / step)))
+    now, then = (
+        lost_share(min(n, cfg.max_train_steps) * step, save, mtbf, restart) for n in (cfg.checkpointing_steps, best)
+    )
+    if now - then > 0.02 and (now - then) * cfg.max_train_steps * step > 360:
+        yield (
+            f"{100 * now:.0f} % of the time is lost to saving and failures, {100 * then:.0f} % with "
+            f"checkpointing_steps={best}"
+        )
+
+
+def advice(run: Run, room: float) -> str:
+    """The least change that fits: recomputing activations, cutting the states, smaller micro-batches."""
+    checkpointed = run.cfg.gradient_checkpointing
+    engines = [e for e in engines_of(run) if e != "single"] if run.ranks > 1 else ["single"]
+    for samples in sorted({run.samples, *(n for n in divisors(run.samples))}, reverse=True):
+        for again in sorted({checkpointed, True}):
+            for engine in engines:
+                if run.memory(engine, again, samples) <= room:
+                    change = [f"engine={engine}"] if engine != engine_of(run.cfg) else []
+                    change += ["gradient_checkpointing=true"] if again != checkpointed else []
+                    if samples != run.samples:
+                        micro = run.cfg.gradient_accumulation_steps * run.samples // samples
+                        change += [f"gradient_accumulation_steps={micro}"]
+                    return " ".join(change)
+    return "GPUs with more memory, or more of them; neither ZeRO, checkpointing nor accumulation is enough"
+
+
+def divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def machines(cluster: ClusterSettings) -> str:
+    return f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table, the first column flush left, the others as wide as they need."""
+    widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
+    words = [all(not row[i][:1].isdigit() for row in rows) for i in range(len(heads))]
+    for row in [heads, *rows]:
+        cells = [x.ljust(w) if left else x.rjust(w) for x, w, left in zip(row, widths, words, strict=True)]
+        yield "  ".join(cells).rstrip()
+
+
+def run() -> None:
+    """The command, as it is typed."""
+    run_script(main, "plan", PlanSettings)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,29 @@
+"""Puts finished evaluations beside each other on one page:
+
+python scripts/report.py evaluations=[outputs/a,outputs/b] output_dir=outputs/a_and_b
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.evaluation.together import write_together
+from distill.training.config import ConfigError, run_script
+from distill.training.settings import ReportSettings
+
+
+def main(cfg: ReportSettings) -> None:
+    reports = {Path(folder).resolve().name: Path(folder) / "report" for folder in cfg.evaluations}
+    if len(reports) < len(cfg.evaluations):
+        raise ConfigError(f"evaluations are named by their folders, and two are called alike: {', '.join(reports)}")
+    write_together(Path(cfg.output_dir) / "report", reports)
+    print(f"report: {cfg.output_dir}/report/index.html")
+
+
+def run() -> None:
+    """The command, as it is typed."""
+    run_script(main, "report", ReportSettings)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,160 @@
+"""Runs that build on each other, in order:
+
+python scripts/run_chain.py chain=lcm_toy
+python scripts/run_chain.py chain=lightning_toy output_dir=outputs/lightning_toy
+python scripts/run_chain.py chain=lightning_sdxl launch="accelerate launch --num_processes 8" "overrides=['seed=1']"
+
+What is done is skipped, and what was interrupted goes on: killed at any moment, run it again. `list=true` shows how far
+the links are; `link=NAME` runs one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from tqdm import tqdm
+
+from distill.training.chain import Link, links_of, one_of, seconds_left
+from distill.training.config import ConfigError, run_script
+from distill.training.preemption import MARKER
+from distill.training.settings import RunChainSettings
+from distill.training.tracking import setup_logging
+
+log = logging.getLogger("distill")
+
+PREEMPTED = 75  # as of scripts/train.py: saved, and to be run again
+
+
+def main(cfg: RunChainSettings) -> None:
+    setup_logging()
+    links = links_of(cfg.chain, cfg.output_dir, cfg.overrides)
+    if cfg.list:
+        for link in links:
+            print(link.name, link.state(), link.script, shlex.join(command(link, cfg.launch)), sep="\t")
+        return
+    chosen = links if cfg.link is None else [one_of(links, cfg.link)]
+    with Relay() as relay:
+        for link in chosen:
+            where = f"link {links.index(link) + 1} of {len(links)}: {link.name}"
+            if link.done():
+                log.info("%s is done", where)
+                continue
+            log.info("%s, %s%s", where, link.state(), time_left(links))
+            if code := take(link, cfg.launch, relay):
+                sys.exit(ended(link, code))
+
+
+def command(link: Link, launch: str | None) -> list[str]:
+    """What makes a link, its export left out."""
+    started = [sys.executable] if launch is None or link.reads else shlex.split(launch)
+    return [*started, script(link.script), *link.arguments]
+
+
+def script(name: str) -> str:
+    return str(Path(__file__).resolve().parents[2] / "scripts" / f"{name}.py")
+
+
+def time_left(links: Sequence[Link]) -> str:
+    """For the log, once there is a pace to judge by."""
+    seconds = seconds_left(links)
+    return "" if seconds is None else f"; about {tqdm.format_interval(int(seconds))} of training left in all"
+
+
+def take(link: Link, launch: str | None, relay: Relay) -> int:
+    """Runs or goes on with a link, and exports it; returns 0, or the exit code of what failed."""
+    with locked(link) as lock:
+        marker = link.folder / MARKER
+        before = modified(marker)
+        if not link.made() and (code := relay.run(command(link, launch), lock)):
+            # A launcher has exit codes of its own: what tells is the mark that a run leaves when it was asked to stop.
+            return PREEMPTED if modified(marker) not in (None, before) else code
+        if link.reads:
+            link.mark()
+        if link.trains and not link.done():
+            return relay.run([sys.executable, script("export"), *link.export_arguments()], lock)
+    return 0
+
+
+def ended(link: Link, code: int) -> int:
+    """Says in one line why the chain ends here; returns its exit code."""
+    if code == PREEMPTED:
+        log.info("link %s was stopped and is saved in %s: the same command goes on from there", link.name, link.folder)
+    else:
+        print(
+            f"error: link {link.name} ended with exit code {code}, see above; its run is {link.folder}", file=sys.stderr
+        )
+    return code
+
+
+def modified(path: Path) -> int | None:
+    """When a file was written; None without one."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+@contextmanager
+def locked(link: Link) -> Iterator[IO[str]]:
+    """Nobody else runs the link meanwhile, but others may write shards of the same store.
+
+    What is started inherits the lock, and holds it if this process is killed.
+
+    Raises:
+        ConfigError: somebody does.
+    """
+    kind = fcntl.LOCK_SH if link.script == "make_trajectories" else fcntl.LOCK_EX
+    link.folder.parent.mkdir(parents=True, exist_ok=True)
+    with link.folder.with_name(f".{link.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"link {link.name} is being run in {link.folder} by another process") from None
+        yield lock
+
+
+class Relay:
+    """Runs commands while entered. SIGTERM and SIGUSR1 go on, as SIGTERM, to the one that runs: it saves and ends."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Relay:
+        self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def run(self, command: Sequence[str], lock: IO[str]) -> int:
+        """The exit code of a command, which holds the lock too; once a signal has come, nothing new is started."""
+        if self._asked:
+            return PREEMPTED
+        self._process = subprocess.Popen(command, pass_fds=[lock.fileno()])
+        if self._asked:  # between the two lines above
+            self._process.terminate()
+        code = self._process.wait()
+        return code if code >= 0 else 128 - code  # as shells say it
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self._process is not None:
+            self._process.terminate()
+
+
+def run() -> None:
+    """The command, as it is typed."""
+    run_script(main, "run_chain", RunChainSettings)
+
+
+if __name__ == "__main__":
+    run()

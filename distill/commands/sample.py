@@ -1,0 +1,212 @@
+"""Pictures from any diffusers pipeline, with or without a LoRA, or from a training run; or a sweep over settings, which
+gives one grid and one table.
+
+python scripts/sample.py model.pretrained_model_name_or_path=DIR_OR_HUB_ID lora=exports/a steps=4 prompts=prompts.txt \
+    output_dir=pictures
+python scripts/sample.py run=runs/a steps=[1,2,4,8] prompts='["a cat"]' output_dir=pictures
+python scripts/sample.py run=runs/a sweep=lora prompts='["a cat"]' output_dir=pictures
+python scripts/sample.py run=runs/a sweep=guidance guidance=[1,2] negative_prompt=blurry prompts='["a cat"]' \
+    output_dir=pictures
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from distill.data.prompts import read_prompts
+from distill.evaluation.pipelines import (
+    draw,
+    embeds_guidance,
+    is_student,
+    load_pipeline,
+    milestone_steps,
+    sampling_of,
+    use_sampler,
+)
+from distill.evaluation.sweeps import (
+    GUIDANCES,
+    LORA_STEPS,
+    STEPS,
+    Models,
+    Right,
+    Sweep,
+    Way,
+    guidance_sweep,
+    lora_sweep,
+    run_sweep,
+    steps_sweep,
+)
+from distill.evaluation.toy import captions_right
+from distill.methods.sampling import Sampling
+from distill.toy.judge import load_judge
+from distill.toy.teacher import teacher_folder
+from distill.toy.world import CAPTIONS
+from distill.training.config import ConfigError, checking, run_script
+from distill.training.export import export_run
+from distill.training.run import read_run
+from distill.training.settings import ModelSettings, SampleSettings
+from distill.training.tracking import setup_logging
+
+log = logging.getLogger("distill")
+
+SOME_STEPS = 4
+
+
+def main(cfg: SampleSettings) -> None:
+    setup_logging()
+    check(cfg)
+    prompts = cfg.prompts if isinstance(cfg.prompts, list) else read_prompts(cfg.prompts)
+    prompts = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
+    model = cfg.model if cfg.run is None else read_run(cfg.run).model
+    pipeline, sampling = load_student(cfg, model)
+    pipeline = on_device(pipeline)
+    if cfg.sweep is None:
+        draw_pictures(cfg, pipeline, sampling, model, prompts)
+    elif sampling is not None and sampling.sampler != "lcm":
+        raise ConfigError(f"a sweep draws with LCM's sampler, and this student is drawn by {sampling.sampler}")
+    else:
+        draw_sweep(cfg, pipeline, model, prompts)
+
+
+def check(cfg: SampleSettings) -> None:
+    """Raises ConfigError for settings that do not go together."""
+    if isinstance(cfg.guidance, list) and cfg.sweep != "guidance":
+        raise ConfigError("guidance is a list, which only sweep=guidance takes")
+    if cfg.sweep == "guidance" and isinstance(cfg.steps, list):
+        raise ConfigError("steps is a list, but sweep=guidance takes one number")
+    if cfg.sweep == "guidance" and cfg.negative_prompt is None:
+        raise ConfigError("sweep=guidance compares with and without a negative prompt: set negative_prompt=...")
+    if cfg.sweep is not None and (cfg.sampler or cfg.spacing):
+        raise ConfigError("a sweep draws with LCM's sampler and the pipeline's own: leave sampler and spacing null")
+    if cfg.sweep is None and cfg.teacher is not None:
+        raise ConfigError("teacher is the reference of a sweep: set sweep=steps or sweep=guidance, or leave it null")
+
+
+def load_student(cfg: SampleSettings, model: ModelSettings) -> tuple[Any, Sampling | None]:
+    """The pipeline, and how its student is drawn; None for one that is not known to be a student's."""
+    path = model.pretrained_model_name_or_path
+    with tempfile.TemporaryDirectory() as scratch, checking():
+        files = cfg.lora if cfg.run is None else export_run(cfg.run, Path(scratch) / "student")
+        swept = cfg.sweep is not None  # beside the model itself, which keeps its own scheduler
+        pipeline = load_pipeline(path, files, cfg.lora_scale, model.revision, model.variant, own_scheduler=swept)
+        sampling = sampling_of(files or path)
+    return pipeline, sampling or (Sampling() if is_student(pipeline) else None)
+
+
+def on_device(pipeline: Any) -> Any:
+    return pipeline.to("cuda", torch.float16) if torch.cuda.is_available() else pipeline
+
+
+def one_guidance(cfg: SampleSettings, pipeline: Any, student: bool) -> float:
+    """A student that is not told guidance has its teacher's built in; all others are told theirs."""
+    if isinstance(cfg.guidance, float):
+        return cfg.guidance
+    return 1.0 if student and not embeds_guidance(pipeline) else cfg.teacher_guidance
+
+
+def chosen_sampling(cfg: SampleSettings, own: Sampling | None) -> Sampling:
+    """How to draw: as the settings say, where they are silent as the student asks for, or as teachers are drawn."""
+    own = own or Sampling("ddim", "trailing")
+    sampler = cfg.sampler or own.sampler
+    usual = own.spacing if sampler == own.sampler else "lcm" if sampler == "lcm" else "trailing"
+    with checking():
+        return Sampling(sampler, cfg.spacing or usual, own.steps)
+
+
+def draw_pictures(
+    cfg: SampleSettings, pipeline: Any, own: Sampling | None, model: ModelSettings, prompts: Sequence[str]
+) -> None:
+    """A folder of pictures, or one for each number of steps."""
+    sampling = chosen_sampling(cfg, own)
+    guidance = one_guidance(cfg, pipeline, own is not None)
+    use_sampler(pipeline, sampling.sampler, sampling.spacing)
+    facts = {"guidance": guidance, "sampler": sampling.sampler, "negative_prompt": cfg.negative_prompt}
+    for steps in cfg.steps if isinstance(cfg.steps, list) else [cfg.steps or sampling.steps or SOME_STEPS]:
+        if sampling.steps not in (None, steps):
+            log.warning("the student was made for %d steps, and is drawn in %d", sampling.steps, steps)
+        folder = Path(cfg.output_dir) / (f"steps-{steps}" if isinstance(cfg.steps, list) else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures: list[dict[str, Any]] = []
+        with checking("steps: "):
+            times = milestone_steps(pipeline, steps) if sampling.spacing == "milestones" else None
+        for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"{steps} steps", unit="batch"):
+            chunk = prompts[start : start + cfg.batch_size]
+            seeds = [cfg.seed + start + i for i in range(len(chunk))]
+            images = draw(pipeline, chunk, seeds, steps, guidance, model.resolution, cfg.negative_prompt, times)
+            for prompt, seed, image in zip(chunk, seeds, images, strict=True):
+                name = f"{len(pictures):05d}.png"
+                save_image(image, folder / name)
+                pictures.append({"file": name, "prompt": prompt, "seed": seed, "steps": steps, **facts})
+        (folder / "pictures.json").write_text(json.dumps(pictures, indent=1) + "\n")
+        print(f"{len(pictures)} pictures in {folder}")
+
+
+def draw_sweep(cfg: SampleSettings, pipeline: Any, model: ModelSettings, prompts: Sequence[str]) -> None:
+    """One grid and one table."""
+    if not is_student(pipeline):
+        raise ConfigError("a sweep needs a student: set run=... or lora=..., or a pipeline that has an LCMScheduler")
+    models = Models.of(pipeline, load_teacher(cfg, pipeline, model), cfg.lora_scale)
+    sweep = chosen_sweep(cfg, models)
+    text = run_sweep(
+        Path(cfg.output_dir),
+        sweep,
+        models,
+        prompts,
+        [cfg.seed + i for i in range(len(prompts))],
+        batch_size=cfg.batch_size,
+        resolution=model.resolution,
+        right=judge_of(model, prompts),
+    )
+    print(f"{text}\n{cfg.output_dir}/{sweep.name}.png, .md, .json")
+
+
+def load_teacher(cfg: SampleSettings, pipeline: Any, model: ModelSettings) -> Any | None:
+    """The undistilled pipeline, where it is not the student's own without its LoRA and is known."""
+    if cfg.teacher is not None:
+        return on_device(load_pipeline(cfg.teacher))
+    if (cfg.run or cfg.lora) and not pipeline.get_list_adapters():  # a whole network has taken its teacher's place
+        path = model.pretrained_model_name_or_path
+        return on_device(load_pipeline(path, revision=model.revision, variant=model.variant))
+    return None
+
+
+def chosen_sweep(cfg: SampleSettings, models: Models) -> Sweep:
+    known = models.undistilled is not None
+    negative_prompt = None if cfg.sweep == "guidance" else cfg.negative_prompt
+    reference = Way(False, cfg.teacher_steps, cfg.teacher_guidance, negative_prompt) if known else None
+    guidance = one_guidance(cfg, models.student, student=True)
+    steps = cfg.steps if isinstance(cfg.steps, list) else [cfg.steps] if cfg.steps else None
+    if cfg.sweep == "guidance":
+        assert cfg.negative_prompt is not None  # checked
+        guidances = cfg.guidance if isinstance(cfg.guidance, list) else [cfg.guidance] if cfg.guidance else GUIDANCES
+        return guidance_sweep(guidances, cfg.negative_prompt, (steps or [SOME_STEPS])[0], reference)
+    if cfg.sweep == "steps":
+        return steps_sweep(steps or STEPS, guidance, negative_prompt, reference)
+    if reference is None or not models.adapters:
+        raise ConfigError("sweep=lora needs a LoRA: set run=... or lora=...")
+    return lora_sweep(steps or LORA_STEPS, guidance, reference)
+
+
+def judge_of(model: ModelSettings, prompts: Sequence[str]) -> Right | None:
+    """The toy's judge, for the toy's teacher and captions."""
+    toy = Path(model.pretrained_model_name_or_path) == teacher_folder() and set(prompts) <= set(CAPTIONS)
+    return partial(captions_right, load_judge()) if toy else None
+
+
+def run() -> None:
+    """The command, as it is typed."""
+    run_script(main, "sample", SampleSettings)
+
+
+if __name__ == "__main__":
+    run()

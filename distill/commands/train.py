@@ -1,0 +1,380 @@
+"""Distils: `accelerate launch scripts/train.py experiment=lcm_lora_sd15 data.store=STORE output_dir=runs/a`.
+
+Settings are `configs/train.yaml` and its groups; `--cfg` prints them. Run again, it goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.data.loader import Loader, make_loader
+from distill.data.progress import Progress as Bar
+from distill.data.prompts import read_prompts
+from distill.data.reader import Store, open_store
+from distill.methods.base import Method
+from distill.models.exported import Exported, open_export
+from distill.models.families import Teacher, load_teacher
+from distill.models.latent_reward import LatentReward
+from distill.training.checkpoint import Checkpoints
+from distill.training.config import ConfigError, build, checking, run_script
+from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
+from distill.training.health import Health
+from distill.training.lock import RunLock
+from distill.training.loop import Every, train
+from distill.training.preemption import Preemption
+from distill.training.run import (
+    checkpoints_of,
+    finished,
+    identity,
+    launched_rank,
+    launched_world_size,
+    mark_finished,
+    open_run,
+)
+from distill.training.settings import TrainSettings
+from distill.training.tracking import (
+    SKIPPED,
+    Meter,
+    Progress,
+    Tracker,
+    cut_after,
+    note_skipped,
+    open_trackers,
+    read_metrics,
+    setup_logging,
+)
+from distill.training.validation import Validation, teacher_ends, validation_seeds
+from distill.training.watchdog import Watchdog
+from distill.training.writing import WriteError
+
+log = logging.getLogger("distill")
+
+PREEMPTED = 75  # EX_TEMPFAIL: saved, and to be run again
+NOT_SAVED = 74  # EX_IOERR: the last checkpoint could not be written
+UNHEALTHY = 3  # an alarm, or losses that are not finite, have ended the run; it is not to be run again as it is
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, checked as far as it can be before the first network is loaded."""
+
+    cfg: TrainSettings
+    engine: Engine
+    micro_batch_size: int
+    method: Method
+    exports: dict[str, Exported]
+    student: Any
+    others: dict[str, Any]
+    health: Health
+    plans: dict[str, TrainedNetwork]
+    store: Store
+    preemption: Preemption
+    watchdog: Watchdog
+
+
+def main(cfg: TrainSettings) -> None:
+    setup_logging(launched_rank())
+    parts = checked(cfg)
+    with RunLock(Path(cfg.output_dir), takes=launched_rank() == 0):
+        folder = open_run(parts.cfg)
+        if finished(folder, cfg.max_train_steps):
+            log.info("%s has taken its %d steps already", folder, cfg.max_train_steps)
+            return
+        code = distil(parts, folder)
+    if code:
+        sys.exit(code)
+
+
+def checked(cfg: TrainSettings) -> Parts:
+    """Everything that the user may have to mend; raises ConfigError."""
+    folder, first = Path(cfg.output_dir), launched_rank() == 0
+    engine: Engine = build(cfg.engine, on_skipped=partial(note_skipped, folder))
+    micro_batch_size = split_batch(cfg, launched_world_size())
+    with checking("preemption_signals: "):
+        preemption = Preemption(folder, writes=first, signals=cfg.preemption_signals)
+    teacher = teacher_of(cfg, parts=())
+    method: Method = build(cfg.method, schedule=teacher.schedule)
+    check_method(cfg, method)
+    exports = exports_of(cfg, teacher)
+    cfg = settled(cfg, exports)
+    with checking():
+        rate = LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
+        return Parts(
+            cfg=cfg,
+            engine=engine,
+            micro_batch_size=micro_batch_size,
+            method=method,
+            exports=exports,
+            student=build(cfg.student),
+            others=others_of(cfg, method),
+            health=build(cfg.health, main=first),
+            plans={name: plan_of(cfg, method, rate, name) for name in method.trains},
+            store=fitting_store(cfg, teacher, method, exports),
+            preemption=preemption,
+            watchdog=Watchdog(cfg.watchdog_minutes, launched_rank()),
+        )
+
+
+def distil(parts: Parts, folder: Path) -> int:
+    """Loads the networks, goes on where the run was, and trains; returns the exit code."""
+    cfg, engine, method, health = parts.cfg, parts.engine, parts.method, parts.health
+    with checking():
+        checkpoints, start_step = started(parts, folder)
+    if engine.is_main:
+        cut_after(folder / SKIPPED, start_step)
+    health.recall(engine.from_main(read_metrics(folder, start_step)))
+    report_to = [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to
+    tracker = open_trackers(report_to, folder, cfg.model_dump(mode="json"), resume_step=start_step, main=engine.is_main)
+    progress = Progress(cfg.max_train_steps, start_step, main=engine.is_main)
+    step, failure = start_step, None
+    with parts.preemption, parts.watchdog:
+        try:
+            step = train(
+                method,
+                engine,
+                iter(loader_of(cfg, parts.store, method, engine, parts.micro_batch_size, start_step)),
+                start_step=start_step,
+                max_train_steps=cfg.max_train_steps,
+                every=Every(cfg.log_every, cfg.checkpointing_steps, cfg.validation_steps),
+                meter=Meter(cfg.max_train_steps, cfg.global_batch_size, start_step),
+                progress=progress,
+                tracker=tracker,
+                checkpoints=checkpoints,
+                preemption=parts.preemption,
+                watchdog=parts.watchdog,
+                health=health,
+                validate=validation_of(cfg, method, engine, tracker, folder),
+            )
+        except (NonFiniteError, WriteError) as error:  # on all ranks alike
+            failure = error
+        code = exit_code(step, cfg.max_train_steps, health, failure)
+        if code == PREEMPTED:
+            parts.preemption.mark(step)
+    progress.close()
+    tracker.close()
+    engine.barrier()  # a launcher may end all ranks when the first is gone, and this one still sends
+    if engine.is_main and code == 0:
+        mark_finished(folder, step)
+    engine.close()
+    return code
+
+
+def started(parts: Parts, folder: Path) -> tuple[Checkpoints, int]:
+    """Joins the other ranks and prepares the networks, as the checkpoint has them that the run goes on from.
+
+    Returns what saves the run, and the steps taken.
+    """
+    cfg, engine = parts.cfg, parts.engine
+    engine.start()
+    hashes = engine.from_main(hashes_of(parts.exports) if engine.is_main else {})
+    recorded = cfg.model_dump(mode="json")
+    own = engine.from_main(identity(folder) if engine.is_main else "")
+    checkpoints = Checkpoints(checkpoints_of(folder), cfg.checkpoints_total_limit, recorded, hashes, own)
+    teacher = teacher_of(cfg, parts=("unet",))
+    networks = {name: other.network(teacher, cfg.seed) for name, other in parts.others.items()}  # of it untouched
+    starts, teaches = parts.exports.get("start"), parts.exports.get("teacher")
+    networks |= parts.student.networks(teacher, cfg.seed, "teacher" in parts.method.asks, starts, teaches)
+    engine.prepare(networks, parts.plans, helpers_of(cfg, parts.method))
+    resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
+    return checkpoints, resumed.step if resumed else 0
+
+
+def exit_code(step: int, max_train_steps: int, health: Health, failure: Exception | None) -> int:
+    """0 for a run that has taken its steps; otherwise why it has not, which rank 0 says in a line."""
+    say = log.error if launched_rank() == 0 else log.debug
+    if failure is not None:
+        say("%s", failure)
+        return NOT_SAVED if isinstance(failure, WriteError) else UNHEALTHY
+    if health.ends_run:
+        say("ended at step %d, for %s; health.stop=false goes on", step, " and ".join(health.alarms))
+        return UNHEALTHY
+    return 0 if step == max_train_steps else PREEMPTED
+
+
+def split_batch(cfg: TrainSettings, world_size: int) -> int:
+    """Samples of one micro-batch of one rank."""
+    parts = world_size * cfg.gradient_accumulation_steps
+    if cfg.global_batch_size % parts:
+        raise ConfigError(
+            f"global_batch_size={cfg.global_batch_size} must be a multiple of {parts}: "
+            f"{world_size} processes x gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
+        )
+    return cfg.global_batch_size // parts
+
+
+def exports_of(cfg: TrainSettings, teacher: Teacher) -> dict[str, Exported]:
+    """The earlier students that this one starts from ("start") and learns from ("teacher"), where given."""
+    exports = {}
+    for name, folder in (("start", cfg.start), ("teacher", cfg.teacher)):
+        if folder is not None:
+            with checking(f"{name}: "):
+                exports[name] = open_export(folder)
+                if launched_rank() == 0:  # the hash reads all weights once
+                    exports[name].require_base(teacher.teacher_hash)
+    return exports
+
+
+def settled(cfg: TrainSettings, exports: Mapping[str, Exported]) -> TrainSettings:
+    """With what the student's settings leave to its start: so recorded, the run can be exported without that."""
+    if "start" not in exports:
+        return cfg
+    with checking("start: "):
+        found = build(cfg.student).settle(exports["start"])
+    return cfg.model_copy(update={"student": cfg.student | found})
+
+
+def hashes_of(exports: Mapping[str, Exported]) -> dict[str, str]:
+    """What a resumed run must find in the folders of its earlier students."""
+    return {f"SHA-256 of the weights of {name}": export.weights_hash for name, export in exports.items()}
+
+
+def others_of(cfg: TrainSettings, method: Method) -> dict[str, Any]:
+    """What makes each of the networks that the method trains beside the student."""
+    names = [name for name in method.trains if name != "student"]
+    if missing := [name for name in names if name not in cfg.networks]:
+        raise ConfigError(f"the method trains a {missing[0]}, which the settings do not describe: set networks=critics")
+    return {name: build(cfg.networks[name]) for name in names}
+
+
+def plan_of(cfg: TrainSettings, method: Method, rate: LearningRate, name: str) -> TrainedNetwork:
+    """How a network is trained; of those beside the student an average is kept only if the method asks for it."""
+    averaged = name == "student" or f"{name}_ema" in method.asks
+    schedule = partial(scheduled, cfg, method, rate, name)
+    return TrainedNetwork(build(cfg.optimizer), schedule, cfg.ema_decay if averaged else None)
+
+
+def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str, step: int) -> float:
+    """The factor of `learning_rate` at a step: the schedule's, times that of the method's own rate, if it has one."""
+    return rate(step) * (method.learning_rate(step, name) or cfg.learning_rate) / cfg.learning_rate
+
+
+def check_method(cfg: TrainSettings, method: Method) -> None:
+    """The run's settings have to be what the method counts on."""
+    if method.steps not in (None, cfg.max_train_steps):
+        raise ConfigError(f"the method's stages take {method.steps} steps, not max_train_steps={cfg.max_train_steps}")
+    if cfg.ema_decay is None and any(f"{name}_ema" in method.asks for name in method.trains):
+        raise ConfigError("the method's target is the moving average of the student, and none is kept: set ema_decay")
+    if "reward" in method.asks and cfg.reward is None:
+        raise ConfigError("the method scores its answers, and there is no reward: set reward=clip or another")
+    if "perceptual" in method.asks and cfg.perceptual is None:
+        raise ConfigError("the method's distance is perceptual, and there is none: set perceptual=latent_lpips")
+    if cfg.global_batch_size < method.least_samples:
+        raise ConfigError(
+            f"the method compares samples of a step: global_batch_size={cfg.global_batch_size} must be at least "
+            f"{method.least_samples}"
+        )
+
+
+def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
+    model = cfg.model
+    with checking("model."):
+        return load_teacher(
+            model.pretrained_model_name_or_path, parts=parts, revision=model.revision, variant=model.variant
+        ).at_resolution(model.resolution)
+
+
+def helpers_of(cfg: TrainSettings, method: Method) -> dict[str, torch.nn.Module]:
+    """What the method's losses call beside networks, of what they ask for: a reward and a distance of latents."""
+    helpers: dict[str, torch.nn.Module] = {}
+    if "reward" in method.asks and cfg.reward is not None:
+        teacher = teacher_of(cfg, parts=("vae",))
+        helpers["reward"] = LatentReward(teacher, build(cfg.reward), cfg.reward_batch_size)
+    if "perceptual" in method.asks and cfg.perceptual is not None:
+        helpers["perceptual"] = build(cfg.perceptual)
+    return helpers
+
+
+def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports: Mapping[str, Exported]) -> Store:
+    """The store, once it is known to be this teacher's and to hold what the method reads.
+
+    A method that asks no network to teach learns from the solves of the one that `teacher` names.
+    """
+    store = open_store(
+        cfg.data.store, max_bad_fraction=cfg.data.max_bad_fraction, verify_sha256=cfg.data.verify_on_first_read
+    )
+    try:
+        for step in method.starts:
+            method.reads(step).check(store.index.times)
+    except ValueError as error:
+        if store.index.kind == "pictures":
+            raise ConfigError(
+                f"a store of pictures has no teacher solves, method=lcm_noised needs none: {error}"
+            ) from None
+        raise
+    if launched_rank() == 0:  # the hash reads all weights once
+        solved = exports.get("teacher") if "teacher" not in method.asks else None
+        store.index.require(
+            schedule_fingerprint=teacher.schedule.fingerprint,
+            teacher_hash=solved.weights_hash if solved else teacher.teacher_hash,
+            guidance=cfg.data.guidance,
+            resolution=teacher.resolution,
+        )
+    return store
+
+
+def loader_of(
+    cfg: TrainSettings, store: Store, method: Method, engine: Engine, micro_batch_size: int, start_step: int
+) -> Loader:
+    return make_loader(
+        store,
+        method.reads,
+        seed=cfg.seed,
+        global_batch_size=cfg.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        start_step=start_step,
+        num_workers=cfg.dataloader_num_workers,
+        prompts=method.needs_prompts,
+    )
+
+
+def validation_of(
+    cfg: TrainSettings, method: Method, engine: Engine, tracker: Tracker, folder: Path
+) -> Callable[[int], dict[str, float]]:
+    """Draws the validation prompts, if there are any. Text encoders and the teacher are needed once, and dropped."""
+    if cfg.validation_prompts is None:
+        return lambda step: {}
+    prompts = cfg.validation_prompts
+    prompts = read_prompts(prompts) if isinstance(prompts, str) else prompts
+    teacher = teacher_of(cfg, parts=("text", "vae"))
+    conditioning = teacher.encode(prompts)
+    ends = ends_of(cfg, engine, conditioning, folder)
+    del teacher.parts["text"]
+    conditioning |= {"guidance": torch.full((len(prompts),), cfg.validation_guidance)}
+    steps, seeds = cfg.validation_sampling_steps, cfg.validation_diversity_seeds
+    reward = build(cfg.validation_reward) if cfg.validation_reward is not None and engine.is_main else None
+    draws = Validation(teacher, prompts, conditioning, steps, cfg.seed, seeds, method.sampling, ends, reward)
+    return partial(draws, engine, tracker)
+
+
+def ends_of(
+    cfg: TrainSettings, engine: Engine, conditioning: Mapping[str, torch.Tensor], folder: Path
+) -> torch.Tensor | None:
+    """Where the model itself gets to from the validation's noise, on the main rank; drawn once a run."""
+    if not cfg.validation_teacher_steps or not engine.is_main:
+        return None
+    guidance = cfg.data.guidance if isinstance(cfg.data.guidance, float) else cfg.validation_guidance
+    teacher = teacher_of(cfg, parts=("unet", "text")).to(engine.device)
+    seeds = validation_seeds(cfg.seed, len(next(iter(conditioning.values()))))
+    progress = Bar("the teacher's own pictures", len(seeds), "pictures")
+    there = {name: value.to(engine.device) for name, value in conditioning.items()}
+    kept = folder / "validation.safetensors"
+    return teacher_ends(teacher, there, seeds, cfg.validation_teacher_steps, guidance, kept, progress.update)
+
+
+def run() -> None:
+    """The command, as it is typed."""
+    run_script(main, "train", TrainSettings)
+
+
+if __name__ == "__main__":
+    run()
