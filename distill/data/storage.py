@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -22,6 +23,8 @@ OPEN_FILES = 64
 STALE_SECONDS = 24 * 3600
 HOST = re.sub("[^A-Za-z0-9]", "-", socket.gethostname())
 TEMPORARY = re.compile(r".+\.(?P<host>[A-Za-z0-9-]+)\.[0-9a-f]{12}\.tmp")
+
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
 
 Range = tuple[str, int, int]
 """File name, first byte, end."""
@@ -185,6 +188,24 @@ def commit(path: Path, file: IO[bytes], target: Path) -> None:
     sync_folder(target.parent)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a small local file: a reader, a process that dies and a power loss each see the old text or the new."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        replace_whole(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def replace_whole(aside: Path, path: Path) -> None:
+    """Puts a finished local file, once it is on the disk, in the place of another one in its folder."""
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
 def sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -194,6 +215,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:  # FUSE file systems, of which many have no folders that could be flushed
+            raise
     finally:
         os.close(descriptor)
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distill.data.storage import replace_whole
 from distill.models.files import save_file
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Cache:
         if not path.exists():
             whole = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.tmp")
             save_file({name: tensor.contiguous() for name, tensor in compute().items()}, whole)
-            os.replace(whole, path)
+            replace_whole(whole, path)
 
     def awaited(
         self, pieces: Sequence[Mapping[str, Any]], patience: float = PATIENCE_SECONDS

@@ -130,9 +130,9 @@ class Link:
         try:
             facts = json.loads((self.export / FACTS).read_text())
             whole = all((self.export / path).stat().st_size == size for path, size in facts["files"].items())
+            newest = facts["step"] == int((self.folder / "DONE").read_text())
         except (OSError, ValueError, KeyError):
             return False
-        newest = facts["step"] == int((self.folder / "DONE").read_text())
         return whole and newest and set(self.formats or ()) <= set(facts["formats"])
 
 

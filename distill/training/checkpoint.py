@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distill.data.storage import sync_folder
+from distill.data.storage import sync_folder, write_whole
 from distill.training.elastic import NotElastic
 from distill.training.engine import Engine
 from distill.training.trained import weights_file
@@ -227,7 +227,7 @@ class Checkpoints:
         if engine.is_main:
             self._set_aside_after(step)
             if folder.parent.resolve() == self.folder.resolve():
-                _write_atomically(self.folder / LATEST, folder.name + "\n")
+                write_whole(self.folder / LATEST, folder.name + "\n")
             log.info("resumed from %s at step %d", folder, step)
         engine.barrier()
         self._current = step if (self.folder / folder.name).is_dir() else None
@@ -281,9 +281,18 @@ def read_weights(
     raise CheckpointError(f"no whole checkpoint in {folder}")
 
 
+def newest_manifest(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint in a run's checkpoints whose manifest is whole says of its run; {} without one."""
+    for _, found in _found(folder):
+        manifest, problem = _read_manifest(found)
+        if problem is None:
+            return manifest
+    return {}
+
+
 def mark_best(folder: Path, step: int) -> None:
     """Notes in a run's checkpoints which one an evaluation has found best; it is not dropped for its age."""
-    _write_atomically(folder / BEST, f"step-{step:08d}\n")
+    write_whole(folder / BEST, f"step-{step:08d}\n")
 
 
 def best_of(folder: Path) -> int | None:
@@ -386,7 +395,7 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     manifest = json.loads(json.dumps(manifest))
     text = json.dumps({**manifest, "seal": _seal(manifest)}, indent=1)
-    _write_atomically(folder / MANIFEST, text)
+    write_whole(folder / MANIFEST, text)
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -415,15 +424,4 @@ def _publish(aside: Path, final: Path) -> None:
     aside.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
     sync_folder(final.parent)
-    _write_atomically(final.parent / LATEST, final.name + "\n")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Readers see the old contents or the new, never a part."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
+    write_whole(final.parent / LATEST, final.name + "\n")

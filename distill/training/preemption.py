@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from distill.data.storage import write_whole
+
 log = logging.getLogger(__name__)
 
 MARKER = "PREEMPTED"
@@ -53,7 +55,7 @@ class Preemption:
     def mark(self, step: int) -> None:
         """Leaves the marker: this run ended because it was asked to, and is saved at `step`."""
         if self._writes:
-            self._marker.write_text(f"{step}\n")
+            write_whole(self._marker, f"{step}\n")
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True  # and no more: a handler runs between any two instructions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import re
@@ -10,7 +11,7 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from typing import Any
 import torch
 import yaml
 
-from distill.training.config import ConfigError, checking, read_settings, read_yaml
+from distill.data.storage import write_whole
+from distill.training.config import ConfigError, checking, read_settings, read_yaml, validated
 from distill.training.settings import TrainSettings
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("distill", "torch", "accelerate", "deepspeed", "diffusers", "peft", "transformers", "numpy", "safetensors")
 # What launchers, schedulers and libraries are told through variables; never one that may hold a secret.
@@ -62,6 +66,8 @@ FREE = frozenset(
 
 
 IDENTITY = "run_id"
+CONFIG = "config.yaml"
+SMALL = (CONFIG, IDENTITY, "overrides.txt", "environment.json")
 
 
 def launched_rank() -> int:
@@ -82,25 +88,82 @@ def open_run(settings: TrainSettings) -> Path:
     """
     folder = Path(settings.output_dir)
     wanted = settings.model_dump(mode="json")
-    recorded = folder / "config.yaml"
-    if recorded.is_file() and any(checkpoints_of(folder).glob("step-*")):
-        with checking(f"{recorded}: "):
-            before = read_yaml(recorded)
-        _same_run(folder, before, wanted)
+    if any(checkpoints_of(folder).glob("step-*")):
+        _same_run(folder, recorded_settings(folder), wanted)
     if launched_rank() > 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(recorded, yaml.safe_dump(wanted, sort_keys=False))
+    if not _content(folder / IDENTITY):
+        write_atomically(folder / IDENTITY, (_of_newest_checkpoint(folder, "run") or secrets.token_hex(8)) + "\n")
+    write_atomically(folder / CONFIG, yaml.safe_dump(wanted, sort_keys=False))
     write_atomically(folder / "overrides.txt", "\n".join(sys.argv[1:]) + "\n")
     write_atomically(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    if not (folder / IDENTITY).is_file():
-        write_atomically(folder / IDENTITY, secrets.token_hex(8) + "\n")
     return folder
+
+
+def recorded_settings(folder: Path) -> Mapping[str, Any]:
+    """The settings of the run in `folder`, as they were written down; {} if there are none.
+
+    A config.yaml that a power loss has emptied is no loss where there is a whole checkpoint: it holds them too.
+
+    Raises:
+        ConfigError: they are damaged.
+    """
+    path = folder / CONFIG
+    if not _content(path):
+        return _of_newest_checkpoint(folder, "config") or {}
+    with checking(f"{path}: "):
+        found = read_yaml(path)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no settings: put back what was there, or remove it to have it written anew")
+    return found
+
+
+def kept_files(folder: Path) -> Callable[[], None]:
+    """Reads the small files of a run, and returns what writes those of them again that have gone.
+
+    A folder that is removed or renamed under a run that goes on is thus made anew, and what is saved to it later can be
+    found, continued and exported.
+    """
+    texts = {name: (folder / name).read_text() for name in SMALL if (folder / name).is_file()}
+
+    def restore() -> None:
+        missing = [name for name in texts if not (folder / name).exists()]
+        if not missing:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in missing:
+            write_atomically(folder / name, texts[name])
+        log.warning(
+            "%s had lost %s: written again; what else was in it is gone, or where it was moved to",
+            folder,
+            ", ".join(missing),
+        )
+
+    return restore
 
 
 def identity(folder: Path) -> str:
     """A run's own name, which its checkpoints bear; its folder may be moved. `open_run` has given it."""
     return (folder / IDENTITY).read_text().strip()
+
+
+def _content(path: Path) -> bytes:
+    """What a small file holds; nothing if it is not there or, after a power loss, empty or all zeros."""
+    try:
+        return path.read_bytes().strip(b"\0 \r\n\t")
+    except FileNotFoundError:
+        return b""
+
+
+def _of_newest_checkpoint(folder: Path, key: str) -> Any:
+    """What the newest checkpoint says of its run in the place of a small file that is lost; None without one."""
+    from distill.training.checkpoint import newest_manifest  # which loads DeepSpeed, and is seldom needed here
+
+    found = newest_manifest(checkpoints_of(folder)).get(key)
+    if found and launched_rank() == 0:
+        log.warning("%s has lost its %s: taken from its newest checkpoint", folder, {"run": IDENTITY}.get(key, CONFIG))
+    return found
 
 
 def read_run(folder: str | Path) -> TrainSettings:
@@ -110,10 +173,13 @@ def read_run(folder: str | Path) -> TrainSettings:
         FileNotFoundError: no run there.
         ConfigError: its settings are damaged, or not those of a run of this version.
     """
-    recorded = Path(folder) / "config.yaml"
-    if not recorded.is_file():
-        raise FileNotFoundError(f"run={folder}: no run there (config.yaml is missing)")
-    return read_settings(recorded, TrainSettings)
+    recorded = Path(folder) / CONFIG
+    if _content(recorded):
+        return read_settings(recorded, TrainSettings)
+    if found := _of_newest_checkpoint(Path(folder), "config"):
+        return validated(found, TrainSettings)
+    problem = "empty" if recorded.is_file() else "missing"
+    raise FileNotFoundError(f"run={folder}: no run there ({CONFIG} is {problem}, and no checkpoint tells what it held)")
 
 
 def mark_finished(folder: Path, step: int) -> None:
@@ -123,8 +189,8 @@ def mark_finished(folder: Path, step: int) -> None:
 
 def finished(folder: Path, max_train_steps: int) -> bool:
     """Whether the run in `folder` has taken so many steps."""
-    done = folder / "DONE"
-    return done.is_file() and int(done.read_text()) >= max_train_steps
+    steps = _content(folder / "DONE")
+    return steps.isdigit() and int(steps) >= max_train_steps  # emptied by a power loss, it is written again
 
 
 def checkpoints_of(folder: str | Path) -> Path:
@@ -148,10 +214,8 @@ def environment() -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file in one step: a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    """Replaces a small file in one step, with fsync before and after: after a power loss, too, it is old or new."""
+    write_whole(path, text)
 
 
 def _same_run(folder: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

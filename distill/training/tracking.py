@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from distill.data.storage import replace_whole
 from distill.training.engine import Skipped
 
 logger = logging.getLogger(__name__)
@@ -179,9 +180,7 @@ def cut_after(path: Path, step: int) -> None:
     whole = path.with_suffix(".tmp")
     with open(whole, "w", encoding="utf-8") as file:
         file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(whole, path)
+    replace_whole(whole, path)
 
 
 def read_metrics(folder: Path, step: int) -> list[dict[str, float]]:

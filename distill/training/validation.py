@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distill.data.storage import replace_whole
 from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Denoiser
@@ -154,7 +155,7 @@ def teacher_ends(
     kept.parent.mkdir(parents=True, exist_ok=True)
     aside = kept.with_name(f".{kept.name}.{os.getpid()}")
     save_file({"ends": torch.cat(ends)}, aside, facts)
-    aside.replace(kept)
+    replace_whole(aside, kept)
     return torch.cat(ends)
 
 
