@@ -1,11 +1,13 @@
 """One job a run folder: a lock that names its holder, and that passes on when the holder is dead.
 
-It is a file. To appear it needs a hard link, which is made or not made on network file systems too (their `flock` may
-end at the host); to be believed from another machine it needs a holder that touches it now and then.
+It is a file. It appears by a hard link, which is made or not made on network file systems too (their `flock` may end at
+the host), or, where there are no hard links, by a creation that fails if the file exists; to be believed from another
+machine it needs a holder that touches it now and then.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -28,6 +30,8 @@ from distill.training.watchdog import give_up
 log = logging.getLogger(__name__)
 
 LOCK = "LOCK"
+# What a hard link fails with where there are none: cloud buckets that are mounted, exFAT, shares of SMB.
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Holder:
 
     Attributes:
         machine: tells whether two processes can see each other by their ids: host, boot and process namespace.
-        started: when the process did, seconds: a process id may come again.
+        started: when the process did, seconds by the clock, which may be set meanwhile.
+        ticks: the same in the kernel's ticks since the boot, where it tells: a process id may come again.
         job, restarts: of SLURM; a job that is put back into the queue keeps its id, and counts.
         since: for people.
     """
@@ -48,15 +53,18 @@ class Holder:
     job: str | None
     restarts: int
     since: str
+    ticks: int | None = None
 
     @staticmethod
-    def here() -> Holder:
-        """This process."""
+    def here(pid: int | None = None) -> Holder:
+        """This process, or another one of this machine."""
+        pid = os.getpid() if pid is None else pid
         return Holder(
             host=socket.gethostname(),
             machine=" ".join((socket.gethostname(), _boot(), _namespace())),
-            pid=os.getpid(),
-            started=psutil.Process().create_time(),
+            pid=pid,
+            started=psutil.Process(pid).create_time(),
+            ticks=_ticks(pid),
             job=os.environ.get("SLURM_JOB_ID"),
             restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             since=datetime.now().astimezone().isoformat(" ", "seconds"),
@@ -124,12 +132,24 @@ class RunLock:
         claim = self._beside("claim")
         try:
             claim.write_text(self._text)
-            os.link(claim, self._lock)
+            try:
+                os.link(claim, self._lock)
+            except FileExistsError:
+                raise
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                self._create()
         except FileExistsError:
             return False
         finally:
             claim.unlink(missing_ok=True)
         return True
+
+    def _create(self) -> None:
+        """Makes the lock where there are no hard links: for a moment it is there and empty, held by nobody readable."""
+        with self._lock.open("x") as file:
+            file.write(self._text)
 
     def _remove_dead(self) -> None:
         """Removes the lock of a holder that is gone. Raises ConfigError for one that is not."""
@@ -216,10 +236,22 @@ def _parsed(text: str) -> Holder | None:
 def _runs(holder: Holder) -> bool:
     try:
         process = psutil.Process(holder.pid)
-        same = abs(process.create_time() - holder.started) < 10  # a clock that was set moves it a little
+        if holder.ticks is not None and (ticks := _ticks(holder.pid)) is not None:
+            same = ticks == holder.ticks
+        else:
+            same = abs(process.create_time() - holder.started) < 10  # a clock that was set moves it a little
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _ticks(pid: int) -> int | None:
+    """When a process started, in the kernel's ticks since the boot, which no clock changes; None where not told."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return int(stat.rpartition(")")[2].split()[19])  # the name, in brackets, may hold spaces and brackets
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _boot() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -42,7 +43,7 @@ def asleep() -> Iterator[Holder]:
     """Another process of this machine, which is killed at the end."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        yield replace(Holder.here(), pid=process.pid, started=psutil.Process(process.pid).create_time())
+        yield Holder.here(process.pid)
     finally:
         process.kill()
         process.communicate()
@@ -80,7 +81,11 @@ def test_only_the_living_are_believed(fault: Fault, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"in use by process {other.pid} on .*: end that, or choose another"):
             RunLock(tmp_path).__enter__()
         row.tried()
-        locked_by(tmp_path, replace(other, started=other.started - 1000))  # the id has come again
+        assert other.ticks is not None
+        locked_by(tmp_path, replace(other, ticks=other.ticks - 1))  # the id has come again
+        with RunLock(tmp_path):
+            row.tried()
+        locked_by(tmp_path, replace(other, ticks=None, started=other.started - 1000))  # of a system without /proc
         with RunLock(tmp_path):
             row.tried()
         locked_by(tmp_path, other)
@@ -100,6 +105,50 @@ def test_only_the_living_are_believed(fault: Fault, tmp_path: Path) -> None:
         os.utime(tmp_path / LOCK, (0, 0))
         with RunLock(tmp_path):
             row.tried()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", [-86400.0, -30.0, 30.0, 86400.0])
+def test_a_clock_that_was_set_kills_nobody(seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system derives from its clock when it was booted, and from that when a process was started."""
+    with asleep() as other:
+        created = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + seconds)
+        assert abs(Holder.here(other.pid).started - other.started - seconds) < 1
+        locked_by(tmp_path, other, quiet=1e6)
+        with pytest.raises(ConfigError, match=f"in use by process {other.pid} on"):
+            RunLock(tmp_path).__enter__()
+
+
+def test_a_lock_of_an_earlier_version_is_still_believed(tmp_path: Path) -> None:
+    """It says when its process was started by the clock alone."""
+    with asleep() as other:
+        known = {name: value for name, value in asdict(other).items() if name != "ticks"}
+        (tmp_path / LOCK).write_text(json.dumps(known))
+        with pytest.raises(ConfigError, match=f"in use by process {other.pid} on"):
+            RunLock(tmp_path).__enter__()
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_folder_without_hard_links_is_locked_all_the_same(
+    refusal: int, fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with RunLock(tmp_path) as lock:
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"):
+            RunLock(tmp_path).__enter__()
+        assert (tmp_path / LOCK).read_text() == lock._text
+    with asleep() as other:
+        dead = other
+    locked_by(tmp_path, dead)
+    with RunLock(tmp_path):
+        fault(19, "two jobs on one run folder").tried()
     assert list(tmp_path.iterdir()) == []
 
 

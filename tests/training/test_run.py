@@ -1,0 +1,143 @@
+"""The small files of a run: durable, made good where they are lost, written again where their folder goes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distill.training.checkpoint import MANIFEST, _write_manifest
+from distill.training.config import ConfigError, load
+from distill.training.preemption import Preemption
+from distill.training.run import (
+    checkpoints_of,
+    finished,
+    identity,
+    kept_files,
+    mark_finished,
+    open_run,
+    read_run,
+    write_atomically,
+)
+from distill.training.settings import TrainSettings
+from tests.durability import Disk
+
+OVERRIDES = ("experiment=lcm_lora_sd15", "data.store=s", "model.pretrained_model_name_or_path=t", "max_train_steps=8")
+LOST: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "gone": lambda path: path.unlink(),
+}
+
+
+def settings(folder: Path, *more: str) -> TrainSettings:
+    return load("train", TrainSettings, [*OVERRIDES, f"output_dir={folder}", *more])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that has saved a checkpoint, as far as its small files are concerned."""
+    folder = open_run(settings(tmp_path / "run"))
+    checkpoint = checkpoints_of(folder) / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    _write_manifest(checkpoint, {"format": 1, "run": identity(folder), "step": 4, "config": config, "files": {}})
+    return folder
+
+
+def test_every_small_file_of_a_run_survives_a_power_loss(tmp_path: Path) -> None:
+    """At each moment it is as it was or as it becomes, and once it is written it stays."""
+    folder = tmp_path / "disk"
+    (folder / "run").mkdir(parents=True)
+    with Disk(folder) as disk:
+        open_run(settings(folder / "run"))
+        Preemption(folder / "run").mark(3)
+        mark_finished(folder / "run", 8)
+    end = disk.at_the_end().lay_out(tmp_path / "end") / "run"
+    names = {"config.yaml", "overrides.txt", "environment.json", "run_id", "PREEMPTED", "DONE"}
+    assert {p.name for p in end.iterdir()} == names
+    for name in names:
+        assert (end / name).read_bytes() == (folder / "run" / name).read_bytes() != b""
+    for i, cut in enumerate(disk.cuts()):
+        found = cut.lay_out(tmp_path / str(i)) / "run"
+        for path in found.iterdir():
+            if path.name in names:
+                assert path.read_bytes() == (end / path.name).read_bytes(), cut.where
+        shutil.rmtree(tmp_path / str(i))
+
+
+def test_a_file_that_is_replaced_is_old_or_new_after_a_power_loss(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    write_atomically(tmp_path / "disk" / "DONE", "4\n")
+    with Disk(tmp_path / "disk") as disk:
+        write_atomically(tmp_path / "disk" / "DONE", "8\n")
+    found = [(cut.lay_out(tmp_path / str(i)) / "DONE").read_text() for i, cut in enumerate(disk.cuts())]
+    assert set(found) == {"4\n", "8\n"}
+    assert (disk.at_the_end().lay_out(tmp_path / "end") / "DONE").read_text() == "8\n"
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_settings_that_are_lost_are_those_of_the_newest_checkpoint(
+    lost: str, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = yaml.safe_load((run / "config.yaml").read_text())
+    LOST[lost](run / "config.yaml")
+    assert read_run(run).model_dump(mode="json") == before
+    assert "has lost its config.yaml: taken from its newest checkpoint" in caplog.text
+    with pytest.raises(ConfigError, match="holds a run with seed="):
+        open_run(settings(run, "seed=7"))
+    open_run(settings(run))
+    assert yaml.safe_load((run / "config.yaml").read_text()) == before
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_a_run_whose_id_is_lost_is_still_the_one_of_its_checkpoints(
+    lost: str, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = identity(run)
+    LOST[lost](run / "run_id")
+    open_run(settings(run))
+    assert identity(run) == before
+    assert "has lost its run_id: taken from its newest checkpoint" in caplog.text
+
+
+def test_a_manifest_that_is_not_whole_makes_nothing_good(run: Path) -> None:
+    """What it says may be anything; the checkpoint itself would be refused for it."""
+    manifest = checkpoints_of(run) / "step-00000004" / MANIFEST
+    changed = json.loads(manifest.read_text()) | {"run": "another"}
+    manifest.write_text(json.dumps(changed))
+    (run / "run_id").write_text("")
+    (run / "config.yaml").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"no run there \(config.yaml is empty, and no checkpoint tells"):
+        read_run(run)
+    open_run(settings(run))
+    assert len(identity(run)) == 16 and identity(run) != "another"
+
+
+@pytest.mark.parametrize("text", ["- a\n", "text", "7"])
+def test_settings_that_are_something_else_are_one_line(text: str, run: Path) -> None:
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="config.yaml holds no settings: put back what was there, or remove it"):
+        open_run(settings(run))
+
+
+@pytest.mark.parametrize(("text", "done"), [("8\n", True), ("4\n", False), ("", False), ("\0\0", False), ("x", False)])
+def test_a_run_is_finished_if_its_mark_says_so(text: str, done: bool, tmp_path: Path) -> None:
+    (tmp_path / "DONE").write_text(text)
+    assert finished(tmp_path, 8) == done
+
+
+def test_a_folder_that_goes_while_its_run_goes_on_is_made_anew(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    restore = kept_files(run)
+    restore()
+    assert not caplog.text
+    shutil.rmtree(run)
+    restore()
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == files
+    assert "had lost config.yaml, run_id" in caplog.text
