@@ -31,6 +31,7 @@ from distill.training.checkpoint import (
     read_weights,
 )
 from distill.training.engine import Engine, LearningRate, TrainedNetwork
+from tests.durability import Disk
 from tests.training.engine_worker import run as run_case
 
 
@@ -256,6 +257,30 @@ def test_a_run_takes_its_own_checkpoints_and_those_of_others_that_are_named(make
         with pytest.raises(CheckpointError, match="step-00000002 was saved by another run: resume_from_checkpoint="):
             Checkpoints(tmp_path / "b", run="two").resume(make(), where)
     assert Checkpoints(tmp_path / "c", run="two").resume(make(), str(tmp_path / "b" / "step-00000002"))
+
+
+# ---- power loss -------------------------------------------------------------------------------------------------
+
+
+def test_power_lost_at_any_moment_of_a_save_leaves_the_checkpoint_before_or_the_new_one(
+    make: Make, tmp_path: Path
+) -> None:
+    """Of what was written, only what was flushed is there; a save that has returned is there whole."""
+    engine, folder = make(), tmp_path / "disk" / "checkpoints"
+    checkpoints = saved(engine, folder, 1, total_limit=1)
+    advance(engine, 1, 2)
+    with Disk(tmp_path / "disk") as disk:
+        checkpoints.save(engine, 2)
+    found = []
+    for i, cut in enumerate(disk.cuts()):
+        left = cut.lay_out(tmp_path / str(i)) / "checkpoints"
+        found.append(read_weights(left, "student")[0])  # which verifies size and hash
+        shutil.rmtree(left.parent)
+    assert set(found) == {1, 2}
+    end = disk.at_the_end().lay_out(tmp_path / "end") / "checkpoints"
+    resumed = Checkpoints(end).resume(make(), "latest")
+    assert resumed is not None and resumed.step == 2
+    assert (end / "latest").read_text() == "step-00000002\n"
 
 
 # ---- damage -----------------------------------------------------------------------------------------------------
