@@ -19,6 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from distill.data.errors import BadSample as BadSample
+from distill.data.errors import BadShard as BadShard
+from distill.data.errors import StoreError as StoreError
+from distill.data.errors import short as short
 from distill.diffusion.prediction import Conditioning
 
 STATES, TIMES, GUIDANCE, CONDITIONING = "states", "times", "guidance", "conditioning."
@@ -38,18 +42,6 @@ MAX_PAYLOAD_BYTES = 1 << 30
 MAX_JSON_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
 SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,11})\.tar")
-
-
-class StoreError(ValueError):
-    """Something about a trajectory store that the reader or writer does not accept."""
-
-
-class BadShard(StoreError):
-    """A shard that is missing or not what the index says; the message names it."""
-
-
-class BadSample(BadShard):
-    """A sample that is not what the index says; the message names its key and its shard."""
 
 
 @dataclass(frozen=True)
@@ -197,12 +189,6 @@ def parse_json(data: bytes | bytearray) -> Any:
 
 def _not_a_number(name: str) -> float:
     raise ValueError(f"{name} is not a number of JSON")
-
-
-def short(said: object, most: int = 120) -> str:
-    """A text on one line and of bounded length, for messages about what others wrote."""
-    text = " ".join(str(said).encode("utf-8", "backslashreplace").decode().split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def view(buffer: bytearray, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

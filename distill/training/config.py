@@ -28,7 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from distill.data.record import StoreError, short
+from distill.data.errors import StoreError, short
+from distill.training import signatures
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TARGETS = (
@@ -52,36 +53,87 @@ class ConfigError(ValueError):
     """A setting is wrong; the message is one line for the person who set it."""
 
 
+class Settings(BaseModel):
+    """A group of settings; a key that it does not list is an error."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+S = TypeVar("S", bound=Settings)
+
+
 def check_component(node: dict[str, Any]) -> dict[str, Any]:
     """Checks a node's keys and value types against the signature of its `_target_`.
 
-    Arguments without a value in the node are left to be passed as built objects.
+    Arguments without a value in the node are left to be passed as built objects. Where torch is not loaded yet, the
+    signature is read from the source, and what is not seen there is left to `check_components`.
 
     Raises:
         ValueError: a target that does not exist or is not for settings to name, an argument it does not take, or a
             value of the wrong type.
     """
-    target = _target(node.get("_target_"))
-    constructor = target.__init__ if inspect.isclass(target) else target
-    allowed = [p for p in inspect.signature(target).parameters]
-    hints = get_type_hints(constructor, include_extras=True)
+    hints = arguments_of(node.get("_target_"))
     for key, value in node.items():
         if key == "_target_" or (key == "_partial_" and isinstance(value, bool)):
             continue
-        if key not in allowed:
+        if hints is not None and key not in hints:
             shown = short(repr(key))
-            raise ValueError(f"unknown key {shown}{suggest(key, allowed)}; allowed: {', '.join(allowed)}")
+            raise ValueError(f"unknown key {shown}{suggest(key, list(hints))}; allowed: {', '.join(hints)}")
         if _instructs(value):
             raise ValueError(f"{key}={short(repr(value))}: only a node itself has a _target_ and the like")
-        node[key] = _checked(key, value, hints.get(key, Any))
+        node[key] = _checked(key, value, (hints or {}).get(key, Any))
     return node
+
+
+def check_components(settings: S) -> S:
+    """The settings with every component checked against the real signature of its target, which is imported.
+
+    Raises:
+        ConfigError: one line about the first mistake.
+    """
+    return settings.model_copy(
+        update={name: _nodes(name, getattr(settings, name)) for name in type(settings).model_fields}
+    )
+
+
+def _nodes(name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "_target_" not in value:
+        return {key: _nodes(f"{name}.{key}", inner) for key, inner in value.items()}
+    importlib.import_module("torch")  # so that it is the signature that counts
+    with checking(f"{name}: "):
+        return check_component(dict(value))
+
+
+def arguments_of(target: object) -> dict[str, Any] | None:
+    """The arguments that a `_target_` takes, each with its type; None if they cannot be read without importing it.
+
+    Raises:
+        ValueError: it does not exist, or is not for settings to name.
+    """
+    if "torch" not in sys.modules:
+        return _read_arguments(target)
+    found = _target(target)
+    hints = get_type_hints(found.__init__ if inspect.isclass(found) else found, include_extras=True)
+    return {name: hints.get(name, Any) for name in inspect.signature(found).parameters}
+
+
+def _read_arguments(path: object) -> dict[str, Any] | None:
+    module, name = _allowed_target(path)
+    try:
+        home = signatures.defining_module(module, name)
+        found = signatures.parameters(module, name)
+    except signatures.NoSuchName:
+        raise ValueError(f"_target_ {short(repr(path))} does not exist") from None
+    if not f"{home}.".startswith(TARGETS):
+        raise ValueError(f"_target_ {short(repr(path))} is no class or function of its own module")
+    return found
 
 
 def _target(path: object) -> Any:
     """The class or function that a node names: one that this package, or torch.optim, defines for that."""
-    module, _, name = str(path).rpartition(".")
-    if not str(path).startswith(TARGETS):
-        raise ValueError(f"_target_ {short(repr(path))} is not one of {', '.join(f'{start}*' for start in TARGETS)}")
+    module, name = _allowed_target(path)
     try:
         target = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
@@ -89,6 +141,14 @@ def _target(path: object) -> Any:
     if not (inspect.isclass(target) or inspect.isfunction(target)) or not f"{target.__module__}.".startswith(TARGETS):
         raise ValueError(f"_target_ {short(repr(path))} is no class or function of its own module")
     return target
+
+
+def _allowed_target(path: object) -> tuple[str, str]:
+    """The module and the name."""
+    module, _, name = str(path).rpartition(".")
+    if not str(path).startswith(TARGETS):
+        raise ValueError(f"_target_ {short(repr(path))} is not one of {', '.join(f'{start}*' for start in TARGETS)}")
+    return module, name
 
 
 def _instructs(value: Any) -> bool:
@@ -108,15 +168,6 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     if isinstance(value, (bool, str)) and isinstance(found, (bool, int, float)) and type(found) is not type(value):
         raise ValueError(f"{key}={value!r}: must be {type(found).__name__}, not {type(value).__name__}")
     return found if type(found) is int and type(value) is float else value
-
-
-class Settings(BaseModel):
-    """A group of settings; a key that it does not list is an error."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-S = TypeVar("S", bound=Settings)
 
 
 def load(config_name: str, schema: type[S], overrides: Sequence[str]) -> S:
@@ -276,10 +327,13 @@ def checking(what: str = "") -> Iterator[None]:
         raise ConfigError(f"{what}{error}") from None
 
 
-def run_script(main: Callable[[S], None], config_name: str, schema: type[S]) -> None:
-    """What every script calls: settings from the command line, one line and exit code 2 for what the user can mend.
+def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S]) -> None:
+    """What every command calls: settings from the command line, one line and exit code 2 for what the user can mend.
 
     `--cfg` prints the composed settings and stops; `settings=FILE` takes what it printed, instead of composing any.
+
+    Args:
+        main: what runs with the settings, or the module whose `main` does, which is imported once they are right.
     """
     arguments = sys.argv[1:]
     show = [a for a in arguments if a in ("--cfg", "--help", "-h")]
@@ -291,7 +345,9 @@ def run_script(main: Callable[[S], None], config_name: str, schema: type[S]) -> 
         if show:
             print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
             return
-        main(settings)
+        # Nothing above loads torch: what has to be set before it is loaded is set here.
+        body: Callable[[S], None] = importlib.import_module(main).main if isinstance(main, str) else main
+        body(check_components(settings))
     except (ConfigError, StoreError, FileNotFoundError) as error:
         sys.exit(fail(error))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
@@ -226,6 +225,8 @@ class ToyControlSettings(Settings):
 def check_repository(name: str | None) -> str | None:
     """Raises ValueError for what cannot be the name of a repository on the hub; None is no repository."""
     if name is not None:
+        from huggingface_hub.utils import HFValidationError, validate_repo_id  # which takes longer than all else here
+
         try:
             validate_repo_id(name)
         except HFValidationError:

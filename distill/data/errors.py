@@ -1,0 +1,21 @@
+"""What can be wrong with a store, and how it is put into a message. Without torch, for those who only report it."""
+
+from __future__ import annotations
+
+
+class StoreError(ValueError):
+    """Something about a trajectory store that the reader or writer does not accept."""
+
+
+class BadShard(StoreError):
+    """A shard that is missing or not what the index says; the message names it."""
+
+
+class BadSample(BadShard):
+    """A sample that is not what the index says; the message names its key and its shard."""
+
+
+def short(said: object, most: int = 120) -> str:
+    """A text on one line and of bounded length, for messages about what others wrote."""
+    text = " ".join(str(said).encode("utf-8", "backslashreplace").decode().split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
