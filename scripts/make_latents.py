@@ -1,6 +1,6 @@
 """Launches `distill.commands.make_latents`, which says what it does."""
 
-from distill.commands.make_latents import run
+from distill.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("make_latents")

@@ -1,6 +1,6 @@
 """Launches `distill.commands.make_trajectories`, which says what it does."""
 
-from distill.commands.make_trajectories import run
+from distill.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("make_trajectories")

@@ -1,6 +1,6 @@
 """Launches `distill.commands.report`, which says what it does."""
 
-from distill.commands.report import run
+from distill.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("report")

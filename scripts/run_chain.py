@@ -1,6 +1,6 @@
 """Launches `distill.commands.run_chain`, which says what it does."""
 
-from distill.commands.run_chain import run
+from distill.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("run_chain")

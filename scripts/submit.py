@@ -1,6 +1,6 @@
 """Launches `distill.commands.submit`, which says what it does."""
 
-from distill.commands.submit import run
+from distill.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("submit")

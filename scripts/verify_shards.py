@@ -1,6 +1,6 @@
 """Launches `distill.commands.verify_shards`, which says what it does."""
 
-from distill.commands.verify_shards import run
+from distill.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("verify_shards")

@@ -1,1 +1,46 @@
-"""What the command line does: one module for each command. `scripts/NAME.py` launches `distill.commands.NAME`."""
+"""What the command line does: one module for each command.
+
+`python scripts/NAME.py` and `python -m distill.commands.NAME` both call `run`, which imports the command's module, and
+with it torch, only when its settings are right.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NoReturn
+
+from distill.training.config import Settings, run_script
+from distill.training.settings import (
+    EvaluateSettings,
+    ExportSettings,
+    PlanSettings,
+    ReportSettings,
+    RunChainSettings,
+    SampleSettings,
+    SubmitSettings,
+    TrainSettings,
+)
+
+SETTINGS: dict[str, tuple[str, type[Settings]]] = {
+    "evaluate": ("evaluate", EvaluateSettings),
+    "export": ("export", ExportSettings),
+    "make_latents": ("train", TrainSettings),
+    "make_trajectories": ("train", TrainSettings),
+    "plan": ("plan", PlanSettings),
+    "report": ("report", ReportSettings),
+    "run_chain": ("run_chain", RunChainSettings),
+    "sample": ("sample", SampleSettings),
+    "submit": ("submit", SubmitSettings),
+    "train": ("train", TrainSettings),
+}
+"""By command: its file in `configs/`, and what that is checked against."""
+
+
+def run(name: str) -> NoReturn:
+    """The command, as it is typed; one without settings reads its arguments by itself, and returns its exit code."""
+    module = f"{__name__}.{name}"
+    if name in SETTINGS:
+        run_script(module, *SETTINGS[name])
+        sys.exit()
+    sys.exit(importlib.import_module(module).main())

@@ -11,6 +11,11 @@ on; finished blocks are not drawn twice.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("evaluate")
+
 import json
 import logging
 import shlex
@@ -43,7 +48,7 @@ from distill.models.folder import read_json
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.training.checkpoint import Checkpoints, mark_best
-from distill.training.config import ConfigError, checking, load, run_script
+from distill.training.config import ConfigError, checking, load
 from distill.training.export import export_run
 from distill.training.run import checkpoints_of, finished, read_run
 from distill.training.settings import EvaluateSettings, TrainSettings
@@ -345,12 +350,3 @@ def about(cfg: EvaluateSettings, comparison: Comparison, source: Source | None) 
     what = f"A LoRA of rank {settings['lora_rank']}" if kind == "LoRAStudent" else "A full network"
     trained = f"{settings['max_train_steps']} steps of {settings['global_batch_size']} samples"
     return f"{what} for {name}, by {method}: {trained}; the teacher's guidance {comparison.plan.guidance:g}."
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    run_script(main, "evaluate", EvaluateSettings)
-
-
-if __name__ == "__main__":
-    run()

@@ -6,6 +6,11 @@ python scripts/export.py run=runs/a output_dir=exports/a formats=[diffusers,kohy
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("export")
+
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,7 @@ from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.pipelines import draw, load_pipeline, use_sampler
 from distill.evaluation.report import COLUMNS, format_table
 from distill.training.card import SAMPLES, sample_steps, write_card
-from distill.training.config import ConfigError, checking, run_script
+from distill.training.config import ConfigError, checking
 from distill.training.export import Export, check_formats, published, push, require_login, write_student
 from distill.training.run import read_run
 from distill.training.settings import ExportSettings, TrainSettings
@@ -111,12 +116,3 @@ def pipeline_of(folder: Path, export: Export) -> Any:
         pipeline.unet = PeftModel.from_pretrained(pipeline.unet, folder / "peft")
     use_sampler(pipeline, export.sampling.sampler, export.sampling.spacing, Prediction(export.prediction))
     return pipeline
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    run_script(main, "export", ExportSettings)
-
-
-if __name__ == "__main__":
-    run()

@@ -10,6 +10,11 @@ and named. Settings are `configs/data/images.yaml`; `--cfg` prints them.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("make_latents")
+
 import os
 
 import torch
@@ -18,7 +23,7 @@ from distill.data.images import Accept, Listing, list_pictures
 from distill.data.index import NO_SOLVE, Plan
 from distill.data.writer import work_split, write_store
 from distill.models.families import Teacher, load_teacher
-from distill.training.config import ConfigError, checking, run_script
+from distill.training.config import ConfigError, checking
 from distill.training.latents import LatentEncoder
 from distill.training.run import launched_rank
 from distill.training.settings import TrainSettings
@@ -85,12 +90,3 @@ def plan_of(cfg: TrainSettings, teacher: Teacher, listing: Listing) -> Plan:
         crop=data.crop,
         vae_hash=teacher.vae_hash,
     )
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    run_script(main, "train", TrainSettings)
-
-
-if __name__ == "__main__":
-    run()

@@ -9,6 +9,11 @@ an earlier student's network.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("make_trajectories")
+
 import os
 
 import torch
@@ -20,7 +25,7 @@ from distill.diffusion.solver import make_times
 from distill.models.exported import open_export
 from distill.models.families import Teacher, load_teacher
 from distill.models.student import as_teacher
-from distill.training.config import ConfigError, checking, run_script
+from distill.training.config import ConfigError, checking
 from distill.training.run import launched_rank
 from distill.training.settings import TrainSettings
 from distill.training.tracking import setup_logging
@@ -98,12 +103,3 @@ def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> Plan:
         batch_size=data.batch_size,
         dtype=data.dtype,
     )
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    run_script(main, "train", TrainSettings)
-
-
-if __name__ == "__main__":
-    run()

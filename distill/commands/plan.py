@@ -7,6 +7,11 @@ Nothing is loaded: the run's own losses are walked through on networks without w
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("plan")
+
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -27,7 +32,6 @@ from distill.commands.plan_run import (
     step_seconds,
     usable,
 )
-from distill.training.config import run_script
 from distill.training.planning import best_interval, lost_share, most_samples, read_bytes
 from distill.training.settings import ClusterSettings, PlanSettings
 from distill.training.tracking import setup_logging
@@ -234,12 +238,3 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for row in [heads, *rows]:
         cells = [x.ljust(w) if left else x.rjust(w) for x, w, left in zip(row, widths, words, strict=True)]
         yield "  ".join(cells).rstrip()
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    run_script(main, "plan", PlanSettings)
-
-
-if __name__ == "__main__":
-    run()

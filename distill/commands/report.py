@@ -5,10 +5,15 @@ python scripts/report.py evaluations=[outputs/a,outputs/b] output_dir=outputs/a_
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("report")
+
 from pathlib import Path
 
 from distill.evaluation.together import write_together
-from distill.training.config import ConfigError, run_script
+from distill.training.config import ConfigError
 from distill.training.settings import ReportSettings
 
 
@@ -18,12 +23,3 @@ def main(cfg: ReportSettings) -> None:
         raise ConfigError(f"evaluations are named by their folders, and two are called alike: {', '.join(reports)}")
     write_together(Path(cfg.output_dir) / "report", reports)
     print(f"report: {cfg.output_dir}/report/index.html")
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    run_script(main, "report", ReportSettings)
-
-
-if __name__ == "__main__":
-    run()

@@ -10,6 +10,11 @@ the links are; `link=NAME` runs one.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("run_chain")
+
 import fcntl
 import logging
 import shlex
@@ -25,7 +30,7 @@ from typing import IO
 from tqdm import tqdm
 
 from distill.training.chain import Link, links_of, one_of, seconds_left
-from distill.training.config import ConfigError, run_script
+from distill.training.config import ConfigError
 from distill.training.preemption import MARKER
 from distill.training.settings import RunChainSettings
 from distill.training.tracking import setup_logging
@@ -149,12 +154,3 @@ class Relay:
         self._asked = True
         if self._process is not None:
             self._process.terminate()
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    run_script(main, "run_chain", RunChainSettings)
-
-
-if __name__ == "__main__":
-    run()

@@ -11,6 +11,11 @@ python scripts/sample.py run=runs/a sweep=guidance guidance=[1,2] negative_promp
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("sample")
+
 import json
 import logging
 import tempfile
@@ -51,7 +56,7 @@ from distill.methods.sampling import Sampling
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
-from distill.training.config import ConfigError, checking, run_script
+from distill.training.config import ConfigError, checking
 from distill.training.export import export_run
 from distill.training.run import read_run
 from distill.training.settings import ModelSettings, SampleSettings
@@ -201,12 +206,3 @@ def judge_of(model: ModelSettings, prompts: Sequence[str]) -> Right | None:
     """The toy's judge, for the toy's teacher and captions."""
     toy = Path(model.pretrained_model_name_or_path) == teacher_folder() and set(prompts) <= set(CAPTIONS)
     return partial(captions_right, load_judge()) if toy else None
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    run_script(main, "sample", SampleSettings)
-
-
-if __name__ == "__main__":
-    run()

@@ -9,6 +9,11 @@ runs, exactly these, and its log. `dry_run=true` prints both and does not submit
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("submit")
+
 import logging
 import os
 import re
@@ -22,7 +27,7 @@ from pathlib import Path
 import yaml
 
 from distill.commands import make_trajectories, train
-from distill.training.config import ConfigError, run_script
+from distill.training.config import ConfigError
 from distill.training.run import write_atomically
 from distill.training.settings import SlurmSettings, SubmitSettings, TrainSettings
 from distill.training.tracking import setup_logging
@@ -151,12 +156,3 @@ def _quoted(path: Path) -> str:
     if re.search(r"[\"\\\n]", str(path)):
         raise ConfigError(f"{path}: a batch script cannot name a folder with quotes, backslashes or newlines")
     return f'"{path}"' if " " in str(path) else str(path)
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    run_script(main, "submit", SubmitSettings)
-
-
-if __name__ == "__main__":
-    run()

@@ -5,6 +5,11 @@ Settings are `configs/train.yaml` and its groups; `--cfg` prints them. Run again
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("train")
+
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -24,7 +29,7 @@ from distill.models.exported import Exported, open_export
 from distill.models.families import Teacher, load_teacher
 from distill.models.latent_reward import LatentReward
 from distill.training.checkpoint import Checkpoints
-from distill.training.config import ConfigError, build, checking, run_script
+from distill.training.config import ConfigError, build, checking
 from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
 from distill.training.health import Health
 from distill.training.lock import RunLock
@@ -369,12 +374,3 @@ def ends_of(
     there = {name: value.to(engine.device) for name, value in conditioning.items()}
     kept = folder / "validation.safetensors"
     return teacher_ends(teacher, there, seeds, cfg.validation_teacher_steps, guidance, kept, progress.update)
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    run_script(main, "train", TrainSettings)
-
-
-if __name__ == "__main__":
-    run()

@@ -8,6 +8,11 @@ well, 1 if something is wrong, 2 if STORE cannot be opened.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what is heavy is imported
+    from distill.commands import run
+
+    run("verify_shards")
+
 import argparse
 import logging
 import sys
@@ -52,12 +57,3 @@ def verify(url: str, only: list[str]) -> list[Verdict]:
     shards = [shard for shard in index.shards if not only or shard.name in only]
     progress = Progress("verifying", sum(shard.samples for shard in shards), "samples")
     return [verify_shard(folder, index, shard, progress.update) for shard in shards]
-
-
-def run() -> None:
-    """The command, as it is typed."""
-    sys.exit(main())
-
-
-if __name__ == "__main__":
-    run()

@@ -185,7 +185,7 @@ def load(config_name: str, schema: type[S], overrides: Sequence[str]) -> S:
             for given_value in values.values():
                 OmegaConf.update(composed, given_value.key_or_group, given_value.value())
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_hydra_line(error, config_name)) from None
+            raise ConfigError(_hydra_line(error, schema)) from None
         except (yaml.YAMLError, ValueError, TypeError, OSError, RecursionError) as error:  # Hydra's own stumbles
             raise ConfigError(f"the settings cannot be composed: {_first_line(error)}") from None
     return check(composed, schema)
@@ -363,12 +363,11 @@ def _bundled(name: str) -> Path:
     return Path(__file__).resolve().parents[1] / "toy" / name
 
 
-def _hydra_line(error: Exception, config_name: str) -> str:
+def _hydra_line(error: Exception, schema: type[Settings]) -> str:
     text = f"{error}\n{error.__cause__ or ''}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
-        known = list(_leaves(yaml_keys(config_name)))
-        return f"unknown key {short(repr(unknown[1]))}{suggest(unknown[1], known)}"
+        return f"unknown key {short(repr(unknown[1]))}{suggest(unknown[1], _fields(schema))}"
     group = re.search(r"Could not find '([^']+)'", text)
     if group:
         folder, _, name = group[1].rpartition("/")
@@ -379,19 +378,6 @@ def _hydra_line(error: Exception, config_name: str) -> str:
 
 def _first_line(error: Exception) -> str:
     return short(next(iter(str(error).splitlines()), "") or type(error).__name__, MAX_LINE)
-
-
-def yaml_keys(config_name: str) -> dict[str, Any]:
-    """The keys of a config without overrides, for suggestions."""
-    composed = compose(config_name)
-    return OmegaConf.to_container(composed, resolve=False)  # type: ignore[return-value]
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in node.items():
-        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-    return keys
 
 
 def _validation_line(error: ValidationError, schema: type[Settings]) -> str:
