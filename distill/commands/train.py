@@ -139,7 +139,8 @@ def distil(parts: Parts, folder: Path) -> int:
     report_to = [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to
     tracker = open_trackers(report_to, folder, cfg.model_dump(mode="json"), resume_step=start_step, main=engine.is_main)
     progress = Progress(cfg.max_train_steps, start_step, main=engine.is_main)
-    step, failure = start_step, None
+    step = start_step
+    failure: NonFiniteError | WriteError | None = None
     with parts.preemption, parts.watchdog:
         try:
             step = train(
@@ -158,7 +159,9 @@ def distil(parts: Parts, folder: Path) -> int:
                 health=health,
                 validate=validation_of(cfg, method, engine, tracker, folder),
             )
-        except (NonFiniteError, WriteError) as error:  # on all ranks alike
+        except NonFiniteError as error:  # on all ranks alike
+            failure = NonFiniteError(f"{error}; {checkpoints.after_divergence(engine)}")
+        except WriteError as error:  # on all ranks alike
             failure = error
         code = exit_code(step, cfg.max_train_steps, health, failure)
         if code == PREEMPTED:

@@ -7,6 +7,13 @@
         latest                    the name of the newest one, for people and batch scripts
         best                      the name of the one that an evaluation has found best, if any: it is kept
 
+A checkpoint is healthy if no update was being skipped when it was saved. Only healthy ones count towards the limit, so
+that a run that diverges cannot push them out.
+
+A step folder may be a link, to another disk say. Where an old checkpoint is dropped, the link is removed and what it
+points to stays. What is no checkpoint (a folder without a manifest, a file) is neither counted nor removed. Cleaning up
+never fails the save that it follows.
+
 All ranks call the methods of `Checkpoints` together; the folder is one that all of them see.
 """
 
@@ -19,7 +26,9 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -70,7 +79,7 @@ class Checkpoints:
 
     Args:
         folder: where they lie.
-        total_limit: keep the newest so many; None keeps all.
+        total_limit: keep the newest so many of the healthy ones; None keeps all.
         config: the run's settings, for the record.
         must_match: settings (values of JSON) that a resumed run must share with the one that saved.
         run: the run's own name; checkpoints of another one are taken from a folder that is named only.
@@ -90,6 +99,7 @@ class Checkpoints:
         if self.total_limit is not None and self.total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be null or at least 1, got {self.total_limit}")
         self._current: int | None = None  # the step that was saved or resumed from last
+        self._unhealthy: dict[Path, bool] = {}  # of the checkpoints whose manifest has been read
 
     # ---- writing ------------------------------------------------------------------------------------------------
 
@@ -106,11 +116,11 @@ class Checkpoints:
         final = self.folder / f"step-{step:08d}"
         if self._current == step:
             return final
-        aside = final.with_name(final.name + ".tmp")
+        aside, began, healthy = final.with_name(final.name + ".tmp"), time.monotonic(), engine.is_healthy()
         try:
             together(engine.gathered, lambda: _make_anew(aside) if engine.is_main else None)
             together(engine.gathered, lambda: engine.save(aside))
-            manifest = self._manifest(engine, step, state or {}, self._digests(engine, aside))
+            manifest = self._manifest(engine, step, state or {}, self._digests(engine, aside), healthy)
             together(engine.gathered, lambda: self._complete(aside, final, manifest) if engine.is_main else None)
         except WriteError as error:
             free = free_space(self.folder.parent)
@@ -118,12 +128,18 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
             raise WriteError(f"{final} could not be written ({error}; {free})") from None
         self._current = step
+        if engine.is_main:
+            log.info("saved the checkpoint of step %d in %.1f s: %s", step, time.monotonic() - began, final)
         return final
 
     def _complete(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
         _write_manifest(aside, manifest)
         _publish(aside, final)
-        self._drop_old()
+        self._unhealthy[final] = _is_unhealthy(manifest)
+        try:
+            self._drop_old()
+        except OSError as error:  # the checkpoint is whole all the same
+            log.warning("old checkpoints in %s could not be dropped: %s", self.folder, error)
 
     def _digests(self, engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and hash of every file below `folder`, each read (and flushed to the disk) by one of the ranks."""
@@ -133,7 +149,7 @@ class Checkpoints:
         return dict(sorted(item for part in engine.gathered(digests) for item in part.items()))
 
     def _manifest(
-        self, engine: Engine, step: int, state: Mapping[str, Any], files: Mapping[str, Any]
+        self, engine: Engine, step: int, state: Mapping[str, Any], files: Mapping[str, Any], healthy: bool
     ) -> dict[str, Any]:
         return {
             "format": FORMAT,
@@ -141,6 +157,7 @@ class Checkpoints:
             "step": step,
             "state": dict(state),
             "engine_state": engine.state_dict(),
+            "healthy": healthy,
             "engine": engine.describe(),
             "must_match": dict(self.must_match),
             "versions": _versions(),
@@ -149,12 +166,50 @@ class Checkpoints:
         }
 
     def _drop_old(self) -> None:
-        if self.total_limit is not None:
-            best = best_of(self.folder)
-            for folder in (folder for step, folder in self.found()[self.total_limit :] if step != best):
-                doomed = folder.with_name(folder.name + ".tmp")  # half deleted, it must not look like a checkpoint
-                folder.rename(doomed)
-                shutil.rmtree(doomed)
+        """Keeps the newest healthy ones and the best one; of those saved in a streak of skipped updates the newest."""
+        if self.total_limit is None:
+            return
+        found = [(step, folder, self._was_unhealthy(folder)) for step, folder in self.found()]
+        healthy = [step for step, _, unhealthy in found if unhealthy is False][: self.total_limit]
+        best = best_of(self.folder)
+        for step, folder, unhealthy in found[1:]:
+            of_a_streak = unhealthy is True and step < max(healthy, default=found[0][0])
+            too_old = unhealthy is not None and len(healthy) == self.total_limit and step < healthy[-1]
+            if (of_a_streak or too_old) and step != best:
+                _drop(folder)
+
+    def _was_unhealthy(self, folder: Path) -> bool | None:
+        """Whether it was saved while updates were being skipped; None for what is no checkpoint."""
+        if not (folder / MANIFEST).is_file():
+            return None
+        if folder not in self._unhealthy:
+            manifest, problem = _read_manifest(folder)
+            self._unhealthy[folder] = problem is not None or _is_unhealthy(manifest)
+        return self._unhealthy[folder]
+
+    def after_divergence(self, engine: Engine) -> str:
+        """For the line about a run that has ended because its updates were skipped: from where it can continue.
+
+        What a stopped run saved within that streak is renamed to `*.set-aside`, for the run to start again before it.
+        """
+        return engine.from_main(self._way_back() if engine.is_main else "")
+
+    def _way_back(self) -> str:
+        healthy = [(step, folder) for step, folder in self.found() if self._was_unhealthy(folder) is False]
+        if not healthy:
+            return (
+                "no checkpoint was saved before that: choose another output_dir and, say, a lower learning_rate, or "
+                "save more often (checkpointing_steps)"
+            )
+        step, folder = healthy[0]
+        if problem := self._set_aside_after(step):
+            log.warning("%s", problem)
+        older = f" (before it: that of step {healthy[1][0]})" if len(healthy) > 1 else ""
+        return (
+            f"the newest checkpoint with an update taken is that of step {step}{older}: the same command tries again "
+            f"from there, and resume_from_checkpoint={folder} with another output_dir continues it as a new run, with "
+            "a lower learning_rate, say"
+        )
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -178,7 +233,7 @@ class Checkpoints:
         """
         if engine.is_main:
             self._clean()
-        candidates = engine.from_main(_candidates(self.folder, where))
+        candidates = engine.from_main(self._candidates(where))
         if isinstance(candidates, str):
             raise CheckpointError(candidates)
         for folder in candidates:
@@ -224,28 +279,46 @@ class Checkpoints:
             raise CheckpointError(str(error)) from None
         engine.load_state_dict(manifest["engine_state"])
         step = int(manifest["step"])
+        problem = engine.from_main(self._set_aside_after(step) if engine.is_main else None)
+        if problem:
+            raise CheckpointError(problem)
         if engine.is_main:
-            self._set_aside_after(step)
             if folder.parent.resolve() == self.folder.resolve():
-                write_whole(self.folder / LATEST, folder.name + "\n")
+                _point(self.folder / LATEST, folder)
             log.info("resumed from %s at step %d", folder, step)
         engine.barrier()
         self._current = step if (self.folder / folder.name).is_dir() else None
         return Resumed(step, manifest["state"], folder)
 
-    def _set_aside_after(self, step: int) -> None:
+    def _set_aside_after(self, step: int) -> str | None:
+        """Renames what is newer than `step`; returns why it cannot be."""
         for later, folder in self.found():
             if later > step:
-                target = next(p for p in _numbered(folder.with_name(folder.name + ".set-aside")) if not p.exists())
-                folder.rename(target)
+                target = next(p for p in _numbered(folder.with_name(folder.name + ".set-aside")) if not _is_there(p))
+                try:
+                    folder.rename(target)
+                except OSError as error:
+                    return (
+                        f"{folder} is newer than step {step}, where this run continues, and cannot be renamed: {error}"
+                    )
                 log.warning(
-                    "%s is newer than step %d, where this run goes on: renamed to %s", folder, step, target.name
+                    "%s is newer than step %d, where this run continues: renamed to %s", folder, step, target.name
                 )
+        return None
+
+    def _candidates(self, where: str | int | None) -> list[Path] | str:
+        """The folders to try in their order, or what is wrong with `where`."""
+        if _is_there(self.folder) and not self.folder.is_dir():
+            return f"{self.folder} is a file, or a link to nothing: the checkpoints have no place"
+        return _candidates(self.folder, where)
 
     def _clean(self) -> None:
         for torn in self.folder.glob("step-*.tmp"):
             log.warning("removing %s: it was never completed", torn)
-            shutil.rmtree(torn)
+            try:
+                _remove(torn)
+            except OSError as error:
+                log.warning("%s cannot be removed: %s", torn, error)
 
 
 def read_weights(
@@ -354,8 +427,38 @@ def _versions() -> dict[str, str]:
 
 
 def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    if _is_there(folder):
+        _remove(folder)
     folder.mkdir(parents=True)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything of that name, a link to nothing included."""
+    return os.path.lexists(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, a file or a link; what a link points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _drop(folder: Path) -> None:
+    """Removes an old checkpoint; half deleted, it must not look like one."""
+    doomed = folder.with_name(folder.name + ".tmp")
+    if _is_there(doomed):
+        _remove(doomed)
+    folder.rename(doomed)
+    if doomed.is_symlink():
+        log.info("removed the link %s; what it points to stays: %s", folder, doomed.resolve())
+    _remove(doomed)
+
+
+def _is_unhealthy(manifest: Mapping[str, Any]) -> bool:
+    """Whether updates were being skipped when it was saved, or a weight was not finite."""
+    return not manifest.get("healthy", not manifest.get("engine_state", {}).get("skipped_in_a_row", 0))
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -419,9 +522,20 @@ def _publish(aside: Path, final: Path) -> None:
         sync_folder(folder)
     sync_folder(aside)
     replaced = final.with_name(final.name + ".replaced.tmp")
-    if final.exists():
+    if _is_there(final):
+        if _is_there(replaced):
+            _remove(replaced)
         final.rename(replaced)
     aside.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
     sync_folder(final.parent)
-    write_whole(final.parent / LATEST, final.name + "\n")
+    with suppress(OSError):  # at the next start, if not now
+        _remove(replaced)
+    _point(final.parent / LATEST, final)
+
+
+def _point(pointer: Path, checkpoint: Path) -> None:
+    """Names a checkpoint in a file for people and scripts; nothing here reads it, so that it may fail."""
+    try:
+        write_whole(pointer, checkpoint.name + "\n")
+    except OSError as error:
+        log.warning("%s could not be written: %s", pointer, error)

@@ -148,7 +148,8 @@ class Engine:
         self.kind, self.mixed_precision, self.seed = kind, mixed_precision, seed
         self.gradient_accumulation_steps, self.max_grad_norm = gradient_accumulation_steps, max_grad_norm
         self.gradient_checkpointing, self.max_nonfinite_steps = gradient_checkpointing, max_nonfinite_steps
-        self.skipped_steps = self._skipped_in_a_row = 0
+        self.skipped_steps = 0
+        self._skipped_in_a_row: dict[str, int] = {}  # of each network whose last update was skipped
         self._on_skipped = on_skipped
         self._deepspeed = deepspeed or {}
         self._borrowed_environment: tuple[str, ...] = ()
@@ -353,6 +354,16 @@ class Engine:
         for trained in self._trained.values():
             trained.reset_optimizer()
 
+    @property
+    def is_skipping(self) -> bool:
+        """Whether the last update of a network was skipped; the same on all ranks."""
+        return bool(self._skipped_in_a_row)
+
+    def is_healthy(self) -> bool:
+        """Whether no update is being skipped, and all trained weights are finite. Call it on all ranks."""
+        finite = all(bool(m.isfinite().all()) for trained in self._trained.values() for m in trained.masters())
+        return self.all_agree(finite) and not self.is_skipping
+
     def has_ema(self, name: str) -> bool:
         """Whether a moving average of the network is kept."""
         return self._in_training(name).ema is not None
@@ -476,7 +487,7 @@ class Engine:
         norm, taken = trained.step()
         if taken:
             trained.follow()
-            self._skipped_in_a_row = 0
+            self._skipped_in_a_row.pop(turn.updates, None)
         scalars = {**means, "grad_norm": norm, "lr": rate, "skipped": float(not taken)}
         if not taken:
             self._skipped(turn, micro_batches, step, scalars, mine)
@@ -515,7 +526,7 @@ class Engine:
         self, turn: Turn, micro_batches: Sequence[Batch], step: int, scalars: Mapping[str, float], mine: Tensor
     ) -> None:
         self.skipped_steps += 1
-        self._skipped_in_a_row += 1
+        in_a_row = self._skipped_in_a_row[turn.updates] = self._skipped_in_a_row.get(turn.updates, 0) + 1
         bad = [k for loss, batch in zip(mine, micro_batches, strict=True) if not loss.isfinite() for k in batch.keys]
         keys = [key for rank in self.gathered(bad) for key in rank]
         if not keys:  # every loss was finite, a gradient was not: any sample may be the one
@@ -524,8 +535,8 @@ class Engine:
         if self.is_main:
             log.warning("%s; samples: %s", what, " ".join(keys))
             self._on_skipped(Skipped(step, turn.updates, scalars["loss"], scalars["grad_norm"], tuple(keys)))
-        if self._skipped_in_a_row >= self.max_nonfinite_steps:
-            raise NonFiniteError(f"{what}; that makes {self._skipped_in_a_row} in a row, giving up")
+        if in_a_row >= self.max_nonfinite_steps:
+            raise NonFiniteError(f"{what}; that makes {in_a_row} in a row, giving up")
 
     # ---- files --------------------------------------------------------------------------------------------------
 
@@ -560,13 +571,19 @@ class Engine:
                 return f"trained network {name!r}: saved {theirs.get(name)}, this run has {here['networks'].get(name)}"
         return None
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What the engine counts; values of JSON."""
-        return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self._skipped_in_a_row}
+        counts = {
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": max(self._skipped_in_a_row.values(), default=0),
+        }
+        return counts | ({"skipped_in_a_row_of": dict(self._skipped_in_a_row)} if self._skipped_in_a_row else {})
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Takes over the counts of `state_dict`."""
-        self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the counts of `state_dict`; an earlier version's had one streak for all networks."""
+        self.skipped_steps = state["skipped_steps"]
+        one = dict.fromkeys(self._trained, state["skipped_in_a_row"]) if state["skipped_in_a_row"] else {}
+        self._skipped_in_a_row = dict(state.get("skipped_in_a_row_of", one))
 
     def save(self, folder: Path) -> None:
         """Writes the training state of every trained network to a folder of its name in `folder`, on all ranks.

@@ -48,15 +48,16 @@ def train(
     """Takes optimizer steps until `max_train_steps`, a signal or an alarm that ends the run; returns the steps in all.
 
     A step runs every turn of the method, each on the same micro-batches; its number is what metrics, checkpoints and
-    schedules count. What `validate` returns is logged. A checkpoint that cannot be written is a warning, and the next
-    one is tried; not so the one that the run ends with.
+    schedules count. What `validate` returns is logged. While updates are being skipped, a checkpoint that is due waits
+    for the next one that is taken. One that cannot be written is a warning, and the next one is tried. The checkpoint
+    that the run ends with, or is stopped with, is saved in any case, and must be.
 
     Raises:
         WriteError: the last checkpoint could not be written.
         NonFiniteError: too many steps in a row were skipped.
     """
     step = start_step
-    stop = False
+    stop = due = False
     while step < max_train_steps and not stop and not health.ends_run:
         with meter.waiting(), watchdog.over("a batch from the loader"):
             micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps)]
@@ -73,8 +74,12 @@ def train(
             tracker.log(scalars | health.read(scalars, step), step)
             progress.show(step, scalars)
         with watchdog.over(f"the checkpoint of step {step}"):
-            if last or stop or step % every.checkpoint == 0:
+            due = due or step % every.checkpoint == 0
+            if last or stop or (due and engine.is_healthy()):
+                due = False
                 _save(checkpoints, engine, step, must=last or stop)
+            elif step % every.checkpoint == 0 and engine.is_main:
+                log.warning("no checkpoint of step %d: it waits until an update is taken again", step)
         with watchdog.over(f"the validation of step {step}"):
             if last or (step % every.validate == 0 and not stop):
                 if found := validate(step):
