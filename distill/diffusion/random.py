@@ -1,7 +1,8 @@
 """Randomness that depends on what a draw is for, never on when, where or after what it is made.
 
-Every draw is keyed by (seed, step, position of the sample in the global batch, name of the stream). So a resumed run
-needs no stored generator state, and 1, 2 or 4 ranks with the same global batch draw the same numbers.
+Every draw is keyed by (seed, step, position of the sample in the global batch, name of the stream), and in further
+turns of the same network by the number of the turn. So a resumed run needs no stored generator state, and 1, 2 or 4
+ranks with the same global batch draw the same numbers.
 """
 
 from __future__ import annotations
@@ -39,11 +40,14 @@ class Context:
         seed: the run's.
         step: optimizer steps taken so far.
         positions: place of each of the B samples in the stream of global batches.
+        turn: turns of the same network before this one in the step. The first turns of different networks draw the
+            same numbers, so that a discriminator can learn about what the student is about to be judged by.
     """
 
     seed: int
     step: int
     positions: tuple[int, ...]
+    turn: int = 0
 
     def normal(self, like: Tensor, stream: str) -> Tensor:
         """Standard normal noise of the shape [B, ...], device and wide dtype of `like`."""
@@ -60,4 +64,5 @@ class Context:
         return self._draw(stream, lambda g: torch.randint(low, high, (), generator=g)).to(device)
 
     def _draw(self, stream: str, one: Callable[[torch.Generator], Tensor]) -> Tensor:
-        return torch.stack([one(generator(self.seed, self.step, p, stream)) for p in self.positions])
+        turn = ("turn", self.turn) if self.turn else ()  # so the first one draws what it always has
+        return torch.stack([one(generator(self.seed, self.step, p, stream, *turn)) for p in self.positions])

@@ -74,4 +74,8 @@ class Method(ABC):
 
     @abstractmethod
     def turns(self, step: int) -> Iterable[Turn]:
-        """The turns of one step, in order; a pure function of `step`."""
+        """The turns of one step, in order; a pure function of `step`.
+
+        A network may have several: each is an optimizer step on the same samples, with its own draws from `context`.
+        Of their scalars those of the last one are logged.
+        """

@@ -465,11 +465,17 @@ class Engine:
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
-    def update(self, turn: Turn, micro_batches: Sequence[Batch], step: int) -> dict[str, float]:
+    def update(self, turn: Turn, micro_batches: Sequence[Batch], step: int, before: int = 0) -> dict[str, float]:
         """One optimizer step of the network that `turn` updates.
 
         The loss is the mean over micro-batches and ranks. If it or the gradient is not finite on any rank, all ranks
         skip the step together.
+
+        Args:
+            turn: the network, and its loss.
+            micro_batches: `gradient_accumulation_steps` of them, of one size.
+            step: optimizer steps of the run so far.
+            before: turns of the same network in this step so far; each has its own randomness.
 
         Returns:
             "loss", the loss's parts, "grad_norm" (before clipping), "lr" and "skipped" (0 or 1), alike on all ranks;
@@ -482,8 +488,9 @@ class Engine:
         _check_micro_batches(micro_batches, self.gradient_accumulation_steps)
         trained = self._in_training(turn.updates)
         rate = trained.set_learning_rate(step)
-        torch.manual_seed(seed_of(self.seed, step, self.rank, turn.updates))  # dropout's, and nobody else's
-        means, mine = self._backward(turn, trained, micro_batches, step)
+        further = (before,) if before else ()  # so the first turn has the masks that it always had
+        torch.manual_seed(seed_of(self.seed, step, self.rank, turn.updates, *further))  # dropout's, and nobody else's
+        means, mine = self._backward(turn, trained, micro_batches, step, before)
         norm, taken = trained.step()
         if taken:
             trained.follow()
@@ -494,7 +501,7 @@ class Engine:
         return {f"{turn.updates}/{k}": v for k, v in scalars.items()} if len(self._trained) > 1 else scalars
 
     def _backward(
-        self, turn: Turn, trained: Trained, micro_batches: Sequence[Batch], step: int
+        self, turn: Turn, trained: Trained, micro_batches: Sequence[Batch], step: int, before: int
     ) -> tuple[dict[str, float], Tensor]:
         """Forward and backward of every micro-batch: each scalar's mean over all, and this rank's losses."""
         rows: list[Tensor] = []
@@ -504,7 +511,7 @@ class Engine:
                 last = i == len(micro_batches) - 1
                 with trained.micro_batch(last):
                     batch = batch.to(self.device, non_blocking=True)
-                    losses = turn.loss(networks, batch, Context(self.seed, step, batch.positions))
+                    losses = turn.loss(networks, batch, Context(self.seed, step, batch.positions, before))
                     names = ["loss", *(name for name in losses.parts if name != "loss")]
                     rows.append(_row(losses, names))
                     loss = losses.total

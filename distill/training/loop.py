@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,8 +94,10 @@ def _turns(method: Method, engine: Engine, micro_batches: Sequence[Batch], step:
     if method.resets(step):
         engine.reset_optimizers()
     scalars: dict[str, float] = {}
+    taken: Counter[str] = Counter()
     for turn in method.turns(step):
-        scalars |= engine.update(turn, micro_batches, step)
+        scalars |= engine.update(turn, micro_batches, step, taken[turn.updates])
+        taken[turn.updates] += 1
     return scalars
 
 

@@ -64,6 +64,14 @@ def test_the_global_generator_is_neither_read_nor_moved(draw: Callable[[Context]
     assert torch.equal(draw(CONTEXT), first)
 
 
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_the_first_turn_draws_what_it_always_has_and_the_next_something_else(draw: Callable[[Context], Tensor]) -> None:
+    keyed = torch.rand((), generator=generator(7, 3, 100, "w"))  # as it was before turns were numbered
+    assert torch.equal(CONTEXT.uniform(0, 1, "w")[4], keyed)
+    assert not torch.equal(draw(replace(CONTEXT, turn=1)), draw(CONTEXT))
+    assert not torch.equal(draw(replace(CONTEXT, turn=2)), draw(replace(CONTEXT, turn=1)))
+
+
 def test_normal_is_standard_and_independent() -> None:
     n = 2000
     x = Context(0, 0, tuple(range(n))).normal(torch.empty(n, 2, 2), "noise").flatten(1)

@@ -16,6 +16,7 @@ from torch import nn
 from distill.diffusion.random import Context
 from distill.methods.base import Losses, Turn
 from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
+from distill.training.loop import _turns
 from tests.training.engine_worker import Distance, Duel, micro_batches, relative_distance, student, tiny_batch
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "engine"
@@ -214,6 +215,51 @@ def test_dropout_depends_on_the_step_and_not_on_the_global_generator(make: Make)
         losses.append([row["loss"] for row in train(engine, 2)])
     assert losses[0] == losses[1]
     assert losses[0] != [row["loss"] for row in train(make(), 2)]
+
+
+def masks_of(make: Make, steps: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """What a network with dropout answers to one input in turns (step, number of the turn); it does not learn."""
+    networks, answers = student(lora=True, dropout=0.5), []
+
+    def loss(given: Any, batch: Any, context: Context) -> Losses:
+        answer = given["student"](batch.states[:, 0], batch.times[:, 0], batch.conditioning).x0
+        answers.append(answer.detach().clone())
+        return Losses(answer.square().mean(), {})
+
+    engine = make(networks, TrainedNetwork(adamw, schedule=lambda step: 0.0))
+    for step, before in steps:
+        engine.update(Turn("student", loss), micro_batches(engine, 0), step, before)
+    return answers
+
+
+def test_every_step_and_every_turn_of_it_has_dropout_of_its_own(make: Make) -> None:
+    first, second, again, later = masks_of(make, [(0, 0), (0, 1), (0, 0), (1, 0)])
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later) and not torch.equal(first, second) and not torch.equal(second, later)
+
+
+def test_turns_of_one_network_in_a_step_see_other_times_and_noise(make: Make) -> None:
+    """As five updates of a fake score would. The first one sees what the only turn of a method sees."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def loss(given: Any, batch: Any, context: Context) -> Losses:
+        x = batch.states[:, 0]
+        seen.append((context.integers(1, 1001, "t"), context.normal(x, "noise")))
+        return Distance().loss(given, batch, context)
+
+    class Several(Distance):
+        def turns(self, step: int) -> Any:
+            return [Turn("student", loss)] * 5
+
+    engine = make()
+    batches = micro_batches(engine, 3)
+    _turns(Several(), engine, batches, 3)
+    alone = Context(0, 3, batches[0].positions)
+    assert torch.equal(seen[0][0], alone.integers(1, 1001, "t"))
+    assert torch.equal(seen[0][1], alone.normal(batches[0].states[:, 0], "noise"))
+    assert len({tuple(t.tolist()) for t, _ in seen}) == 5
+    noises = torch.stack([noise.flatten() for _, noise in seen])
+    assert (torch.corrcoef(noises) - torch.eye(5)).abs().max() < 5 / noises.shape[1] ** 0.5
 
 
 def test_recomputed_activations_change_nothing_but_the_work(make: Make) -> None:
