@@ -8,33 +8,54 @@ and a restart lists what is not listed yet. Of a picture that is left out it say
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
-import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from distill.data import tar
 from distill.data.index import SCHEMA, StoreMismatch
 from distill.data.pictures import BadPicture, size_of
 from distill.data.progress import Progress
-from distill.data.prompts import COLUMNS, MAX_CAPTION_BYTES, find_files
+from distill.data.prompts import find_files
 from distill.data.record import StoreError
-from distill.data.storage import Folder
+from distill.data.storage import Folder, file_system
+from distill.data.texts import JSON, MAX_BYTES, PLAIN, NoColumn, caption_in, caption_in_files, decoded, parsed
+from distill.data.words import counted
 
 log = logging.getLogger(__name__)
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-CAPTION_ENDINGS = (".txt", ".json")
+CAPTION_ENDINGS = (*PLAIN, JSON)
 METADATA = "metadata.jsonl"
 HEADER_BYTES = (1 << 12, 1 << 16)
 """How much of a picture is read to find its size, before all of it is."""
 MAX_PICTURE_BYTES = 1 << 28
+LIMIT = MAX_BYTES + 1
+"""Bytes that are read of a caption's file: one more than it may have."""
+GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What makes one file unreadable for good. Other errors may pass: the listing stops, and is taken up again."""
+
+_Told = Callable[[], str]
+
+
+class File(NamedTuple):
+    """A file of a folder: its size in bytes, and why it cannot be read if it cannot."""
+
+    size: int
+    problem: str = ""
+
+
+NOT_THERE = File(0)
 
 
 class Picture(NamedTuple):
@@ -54,8 +75,9 @@ class Accept:
     Args:
         min_size: pixels of the shorter side, at least.
         max_aspect_ratio: longer over shorter side, at most.
-        column: entry of `KEY.json` or `metadata.jsonl` that is the caption; by default `KEY.txt`, or else the first
-            there is of `prompt`, `caption` and `text`.
+        column: entry of `KEY.json` or `metadata.jsonl` that is the caption (`caption.en` reaches into objects); by
+            default `KEY.txt` or `KEY.caption`, or else the first there is of `prompt`, `caption` and `text`. Of a list
+            of texts the first is taken.
     """
 
     min_size: int
@@ -76,9 +98,11 @@ class Accept:
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures of a store, in its order. `sha256` is of all that decides which they are, and their captions."""
+    """The pictures of a store, in its order. `sha256` is of all that decides which they are, and their captions;
+    `root` is the folder or the first archive that they are read from."""
 
     fs: Any
+    root: str
     pictures: Sequence[Picture]
     sha256: str
 
@@ -86,21 +110,25 @@ class Listing:
     def captions(self) -> list[str]:
         return [picture.caption for picture in self.pictures]
 
-    def read(self, indices: Sequence[int]) -> list[bytes]:
-        """The files of these pictures; remote ones in parallel.
+    def read(self, indices: Sequence[int]) -> list[bytes | BadPicture]:
+        """The files of these pictures; remote ones in parallel. Of one that is gone or has changed, why it is left out.
 
         Raises:
-            StoreError: one is not there any more, or shorter than it was; names it.
+            StoreError: what they are read from is gone as a whole, or cannot be read now; names it.
         """
         wanted = [self.pictures[i] for i in indices]
         starts, ends = [p.start for p in wanted], [p.start + p.size for p in wanted]
         found = self.fs.cat_ranges([p.path for p in wanted], starts, ends, on_error="return")
-        for picture, data in zip(wanted, found, strict=True):
-            if isinstance(data, Exception):
+        return [self._checked(picture, data) for picture, data in zip(wanted, found, strict=True)]
+
+    def _checked(self, picture: Picture, data: bytes | Exception) -> bytes | BadPicture:
+        if isinstance(data, Exception):
+            if not (isinstance(data, GONE) and self.fs.exists(self.root)):
                 raise StoreError(f"picture {shown(picture.name)} cannot be read: {type(data).__name__} {data}")
-            if len(data) != picture.size:
-                raise StoreError(f"picture {shown(picture.name)} has changed since it was listed")
-        return found
+            return BadPicture(f"cannot be read any more ({_reason(data)})")
+        if len(data) != picture.size:
+            return BadPicture("has changed since it was listed")
+        return data
 
 
 def list_pictures(source: str, store: str, accept: Accept, *, rank: int = 0, world_size: int = 1) -> Listing:
@@ -108,9 +136,10 @@ def list_pictures(source: str, store: str, accept: Accept, *, rank: int = 0, wor
 
     Args:
         source: a path or fsspec URL. Either WebDataset shards, `*.tar` (`*` and `?` match several), with
-            `KEY.jpg|jpeg|png|webp` and its caption in `KEY.txt` or `KEY.json`: ordered by shard, then key. Or a folder
-            with pictures, at any depth, and their captions in `NAME.txt` beside them or in a `metadata.jsonl` with
-            `file_name` (relative to it) and a caption: ordered by name.
+            `KEY.jpg|jpeg|png|webp` and its caption in `KEY.txt`, `KEY.caption` or `KEY.json`: ordered by shard, then
+            key. A key ends at the last dot, or as in WebDataset at the first: `KEY.image.jpg` has `KEY.txt`. Or a
+            folder with pictures, at any depth, and their captions beside them in the same way or in a `metadata.jsonl`
+            with `file_name` (relative to it) and a caption: ordered by name.
         store: folder or URL of the store that is made of them.
         rank, world_size: this process among those that list; each starts elsewhere.
 
@@ -119,7 +148,7 @@ def list_pictures(source: str, store: str, accept: Accept, *, rank: int = 0, wor
         StoreMismatch: the store was begun over other files, or with other filters; names what differs.
         ValueError: a damaged archive or `metadata.jsonl`, no picture is left, or the store is within `source`.
     """
-    fs, sources = _sources(source)
+    fs, root, sources = _sources(source)
     if any(isinstance(s, _PictureFolder) and s.holds(store) for s in sources):
         raise ValueError(f"the store {store} lies among the pictures of {source}: give it a folder of its own")
     folder = Folder(store)
@@ -135,7 +164,7 @@ def list_pictures(source: str, store: str, accept: Accept, *, rank: int = 0, wor
             continue
         lines = [heads[n], *sources[n].scan(accept, progress.update)]
         folder.publish(_part_name(n), "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return _read_listing(folder, fs, source, sources, heads)
+    return _read_listing(folder, fs, root, source, sources, heads)
 
 
 def shown(name: str) -> str:
@@ -152,31 +181,48 @@ class _Dropped(Exception):
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A picture before anything is known of it. `read(start, end)` gives bytes of its file, `caption` its caption."""
+    """A picture before anything is known of it. `read(start, end)` gives bytes of its file, `caption` its caption,
+    empty or a ValueError if there is none; `looked_for` says where a caption may be."""
 
     name: str
     size: int
     read: Callable[[int, int], bytes]
     caption: Callable[[], str]
+    looked_for: str
     start: int = 0
     problem: str = ""
+    detail: str = ""
 
     def facts(self, accept: Accept) -> dict[str, Any]:
         """Its line of the listing."""
         try:
             if self.problem:
-                raise _Dropped(self.problem)
+                raise _Dropped(self.problem, self.detail)
             if self.size > MAX_PICTURE_BYTES:
                 raise _Dropped("too many bytes", f"{self.size}; allowed: {MAX_PICTURE_BYTES}")
-            caption = self.caption().encode("utf-8", "replace").decode().strip()
-            if not caption:
-                raise _Dropped("no caption")
+            caption = self._caption()
             width, height = self.measured()
             accept.check(width, height)
         except _Dropped as dropped:
             return {"name": self.name, "dropped": dropped.reason, "why": dropped.detail}
+        except GONE as error:
+            return {"name": self.name, "dropped": "cannot be read", "why": _reason(error)}
+        except OSError as error:
+            raise StoreError(f"picture {shown(self.name)} cannot be read: {type(error).__name__} {error}") from None
         place = {"start": self.start, "bytes": self.size, "width": width, "height": height}
         return {"name": self.name, **place, "caption": caption}
+
+    def _caption(self) -> str:
+        try:
+            if caption := self.caption():
+                return caption
+        except NoColumn as error:
+            raise _Dropped("no caption", str(error)) from None
+        except GONE as error:
+            raise _Dropped("caption unreadable", _reason(error)) from None
+        except ValueError as error:
+            raise _Dropped("caption unreadable", str(error)) from None
+        raise _Dropped("no caption", f"looked for: {self.looked_for}")
 
     def measured(self) -> tuple[int, int]:
         """(width, height), from as little of the file as will do."""
@@ -222,21 +268,23 @@ class _Shard:
                 if (done := (candidate.start + candidate.size) >> 20) > told:  # keys mostly rise as places do
                     seen(done - told)
                     told = done
+        yield from _unread(member.name for member in members)
         seen(self.work - told)
 
 
 @dataclass(frozen=True)
 class _PictureFolder:
-    """A folder of pictures; `files` are the sizes in bytes of them and of what holds captions, by relative name."""
+    """A folder of pictures; `files` are those at any depth, by relative name."""
 
     fs: Any
     path: str
-    files: Mapping[str, int]
+    files: Mapping[str, File]
     unit = "files"
 
     @property
     def bytes(self) -> int:
-        return sum(self.files.values())
+        """Of pictures and of what holds captions."""
+        return sum(file.size for name, file in self.files.items() if _is_read(name))
 
     @property
     def work(self) -> int:
@@ -251,74 +299,123 @@ class _PictureFolder:
 
     def holds(self, url: str) -> bool:
         """Whether that is a folder within this one, or this one."""
-        return f"{fsspec.core.url_to_fs(url)[1]}/".startswith(f"{self.path}/")
+        return f"{file_system(url)[1]}/".startswith(f"{self.path}/")
 
     def scan(self, accept: Accept, seen: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-        told = self._told(accept.column)
+        told, texts = self._told(accept.column), dict[str, dict[str, str]]()
+        for name in self.files:
+            if _ending(name) in CAPTION_ENDINGS:
+                texts.setdefault(_stem(name), {})[_ending(name)] = name
         for name in sorted({*self.files, *told}):
             if _ending(name) in ENDINGS or name in told:
-                yield self._candidate(name, told.get(name)).facts(accept)
+                yield self._candidate(name, told.get(name), texts.get(_stem(name), {}), accept.column).facts(accept)
             if name in self.files:
                 seen(1)
+        yield from _unread(name for name in self.files if name not in told)
 
-    def _candidate(self, name: str, told: str | None) -> _Candidate:
-        problem = "" if name in self.files else "no such file"
+    def _candidate(self, name: str, told: _Told | None, texts: Mapping[str, str], column: str | None) -> _Candidate:
+        file = self.files.get(name, NOT_THERE)
+        problem, path = (
+            ("no such file" if file is NOT_THERE else file.problem and "cannot be read"),
+            f"{self.path}/{name}",
+        )
         if _ending(name) not in ENDINGS:
             problem = f"not {', '.join(ENDINGS)}"
-        path, text = f"{self.path}/{name}", str(PurePosixPath(name).with_suffix(".txt"))
 
         def caption() -> str:
-            if told is not None or self.files.get(text, MAX_CAPTION_BYTES + 1) > MAX_CAPTION_BYTES:
-                return told or ""
-            return _caption(None, {".txt": self.fs.cat_file(f"{self.path}/{text}")})
+            if told is not None:
+                return told()
+            found = {ending: self.fs.cat_file(f"{self.path}/{text}", 0, LIMIT) for ending, text in texts.items()}
+            return caption_in_files(_basename(_stem(name)), found, column)
 
         def read(start: int, end: int) -> bytes:
             return self.fs.cat_file(path, start, end)
 
-        return _Candidate(name, self.files.get(name, 0), read, caption, problem=problem)
+        looked_for = "its line of metadata.jsonl" if told is not None else ", ".join(_beside(name))
+        return _Candidate(name, file.size, read, caption, looked_for, problem=problem, detail=file.problem)
 
-    def _told(self, column: str | None) -> dict[str, str]:
-        """Captions by relative name, from every metadata.jsonl."""
-        found: dict[str, str] = {}
+    def _told(self, column: str | None) -> dict[str, _Told]:
+        """What reads their captions, by relative name, from every metadata.jsonl."""
+        found: dict[str, _Told] = {}
         for file in sorted(self.files):
             if _basename(file) != METADATA:
                 continue
-            for number, line in enumerate(self.fs.cat_file(f"{self.path}/{file}").splitlines(), 1):
+            where = f"pictures in {self.path}/{file}"
+            try:
+                lines = io.StringIO(decoded(self.fs.cat_file(f"{self.path}/{file}")), newline="")
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{where}: {error}") from None
+            for number, line in enumerate(lines, 1):
                 if line.strip():
-                    where = f"{self.path}/{file}, line {number}"
-                    name, caption = _metadata_row(line, column, where)
-                    found[str(PurePosixPath(file).parent / name)] = caption
+                    name, row = _metadata_row(line, f"{where}, line {number}")
+                    found[str(PurePosixPath(file).parent / name)] = partial(caption_in, row, column)
         return found
 
 
-def _sources(source: str) -> tuple[Any, list[_Shard] | list[_PictureFolder]]:
+def files_in(fs: Any, root: str) -> dict[str, File]:
+    """The files of a folder at any depth, by relative name. Linked files and folders are followed, none twice."""
+    if isinstance(fs, LocalFileSystem):
+        return dict(_local_files(root, ""))
+    found = fs.find(root, detail=True).items()
+    return {name[len(root) :].lstrip("/"): File(int(info["size"] or 0)) for name, info in found}
+
+
+def _local_files(root: str, under: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, File]]:
+    """`above`: the folders that this one is in, by device and inode: a link to one of them is not followed."""
+    here = os.path.join(root, under)
+    identity = (os.stat(here).st_dev, os.stat(here).st_ino)
+    if identity in above:
+        return
+    for name in sorted(os.listdir(here)):
+        path = f"{under}{name}"
+        try:
+            status = os.stat(os.path.join(root, path))
+            if stat.S_ISDIR(status.st_mode):
+                yield from _local_files(root, f"{path}/", (*above, identity))
+                continue
+            yield path, File(status.st_size, "" if stat.S_ISREG(status.st_mode) else "not a regular file")
+        except OSError as error:
+            yield path, File(0, _reason(error))
+
+
+def _sources(source: str) -> tuple[Any, str, list[_Shard] | list[_PictureFolder]]:
     if source.lower().endswith(".tar"):
         files = find_files(source, "pictures")
-        return files[0].fs, [_Shard(file, file.fs.size(file.path)) for file in files]
-    fs, path = fsspec.core.url_to_fs(source)
+        return files[0].fs, files[0].path, [_Shard(file, file.fs.size(file.path)) for file in files]
+    fs, path = file_system(source)
     path = path.rstrip("/")
     if not fs.isdir(path):
         raise FileNotFoundError(f"no pictures at {source}: it must be a folder, or end in .tar")
-    found = {name[len(path) :].lstrip("/"): info["size"] for name, info in fs.find(path, detail=True).items()}
-    read = {n: int(size) for n, size in found.items() if _ending(n) in (*ENDINGS, ".txt") or _basename(n) == METADATA}
-    return fs, [_PictureFolder(fs, path, read)]
+    return fs, path, [_PictureFolder(fs, path, files_in(fs, path))]
 
 
 def _candidates(stream: IO[bytes], members: Iterable[tar.Member], column: str | None) -> Iterator[_Candidate]:
     """The pictures of an archive with what belongs to each."""
     texts: dict[str, dict[str, tar.Member]] = {}
+    of_keys: dict[str, dict[str, tar.Member]] = {}
     pictures = []
     for member in members:
-        key, ending = member.name[: -len(_ending(member.name)) or None], _ending(member.name)
+        ending = _ending(member.name)
         if ending in ENDINGS:
-            pictures.append((key, member))
-        elif ending in CAPTION_ENDINGS and member.regular and member.size <= MAX_CAPTION_BYTES:
-            texts.setdefault(key, {})[ending] = member
+            pictures.append(member)
+        elif ending in CAPTION_ENDINGS and member.regular:
+            stem, key = _stem(member.name), webdataset_key(member.name)
+            texts.setdefault(stem, {})[ending] = member
+            if stem == key or ending not in of_keys.get(key, {}):  # KEY.txt rather than KEY.caption.txt
+                of_keys.setdefault(key, {})[ending] = member
     used: set[str] = set()
-    for key, member in pictures:
-        problem = "a second picture of its key" if key in used else _tar_problem(member)
-        used.add(key)
-        yield _member_candidate(stream, member, texts.get(key, {}), column, problem)
+    for member in pictures:
+        stem, key = _stem(member.name), webdataset_key(member.name)
+        own, group = (of_keys[key], key) if stem not in texts and key in of_keys else (texts.get(stem, {}), stem)
+        problem = "a second picture of its key" if group in used else _tar_problem(member)
+        used.add(group)
+        yield _member_candidate(stream, member, own, column, problem)
+
+
+def webdataset_key(name: str) -> str:
+    """As WebDataset has it: up to the first dot of a file's name, with its folders."""
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.partition('.')[0] or file}"
 
 
 def _member_candidate(
@@ -332,10 +429,32 @@ def _member_candidate(
         found = {}
         for ending, text in texts.items():
             stream.seek(text.start)
-            found[ending] = stream.read(text.size)
-        return _caption(column, found)
+            found[ending] = stream.read(min(text.size, LIMIT))
+        return caption_in_files(_basename(_stem(member.name)), found, column)
 
-    return _Candidate(member.name, member.size, read, caption, member.start, problem)
+    keys = dict.fromkeys((_stem(member.name), webdataset_key(member.name)))
+    looked_for = ", ".join(_basename(name) for key in keys for name in _beside(f"{key}."))
+    return _Candidate(member.name, member.size, read, caption, looked_for, member.start, problem)
+
+
+def _beside(name: str) -> list[str]:
+    """The files that may hold a picture's caption."""
+    return [f"{_stem(name)}{ending}" for ending in CAPTION_ENDINGS]
+
+
+def _unread(names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """A line of the listing about files that are neither pictures nor captions: how many of each ending, and one."""
+    found: dict[str, tuple[int, str]] = {}
+    for name in sorted(names):
+        if not _is_read(name):
+            count, example = found.get(_ending(name), (0, name))
+            found[_ending(name)] = (count + 1, example)
+    if found:
+        yield {"unread": found}
+
+
+def _is_read(name: str) -> bool:
+    return _ending(name) in (*ENDINGS, *CAPTION_ENDINGS) or _basename(name) == METADATA
 
 
 def _tar_problem(member: tar.Member) -> str:
@@ -356,31 +475,24 @@ def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _caption(column: str | None, texts: Mapping[str, bytes]) -> str:
-    """The caption among `KEY.txt` and `KEY.json`, or nothing. Raises _Dropped: they are not text."""
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _metadata_row(line: str, where: str) -> tuple[str, dict[str, Any]]:
     try:
-        plain = texts.get(".txt", b"").decode("utf-8-sig").strip() if column is None else ""
-        return plain or (_named(json.loads(texts[".json"]), column) if ".json" in texts else "")
-    except ValueError as error:
-        raise _Dropped("caption unreadable", str(error)) from None
-
-
-def _named(entry: Any, column: str | None) -> str:
-    if not isinstance(entry, dict):
-        return ""
-    found = (entry.get(name) for name in (COLUMNS if column is None else (column,)))
-    return next((text for text in found if isinstance(text, str) and text.strip()), "")
-
-
-def _metadata_row(line: bytes, column: str | None, where: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
+        row = parsed(line)
         name = row["file_name"]
         if not isinstance(name, str) or not _inside(name):
             raise ValueError(f"file_name {name!r} is outside its folder")
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"pictures in {where}: an object with file_name is needed ({error})") from None
-    return name, _named(row, column)
+        raise ValueError(f"{where}: an object with file_name is needed ({error})") from None
+    return name, row
+
+
+def _reason(error: OSError) -> str:
+    """Of a file that cannot be read, without its name."""
+    return error.strerror or type(error).__name__
 
 
 def _head(source: _Shard | _PictureFolder, accept: Accept) -> dict[str, Any]:
@@ -393,9 +505,14 @@ def _part_name(n: int) -> str:
 
 
 def _read_listing(
-    folder: Folder, fs: Any, source: str, sources: Sequence[_Shard | _PictureFolder], heads: Sequence[dict[str, Any]]
+    folder: Folder,
+    fs: Any,
+    root: str,
+    source: str,
+    sources: Sequence[_Shard | _PictureFolder],
+    heads: Sequence[dict[str, Any]],
 ) -> Listing:
-    digest, dropped, pictures = hashlib.sha256(), Counter[str](), []
+    digest, dropped, pictures, unread = hashlib.sha256(), Counter[str](), [], dict[str, tuple[int, str]]()
     for n, (one, expected) in enumerate(zip(sources, heads, strict=True)):
         data = folder.read(_part_name(n))
         digest.update(data)
@@ -404,13 +521,22 @@ def _read_listing(
             said = "; ".join(f"{name} is {head.get(name)!r} there and {expected[name]!r} in the run" for name in differ)
             raise StoreMismatch(f"{folder.url} was begun over other pictures (write to a new folder): {said}")
         for line in lines:
-            if "dropped" in line:
+            if "unread" in line:
+                for ending, (count, example) in line["unread"].items():
+                    first = unread.get(ending, (0, example))
+                    unread[ending] = (first[0] + count, first[1])
+            elif "dropped" in line:
                 dropped[line["dropped"]] += 1
             else:
                 pictures.append(Picture(*one.locate(line["name"]), line["start"], line["bytes"], line["caption"]))
+    if unread:
+        what = ", ".join(f"{end or 'no ending'}: {n}, such as {shown(one)}" for end, (n, one) in sorted(unread.items()))
+        log.warning("files in %s that are not read: %s", source, what)
     counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
-    said = f"{len(pictures)} pictures in {source}, {dropped.total()} left out{f' ({counts})' if counts else ''}"
+    said = (
+        f"{counted(len(pictures), 'picture')} in {source}, {dropped.total()} left out{f' ({counts})' if counts else ''}"
+    )
     if not pictures:
         raise StoreError(f"no pictures to make a store of: {said}")
     log.info("%s; pictures-*.jsonl of %s name them", said, folder.url)
-    return Listing(fs, pictures, digest.hexdigest())
+    return Listing(fs, root, pictures, digest.hexdigest())

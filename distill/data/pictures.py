@@ -49,6 +49,19 @@ def size_of(data: bytes) -> tuple[int, int]:
             return image.size
 
 
+def upright(data: bytes) -> Image.Image:
+    """Decodes a picture: turned as EXIF says, in RGB of 8 bits, on white where it is transparent; of several frames the
+    first. Whatever looks at pictures sees them so: training, references, distances.
+
+    Raises:
+        BadPicture: it cannot be decoded to its end, or has more than `MAX_PIXELS`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with _opened(data) as image:
+            return _rgb(ImageOps.exif_transpose(image))
+
+
 def cut_square(data: bytes, side: int, generator: torch.Generator | None = None) -> Square:
     """Decodes a picture, turns it upright (EXIF), resizes its shorter side to `side` pixels and cuts a square of it.
 
@@ -57,11 +70,10 @@ def cut_square(data: bytes, side: int, generator: torch.Generator | None = None)
     Raises:
         BadPicture: it cannot be decoded to its end, or has more than `MAX_PIXELS`.
     """
-    with _opened(data) as image:
-        upright = _rgb(ImageOps.exif_transpose(image))
-    width, height = upright.size
+    image = upright(data)
+    width, height = image.size
     short = min(width, height)
-    resized = upright.resize((side * width // short, side * height // short), Image.Resampling.LANCZOS)
+    resized = image.resize((side * width // short, side * height // short), Image.Resampling.LANCZOS)
     top, left = (_offset(length - side, generator) for length in (resized.height, resized.width))
     cut = np.array(resized.crop((left, top, left + side, top + side)))  # [side, side, 3]
     pixels = torch.from_numpy(cut).permute(2, 0, 1).float() / 127.5 - 1
@@ -91,7 +103,9 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to 8
-        return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)).convert("RGB")
+        levels = np.asarray(image, dtype=np.float32)
+        grey = np.where(levels == image.info.get("transparency"), 255, (levels / 257).round())
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -30,12 +30,40 @@ Range = tuple[str, int, int]
 """File name, first byte, end."""
 
 
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+PACKAGES |= {
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "hf": "huggingface_hub",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+}
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a path or URL, and the path within it.
+
+    Raises:
+        ValueError: no such kind of URL, or its package is not installed; names the package.
+    """
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = PACKAGES.get(protocol)
+        remedy = f"pip install {package}" if package else " ".join(str(error).split())
+        raise ValueError(f"{url}: a package that opens {protocol}:// is not installed: {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{url}: {' '.join(str(error).split())}") from None
+
+
 class Folder:
     """Names one level deep under `url`: a path or an fsspec URL such as `s3://bucket/store` or `memory://store`."""
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.url = os.fspath(url).rstrip("/")
-        fs, self._path = fsspec.core.url_to_fs(self.url)
+        fs, self._path = file_system(self.url)
         self.local = Path(self._path) if isinstance(fs, LocalFileSystem) else None
         self._fs: tuple[int, Any] = (os.getpid(), fs)
         self._open: OrderedDict[str, IO[bytes]] = OrderedDict()
@@ -50,7 +78,7 @@ class Folder:
     def fs(self) -> Any:
         # A file system with an event loop does not survive a fork: a loader's worker makes its own.
         if self._fs[0] != os.getpid():
-            self._fs = (os.getpid(), fsspec.core.url_to_fs(self.url)[0])
+            self._fs = (os.getpid(), file_system(self.url)[0])
         return self._fs[1]
 
     @property

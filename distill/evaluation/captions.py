@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from distill.data.prompts import find_files, read_prompts
+from distill.data.texts import coco_captions, parsed
 
 
 @dataclass(frozen=True)
@@ -24,27 +23,25 @@ def read_captions(source: str, n: int) -> Captions:
     Args:
         source: a `.json` in the layout of COCO's captions: `annotations` with `image_id` and `caption`, and `images`
             with `id` and `file_name`. Taken is the first caption of each picture, in the order of the file. Or
-            whatever `distill.data.prompts.read_prompts` reads: text, JSONL, tables.
+            whatever `distill.data.prompts.read_prompts` reads: text, JSON, JSONL, tables.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: fewer than n, or a file that is not understood.
     """
-    found = _coco(source) if source.lower().endswith(".json") else Captions(read_prompts(source))
+    found = _read(source)
     if len(found.prompts) < n:
         raise ValueError(f"prompts in {source}: there are {len(found.prompts)}, the protocol takes {n}")
     return Captions(found.prompts[:n], None if found.pictures is None else found.pictures[:n])
 
 
-def _coco(source: str) -> Captions:
-    with find_files(source)[0] as file:
-        try:
-            content = json.load(file)
-            names: Mapping[Any, str] = {image["id"]: str(image["file_name"]) for image in content["images"]}
-            first: dict[Any, str] = {}
-            for annotation in content["annotations"]:
-                first.setdefault(annotation["image_id"], " ".join(str(annotation["caption"]).split()))
-            return Captions(list(first.values()), [names[key] for key in first])
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__} {error}"
-            raise ValueError(f"prompts in {source}: not in the layout of COCO's captions ({reason})") from None
+def _read(source: str) -> Captions:
+    if source.lower().endswith(".json") and len(files := find_files(source)) == 1:
+        with files[0] as stream:
+            try:
+                content = parsed(stream.read())
+                if isinstance(content, dict) and "annotations" in content:
+                    return Captions(*coco_captions(content))
+            except ValueError as error:
+                raise ValueError(f"prompts in {source}: {error}") from None
+    return Captions(read_prompts(source))

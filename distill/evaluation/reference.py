@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.data import tar
-from distill.data.images import ENDINGS
+from distill.data.images import ENDINGS, files_in
+from distill.data.pictures import BadPicture, upright
 from distill.data.progress import Progress
 from distill.data.prompts import find_files
+from distill.data.storage import file_system
 from distill.models.files import save_file
 
 BATCH = 32
-FORMATS = ("JPEG", "PNG", "WEBP")
 _PARTS = ("mean", "covariance", "n")
 
 Prepare = Callable[[Tensor], Tensor]
@@ -60,7 +59,7 @@ def find_pictures(source: str, only: Sequence[str] | None = None) -> Pictures:
         FileNotFoundError: nothing there, or one of `only` is not.
         ValueError: no pictures, or a damaged tar.
     """
-    sizes, opened = _in_tars(source) if source.endswith(".tar") else _in_folder(source)
+    sizes, opened = _in_tars(source) if source.lower().endswith(".tar") else _in_folder(source)
     wanted = set(only) if only is not None else None
     places = [name for name in sorted(sizes) if wanted is None or Path(name).name in wanted]
     if wanted is not None and (missing := sorted(wanted - {Path(name).name for name in places})):
@@ -74,12 +73,13 @@ def find_pictures(source: str, only: Sequence[str] | None = None) -> Pictures:
 
 
 def _in_folder(source: str) -> tuple[dict[str, int], Callable[[str], bytes]]:
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    fs, root = file_system(source)
+    if not fs.isdir(root):
         raise FileNotFoundError(f"reference={source}: no such folder")
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS]
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
-    return sizes, lambda name: (folder / name).read_bytes()
+    found = {name: file for name, file in files_in(fs, root).items() if name.lower().endswith(ENDINGS)}
+    if wrong := [f"{name} ({file.problem})" for name, file in found.items() if file.problem]:
+        raise ValueError(f"reference={source}: {len(wrong)} of its pictures cannot be read; the first: {wrong[0]}")
+    return {name: file.size for name, file in found.items()}, lambda name: fs.cat_file(f"{root}/{name}")
 
 
 def _in_tars(source: str) -> tuple[dict[str, int], Callable[[str], bytes]]:
@@ -101,17 +101,12 @@ def _in_tars(source: str) -> tuple[dict[str, int], Callable[[str], bytes]]:
 
 
 def decoded(data: bytes) -> Tensor:
-    """A picture file as [1, 3, H, W] in [0, 1], upright.
+    """A picture file as [1, 3, H, W] in [0, 1], as `distill.data.pictures.upright` sees it.
 
     Raises:
-        ValueError: it cannot be decoded.
+        BadPicture: it cannot be decoded.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"not decoded ({type(error).__name__}: {error})") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(np.array(upright(data))).permute(2, 0, 1)[None].float() / 255
 
 
 @torch.no_grad()
@@ -141,8 +136,8 @@ def _batches(pictures: Pictures, prepare: Prepare, progress: Progress) -> Iterat
     for name, data in zip(pictures.names, pictures, strict=True):
         try:
             image = decoded(data)
-        except ValueError as error:
-            raise ValueError(f"reference picture {name}: {error}") from None
+        except BadPicture as error:
+            raise ValueError(f"reference picture {name}: not decoded ({error})") from None
         with suppress(ValueError):  # smaller than the patch that is wanted
             batch.append(prepare(image))
         if len(batch) == BATCH:

@@ -69,7 +69,9 @@ class LatentEncoder:
         with ThreadPoolExecutor(min(len(indices), os.cpu_count() or 1)) as pool:
             return list(pool.map(self._square, indices, self.listing.read(indices)))
 
-    def _square(self, i: int, data: bytes) -> Square | BadPicture:
+    def _square(self, i: int, data: bytes | BadPicture) -> Square | BadPicture:
+        if isinstance(data, BadPicture):
+            return data
         drawn = generator(self.plan.seed, "crop", i) if self.plan.crop == "random" else None
         try:
             return cut_square(data, self.plan.resolution, drawn)

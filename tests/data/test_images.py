@@ -25,8 +25,10 @@ from distill.data import tar
 from distill.data.images import Accept, Listing, list_pictures, shown
 from distill.data.index import StoreMismatch
 from distill.data.pictures import MAX_PIXELS, BadPicture, cut_square, size_of
+from distill.data.prompts import read_prompts
 from distill.data.record import StoreError
 from distill.diffusion.random import generator
+from distill.evaluation.reference import decoded
 from tests.data.stores import files, in_processes
 from tests.data.test_prompts import shard
 from tests.data.test_reader import CountingFileSystem
@@ -123,9 +125,13 @@ def test_a_folder_is_listed_like_a_shard(tmp_path: Path, url: str) -> None:
             tmp_path / "pictures", {name: data}
         )
     found = listed(folder, tmp_path / "store")
-    assert [(p.name, p.caption) for p in found.pictures] == [("a0.webp", "from text"), ("b/00.jpg", "ein grüner Kreis")]
-    assert found.read([1]) == [GOOD["b/00.jpg"]]
-    assert left_out(tmp_path / "store") == {"a1.PNG": "no caption"}  # a JSON of one picture is a shard's custom
+    of_a_shard = listed(save(tmp_path / "a.tar", GOOD), tmp_path / "of a shard")
+    expected = ["from text", "from JSON", "ein grüner Kreis"]
+    assert found.captions == of_a_shard.captions == expected
+    assert [p.name for p in found.pictures] == ["a0.webp", "a1.PNG", "b/00.jpg"]
+    assert found.read([2]) == [GOOD["b/00.jpg"]]
+    named = listed(folder, tmp_path / "named", Accept(16, column="title"))
+    assert [p.caption for p in named.pictures] == ["zero", "TITLE"]
 
 
 def test_a_folder_with_metadata(tmp_path: Path) -> None:
@@ -152,7 +158,7 @@ def test_a_folder_with_metadata(tmp_path: Path) -> None:
     reasons = {"train/lost.png": "no such file", "train/x.png": "no caption"}
     assert left_out(tmp_path / "store") == reasons | {"train/w.gif": "not .jpg, .jpeg, .png, .webp"}
     named = listed(folder, tmp_path / "other", Accept(16, column="short"))
-    assert [p.caption for p in named.pictures] == ["in", "only beside it"]
+    assert [p.caption for p in named.pictures] == ["in"]
 
 
 def test_a_named_column_is_the_only_caption(tmp_path: Path) -> None:
@@ -174,9 +180,13 @@ DROPPED: dict[str, tuple[str, dict[str, bytes]]] = {
     "of spaces": ("no caption", {"x.png": picture(), "x.txt": b" \n"}),
     "no such column": ("no caption", {"x.png": picture(), "x.json": b'{"title": "x"}'}),
     "null": ("no caption", {"x.png": picture(), "x.json": b'{"caption": null}'}),
-    "not text": ("caption unreadable", {"x.png": picture(), "x.txt": b"\xff\xfe"}),
+    "not text": ("caption unreadable", {"x.png": picture(), "x.txt": b"\xff\xfa"}),
+    "a number": ("caption unreadable", {"x.png": picture(), "x.json": b'{"caption": 3}'}),
+    "an object": ("caption unreadable", {"x.png": picture(), "x.json": b'{"caption": {"en": "x"}}'}),
+    "deep JSON": ("caption unreadable", {"x.png": picture(), "x.json": b"[" * 100_000}),
+    "a long text": ("caption unreadable", {"x.png": picture(), "x.txt": b"x" * 20_000}),
     "not JSON": ("caption unreadable", {"x.png": picture(), "x.json": b"{"}),
-    "long caption": ("no caption", {"x.png": picture(), "x.txt": b"x" * ((1 << 20) + 1)}),
+    "long caption": ("caption unreadable", {"x.png": picture(), "x.txt": b"x" * ((1 << 20) + 1)}),
     "empty": ("header unreadable", {"x.png": b"", "x.txt": b"x"}),
     "another format": ("header unreadable", {"x.png": picture(kind="GIF"), "x.txt": b"x"}),
     "a bomb": ("header unreadable", {"x.png": bomb(60_000, 60_000), "x.txt": b"x"}),
@@ -206,6 +216,82 @@ def test_links_in_a_shard_are_not_followed(tmp_path: Path) -> None:
             archive.addfile(info)
     with pytest.raises(StoreError, match=r"no pictures .* 3 left out \(not a regular file: 3\)"):
         listed(tmp_path / "a.tar", tmp_path / "store")
+
+
+KINDS_OF_CAPTION: dict[str, tuple[dict[str, bytes], str | None, str]] = {
+    "several, of which the first": ({"x.json": b'{"caption": ["", "first", "second"]}'}, None, "first"),
+    "a language": ({"x.json": b'{"caption": {"en": "a cat", "ja": "neko"}}'}, "caption.en", "a cat"),
+    "the second": ({"x.json": b'{"captions": ["one", "two"]}'}, "captions.1", "two"),
+    "the column that is not empty": ({"x.json": b'{"prompt": null, "text": "here"}'}, None, "here"),
+    "of sd-scripts": ({"x.caption": b"tagged"}, None, "tagged"),
+    "text before tags": ({"x.txt": b"text", "x.caption": b"tagged"}, None, "text"),
+    "an empty text": ({"x.txt": b" ", "x.caption": b"tagged"}, None, "tagged"),
+    "of Windows": ({"x.txt": "grün".encode("utf-16")}, None, "grün"),
+    "in capitals": ({"x.TXT": b"loud"}, None, "loud"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CAPTION)
+@pytest.mark.parametrize("where", ["a.tar", "a folder"])
+def test_a_caption_is_read_alike_in_a_shard_and_in_a_folder(tmp_path: Path, kind: str, where: str) -> None:
+    members, column, expected = KINDS_OF_CAPTION[kind]
+    members = members | {"x.png": picture()}
+    source = save(tmp_path / where, members) if where == "a.tar" else unpack(tmp_path / where, members)
+    assert listed(source, tmp_path / "store", Accept(16, column=column)).captions == [expected]
+    if where == "a.tar":
+        assert read_prompts(str(source), column) == [expected]
+
+
+def test_a_key_ends_at_the_first_dot_where_its_caption_does(tmp_path: Path) -> None:
+    """As in WebDataset; a picture whose own whole stem has a caption keeps that."""
+    members = {"v1.0/000.image.jpg": picture(kind="JPEG"), "v1.0/000.txt": b"one"}
+    members |= {"001.png": picture(), "001.caption.txt": b"two", "001.mask.png": picture()}
+    members |= {"a.b.png": picture(), "a.b.txt": b"b", "a.c.png": picture(), "a.c.txt": b"c"}
+    found = listed(save(tmp_path / "a.tar", members), tmp_path / "store")
+    assert {p.name.removeprefix("a.tar/"): p.caption for p in found.pictures} == {
+        "001.png": "two",
+        "a.b.png": "b",
+        "a.c.png": "c",
+        "v1.0/000.image.jpg": "one",
+    }
+    assert left_out(tmp_path / "store") == {"001.mask.png": "a second picture of its key"}
+
+
+def test_of_a_missing_caption_it_says_what_was_looked_for(tmp_path: Path) -> None:
+    listed(save(tmp_path / "a.tar", GOOD | {"d/x.image.png": picture()}), tmp_path / "store")
+    lines = (tmp_path / "store" / "pictures-000000.jsonl").read_text().splitlines()
+    (why,) = [line["why"] for line in map(json.loads, lines) if "dropped" in line]
+    assert why == "looked for: x.image.txt, x.image.caption, x.image.json, x.txt, x.caption, x.json"
+
+
+@pytest.mark.parametrize("where", ["a.tar", "a folder"])
+def test_files_that_are_not_read_are_named(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
+    members = GOOD | {"m.gif": picture(kind="GIF"), "n.gif": picture(kind="GIF"), "LICENSE": b"free", "x.csv": b"a,b"}
+    source = save(tmp_path / where, members) if where == "a.tar" else unpack(tmp_path / where, members)
+    for _ in range(2):  # the second time from what was listed
+        caplog.clear()
+        listed(source, tmp_path / "store")
+        (said,) = [record.message for record in caplog.records if "not read" in record.message]
+        assert said.endswith(
+            "that are not read: no ending: 1, such as LICENSE, .csv: 1, such as x.csv, .gif: 2, such as m.gif"
+        )
+
+
+def test_what_a_folder_links_to_is_followed_and_what_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = unpack(tmp_path / "in", {"a.png": picture(), "a.txt": b"a", "gone.txt": b"gone", "b.png": picture()})
+    unpack(tmp_path / "elsewhere", {"c.png": picture(), "c.txt": b"c"})
+    (folder / "gone.png").symlink_to("/nowhere/gone.png")
+    (folder / "b.txt").symlink_to("/nowhere/b.txt")
+    (folder / "self.png").symlink_to("self.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(folder)  # and round again
+    os.mkfifo(folder / "pipe.png")  # opening it would wait for ever
+    found = listed(folder, tmp_path / "store")
+    assert [(p.name, p.caption) for p in found.pictures] == [("a.png", "a"), ("linked/c.png", "c")]
+    reasons = {"gone.png": "cannot be read", "self.png": "cannot be read", "pipe.png": "cannot be read"}
+    assert left_out(tmp_path / "store") == reasons | {"b.png": "caption unreadable"}
+    why = (tmp_path / "store" / "pictures-000000.jsonl").read_text()
+    assert all(words in why for words in ("No such file or directory", "symbolic links", "not a regular file"))
 
 
 def test_long_names_of_gnu_tar_are_read_whole(tmp_path: Path) -> None:
@@ -327,10 +413,16 @@ def test_pictures_that_vanish_or_change_are_named(tmp_path: Path) -> None:
     found = listed(folder, tmp_path / "store")
     (folder / "a.png").unlink()
     (folder / "b.png").write_bytes(b"short")
+    assert [str(one) for one in found.read([0, 1])] == [
+        "cannot be read any more (No such file or directory)",
+        "has changed since it was listed",
+    ]
+    (folder / "b.png").unlink()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).unlink()
+    folder.rmdir()  # all is gone, such as a disk that is no longer mounted: not a store of nothing
     with pytest.raises(StoreError, match="picture a.png cannot be read"):
         found.read([0])
-    with pytest.raises(StoreError, match="picture b.png has changed"):
-        found.read([1])
 
 
 @pytest.mark.parametrize(
@@ -438,11 +530,22 @@ def palette(transparent: bool) -> bytes:
         (uniform("1", 1), (255, 255, 255)),
         (uniform("I;16", 257 * 77), (77, 77, 77)),
         (uniform("I;16", 65535), (255, 255, 255)),
+        (uniform("I;16", 257 * 77, transparency=257 * 77), (255, 255, 255)),
         (uniform("CMYK", (0, 0, 0, 155), kind="JPEG", quality=100), (100, 100, 100)),
     ],
 )
 def test_every_kind_of_colour_becomes_rgb_on_white(data: bytes, colour: Sequence[int]) -> None:
+    """In training as in an evaluation."""
     assert np.abs(levels(data) - np.array(colour)).max() <= 1
+    seen = decoded(data)[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(seen - levels(data)).max() < 1e-3
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    for kind in ("PNG", "WEBP"):
+        frames = [Image.new("RGB", (16, 16), colour) for colour in ((200, 10, 10), (10, 200, 10))]
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+        assert np.abs(levels(data) - np.array((200, 10, 10))).max() <= 1
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 26), (26, 40), (90, 47), (11, 13)])

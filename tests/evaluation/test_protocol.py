@@ -85,9 +85,17 @@ def test_other_prompts_say_no_pictures(name: str, text: str, tmp_path: Path) -> 
 def test_prompts_that_will_not_do_are_one_clear_line(coco: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="captions.json: there are 3, the protocol takes 4$"):
         read_captions(coco, 4)
-    (tmp_path / "list.json").write_text('["a cat"]')
-    with pytest.raises(ValueError, match="list.json: not in the layout of COCO's captions"):
-        read_captions(str(tmp_path / "list.json"), 1)
+    for content, said in (
+        ('{"annotations": [], "pictures": []}', "not in the layout of COCO's captions"),
+        ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "caption": 3}]}', "annotation 0"),
+        ("3", "a list of texts or objects is needed"),
+        ("[" * 100_000, "nested too deeply"),
+    ):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(ValueError, match=f"other.json: .*{said}"):
+            read_captions(str(tmp_path / "other.json"), 1)
+    (tmp_path / "list.json").write_text('["a cat", {"prompt": "a dog"}]')
+    assert list(read_captions(str(tmp_path / "list.json"), 2).prompts) == ["a cat", "a dog"]
     with pytest.raises(FileNotFoundError, match="no prompts at"):
         read_captions(str(tmp_path / "nowhere.json"), 1)
 
