@@ -65,9 +65,10 @@ def prompts_of(cfg: ExportSettings, run: TrainSettings) -> list[str]:
     """The prompts of the card's pictures, none if there is to be no picture."""
     if cfg.card_prompts is not None:
         return cfg.card_prompts
-    prompts = run.validation_prompts or []
+    if not run.validation_prompts:
+        return []
     with checking("validation_prompts of the run: "):
-        return (read_prompts(prompts) if isinstance(prompts, str) else prompts)[:MOST_PROMPTS]
+        return read_prompts(run.validation_prompts)[:MOST_PROMPTS]
 
 
 def table_of(path: Path) -> str:

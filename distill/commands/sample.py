@@ -70,7 +70,8 @@ SOME_STEPS = 4
 def main(cfg: SampleSettings) -> None:
     setup_logging()
     check(cfg)
-    prompts = cfg.prompts if isinstance(cfg.prompts, list) else read_prompts(cfg.prompts)
+    with checking():
+        prompts = read_prompts(cfg.prompts)
     prompts = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
     model = cfg.model if cfg.run is None else read_run(cfg.run).model
     pipeline, sampling = load_student(cfg, model)

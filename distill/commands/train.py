@@ -351,8 +351,8 @@ def validation_of(
     """Draws the validation prompts, if there are any. Text encoders and the teacher are needed once, and dropped."""
     if cfg.validation_prompts is None:
         return lambda step: {}
-    prompts = cfg.validation_prompts
-    prompts = read_prompts(prompts) if isinstance(prompts, str) else prompts
+    with checking("validation_prompts: "):
+        prompts = read_prompts(cfg.validation_prompts)
     teacher = teacher_of(cfg, parts=("text", "vae"))
     conditioning = teacher.encode(prompts)
     ends = ends_of(cfg, engine, conditioning, folder)

@@ -75,9 +75,9 @@ class Accept:
     Args:
         min_size: pixels of the shorter side, at least.
         max_aspect_ratio: longer over shorter side, at most.
-        column: entry of `KEY.json` or `metadata.jsonl` that is the caption (`caption.en` reaches into objects); by
-            default `KEY.txt` or `KEY.caption`, or else the first there is of `prompt`, `caption` and `text`. Of a list
-            of texts the first is taken.
+        column: entry of `KEY.json` or `metadata.jsonl` that is the caption (`caption.en` and `captions.0` reach into
+            objects and lists); by default `KEY.txt` or `KEY.caption`, or else the first there is of `prompt`, `caption`
+            and `text`.
     """
 
     min_size: int
@@ -513,6 +513,7 @@ def _read_listing(
     heads: Sequence[dict[str, Any]],
 ) -> Listing:
     digest, dropped, pictures, unread = hashlib.sha256(), Counter[str](), [], dict[str, tuple[int, str]]()
+    first = ""
     for n, (one, expected) in enumerate(zip(sources, heads, strict=True)):
         data = folder.read(_part_name(n))
         digest.update(data)
@@ -521,10 +522,13 @@ def _read_listing(
             said = "; ".join(f"{name} is {head.get(name)!r} there and {expected[name]!r} in the run" for name in differ)
             raise StoreMismatch(f"{folder.url} was begun over other pictures (write to a new folder): {said}")
         for line in lines:
+            if "dropped" in line and not first:
+                why = f" ({line['why']})" if line["why"] else ""
+                first = f"; the first: {shown(line['name'])}, {line['dropped']}{why}"
             if "unread" in line:
                 for ending, (count, example) in line["unread"].items():
-                    first = unread.get(ending, (0, example))
-                    unread[ending] = (first[0] + count, first[1])
+                    so_far, one_of_them = unread.get(ending, (0, example))
+                    unread[ending] = (so_far + count, one_of_them)
             elif "dropped" in line:
                 dropped[line["dropped"]] += 1
             else:
@@ -537,6 +541,6 @@ def _read_listing(
         f"{counted(len(pictures), 'picture')} in {source}, {dropped.total()} left out{f' ({counts})' if counts else ''}"
     )
     if not pictures:
-        raise StoreError(f"no pictures to make a store of: {said}")
+        raise StoreError(f"no pictures to make a store of: {said}{first}")
     log.info("%s; pictures-*.jsonl of %s name them", said, folder.url)
     return Listing(fs, root, pictures, digest.hexdigest())

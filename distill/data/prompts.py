@@ -37,20 +37,19 @@ def read_prompts(source: str | Sequence[str], column: str | None = None) -> list
     """Reads every prompt of a source, in order; empty ones are left out. Sample i of a store has prompt i mod n.
 
     Args:
-        source: a list of prompts, or one prompt; or a path or fsspec URL, told apart by its ending: `.txt` (a prompt a
-            line), `.jsonl` (a string or an object a line), `.json` (a list of them, or COCO's captions), `.csv`, `.tsv`
-            (which knows no quoting), `.parquet`, or `.tar` with captions as `KEY.txt`, `KEY.caption` or an entry of
-            `KEY.json`. `*` and `?` match several files, which are read in order of their names.
+        source: a list of prompts, which may be empty texts, or one prompt; or a path or fsspec URL, told apart by its
+            ending: `.txt` (a prompt a line), `.jsonl` (a string or an object a line), `.json` (a list, or COCO's
+            captions), `.csv`, `.tsv` (which knows no quoting), `.parquet`, or `.tar` with captions as `KEY.txt`,
+            `KEY.caption` or an entry of `KEY.json`. `*` and `?` match several files, read in order of their names.
         column: of objects and tables; by default the first there is of `prompt`, `caption` and `text`. In JSON and
-            Parquet `caption.en` and `captions.0` reach into objects and lists. Where it holds a list of texts, the
-            first is taken.
+            Parquet `caption.en` and `captions.0` reach into objects and lists.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: a kind of file that is not known, no prompts in it, no such column (names those there are), or a
             prompt that is no text or too long (names the line).
     """
-    if not isinstance(source, str) or not _looks_like_a_path(source):
+    if not isinstance(source, str) or (source.strip() and not _looks_like_a_path(source)):
         return _as_written([source] if isinstance(source, str) else source)
     kind = next((read for ending, read in READERS.items() if source.lower().endswith(ending)), None)
     if kind is None:
@@ -75,9 +74,9 @@ def _as_written(prompts: Sequence[str]) -> list[str]:
     for number, prompt in enumerate(prompts, 1):
         with _at(f"the list, number {number}"):
             found.append(caption_of(prompt))
-    if not any(found):
-        raise ValueError("no prompts: every one of them is empty")
-    return [text for text in found if text]
+    if not found:
+        raise ValueError("no prompts: the list is empty")
+    return found
 
 
 def _looks_like_a_path(text: str) -> bool:

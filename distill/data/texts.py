@@ -89,25 +89,30 @@ def caption_in(entry: Any, column: str | None) -> str:
 
 
 def caption_of(value: Any, column: str = "caption") -> str:
-    """One caption: a text, without blanks around it; of a list of texts the first that is not empty.
+    """One caption: a text, without blanks around it, or a list of one text.
 
     Nothing and a list of nothing are the empty caption. Half a surrogate pair, which JSON can hold and no encoder
     takes, becomes a question mark.
 
     Raises:
-        ValueError: another type, which is never made a text, or a text longer than `MAX_CHARACTERS`.
+        ValueError: several texts, among which only the user can choose; another type, which is never made a text; or a
+            text longer than `MAX_CHARACTERS`.
     """
     if isinstance(value, bytes):
         value = decoded(value)
     if isinstance(value, list) and all(one is None or isinstance(one, str) for one in value):
-        value = next((one for one in value if not _empty(one)), None)
+        texts = [number for number, one in enumerate(value) if not _empty(one)]
+        if len(texts) > 1:
+            remedy = f"name one of them, as in data.prompt_column={column}.{texts[0]}"
+            raise ValueError(f"{column} is a list of {len(texts)} texts: {remedy}")
+        value = value[texts[0]] if texts else None
     if value is None:
         return ""
     if isinstance(value, dict) and value:
         which = f"{column} is an object ({_some(list(value))})"
         raise ValueError(f"{which}: name one of its keys, as in data.prompt_column={column}.{next(iter(value))}")
     if not isinstance(value, str):
-        raise ValueError(f"{column} is {_kind(value)}; allowed are a text, or a list of texts (the first is taken)")
+        raise ValueError(f"{column} is {_kind(value)}; allowed are a text, or a list of one")
     text = value.encode("utf-8", "replace").decode().strip()
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"the caption has {len(text):,} characters; allowed: {MAX_CHARACTERS:,}")
@@ -186,8 +191,10 @@ def _value(entry: Mapping[str, Any], column: str) -> Any:
     for step in column.split("."):
         if isinstance(value, dict) and step in value:
             value = value[step]
-        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
-            value = value[int(step)]
+        elif isinstance(value, list) and step.isdecimal():
+            value = value[int(step)] if int(step) < len(value) else None
+        elif value is None:
+            return None
         else:
             there = list(value) if isinstance(value, dict) else []
             raise NoColumn(f"no column {column}; there are: {_some(there) or 'none'}")

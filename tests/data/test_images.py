@@ -182,6 +182,7 @@ DROPPED: dict[str, tuple[str, dict[str, bytes]]] = {
     "null": ("no caption", {"x.png": picture(), "x.json": b'{"caption": null}'}),
     "not text": ("caption unreadable", {"x.png": picture(), "x.txt": b"\xff\xfa"}),
     "a number": ("caption unreadable", {"x.png": picture(), "x.json": b'{"caption": 3}'}),
+    "several": ("caption unreadable", {"x.png": picture(), "x.json": b'{"caption": ["x", "y"]}'}),
     "an object": ("caption unreadable", {"x.png": picture(), "x.json": b'{"caption": {"en": "x"}}'}),
     "deep JSON": ("caption unreadable", {"x.png": picture(), "x.json": b"[" * 100_000}),
     "a long text": ("caption unreadable", {"x.png": picture(), "x.txt": b"x" * 20_000}),
@@ -219,7 +220,7 @@ def test_links_in_a_shard_are_not_followed(tmp_path: Path) -> None:
 
 
 KINDS_OF_CAPTION: dict[str, tuple[dict[str, bytes], str | None, str]] = {
-    "several, of which the first": ({"x.json": b'{"caption": ["", "first", "second"]}'}, None, "first"),
+    "the only one of a list": ({"x.json": b'{"caption": ["", "only", null]}'}, None, "only"),
     "a language": ({"x.json": b'{"caption": {"en": "a cat", "ja": "neko"}}'}, "caption.en", "a cat"),
     "the second": ({"x.json": b'{"captions": ["one", "two"]}'}, "captions.1", "two"),
     "the column that is not empty": ({"x.json": b'{"prompt": null, "text": "here"}'}, None, "here"),

@@ -55,7 +55,7 @@ def test_what_a_byte_order_mark_says_is_believed(tmp_path: Path, encoding: str) 
 
 
 def test_json_is_a_list_an_object_of_objects_or_cocos_captions(tmp_path: Path) -> None:
-    several = [PROMPTS[0], {"prompt": PROMPTS[1]}, {"text": [PROMPTS[2], "another"]}]
+    several = [PROMPTS[0], {"prompt": PROMPTS[1]}, {"text": [PROMPTS[2]]}]
     by_name = {f"{i}": {"category": "x", "prompt": p} for i, p in enumerate(PROMPTS)}
     images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(3)]
     annotations = [{"image_id": i, "caption": c} for i, p in enumerate(PROMPTS) for c in (p + "\n", "second")]
@@ -66,7 +66,8 @@ def test_json_is_a_list_an_object_of_objects_or_cocos_captions(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("entry", "column", "expected"),
     [
-        ({"caption": ["a cat", "a kitten"]}, None, ["a cat"]),
+        ({"caption": ["a cat"]}, None, ["a cat"]),
+        ({"caption": ["a cat", "a kitten"]}, "caption.0", ["a cat"]),
         ({"caption": ["", None, "a kitten"]}, None, ["a kitten"]),
         ({"caption": {"en": "a cat", "ja": "neko"}}, "caption.ja", ["neko"]),
         ({"caption": {"en": ["a cat", "a kitten"]}}, "caption.en.1", ["a kitten"]),
@@ -76,13 +77,19 @@ def test_json_is_a_list_an_object_of_objects_or_cocos_captions(tmp_path: Path) -
         ("\ud83d\ude00", None, ["😀"]),
     ],
 )
-def test_of_several_captions_one_is_taken(
+def test_of_several_captions_the_named_one_is_taken(
     tmp_path: Path, entry: object, column: str | None, expected: list[str]
 ) -> None:
     assert read_prompts(save(tmp_path / "p.jsonl", json.dumps(entry)), column) == expected
 
 
-WRONG = {"a number": 7, "true or false": True, "an object": {"en": "a cat"}, "a list of numbers": [1]}
+WRONG = {
+    "a list of 2 texts": ["a cat", "a kitten"],
+    "a number": 7,
+    "true or false": True,
+    "an object": {"en": "a cat"},
+    "a list of numbers": [1],
+}
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -98,7 +105,8 @@ def test_what_is_no_text_is_never_made_one(tmp_path: Path, kind: str, ending: st
         save(path, json.dumps([entry] if ending == "json" else entry))
     with pytest.raises(ValueError, match=f"p.{ending}, .*caption is {kind}") as error:
         read_prompts(str(path))
-    assert kind != "an object" or "data.prompt_column=caption.en" in str(error.value)
+    remedies = {"an object": "data.prompt_column=caption.en", "a list of 2 texts": "data.prompt_column=caption.0"}
+    assert remedies.get(kind, "") in str(error.value)
 
 
 def test_one_broken_caption_of_a_shard_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -110,7 +118,7 @@ def test_one_broken_caption_of_a_shard_is_left_out_and_named(tmp_path: Path, cap
 @pytest.mark.parametrize("text", ["a cat", "cat", "a cat, sitting on (a) mat: 50%", "x" * 300, "1.5 cats", "what?"])
 def test_a_text_that_is_no_path_is_one_prompt(text: str) -> None:
     assert read_prompts(text) == [text]
-    assert read_prompts([text, " ", "another"]) == [text, "another"]
+    assert read_prompts([text, " ", "another"]) == [text, "", "another"]
 
 
 @pytest.mark.parametrize("text", ["prompts.docx", "a/b", "~/prompts", "./my prompts", "s3x://b/c"])
