@@ -91,7 +91,7 @@ def main(cfg: TrainSettings) -> None:
     with RunLock(Path(cfg.output_dir), takes=launched_rank() == 0):
         folder = open_run(parts.cfg)
         if finished(folder, cfg.max_train_steps):
-            log.info("%s has taken its %d steps already", folder, cfg.max_train_steps)
+            log.info("%s has taken its %d steps already: nothing is done, or written", folder, cfg.max_train_steps)
             return
         code = distil(parts, folder)
     if code:
@@ -192,7 +192,13 @@ def started(parts: Parts, folder: Path) -> tuple[Checkpoints, int]:
     networks |= parts.student.networks(teacher, cfg.seed, "teacher" in parts.method.asks, starts, teaches)
     engine.prepare(networks, parts.plans, helpers_of(cfg, parts.method))
     resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
-    return checkpoints, resumed.step if resumed else 0
+    step = resumed.step if resumed else 0
+    if step > cfg.max_train_steps:
+        raise ConfigError(
+            f"resume_from_checkpoint={cfg.resume_from_checkpoint} has taken {step} steps, and max_train_steps="
+            f"{cfg.max_train_steps} is less: set more"
+        )
+    return checkpoints, step
 
 
 def exit_code(step: int, max_train_steps: int, health: Health, failure: Exception | None) -> int:

@@ -119,6 +119,15 @@ def arguments_of(target: object) -> dict[str, Any] | None:
     return {name: hints.get(name, Any) for name in inspect.signature(found).parameters}
 
 
+def defaults_of(target: object) -> dict[str, Any]:
+    """The arguments that a `_target_` has values for, where a node gives none; it is imported. {} if it is gone."""
+    try:
+        parameters = inspect.signature(_target(target)).parameters.values()
+    except ValueError:
+        return {}
+    return {p.name: p.default for p in parameters if p.default is not p.empty and not callable(p.default)}
+
+
 def _read_arguments(path: object) -> dict[str, Any] | None:
     module, name = _allowed_target(path)
     try:

@@ -11,6 +11,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 
 from distill.data.storage import write_whole
 from distill.training.config import ConfigError, checking, read_settings, read_yaml, validated
+from distill.training.recorded import Differences, chief, differences, given_keys
 from distill.training.settings import TrainSettings
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,8 @@ FREE = frozenset(
 
 IDENTITY = "run_id"
 CONFIG = "config.yaml"
+HISTORY = "history.jsonl"
+_STEP = re.compile(r"step-(\d{8,})")
 SMALL = (CONFIG, IDENTITY, "overrides.txt", "environment.json")
 
 
@@ -83,22 +87,99 @@ def launched_world_size() -> int:
 def open_run(settings: TrainSettings) -> Path:
     """The folder of a new or continued run; rank 0 writes its config and environment to it.
 
+    What a finished run has recorded stays as it is. A run that is continued records the settings that it is continued
+    with, and adds a line to `history.jsonl`: when, from which step, and what changed.
+
     Raises:
-        ConfigError: another run lives there: a setting that shapes the result differs.
+        ConfigError: another run lives there: a setting that shapes the result differs, or it is already beyond
+            `max_train_steps`.
     """
     folder = Path(settings.output_dir)
     wanted = settings.model_dump(mode="json")
-    if any(checkpoints_of(folder).glob("step-*")):
-        _same_run(folder, recorded_settings(folder), wanted)
+    changed: Differences | None = None
+    if steps_taken(folder):
+        recorded = recorded_settings(folder)
+        changed = differences(recorded, wanted, TrainSettings) if recorded else {}
+        _same_run(folder, changed)
+        _check_steps(folder, settings, changed)
+        if finished(folder, settings.max_train_steps):
+            return folder
     if launched_rank() > 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     if not _content(folder / IDENTITY):
         write_atomically(folder / IDENTITY, (_of_newest_checkpoint(folder, "run") or secrets.token_hex(8)) + "\n")
+    if changed is not None:
+        _note(folder, changed)
     write_atomically(folder / CONFIG, yaml.safe_dump(wanted, sort_keys=False))
     write_atomically(folder / "overrides.txt", "\n".join(sys.argv[1:]) + "\n")
     write_atomically(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
     return folder
+
+
+def steps_taken(folder: Path) -> int:
+    """Steps of a run by its newest checkpoint, or by `DONE`; 0 for a new one."""
+    manifests = checkpoints_of(folder).glob("step-*/manifest.json")
+    found = [int(match[1]) for path in manifests if (match := _STEP.fullmatch(path.parent.name))]
+    return max([*found, _done(folder)])
+
+
+def _same_run(folder: Path, changed: Differences) -> None:
+    """Refuses what differs and is not free to."""
+    bound = {key: values for key, values in changed.items() if key.partition(".")[0] not in FREE}
+    if bound:
+        key = chief(bound, given_keys())
+        before, now = bound[key]
+        raise ConfigError(
+            f"output_dir={folder} holds a run with {key}={before!r}, this one has {now!r}: "
+            f"choose another output_dir, or the same {key}"
+        )
+
+
+def _check_steps(folder: Path, settings: TrainSettings, changed: Differences) -> None:
+    """Refuses what a run that has taken steps cannot do, and says what a schedule makes of more steps."""
+    wanted, done, taken = settings.max_train_steps, _done(folder), steps_taken(folder)
+    where = f"output_dir={folder} holds a run that"
+    if done > wanted:
+        raise ConfigError(
+            f"{where} has finished, with {done} steps, and max_train_steps={wanted} is less: choose another output_dir "
+            f"for a run of {wanted} steps; max_train_steps above {done} continues this one"
+        )
+    latest = settings.resume_from_checkpoint == "latest"
+    if done == wanted and not latest and "resume_from_checkpoint" in changed:
+        raise ConfigError(
+            f"{where} has finished, with {done} steps: resume_from_checkpoint={settings.resume_from_checkpoint} is for "
+            "a run that has not; choose another output_dir, and name the checkpoint by its folder"
+        )
+    if taken > wanted and latest:
+        raise ConfigError(
+            f"{where} has taken {taken} steps, and max_train_steps={wanted} is less: set max_train_steps={taken} or "
+            "more, choose another output_dir, or name an earlier checkpoint with resume_from_checkpoint=STEP"
+        )
+    if "max_train_steps" in changed and settings.lr_scheduler in ("linear", "cosine") and launched_rank() == 0:
+        log.warning(
+            "max_train_steps was %s, is %d: lr_scheduler=%s is stretched to it, so the learning rate jumps at step %d; "
+            "a run with %d steps from the start would have had other rates before it",
+            changed["max_train_steps"][0],
+            wanted,
+            settings.lr_scheduler,
+            taken,
+            wanted,
+        )
+
+
+def _note(folder: Path, changed: Differences) -> None:
+    """Adds a start to the history of a run that is continued."""
+    row = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "newest_step": steps_taken(folder),
+        "host": socket.gethostname(),
+        "processes": launched_world_size(),
+        "changed": {key: list(values) for key, values in changed.items()},
+        "overrides": sys.argv[1:],
+    }
+    with open(folder / HISTORY, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def recorded_settings(folder: Path) -> Mapping[str, Any]:
@@ -189,8 +270,13 @@ def mark_finished(folder: Path, step: int) -> None:
 
 def finished(folder: Path, max_train_steps: int) -> bool:
     """Whether the run in `folder` has taken so many steps."""
+    return _done(folder) >= max_train_steps
+
+
+def _done(folder: Path) -> int:
+    """The steps of a run that has finished; 0 of one that has not."""
     steps = _content(folder / "DONE")
-    return steps.isdigit() and int(steps) >= max_train_steps  # emptied by a power loss, it is written again
+    return int(steps) if steps.isdigit() else 0  # emptied by a power loss, it is written again
 
 
 def checkpoints_of(folder: str | Path) -> Path:
@@ -216,15 +302,6 @@ def environment() -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a small file in one step, with fsync before and after: after a power loss, too, it is old or new."""
     write_whole(path, text)
-
-
-def _same_run(folder: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for key in wanted:
-        if key not in FREE and key in recorded and recorded[key] != wanted[key]:
-            raise ConfigError(
-                f"output_dir={folder} holds a run with {key}={recorded[key]!r}, this one has {wanted[key]!r}: "
-                f"choose another output_dir, or the same {key}"
-            )
 
 
 def _is_told(name: str, value: str) -> bool:
