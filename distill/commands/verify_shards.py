@@ -1,9 +1,11 @@
-"""Checks a trajectory store from end to end: sizes, sha256, tar structure, every sample's schema and numbers.
+"""Checks a trajectory store from end to end: sizes, sha256, tar structure, checksums, every sample's schema, numbers.
 
-    python scripts/verify_shards.py STORE [SHARD ...]
+    python scripts/verify_shards.py STORE [SHARD ...] [--add-checksums]
 
-STORE is a folder or an fsspec URL; SHARD limits the check to some shards (`shard-000003.tar`). Exit status 0 if all is
-well, 1 if something is wrong, 2 if STORE cannot be opened.
+STORE is a folder or an fsspec URL; SHARD limits the check to some shards (`shard-000003.tar`). `--add-checksums` writes
+the checksums that training compares what it reads with, of shards that are found whole: for a store that an earlier
+version wrote without, or where they are lost. Exit status 0 if all is well, 1 if something is wrong, 2 if STORE cannot
+be opened, 75 if something could not be read.
 """
 
 from __future__ import annotations
@@ -16,37 +18,41 @@ if __name__ == "__main__":  # before what is heavy is imported
 import argparse
 import logging
 import sys
+from dataclasses import replace
 
-from distill.data.progress import Progress
+from distill.data.errors import AGAIN, ReadError
+from distill.data.index import INDEX
+from distill.data.progress import Progress, count
 from distill.data.reader import read_index, read_unconditional
 from distill.data.record import StoreError
 from distill.data.storage import Folder
-from distill.data.verify import Verdict, verify_shard
+from distill.data.verify import Verdict, add_checksums, verify_shard
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store")
     parser.add_argument("shards", nargs="*")
+    parser.add_argument("--add-checksums", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        verdicts = verify(arguments.store, arguments.shards)
+        verdicts = verify(arguments.store, arguments.shards, arguments.add_checksums)
     except (StoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return AGAIN if isinstance(error, ReadError) else 2
     for verdict in verdicts:
         print(f"{verdict.shard:<20} {verdict.samples:>8} good samples   {'ok' if not verdict.problems else 'BAD'}")
         for problem in verdict.problems:
             print(f"    {verdict.shard}: {problem}")
     bad = [verdict for verdict in verdicts if verdict.problems]
     good = sum(verdict.samples for verdict in verdicts)
-    print(f"{len(verdicts)} shards, {good} good samples, {len(bad)} bad shards")
+    print(", ".join((count(len(verdicts), "shard"), count(good, "good sample"), count(len(bad), "bad shard"))))
     return 1 if bad else 0
 
 
-def verify(url: str, only: list[str]) -> list[Verdict]:
-    """Verdicts on the shards of a store, in order, and on what the store lacks."""
+def verify(url: str, only: list[str], add: bool = False) -> list[Verdict]:
+    """Verdicts on the shards of a store, in order, and on what the store lacks; `add` writes their checksums."""
     folder = Folder(url)
     index = read_index(folder)
     read_unconditional(folder, index)
@@ -56,4 +62,11 @@ def verify(url: str, only: list[str]) -> list[Verdict]:
         print(f"{url} is unfinished: {len(index.shards)} of {index.planned_shards} shards are written")
     shards = [shard for shard in index.shards if not only or shard.name in only]
     progress = Progress("verifying", sum(shard.samples for shard in shards), "samples")
-    return [verify_shard(folder, index, shard, progress.update) for shard in shards]
+    if not add:
+        return [verify_shard(folder, index, shard, progress.update) for shard in shards]
+    found = [add_checksums(folder, index, shard, progress.update) for shard in shards]
+    new = {shard.name: shard for _, shard in found}
+    listed = tuple(new.get(shard.name, shard) for shard in index.shards)
+    if listed != index.shards:
+        folder.publish(INDEX, replace(index, shards=listed).to_json())
+    return [verdict for verdict, _ in found]

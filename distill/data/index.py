@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -42,6 +42,32 @@ MOST, MOST_BYTES = 10**12, 2**62
 KINDS = ("trajectories", "pictures")
 NO_SOLVE = "none"
 """`solver` and `spacing` of a store of pictures."""
+
+
+SETTINGS = {
+    "teacher_id": "model.pretrained_model_name_or_path",
+    "teacher_hash": "model.pretrained_model_name_or_path (and teacher)",
+    "schedule_fingerprint": "model.pretrained_model_name_or_path",
+    "solver": "data.solver",
+    "solver_steps": "data.solver_steps",
+    "spacing": "data.solver",
+    "guidance": "data.guidance",
+    "times": "data.keep, data.segments and data.solver_steps",
+    "dtype": "data.dtype",
+    "resolution": "model.resolution",
+    "prompt_source": "data.prompts or data.images",
+    "prompts_sha256": "data.prompts (the same texts in the same order)",
+    "unconditional_sha256": "model.pretrained_model_name_or_path",
+    "seed": "seed",
+    "samples": "data.num_samples",
+    "samples_per_shard": "data.samples_per_shard",
+    "batch_size": "data.batch_size",
+    "kind": "data (a store of pictures is made by make_latents.py with data=images)",
+    "pictures_sha256": "data.images, data.min_size, data.max_aspect_ratio and data.prompt_column",
+    "crop": "data.crop",
+    "vae_hash": "data.vae",
+}
+"""Which setting of the command decides each field of a plan, for messages."""
 
 
 class StoreMismatch(StoreError):
@@ -156,6 +182,13 @@ class Plan:
     def digest(self) -> str:
         return hashlib.sha256(dump(plan_facts(self))).hexdigest()
 
+    @cached_property
+    def identity(self) -> str:
+        """What a store keeps when it grows: a hash of all that decides what any one of its samples is."""
+        grows = {"samples", "prompts_sha256"} if self.kind == "pictures" else {"samples"}  # captions are pictures' own
+        facts = {name: value for name, value in plan_facts(self).items() if name not in grows}
+        return hashlib.sha256(dump(facts)).hexdigest()
+
     def require(self, **expected: Any) -> None:
         """Checks what a run expects of the store; None is no expectation. `times` need only be among those stored.
 
@@ -181,12 +214,17 @@ PROVENANCE = ("teacher_id", "teacher_hash", "schedule_fingerprint", "solver", "s
 """What every sample repeats of the plan, so that it means something outside its store."""
 
 
+OPTIONAL = ("skipped", "crc32")
+"""Of a shard: what is not written down where it is empty."""
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One finished shard. `offsets`: where each sample's safetensors payload starts, in bytes, as decimal numbers.
-    `skipped`: the places of planned samples that it lacks, likewise.
+    `skipped`: the places of planned samples that it lacks, likewise. `crc32`: of the file with its samples' checksums,
+    in hex; nothing if it has none (a store of before there were any).
 
-    They stay text until a sample of the shard is read: 10^7 of them load in a tenth of a second, not in two.
+    Offsets stay text until a sample of the shard is read: 10^7 of them load in a tenth of a second, not in two.
     """
 
     name: str
@@ -195,6 +233,7 @@ class ShardInfo:
     sha256: str
     offsets: str
     skipped: str = ""
+    crc32: str = ""
 
     @property
     def number(self) -> int:
@@ -202,7 +241,7 @@ class ShardInfo:
 
     def facts(self) -> dict[str, Any]:
         """The shard as JSON holds it; a full one says nothing of `skipped`."""
-        return {name: value for name, value in asdict(self).items() if name != "skipped" or value}
+        return {name: value for name, value in asdict(self).items() if name not in OPTIONAL or value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +391,8 @@ def check_shard(shard: ShardInfo, plan: Plan, where: str) -> None:
         raise StoreError(f"{where} names a shard {short(repr(shard.name))}; allowed: shard-000000.tar and so on")
     if not isinstance(shard.skipped, str) or not re.fullmatch(r"([0-9]{1,9}( [0-9]{1,9})*)?", shard.skipped):
         raise BadShard(f"{where} says that {shard.name} skips {short(repr(shard.skipped))}, not places")
+    if not isinstance(shard.crc32, str) or not re.fullmatch("([0-9a-f]{8})?", shard.crc32):
+        raise BadShard(f"{where} gives the checksums of {shard.name} a crc32 of {short(repr(shard.crc32))}")
     if shard.skipped and plan.kind != "pictures":
         raise BadShard(f"{where} says that {shard.name} lacks samples; of {plan.kind} none may be missing")
     if shard.number >= plan.planned_shards:

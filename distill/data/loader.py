@@ -2,7 +2,8 @@
 
 A sample that is bad is replaced by the next good one of the index, if `max_bad_fraction` of the store allows any. Which
 one that is depends on the store alone, so ranks stay in step without talking. Replaced samples are counted and said;
-seen and skipped ones together are the index. Each rank counts those that it meets.
+seen and skipped ones together are the index. Each rank counts those that it meets. A sample that cannot be read is
+another matter: it may be as good as any, so nothing takes its place, and a `ReadError` ends the iteration.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from distill.data.errors import ReadError
 from distill.data.order import Order, Share
 from distill.data.reader import Store
 from distill.data.record import BadSample, Sample
@@ -86,6 +88,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         for found in self._loader:
+            if "unread" in found:
+                raise ReadError(found["unread"])
             self._note(found["bad"])
             yield self._batch(found)
 
@@ -143,6 +147,12 @@ class _Samples(Dataset[dict[str, Any]]):
         self.global_batch_size, self.prompts = global_batch_size, prompts
 
     def __getitems__(self, places: Sequence[Place]) -> dict[str, Any]:
+        try:
+            return self._micro_batch(places)
+        except ReadError as error:  # an exception would arrive from a worker with its traceback for a message
+            return {"unread": str(error)}
+
+    def _micro_batch(self, places: Sequence[Place]) -> dict[str, Any]:
         reads = self.reads(places[0][0] // self.global_batch_size)  # a micro-batch is of one step
         picks = [reads.pick(self.store.index.times, generator(self.seed, "read", p)) for p, _ in places]
         bad: dict[str, str] = {}

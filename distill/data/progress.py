@@ -10,6 +10,11 @@ log = logging.getLogger(__name__)
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0
 
 
+def count(number: int, unit: str) -> str:
+    """`1 sample`, `2 samples`: a number with a word whose plural has an s."""
+    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
+
+
 class Progress:
     """Counts units of work and says how fast they go and when they will be done.
 

@@ -1,15 +1,17 @@
 """Reads a trajectory store: of each sample only the states that are asked for.
 
 A sample's head (its tar header, safetensors header, times, guidance and conditioning) and each of its states are byte
-ranges known from the index alone. The head is compared with what the index says it must be, so that a shard that was
-cut, shifted or overwritten is noticed at the first sample read from the damage; nothing is unpacked, no name from an
-archive is trusted.
+ranges known from the index alone. The head is compared with what the index says it must be, and every part that is
+read with its checksum, so that a shard that was cut, shifted, overwritten or exchanged, and a single bit that is
+another, are noticed at the first sample read from the damage; nothing is unpacked, no name from an archive is trusted.
+What cannot be read is no damage: see `storage.ReadError`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from distill.data import tar
+from distill.data.checksums import check_row, checksums_name, row_bytes, start_of
 from distill.data.index import INDEX, PLAN, UNCONDITIONAL, ShardInfo, StoreIndex, payload_offsets, places
 from distill.data.record import (
     CONDITIONING,
@@ -39,18 +42,25 @@ from distill.data.record import (
     short,
     view,
 )
-from distill.data.storage import Folder, Range
+from distill.data.storage import RETRY_SECONDS, STREAM_BYTES, Folder, Range
 from distill.diffusion.prediction import Conditioning
 
 log = logging.getLogger(__name__)
 MERGE_BYTES = 4096
+MOST_KEPT_BYTES = 1 << 26
+"""Of checksums, in each process; those of a larger store are read again with each sample."""
 MAX_UNCONDITIONAL_BYTES = 1 << 28
 Request = tuple[int, tuple[int, ...]]
 """Index of a sample, and places of the states wanted."""
 
 
 def open_store(
-    url: str, *, allow_partial: bool = False, max_bad_fraction: float = 0.0, verify_sha256: bool = False
+    url: str,
+    *,
+    allow_partial: bool = False,
+    max_bad_fraction: float = 0.0,
+    verify_sha256: bool = False,
+    retry_seconds: float = RETRY_SECONDS,
 ) -> Store:
     """Opens a store for reading, and checks what can be checked without reading its shards.
 
@@ -61,15 +71,17 @@ def open_store(
         max_bad_fraction: share of samples that the loader may replace (see `loader`). Above 0, a shard of the wrong
             size is a warning; a missing one is always an error.
         verify_sha256: before the first read from a shard, and once in each process, read all of it and compare its
-            sha256 with the index.
+            sha256 with the index. (What is read of a sample is compared with its checksums in any case.)
+        retry_seconds: how long a read that fails is tried again.
 
     Raises:
         StoreError: no store there, unfinished, or an index that makes no sense.
         BadShard: a shard is missing, or not of the size that the index says; names it.
+        ReadError: something cannot be read.
     """
     if not 0 <= max_bad_fraction < 1:
         raise StoreError(f"max_bad_fraction must be within [0, 1), got {max_bad_fraction}")
-    folder = Folder(url)
+    folder = Folder(url, retry_seconds)
     index = read_index(folder)
     if not index.complete and not allow_partial:
         raise StoreError(
@@ -77,6 +89,13 @@ def open_store(
             "Run the writer again, or allow a partial store"
         )
     _check_sizes(folder, index, max_bad_fraction > 0)
+    unchecked = sum(not shard.crc32 for shard in index.shards if shard.samples)
+    if unchecked and int(os.environ.get("RANK", 0)) == 0:  # once, not on every process
+        log.warning(
+            "%d of %d shards of %s have no checksums (an earlier version wrote them): numbers that were damaged are "
+            "not noticed; python scripts/verify_shards.py %s --add-checksums adds them",
+            *(unchecked, len(index.shards), url, url),
+        )
     return Store(folder, index, read_unconditional(folder, index), max_bad_fraction, verify_sha256)
 
 
@@ -93,14 +112,31 @@ class Store:
         unconditional: Conditioning,
         max_bad_fraction: float = 0.0,
         verify_sha256: bool = False,
+        samples: int | None = None,
     ) -> None:
         self.folder, self.index, self.unconditional = folder, index, unconditional
         self.max_bad_fraction, self.verify_sha256 = max_bad_fraction, verify_sha256
         self._starts = [0, *accumulate(shard.samples for shard in index.shards)]
+        self._row = row_bytes(len(index.times))
+        self._keeps_checksums = self._starts[-1] * self._row <= MOST_KEPT_BYTES
+        self._checksums: dict[Range, bytes] = {}
+        self._samples = self._starts[-1] if samples is None else samples
         self._verified: dict[str, str | None] = {}
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._samples
+
+    def first(self, samples: int) -> Store:
+        """The store as it was when it had so many samples: those that came to it later are left out.
+
+        Raises:
+            StoreError: it has fewer.
+        """
+        if samples > len(self):
+            raise StoreError(f"{self.folder.url} has {len(self)} samples, fewer than {samples}")
+        return Store(
+            self.folder, self.index, self.unconditional, self.max_bad_fraction, self.verify_sha256, samples=samples
+        )
 
     def locate(self, i: int) -> tuple[ShardInfo, int]:
         """The shard of sample i, and its row there. Raises IndexError."""
@@ -121,7 +157,8 @@ class Store:
         Its prompt is read only if `prompts` asks for it.
 
         Raises:
-            BadSample: it is not what the index says, or not finite; names its key and shard.
+            BadSample: it is not what the index says and was written, or not finite; names its key and shard.
+            ReadError: it cannot be read.
         """
         wanted = range(len(self.index.times)) if states is None else states
         found = self.read_many([(i, tuple(wanted))], prompts)[0]
@@ -130,9 +167,14 @@ class Store:
         return found
 
     def read_many(self, requests: Sequence[Request], prompts: bool = False) -> list[Sample | BadSample]:
-        """Several samples at once, remote ones in parallel; a `BadSample` in the place of one that is bad."""
+        """Several samples at once, remote ones in parallel; a `BadSample` in the place of one that is bad.
+
+        Raises:
+            ReadError: one of them cannot be read.
+        """
         located = [(*self.locate(i), plan_reads(self.index.layout, states)) for i, states in requests]
         ranges: list[Range] = []
+        rows: dict[int, tuple[Range, int]] = {}  # where the checksums of each sample are
         bad: dict[int, str] = {}
         for at, (shard, row, spans) in enumerate(located):
             try:
@@ -140,24 +182,55 @@ class Store:
                 if prompts:
                     spans = tuple(_merge([*spans, self._facts_span(shard, row)]))
                     located[at] = (shard, row, spans)
-                ranges += [(shard.name, base + span.begin, base + span.end) for span in spans]
             except BadShard as error:
                 bad[at] = str(error)
-        buffers = iter(self.folder.ranges(ranges))
+                continue
+            ranges += [(shard.name, base + span.begin, base + span.end) for span in spans]
+            if shard.crc32:
+                rows[at] = self._checksums_of(shard, row)
+        wanted = list(dict.fromkeys(part for part, _ in rows.values() if part not in self._checksums))
+        found = self.folder.ranges([*ranges, *wanted])
+        checksums = dict(zip(wanted, map(bytes, found[len(ranges) :]), strict=True)) | self._checksums
+        if self._keeps_checksums:
+            self._checksums = checksums
+        buffers = iter(found)
         results: list[Sample | BadSample] = []
         for at, (shard, row, spans) in enumerate(located):
             key = self._key(shard, row)
             try:
                 if at in bad:
                     raise BadSample(bad[at])
-                pieces = [_piece(span, data) for span, data in zip(spans, islice(buffers, len(spans)), strict=True)]
+                data = list(islice(buffers, len(spans)))
+                pieces = [_piece(span, read) for span, read in zip(spans, data, strict=True)]
+                facts = self._facts_span(shard, row) if prompts else None
                 sample = _assemble(self.index, key, requests[at][1], pieces)
-                if prompts:
-                    sample = replace(sample, prompt=_prompt(key, pieces, self._facts_span(shard, row)))
+                if facts:
+                    sample = replace(sample, prompt=_prompt(key, pieces, facts))
+                if at in rows:
+                    part, begin = rows[at]
+                    self._check(key, checksums[part][begin : begin + self._row], requests[at][1], pieces, facts)
                 results.append(sample)
             except BadSample as error:
                 results.append(BadSample(f"sample {key} in {shard.name} of {self.folder.url}: {error}"))
         return results
+
+    def _check(
+        self, key: str, row: bytes, states: tuple[int, ...], pieces: Sequence[Piece], facts: Span | None
+    ) -> None:
+        """Compares all that was read of a sample with its checksums. Raises BadSample."""
+
+        def cut(begin: int, end: int) -> memoryview:
+            return _bytes(pieces, tar.BLOCK + begin, tar.BLOCK + end)
+
+        said = None if facts is None else bytes(_bytes(pieces, facts.begin, facts.end))
+        check_row(self.index.layout, row, start_of(self.index.identity, key), cut, states, said)
+
+    def _checksums_of(self, shard: ShardInfo, row: int) -> tuple[Range, int]:
+        """What to read for the checksums of a sample, and where they begin in that: a whole file if files are kept."""
+        name, begin = checksums_name(shard.name), row * self._row
+        if self._keeps_checksums:
+            return (name, 0, shard.samples * self._row), begin
+        return (name, begin, begin + self._row), 0
 
     def _sample_start(self, shard: ShardInfo, row: int) -> int:
         """Byte of the shard at which the sample's tar header begins."""
@@ -233,9 +306,7 @@ def _merge(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def _piece(span: Span, data: bytearray | bytes | OSError) -> Piece:
-    if isinstance(data, OSError):
-        raise BadSample(f"cannot be read ({data})")
+def _piece(span: Span, data: bytearray | bytes) -> Piece:
     if len(data) < span.end - span.begin:
         raise BadSample("the shard ends within it")
     return Piece(span, data if isinstance(data, bytearray) else bytearray(data))
@@ -270,11 +341,10 @@ def _assemble(index: StoreIndex, key: str, states: tuple[int, ...], pieces: Sequ
 
 def _prompt(key: str, pieces: Sequence[Piece], span: Span) -> str:
     """The prompt in a sample's JSON, which must fill its span and be that sample's. Raises BadSample."""
-    piece = next(p for p in reversed(pieces) if p.span.begin <= span.begin)
-    data = piece.data[span.begin - piece.span.begin : span.end - piece.span.begin]
+    data = bytes(_bytes(pieces, span.begin, span.end))
     try:
-        size = tar.parse_header(bytes(data[: tar.BLOCK]), tar.BLOCK).size
-        body = bytes(data[tar.BLOCK : tar.BLOCK + size])
+        size = tar.parse_header(data[: tar.BLOCK], tar.BLOCK).size
+        body = data[tar.BLOCK : tar.BLOCK + size]
         facts = parse_json(body)
         if data != tar.member(f"{key}.json", body) or facts["key"] != key or not isinstance(facts["prompt"], str):
             raise ValueError("it is another sample's or has no prompt")
@@ -282,6 +352,12 @@ def _prompt(key: str, pieces: Sequence[Piece], span: Span) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise BadSample(f"its JSON is damaged ({type(error).__name__} {short(error)})") from None
     return facts["prompt"]
+
+
+def _bytes(pieces: Sequence[Piece], begin: int, end: int) -> memoryview:
+    """Bytes begin ... end of the sample, which lie in one piece."""
+    piece = next(p for p in reversed(pieces) if p.span.begin <= begin)
+    return memoryview(piece.data)[begin - piece.span.begin : end - piece.span.begin]
 
 
 def _cut(pieces: Sequence[Piece], begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -297,8 +373,6 @@ def read_index(folder: Folder) -> StoreIndex:
         begun = PLAN in folder.sizes()
         why = "its writing has begun, but no shard is finished that holds a sample" if begun else f"{INDEX} is missing"
         raise StoreError(f"no trajectory store at {folder.url}: {why}") from None
-    except OSError as error:
-        raise StoreError(f"{INDEX} of {folder.url} cannot be read: {error}") from None
     except StoreError as error:
         raise type(error)(f"{folder.url}: {error}") from None
 
@@ -313,16 +387,18 @@ def _check_sizes(folder: Folder, index: StoreIndex, tolerant: bool) -> None:
             if not tolerant:
                 raise BadShard(problem)
             log.warning("%s; its samples are read as far as they go", problem)
+        name, expected = checksums_name(shard.name), shard.samples * row_bytes(len(index.times))
+        if shard.crc32 and sizes.get(name) != expected:
+            found = f"has {sizes[name]} bytes, not {expected}" if name in sizes else "is missing"
+            again = f"python scripts/verify_shards.py {folder.url} --add-checksums makes it anew"
+            raise BadShard(f"{name} of {folder.url} {found}: {again}")
 
 
 def read_unconditional(folder: Folder, index: StoreIndex) -> Conditioning:
-    try:
-        (data,) = folder.ranges([(UNCONDITIONAL, 0, MAX_UNCONDITIONAL_BYTES + 1)])
-    except FileNotFoundError as error:
-        data = error
     where = f"{UNCONDITIONAL} of {folder.url}"
-    if isinstance(data, OSError):
-        raise StoreError(f"{where} is missing or cannot be read ({data})")
+    if UNCONDITIONAL not in folder.sizes():
+        raise StoreError(f"{where} is missing")
+    (data,) = folder.ranges([(UNCONDITIONAL, 0, MAX_UNCONDITIONAL_BYTES + 1)])
     if (found := hashlib.sha256(data).hexdigest()) != index.unconditional_sha256:
         raise StoreError(f"{where} is damaged: sha256 {found}, {INDEX} says {short(index.unconditional_sha256)}")
     try:
@@ -337,12 +413,9 @@ def read_unconditional(folder: Folder, index: StoreIndex) -> Conditioning:
 
 def _sha256_problem(folder: Folder, shard: ShardInfo) -> str | None:
     digest = hashlib.sha256()
-    try:
-        with folder.open(shard.name) as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    except OSError as error:
-        return f"the shard cannot be read ({error})"
+    with folder.open(shard.name, folder.sizes().get(shard.name, 0)) as file:
+        while chunk := file.read(STREAM_BYTES):
+            digest.update(chunk)
     if digest.hexdigest() == shard.sha256:
         return None
     return f"the shard's sha256 is {digest.hexdigest()}, {INDEX} says {shard.sha256}"

@@ -1,33 +1,50 @@
-"""A folder of files, local or behind any fsspec URL: what the store's reader and writer need of it, and no more."""
+"""A folder of files, local or behind any fsspec URL: what the store's reader and writer need of it, and no more.
+
+A read that fails is tried again for a while: a network file system that is away for a moment has lost nothing. When it
+stays away, that is a `ReadError`, which says nothing about what the file holds.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import io
+import logging
 import os
 import re
+import resource
 import secrets
 import socket
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-OPEN_FILES = 64
+from distill.data.errors import ReadError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RETRY_SECONDS = 120.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+"""Seconds between two tries of a read; each pause is twice the one before."""
+MOST_OPEN_FILES = 128
+STREAM_BYTES = 1 << 22
+CLAIM_SECONDS = 60.0
+"""After which whoever claimed a name, and has not published the file, counts as dead."""
 STALE_SECONDS = 24 * 3600
 HOST = re.sub("[^A-Za-z0-9]", "-", socket.gethostname())
 TEMPORARY = re.compile(r".+\.(?P<host>[A-Za-z0-9-]+)\.[0-9a-f]{12}\.tmp")
 
-_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
-
 Range = tuple[str, int, int]
 """File name, first byte, end."""
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
 
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
@@ -59,20 +76,24 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 class Folder:
-    """Names one level deep under `url`: a path or an fsspec URL such as `s3://bucket/store` or `memory://store`."""
+    """Names one level deep under `url`: a path or an fsspec URL such as `s3://bucket/store` or `memory://store`.
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
-        self.url = os.fspath(url).rstrip("/")
+    Args:
+        retry_seconds: how long a read that fails is tried again before it is a `ReadError`; 0 tries once.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], retry_seconds: float = RETRY_SECONDS) -> None:
+        self.url, self.retry_seconds = os.fspath(url).rstrip("/"), retry_seconds
         fs, self._path = file_system(self.url)
         self.local = Path(self._path) if isinstance(fs, LocalFileSystem) else None
         self._fs: tuple[int, Any] = (os.getpid(), fs)
         self._open: OrderedDict[str, IO[bytes]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url}
+        return {"url": self.url, "retry_seconds": self.retry_seconds}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Folder.__init__(self, state["url"])
+        Folder.__init__(self, **state)
 
     @property
     def fs(self) -> Any:
@@ -90,7 +111,10 @@ class Folder:
         return f"{self._path}/{name}"
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file in the folder, by name; nothing if there is no such folder."""
+        """Bytes of every file in the folder, by name; nothing if there is no such folder. Raises ReadError."""
+        return self._tried(self.url, self._sizes)
+
+    def _sizes(self) -> dict[str, int]:
         found = {}
         if self.local is not None:
             for path in self.local.iterdir() if self.local.is_dir() else ():
@@ -104,25 +128,56 @@ class Folder:
         return found
 
     def read(self, name: str) -> bytes:
-        """A whole small file. Raises FileNotFoundError."""
-        return (self.local / name).read_bytes() if self.local is not None else self.fs.cat_file(self.path(name))
+        """A whole small file. Raises FileNotFoundError, at once, and ReadError."""
 
-    def open(self, name: str) -> IO[bytes]:
-        """A stream over one file, to be read from start to end."""
-        return open(self.local / name, "rb") if self.local is not None else self.fs.open(self.path(name), "rb")
+        def whole() -> bytes:
+            return (self.local / name).read_bytes() if self.local is not None else self.fs.cat_file(self.path(name))
 
-    def ranges(self, requests: Sequence[Range]) -> list[bytearray | bytes | OSError]:
-        """The bytes of each range, in order; short where a file ends early, an OSError where it cannot be read.
+        return self._tried(self.path(name), whole)
+
+    def open(self, name: str, size: int) -> io.BufferedReader:
+        """A stream over the `size` bytes of a file, to be read from start to end; its reads may raise ReadError."""
+        return io.BufferedReader(_Stream(self, name, size), STREAM_BYTES)
+
+    def ranges(self, requests: Sequence[Range]) -> list[bytearray | bytes]:
+        """The bytes of each range, in order; short where a file ends early.
 
         What is not there takes no memory, however long the range.
+
+        Raises:
+            ReadError: one cannot be read, or there is no such file any more, for longer than `retry_seconds`.
         """
+        found = self._ranges(requests)
+        patience = _Patience(self.retry_seconds)
+        while failed := [at for at, data in enumerate(found) if isinstance(data, Exception)]:
+            name, error = requests[failed[0]][0], found[failed[0]]
+            assert isinstance(error, Exception)
+            patience.after(error, self.path(name))
+            for at, data in zip(failed, self._ranges([requests[at] for at in failed]), strict=True):
+                found[at] = data
+        patience.over()
+        return [data for data in found if not isinstance(data, Exception)]
+
+    def _ranges(self, requests: Sequence[Range]) -> list[bytearray | bytes | Exception]:
+        """`ranges` tried once, with an exception in the place of each that failed."""
         if self.local is not None:
             return [self._pread(*request) for request in requests]
         if not requests:
             return []
         names, starts, ends = zip(*requests, strict=True)
-        found = self.fs.cat_ranges([self.path(n) for n in names], list(starts), list(ends), on_error="return")
-        return [x if isinstance(x, bytes) else OSError(str(x) or type(x).__name__) for x in found]
+        try:
+            found = self.fs.cat_ranges([self.path(n) for n in names], list(starts), list(ends), on_error="return")
+        except Exception as error:  # what a file system's own library raises is not known here
+            return [error] * len(requests)
+        return [self._short(*request, data) for request, data in zip(requests, found, strict=True)]
+
+    def _short(self, name: str, start: int, end: int, data: bytes | Exception) -> bytes | Exception:
+        """Some file systems fail where a range begins after the end of the file: then there are no bytes."""
+        if isinstance(data, Exception):
+            with suppress(Exception):
+                if self.fs.size(self.path(name)) <= start:
+                    return b""
+        return data
 
     def _pread(self, name: str, start: int, end: int) -> bytearray | OSError:
         try:
@@ -132,21 +187,53 @@ class Folder:
             while done < len(view) and (read := os.preadv(descriptor, [view[done:]], start + done)):
                 done += read
         except OSError as error:
+            self._forget(name)  # the handle itself may be stale
             return error
         return buffer if done == len(view) else buffer[:done]
 
     def _descriptor(self, name: str) -> int:
+        """An open file; the ones used last stay open, as many as the process may well have."""
         assert self.local is not None
         if name not in self._open:
-            self._open[name] = open(self.local / name, "rb", buffering=0)
-            if len(self._open) > OPEN_FILES:
+            while len(self._open) >= _open_files():
                 self._open.popitem(last=False)[1].close()
+            try:
+                self._open[name] = open(self.local / name, "rb", buffering=0)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+                    raise
+                self._forget(*self._open)
+                self._open[name] = open(self.local / name, "rb", buffering=0)
         self._open.move_to_end(name)
         return self._open[name].fileno()
 
+    def _forget(self, *names: str) -> None:
+        for name in names:
+            if name in self._open:
+                with suppress(OSError):
+                    self._open.pop(name).close()
+
+    def _tried(self, what: str, read: Callable[[], T]) -> T:
+        """What `read` gives, tried again while it fails. Raises ReadError, and FileNotFoundError at once."""
+        patience = _Patience(self.retry_seconds)
+        while True:
+            try:
+                found = read()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                patience.after(error, what)
+            except Exception as error:
+                if self.local is not None:
+                    raise
+                patience.after(error, what)
+            else:
+                patience.over()
+                return found
+
     def make(self) -> None:
         """Creates the folder, and removes what killed writers left unfinished in it."""
-        self.staging.mkdir(parents=True, exist_ok=True)
+        make_folder(self.staging)
         if self.local is None:
             self.fs.makedirs(self._path, exist_ok=True)
         remove_stale(self.staging)
@@ -169,8 +256,12 @@ class Folder:
         with temporary(self.local, name) as (path, file):
             file.write(data)
             sync(file)
-            with suppress(FileExistsError):
+            try:
                 os.link(path, self.local / name)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                _publish_unlinked(path, self.local / name)
         sync_folder(self.local)
 
     @contextmanager
@@ -185,6 +276,60 @@ class Folder:
         else:
             file.flush()
             self.fs.put_file(str(path), self.path(name))  # object stores show an object once it is whole
+
+
+class _Patience:
+    """Waits longer and longer between the tries of a read, for so many seconds in all."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._pause = seconds, FIRST_PAUSE
+        self._what, self._since, self._tries = "", 0.0, 1
+
+    def after(self, error: Exception, what: str) -> None:
+        """Waits after a failure. Raises ReadError once it has waited enough."""
+        now = time.monotonic()
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, OSError) and error.errno is not None:
+            said = f"[Errno {error.errno}] {error.strerror}"
+        if not self._what:
+            self._what, self._since = what, now
+            if self._seconds > 0:
+                log.warning("%s cannot be read (%s): trying again for up to %g s", what, said, self._seconds)
+        left = self._since + self._seconds - now
+        if left <= 0:
+            tries = f"{self._tries} tries in {now - self._since:.0f} s" if self._tries > 1 else "1 try"
+            raise ReadError(f"{what} cannot be read: {said} ({tries})") from error
+        time.sleep(min(self._pause, left))
+        self._pause, self._tries = min(2 * self._pause, LONGEST_PAUSE), self._tries + 1
+
+    def over(self) -> None:
+        if self._what:
+            log.warning("%s is read again, after %.1f s", self._what, time.monotonic() - self._since)
+
+
+class _Stream(io.RawIOBase):
+    """A file from its start to its end, by ranges."""
+
+    def __init__(self, folder: Folder, name: str, size: int) -> None:
+        self._folder, self._name, self._size, self._at = folder, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        (data,) = self._folder.ranges([(self._name, self._at, end)])
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _open_files() -> int:
+    """How many files a reader keeps open: an eighth of what the process may have, for it is not alone in it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(MOST_OPEN_FILES, soft // 8))
 
 
 @contextmanager
@@ -240,6 +385,7 @@ def sync(file: IO[bytes]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable; nothing on file systems that cannot be asked to."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -248,6 +394,38 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, durably."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        sync_folder(path.parent)
+
+
+def _publish_unlinked(path: Path, target: Path) -> None:
+    """Renames a finished file unless there is a target, where a hard link would do that in one step.
+
+    Of processes that race, the one that has made the claim, a file beside the target, may rename. One that was killed
+    with the claim in its hands is waited for no longer than `CLAIM_SECONDS`.
+    """
+    claim = target.with_name(f"{target.name}.claim")
+    while not target.exists():
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            os.utime(path)  # both times are then the file system's
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime - claim.stat().st_mtime > CLAIM_SECONDS:
+                    claim.unlink()
+            time.sleep(0.05)
+            continue
+        try:
+            if not target.exists():
+                os.replace(path, target)
+        finally:
+            claim.unlink(missing_ok=True)
 
 
 def remove_stale(folder: Path) -> None:

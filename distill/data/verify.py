@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import IO
 
 import torch
 
 from distill.data import tar
-from distill.data.index import INDEX, PROVENANCE, ShardInfo, StoreIndex, payload_offsets, places
+from distill.data.checksums import checksums_name, make_row, start_of
+from distill.data.index import INDEX, PROVENANCE, ShardInfo, StoreIndex, dump, load_facts, payload_offsets, places
 from distill.data.record import (
     GUIDANCE,
     MAX_JSON_BYTES,
@@ -23,6 +26,7 @@ from distill.data.record import (
     view,
 )
 from distill.data.storage import Folder
+from distill.data.writer import note_name, publish_checksums
 
 MAX_PROBLEMS = 8
 
@@ -39,19 +43,61 @@ class Verdict:
 def verify_shard(
     folder: Folder, index: StoreIndex, shard: ShardInfo, seen: Callable[[int], None] = lambda samples: None
 ) -> Verdict:
-    """Checks a shard's size, sha256 and tar structure, and every sample's schema, times, numbers and facts.
+    """Checks a shard's size, sha256, tar structure and checksums, and every sample's schema, times, numbers and facts.
 
     One pass over the file, one sample in memory. `seen` is told of each sample.
+
+    Raises:
+        ReadError: the shard cannot be read.
     """
+    rows = bytearray()
+    verdict = _verified(folder, index, shard, seen, rows)
+    if verdict.problems or not shard.crc32:
+        return verdict
+    problem = _checksums_problem(folder, shard, bytes(rows))
+    return replace(verdict, problems=(problem,) if problem else ())
+
+
+def add_checksums(
+    folder: Folder, index: StoreIndex, shard: ShardInfo, seen: Callable[[int], None] = lambda samples: None
+) -> tuple[Verdict, ShardInfo]:
+    """Writes the checksums of a shard, new or again, once all of it is found to be what the index says.
+
+    Returns what was found, and the shard as the index is to list it.
+    """
+    rows = bytearray()
+    verdict = _verified(folder, index, shard, seen, rows)
+    if verdict.problems:
+        return verdict, shard
+    shard, note = publish_checksums(folder, shard, bytes(rows)), note_name(shard.number)
+    with suppress(FileNotFoundError):  # what a later index is made of, if the store grows
+        folder.publish(note, dump(load_facts(folder.read(note), note) | shard.facts()))
+    return verdict, shard
+
+
+def _checksums_problem(folder: Folder, shard: ShardInfo, rows: bytes) -> str | None:
+    name = checksums_name(shard.name)
+    if name not in folder.sizes():
+        return f"{name} is missing; --add-checksums makes it anew"
+    (data,) = folder.ranges([(name, 0, len(rows) + 1)])
+    if bytes(data) != rows or f"{zlib.crc32(data):08x}" != shard.crc32:
+        return f"{name} does not hold the checksums of its samples; --add-checksums makes it anew"
+    return None
+
+
+def _verified(
+    folder: Folder, index: StoreIndex, shard: ShardInfo, seen: Callable[[int], None], rows: bytearray
+) -> Verdict:
+    """Reads a shard; the checksums of its samples are added to `rows`."""
     size = folder.sizes().get(shard.name)
     if size is None:
         return Verdict(shard.name, 0, ("the shard is missing",))
     problems = [f"{size} bytes, {INDEX} says {shard.bytes}"] if size != shard.bytes else []
     good = 0
-    with folder.open(shard.name) as raw:
+    with folder.open(shard.name, size) as raw:
         file = _Hashing(raw, size)
         try:
-            for problem in _samples(file, index, shard):
+            for problem in _samples(file, index, shard, rows):
                 seen(1)
                 if problem is None:
                     good += 1
@@ -81,7 +127,7 @@ class _Hashing:
         return data
 
 
-def _samples(file: _Hashing, index: StoreIndex, shard: ShardInfo) -> Iterator[str | None]:
+def _samples(file: _Hashing, index: StoreIndex, shard: ShardInfo, rows: bytearray) -> Iterator[str | None]:
     """Reads sample after sample and yields what is wrong with each. Raises StoreError where the tar breaks."""
     offsets = payload_offsets(shard, index.layout.payload_bytes)
     indices = index.shard_samples(shard.number)
@@ -93,6 +139,9 @@ def _samples(file: _Hashing, index: StoreIndex, shard: ShardInfo) -> Iterator[st
             raise StoreError(f"sample {key} starts at byte {start}, {INDEX} says {offsets[row]}")
         facts = _member(file, f"{key}.json", MAX_JSON_BYTES)
         problem = _payload_problem(index, payload) or _facts_problem(index, key, indices[place], payload, facts)
+        if problem is None:
+            member = tar.member(f"{key}.json", facts)
+            rows += make_row(index.layout, payload, member, start_of(index.identity, key))
         yield f"sample {key}: {problem}" if problem else None
 
 

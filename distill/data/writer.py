@@ -2,7 +2,8 @@
 
 The teacher arrives as a function; nothing here knows a model. Work is split by shard and the processes never talk: each
 writes its shards, a note beside every finished one, and an index made from all the notes it sees. A process may die at
-any moment. Started again it skips what is finished and redoes the shard it was in.
+any moment. Started again it skips what is finished and redoes the shard it was in. Asked for more samples than a store
+has, it adds those that are missing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import IO, Any
@@ -19,12 +21,15 @@ from typing import IO, Any
 import safetensors.torch
 
 from distill.data import tar
+from distill.data.checksums import checksums_name, make_row, row_bytes, start_of
 from distill.data.index import (
     INDEX,
+    OPTIONAL,
     PLAN,
     PLAN_FIELDS,
     PROVENANCE,
     SCHEMA,
+    SETTINGS,
     UNCONDITIONAL,
     Plan,
     ShardInfo,
@@ -72,6 +77,10 @@ def write_store(
 ) -> None:
     """Writes this process's shards of a store, and the index over everybody's.
 
+    A store that has fewer samples than the plan grows: full shards stay as they are, and the new ones are what they
+    would be if all had been written at once. A last shard that was not full is written anew, whole; until that is
+    done the store is unfinished. Without such a shard it stays what it was until it has grown.
+
     Args:
         url: a folder or an fsspec URL.
         plan: what to write. Sample i is of `prompts[i % len(prompts)]`.
@@ -80,7 +89,8 @@ def write_store(
         rank, world_size: this process among those that write (`work_split`). Rank r writes shards r, r + world_size, ….
 
     Raises:
-        StoreMismatch: the folder holds a store with another plan; both values are named.
+        StoreMismatch: the folder holds a store with another plan, or with more samples; names both values, and what to
+            set.
         StoreError: no prompts, or the teacher's answer is not what the plan says or not finite; the key is named. Or
             every sample of the store was skipped.
     """
@@ -96,10 +106,12 @@ def write_store(
 
     folder = Folder(url)
     folder.make()
-    _agree(folder, plan)
+    earlier = _agree(folder, plan, prompts)
     folder.publish(UNCONDITIONAL, empty)
 
-    notes = Notes(folder, plan)
+    notes = Notes(folder, plan, earlier)
+    if notes.shows_growth:
+        notes.publish_index()  # the store is unfinished from here on
     mine = range(rank, plan.planned_shards, world_size)
     finished = notes.finished(mine)
     todo = [shard for shard in mine if shard not in finished]
@@ -122,8 +134,8 @@ def write_shard(notes: Notes, shard: int, prompts: Sequence[str], solve: Solve, 
     """Writes one shard, then the note that says it is finished; nothing if someone else finished it meanwhile."""
     folder, plan, name = notes.folder, notes.plan, shard_name(shard)
     with folder.staged(name) as (path, file):
-        out = _Hashed(file)
-        offsets, header, skipped = [], b"", {}
+        out, store = _Hashed(file), plan.identity
+        offsets, header, skipped, checksums = [], b"", {}, bytearray()
         for place, record in _records(plan, shard, prompts, solve):
             progress.update(1)
             if isinstance(record, str):
@@ -134,32 +146,68 @@ def write_shard(notes: Notes, shard: int, prompts: Sequence[str], solve: Solve, 
             if not payload.startswith(header):
                 raise StoreError(f"sample {key}: its tensors differ in shape or kind from the shard's first sample")
             offsets.append(out.size + tar.BLOCK)
-            out.write(tar.member(f"{key}.safetensors", payload) + tar.member(f"{key}.json", description))
+            facts = tar.member(f"{key}.json", description)
+            checksums += make_row(Layout.parse(header), payload, facts, start_of(store, key))
+            out.write(tar.member(f"{key}.safetensors", payload) + facts)
         out.write(tar.END)
         if shard in notes.finished([shard]):
             return
         folder.commit_staged(path, file, name)
     info = ShardInfo(name, len(offsets), out.size, out.sha256.hexdigest(), _numbers(offsets), _numbers(skipped))
-    facts = {"schema": SCHEMA, "plan": plan.digest(), "header": header[8:].decode(), **info.facts()}
-    folder.publish(_note_name(shard), dump(facts | ({"reasons": list(skipped.values())} if skipped else {})))
+    info = publish_checksums(folder, info, bytes(checksums))
+    said = {"schema": SCHEMA, "plan": plan.identity, "header": header[8:].decode(), **info.facts()}
+    folder.publish(note_name(shard), dump(said | ({"reasons": list(skipped.values())} if skipped else {})))
+
+
+def publish_checksums(folder: Folder, info: ShardInfo, rows: bytes) -> ShardInfo:
+    """Writes the checksums of a shard's samples, if it has any; the shard, with what says that they are there."""
+    if not rows:
+        return info
+    folder.publish(checksums_name(info.name), rows)
+    return replace(info, crc32=f"{zlib.crc32(rows):08x}")
 
 
 class Notes:
-    """The notes beside finished shards, `shard-000000.json`, from which every process derives the same index."""
+    """The notes beside finished shards, `shard-000000.json`, from which every process derives the same index.
 
-    def __init__(self, folder: Folder, plan: Plan) -> None:
-        self.folder, self.plan = folder, plan
-        self._digest = plan.digest()
+    `earlier` are the plans of the same store with fewer samples, before it grew.
+    """
+
+    def __init__(self, folder: Folder, plan: Plan, earlier: Sequence[Plan] = ()) -> None:
+        self.folder, self.plan, self.earlier = folder, plan, tuple(earlier)
+        # By their digests, as notes of before stores could grow have them.
+        self._plans = {plan.identity, *(one.digest() for one in (plan, *earlier))}
         self._read: dict[int, tuple[ShardInfo, str, tuple[str, ...]]] = {}
 
     def finished(self, shards: Iterable[int] | None = None) -> dict[int, ShardInfo]:
         """Of these shards (or of all), the ones with a note of this plan and a file of the size it says."""
         sizes = self.folder.sizes()
         asked = range(self.plan.planned_shards) if shards is None else shards
-        noted = [shard for shard in asked if _note_name(shard) in sizes]
-        self._read_notes({shard: sizes[_note_name(shard)] for shard in noted if shard not in self._read})
+        noted = [shard for shard in asked if note_name(shard) in sizes]
+        self._read_notes({shard: sizes[note_name(shard)] for shard in noted if shard not in self._read})
         found = {shard: self._read[shard][0] for shard in noted if shard in self._read}
-        return {shard: info for shard, info in found.items() if sizes.get(info.name) == info.bytes}
+        return {shard: info for shard, info in found.items() if self._is_whole(info, sizes)}
+
+    def _is_whole(self, info: ShardInfo, sizes: Mapping[str, int]) -> bool:
+        checked = not info.crc32 or sizes.get(checksums_name(info.name)) == info.samples * row_bytes(
+            len(self.plan.times)
+        )
+        return sizes.get(info.name) == info.bytes and checked
+
+    @property
+    def shows_growth(self) -> bool:
+        """Whether the index cannot stay while the store grows: a shard that it lists is to be written anew."""
+        return any(one.samples % one.samples_per_shard for one in self.earlier)
+
+    def _stays(self, shards: Mapping[int, ShardInfo]) -> bool:
+        """Whether the index of the store before it grew is kept for now: it is true until the new one is."""
+        if not self.earlier or self.shows_growth or len(shards) == self.plan.planned_shards:
+            return False
+        try:
+            index = StoreIndex.from_json(self.folder.read(INDEX))
+        except (FileNotFoundError, StoreError):
+            return False
+        return index.complete and index.samples < self.plan.samples
 
     def publish_index(self) -> None:
         """Writes the index over all finished shards.
@@ -171,6 +219,8 @@ class Notes:
         listed: set[int] | None = None
         while set(shards := self.finished()) != listed and any(info.samples for info in shards.values()):
             listed = set(shards)
+            if self._stays(shards):
+                return
             self.folder.publish(INDEX, self._index(shards).to_json())
 
     def publish_skipped(self) -> None:
@@ -194,20 +244,24 @@ class Notes:
         log.warning("%s", said)
 
     def _read_notes(self, sizes: Mapping[int, int]) -> None:
-        found = self.folder.ranges([(_note_name(shard), 0, size) for shard, size in sizes.items()])
+        found = self.folder.ranges([(note_name(shard), 0, size) for shard, size in sizes.items()])
         for shard, data in zip(sizes, found, strict=True):
-            if isinstance(data, OSError):
-                raise data
-            note = f"{_note_name(shard)} of {self.folder.url}"
+            note = f"{note_name(shard)} of {self.folder.url}"
             facts = load_facts(data, note)
-            if facts.get("plan") == self._digest:
+            if facts.get("plan") in self._plans and not self._is_partial(shard, facts):
                 self._read[shard] = self._understood(shard, facts, note)
+
+    def _is_partial(self, shard: int, facts: Mapping[str, Any]) -> bool:
+        """Whether a note is of the shard as it was planned before the store grew: the last one, and not full."""
+        before = {len(one.shard_samples(shard)) for one in self.earlier} - {len(self.plan.shard_samples(shard))}
+        samples, skipped = facts.get("samples"), facts.get("skipped", "")
+        return isinstance(samples, int) and isinstance(skipped, str) and samples + len(skipped.split()) in before
 
     def _understood(self, shard: int, facts: Mapping[str, Any], note: str) -> tuple[ShardInfo, str, tuple[str, ...]]:
         """A shard, the header of its samples and why it lacks others, as its note says. Raises StoreError."""
         with understanding(note):
             info = ShardInfo(
-                **{f.name: facts[f.name] for f in fields(ShardInfo) if f.name in facts or f.name != "skipped"}
+                **{f.name: facts[f.name] for f in fields(ShardInfo) if f.name in facts or f.name not in OPTIONAL}
             )
             check_shard(info, self.plan, note)
             reasons = [str(reason) for reason in facts.get("reasons", ())]
@@ -306,18 +360,49 @@ def _check(trajectory: Trajectory, plan: Plan, key: str, B: int) -> None:
         raise StoreError(f"batch at {key}: guidance {trajectory.guidance.tolist()}, the plan says {plan.guidance}")
 
 
-def _agree(folder: Folder, plan: Plan) -> None:
-    """Lays down the plan, or checks that the one already there is this one."""
+def _agree(folder: Folder, plan: Plan, prompts: Sequence[str]) -> list[Plan]:
+    """Lays down the plan, or checks that the one already there is this one, or this one with fewer samples.
+
+    Returns the plans that the store had when it had fewer.
+    """
     folder.publish_first(PLAN, dump({"schema": SCHEMA, **plan_facts(plan)}))
     where = f"{PLAN} of {folder.url}"
     facts = load_facts(folder.read(PLAN), where)
     with understanding(where):
         begun = Plan(**plan_arguments(facts))
-    try:
-        begun.require(**{name: getattr(plan, name) for name in PLAN_FIELDS})
-        plan.require(times=begun.times)  # `require` alone lets a run ask for fewer times than are stored
-    except StoreMismatch as error:
-        raise StoreMismatch(f"{folder.url} was begun with another plan (write to a new folder): {error}") from None
+        sizes = sorted({int(n) for n in facts.get("was", ())} | {begun.samples})
+    earlier = [_smaller(plan, n, prompts) for n in sizes if n < plan.samples]
+    # Captions of pictures are among what `pictures_sha256` is of, and more of them as the store grows.
+    free = {"samples", "prompts_sha256"} if plan.kind == "pictures" else {"samples"}
+    if differing := [name for name in PLAN_FIELDS if name not in free and getattr(begun, name) != getattr(plan, name)]:
+        said = [
+            f"{name} is {_shown(begun, name)} in the store and {_shown(plan, name)} in the run" for name in differing
+        ]
+        to_set = ", ".join(dict.fromkeys(SETTINGS[name] for name in differing))
+        raise StoreMismatch(
+            f"{folder.url} was begun with another plan: {'; '.join(said)}. "
+            f"Set {to_set} as it was, or write to a new folder (data.store)"
+        )
+    if begun.samples > plan.samples:
+        raise StoreMismatch(
+            f"samples is {begun.samples} in {folder.url} and {plan.samples} in the run: a store may grow, not shrink. "
+            f"Set data.num_samples={begun.samples}, or write to a new folder (data.store)"
+        )
+    if begun.samples < plan.samples:
+        log.info("%s grows from %d to %d %s", folder.url, begun.samples, plan.samples, plan.kind)
+        folder.publish(PLAN, dump({"schema": SCHEMA, **plan_facts(plan), "was": [one.samples for one in earlier]}))
+    return earlier
+
+
+def _smaller(plan: Plan, samples: int, prompts: Sequence[str]) -> Plan:
+    """The plan as it was with fewer samples; the prompts of pictures are the captions of as many."""
+    there = prompts[:samples] if plan.kind == "pictures" else prompts
+    return replace(plan, samples=samples, prompts_sha256=_digest(there))
+
+
+def _shown(plan: Plan, name: str) -> str:
+    value = getattr(plan, name)
+    return short(repr(list(value) if isinstance(value, tuple) else value))
 
 
 def _digest(prompts: Sequence[str]) -> str:
@@ -328,7 +413,8 @@ def _numbers(values: Iterable[int]) -> str:
     return " ".join(map(str, values))
 
 
-def _note_name(shard: int) -> str:
+def note_name(shard: int) -> str:
+    """The file beside a shard that says that it is finished."""
     return shard_name(shard).replace(".tar", ".json")
 
 

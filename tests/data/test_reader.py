@@ -76,6 +76,7 @@ def test_planned_reads_fetch_only_those_states(tmp_path: Path, states: tuple[int
     store = open_store(url)
     layout = store.index.layout
     head = tar.BLOCK + layout.start("states")
+    store.read(1, states)  # fetches the checksums of the shard's samples
     CountingFileSystem.read.clear()
     store.read(2, states)
     assert len(CountingFileSystem.read) == ranges
@@ -96,6 +97,7 @@ def test_prompts_are_those_that_were_written(store_url: str, pictures_url: str) 
 def test_a_prompt_costs_its_json_and_no_more(tmp_path: Path, states: tuple[int, ...], ranges: int) -> None:
     """The JSON lies right behind the last state."""
     store = open_store(write("counting://prompts" + str(tmp_path), BIG, solve=teacher(BIG, SHAPE)))
+    store.read(1, states)  # fetches the checksums of the shard's samples
     CountingFileSystem.read.clear()
     plain, bare = store.read(2, states), sum(CountingFileSystem.read)
     CountingFileSystem.read.clear()
@@ -291,8 +293,9 @@ def test_a_bad_sample_is_refused_with_its_key_and_shard_and_the_others_are_read(
     assert [i for i, sample in enumerate(found) if isinstance(sample, BadSample)] == [5]
 
 
-def test_flipped_bits_that_leave_numbers_are_found_by_the_hash(copy: Path) -> None:
-    edit(copy, states_5(copy), b"\x01\x02")
+def test_verified_shards_are_hashed_whole_before_the_first_read(copy: Path) -> None:
+    """So that damage to what is never read is found too."""
+    edit(copy, sample_5(copy) - 1, b"\1")  # of the padding
     open_store(str(copy)).read(5)
     store = open_store(str(copy), verify_sha256=True)
     store.read(0)
@@ -365,7 +368,7 @@ def test_an_index_that_makes_no_sense(copy: Path, change: Callable[[dict[str, An
 def test_skipped_places_that_do_not_fit(pictures_url: str, tmp_path: Path, change: dict[str, Any]) -> None:
     shutil.copytree(pictures_url, tmp_path, dirs_exist_ok=True)
     rewrite(tmp_path, lambda facts: facts["shards"][0].update(change))
-    with pytest.raises(StoreError, match="shard-000000.tar|offsets"):
+    with pytest.raises(StoreError, match="shard-000000.tar|shard-000000.crc32|offsets"):
         open_store(str(tmp_path)).read(0)
     shutil.copytree(pictures_url, tmp_path, dirs_exist_ok=True)
     rewrite(tmp_path, lambda facts: facts["shards"][1].update(name="shard-000003.tar", skipped=""))

@@ -82,7 +82,7 @@ def test_damage_is_named(copy: Path, kind: str, verify: Callable[..., tuple[int,
     (CHANGED | RESIZED | DAMAGE)[kind](copy)
     status, said = verify(copy)
     assert status == 1
-    assert "shard-000001.tar: " in said and "3 shards" in said and "1 bad shards" in said
+    assert "shard-000001.tar: " in said and "3 shards" in said and "1 bad shard" in said
     assert "shard-000000.tar: " not in said and "shard-000002.tar: " not in said
     assert all(words in said for words in SAID.get(kind, []))
     if kind in CHANGED:
