@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from distill.data.errors import AGAIN, ReadError, StoreError
 from distill.data.loader import Loader, make_loader
 from distill.data.progress import Progress as Bar
 from distill.data.prompts import read_prompts
@@ -33,7 +34,7 @@ from distill.training.config import ConfigError, build, checking
 from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
 from distill.training.health import Health
 from distill.training.lock import RunLock
-from distill.training.loop import Every, train
+from distill.training.loop import Every, NoData, train
 from distill.training.preemption import Preemption
 from distill.training.run import (
     checkpoints_of,
@@ -62,8 +63,10 @@ from distill.training.writing import WriteError
 
 log = logging.getLogger("distill")
 
-PREEMPTED = 75  # EX_TEMPFAIL: saved, and to be run again
+PREEMPTED = AGAIN  # saved, and to be run again
 NOT_SAVED = 74  # EX_IOERR: the last checkpoint could not be written
+DAMAGED = 2  # data that were damaged: as wrong settings, they have to be mended first
+SAMPLES = "samples"  # of the store, in a checkpoint
 UNHEALTHY = 3  # an alarm, or losses that are not finite, have ended the run; it is not to be run again as it is
 
 
@@ -132,7 +135,7 @@ def distil(parts: Parts, folder: Path) -> int:
     """Loads the networks, goes on where the run was, and trains; returns the exit code."""
     cfg, engine, method, health = parts.cfg, parts.engine, parts.method, parts.health
     with checking():
-        checkpoints, start_step = started(parts, folder)
+        checkpoints, store, start_step = started(parts, folder)
     if engine.is_main:
         cut_after(folder / SKIPPED, start_step)
     health.recall(engine.from_main(read_metrics(folder, start_step)))
@@ -140,13 +143,13 @@ def distil(parts: Parts, folder: Path) -> int:
     tracker = open_trackers(report_to, folder, cfg.model_dump(mode="json"), resume_step=start_step, main=engine.is_main)
     progress = Progress(cfg.max_train_steps, start_step, main=engine.is_main)
     step = start_step
-    failure: NonFiniteError | WriteError | None = None
+    failure: NonFiniteError | WriteError | StoreError | ReadError | None = None
     with parts.preemption, parts.watchdog:
         try:
             step = train(
                 method,
                 engine,
-                iter(loader_of(cfg, parts.store, method, engine, parts.micro_batch_size, start_step)),
+                iter(loader_of(cfg, store, method, engine, parts.micro_batch_size, start_step)),
                 start_step=start_step,
                 max_train_steps=cfg.max_train_steps,
                 every=Every(cfg.log_every, cfg.checkpointing_steps, cfg.validation_steps),
@@ -161,8 +164,12 @@ def distil(parts: Parts, folder: Path) -> int:
             )
         except NonFiniteError as error:  # on all ranks alike
             failure = NonFiniteError(f"{error}; {checkpoints.after_divergence(engine)}")
+        except NoData as ended:  # on all ranks alike
+            failure, step = ended.error, ended.step
         except WriteError as error:  # on all ranks alike
             failure = error
+        except FileNotFoundError as error:  # on this rank, in mid-run: no mistake in the settings
+            raise ReadError(f"a file is gone while the run goes on: {error}") from error
         code = exit_code(step, cfg.max_train_steps, health, failure)
         if code == PREEMPTED:
             parts.preemption.mark(step)
@@ -175,10 +182,10 @@ def distil(parts: Parts, folder: Path) -> int:
     return code
 
 
-def started(parts: Parts, folder: Path) -> tuple[Checkpoints, int]:
+def started(parts: Parts, folder: Path) -> tuple[Checkpoints, Store, int]:
     """Joins the other ranks and prepares the networks, as the checkpoint has them that the run goes on from.
 
-    Returns what saves the run, and the steps taken.
+    Returns what saves the run, the store with the samples that it began with, and the steps taken.
     """
     cfg, engine = parts.cfg, parts.engine
     engine.start()
@@ -198,15 +205,40 @@ def started(parts: Parts, folder: Path) -> tuple[Checkpoints, int]:
             f"resume_from_checkpoint={cfg.resume_from_checkpoint} has taken {step} steps, and max_train_steps="
             f"{cfg.max_train_steps} is less: set more"
         )
-    return checkpoints, step
+    store = as_begun(parts.store, resumed.state if resumed else {})
+    checkpoints.state = {SAMPLES: len(store)}
+    return checkpoints, store, step
+
+
+def as_begun(store: Store, state: Mapping[str, Any]) -> Store:
+    """The samples that a run began with, of a store that may have grown since: their number decides the order of data.
+
+    Raises:
+        StoreError: it has fewer now.
+    """
+    samples = state.get(SAMPLES, len(store))
+    if samples > len(store):
+        raise StoreError(
+            f"data.store={store.folder.url} has {len(store)} samples and had {samples} when the run began: "
+            "bring the old store back, or choose another output_dir"
+        )
+    if samples < len(store) and launched_rank() == 0:
+        log.info(
+            "the store has grown to %d samples: this run goes on with the first %d, which it began with; "
+            "a new output_dir uses them all",
+            *(len(store), samples),
+        )
+    return store.first(samples)
 
 
 def exit_code(step: int, max_train_steps: int, health: Health, failure: Exception | None) -> int:
     """0 for a run that has taken its steps; otherwise why it has not, which rank 0 says in a line."""
     say = log.error if launched_rank() == 0 else log.debug
     if failure is not None:
-        say("%s", failure)
-        return NOT_SAVED if isinstance(failure, WriteError) else UNHEALTHY
+        saved = isinstance(failure, (ReadError, StoreError)) and step > 0
+        say("%s%s", failure, f"; saved at step {step}: the same command resumes from there" if saved else "")
+        codes = {WriteError: NOT_SAVED, ReadError: PREEMPTED, StoreError: DAMAGED}
+        return next((code for kind, code in codes.items() if isinstance(failure, kind)), UNHEALTHY)
     if health.ends_run:
         say("ended at step %d, for %s; health.stop=false goes on", step, " and ".join(health.alarms))
         return UNHEALTHY
@@ -312,7 +344,10 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports:
     A method that asks no network to teach learns from the solves of the one that `teacher` names.
     """
     store = open_store(
-        cfg.data.store, max_bad_fraction=cfg.data.max_bad_fraction, verify_sha256=cfg.data.verify_on_first_read
+        cfg.data.store,
+        max_bad_fraction=cfg.data.max_bad_fraction,
+        verify_sha256=cfg.data.verify_on_first_read,
+        retry_seconds=cfg.data.read_retry_seconds,
     )
     try:
         for step in method.starts:

@@ -73,7 +73,7 @@ class Link:
         if self.reads:
             return self._mark.is_file() and self._mark.read_text() == self._seen()
         index = self._index()
-        return index is not None and index.complete and index.samples == self.settings.data.num_samples
+        return index is not None and index.complete and index.samples >= (self.settings.data.num_samples or 0)
 
     def mark(self) -> None:
         """Leaves `DONE` for a link that only looks: it is done until what it looks at, or how it looks, changes."""

@@ -83,6 +83,7 @@ class Checkpoints:
         config: the run's settings, for the record.
         must_match: settings (values of JSON) that a resumed run must share with the one that saved.
         run: the run's own name; checkpoints of another one are taken from a folder that is named only.
+        state: what `save` writes beside the engine's own state (values of JSON) when it is given nothing else.
 
     Raises:
         ValueError: a limit below 1.
@@ -93,6 +94,7 @@ class Checkpoints:
     config: Mapping[str, Any] = field(default_factory=dict)
     must_match: Mapping[str, Any] = field(default_factory=dict)
     run: str = ""
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
@@ -120,7 +122,9 @@ class Checkpoints:
         try:
             together(engine.gathered, lambda: _make_anew(aside) if engine.is_main else None)
             together(engine.gathered, lambda: engine.save(aside))
-            manifest = self._manifest(engine, step, state or {}, self._digests(engine, aside), healthy)
+            manifest = self._manifest(
+                engine, step, self.state if state is None else state, self._digests(engine, aside), healthy
+            )
             together(engine.gathered, lambda: self._complete(aside, final, manifest) if engine.is_main else None)
         except WriteError as error:
             free = free_space(self.folder.parent)

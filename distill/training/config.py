@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from distill.data.errors import StoreError, short
+from distill.data.errors import AGAIN, ReadError, StoreError, short
 from distill.training import signatures
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -357,14 +357,16 @@ def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S
         # Nothing above loads torch: what has to be set before it is loaded is set here.
         body: Callable[[S], None] = importlib.import_module(main).main if isinstance(main, str) else main
         body(check_components(settings))
+    except ReadError as error:
+        sys.exit(fail(error, AGAIN))
     except (ConfigError, StoreError, FileNotFoundError) as error:
         sys.exit(fail(error))
 
 
-def fail(error: Exception) -> int:
-    """Prints the one line of a mistake; returns exit code 2."""
+def fail(error: Exception, code: int = 2) -> int:
+    """Prints the one line of what ends the program; returns its exit code, which is 2 for a mistake."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _bundled(name: str) -> Path:

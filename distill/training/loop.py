@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from distill.data.errors import ReadError, StoreError
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
 from distill.training.checkpoint import Checkpoints
@@ -27,6 +28,17 @@ class Every:
     log: int
     checkpoint: int
     validate: int
+
+
+class NoData(Exception):
+    """Some rank could not get its part of a step: raised on all of them, after what was trained is saved.
+
+    `error` is why, a StoreError (damage) or a ReadError; `step` counts the steps taken.
+    """
+
+    def __init__(self, error: StoreError | ReadError, step: int) -> None:
+        super().__init__(str(error))
+        self.error, self.step = error, step
 
 
 def train(
@@ -56,12 +68,21 @@ def train(
     Raises:
         WriteError: the last checkpoint could not be written.
         NonFiniteError: too many steps in a row were skipped.
+        NoData: the loader of some rank failed.
     """
     step = start_step
     stop = due = False
     while step < max_train_steps and not stop and not health.ends_run:
         with meter.waiting(), watchdog.over("a batch from the loader"):
-            micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps)]
+            micro_batches, problem = _fetched(batches, engine.gradient_accumulation_steps)
+        with watchdog.over("a batch from the loader of another rank"):
+            failed = engine.any(problem is not None)
+        if failed:
+            error = _agreed(engine, problem)
+            if step > start_step:
+                with watchdog.over(f"the checkpoint of step {step}"):
+                    _save(checkpoints, engine, step, must=True)
+            raise NoData(error, step)
         with watchdog.over(f"step {step + 1}: its computation, or other ranks in it"):
             scalars = _turns(method, engine, micro_batches, step)
             stop = engine.any(preemption.requested)
@@ -88,6 +109,20 @@ def train(
         if health.ends_run:
             _save(checkpoints, engine, step, must=True)
     return step
+
+
+def _fetched(batches: Iterator[Batch], count: int) -> tuple[list[Batch], StoreError | ReadError | None]:
+    """This rank's micro-batches of a step, or why there are none: a rank alone must not leave the others waiting."""
+    try:
+        return [next(batches) for _ in range(count)], None
+    except (StoreError, ReadError) as error:
+        return [], error
+
+
+def _agreed(engine: Engine, problem: StoreError | ReadError | None) -> StoreError | ReadError:
+    """One of the ranks' problems, the same on all: damage before what the next try may mend."""
+    found = [other for other in engine.gathered(problem) if other is not None]
+    return next((error for error in found if isinstance(error, StoreError)), found[0])
 
 
 def _turns(method: Method, engine: Engine, micro_batches: Sequence[Batch], step: int) -> dict[str, float]:

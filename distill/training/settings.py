@@ -48,7 +48,7 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """The store: how it is written (all but the last two) and read.
+    """The store: how it is written (all but the last three) and read.
 
     `guidance` is the teacher's w in `uncond + w (cond - uncond)`: a number, or a range [w_min, w_max] that every
     trajectory draws its own from; null where nothing was solved. `keep` is all, milestones (the edges of `segments`
@@ -80,6 +80,7 @@ class DataSettings(Settings):
     batch_size: Positive = 8
     max_bad_fraction: Fraction = 0.0
     verify_on_first_read: bool = False
+    read_retry_seconds: Annotated[Number, Field(ge=0)] = 120
 
 
 class TrainSettings(Settings):
