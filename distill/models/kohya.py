@@ -1,4 +1,4 @@
-"""LoRA files under kohya-ss' names, which the webui, Forge, ComfyUI and most other programs read."""
+"""What a LoRA file says of itself in its header, in kohya-ss' and Stability's words, which user interfaces show."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from torch import Tensor
 
 from distill.diffusion.prediction import Prediction
 from distill.models.families import Teacher
-from distill.models.files import save_file
-from distill.models.formats import rounded
-from distill.models.lora import lora_config, lora_state_dict
+from distill.models.lora import lora_config, save_lora_file
 
-_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 _PREDICTIONS = {Prediction.EPSILON: "epsilon", Prediction.V: "v"}
 _SD2_WIDTH = 1024  # of the text states that SD 2.x reads; SD 1.x reads 768
 
@@ -26,32 +23,11 @@ def save_kohya(path: Path, teacher: Teacher, state: Mapping[str, Tensor], dtype:
     Raises:
         ValueError: an adapter that `state` lacks, or a value that the dtype cannot hold.
     """
-    alpha = lora_config(teacher.unet).lora_alpha
-    tensors = kohya_state_dict(lora_state_dict(teacher.unet, state), alpha, dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=_metadata(teacher, path.name.removesuffix(".safetensors")))
+    metadata = kohya_metadata(teacher, path.name.removesuffix(".safetensors"))
+    save_lora_file(path, teacher.unet, state, dtype=dtype, metadata=metadata)
 
 
-def kohya_state_dict(
-    weights: Mapping[str, Tensor], alpha: float, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """Weights of `lora_state_dict` as `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
-
-    Readers compute `alpha / rank * up down x`. Where the dtype rounds alpha, the up weights make good for it.
-    """
-    stored_alpha = torch.tensor(alpha, dtype=dtype)
-    amends = alpha / stored_alpha.item()
-    named: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        module, factor, _ = name.rsplit(".", 2)
-        key = "lora_unet_" + module.replace(".", "_")
-        exact = tensor * amends if factor == "lora_B" else tensor
-        named[f"{key}.{_FACTORS[factor]}.weight"] = rounded(name, exact, dtype)
-        named[f"{key}.alpha"] = stored_alpha.clone()
-    return named
-
-
-def _metadata(teacher: Teacher, name: str) -> dict[str, str]:
+def kohya_metadata(teacher: Teacher, name: str) -> dict[str, str]:
     """What user interfaces show and sort by: kohya-ss' keys and those of Stability's ModelSpec 1.0."""
     config = lora_config(teacher.unet)
     alpha = f"{config.lora_alpha:g}"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models import UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from distill.diffusion.random import generator
 from distill.models.files import save_file
 from distill.models.formats import rounded
+from distill.models.layouts import kohya_state_dict, peft_state_dict
 
 LCM_LORA_TARGETS: tuple[str, ...] = (
     "to_q",
@@ -48,7 +48,8 @@ ADAPTER = "default"
 TEACHING = "teacher"
 """A frozen one beside it, of an earlier student that teaches."""
 _WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that `pipe.load_lora_weights(folder)` looks for
-_METADATA = "lora_adapter_metadata"  # diffusers' key in the file's header
+_RECORD = "distill_lora"  # our key in a LoRA file's header; diffusers' own would be read beside the alphas, and refused
+_EARLIER_RECORD = "lora_adapter_metadata"  # in files of earlier versions, which are in peft's names
 _PEFT_FOLDER = "peft"
 
 
@@ -177,26 +178,53 @@ def save_lora(
     *,
     formats: Sequence[str] = ("diffusers", "peft"),
     dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the adapters, alpha included: for diffusers and, in the sub-folder `peft`, for peft.
 
     `pipe.load_lora_weights(folder)` of an SD or SDXL pipeline and `PeftModel.from_pretrained(unet, folder / "peft")`
-    then compute what `unet` computes. For `state` see `lora_state_dict`.
+    then compute what `unet` computes. For `state` see `lora_state_dict`, for the first file `save_lora_file`.
 
     Raises:
         ValueError: an adapter that `state` lacks, or a value that the dtype cannot hold.
     """
-    weights: dict[str, Any] = {n: rounded(n, tensor, dtype) for n, tensor in lora_state_dict(unet, state).items()}
-    config = lora_config(unet)
     if "diffusers" in formats:
-        StableDiffusionLoraLoaderMixin.save_lora_weights(  # SDXL's file is no different
-            folder, unet_lora_layers=weights, unet_lora_adapter_metadata=_portable(config)
-        )
+        save_lora_file(Path(folder) / _WEIGHTS, unet, state, dtype=dtype, metadata=metadata)
     if "peft" in formats:
         peft_folder = Path(folder) / _PEFT_FOLDER
-        config.save_pretrained(str(peft_folder))
-        prefixed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        peft_folder.mkdir(parents=True, exist_ok=True)
+        weights = lora_state_dict(unet, state)
+        prefixed = {f"base_model.model.{name}": rounded(name, tensor, dtype) for name, tensor in weights.items()}
         save_file(prefixed, peft_folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = _portable(lora_config(unet)) | _OF_PEFTS_FILE
+        (peft_folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_lora_file(
+    path: Path,
+    unet: UNet2DConditionModel,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the adapters to one file in kohya-ss' layout: each with an `.alpha` of its own.
+
+    Every program that reads LoRAs reads that layout whole and at its scale. In peft's names alpha would stand in the
+    header alone, where diffusers before 0.35 and ComfyUI do not look.
+
+    Args:
+        state: see `lora_state_dict`.
+        metadata: further entries of the file's header.
+
+    Raises:
+        ValueError: an adapter that `state` lacks, or a value that the dtype cannot hold.
+    """
+    config = lora_config(unet)
+    tensors = kohya_state_dict(lora_state_dict(unet, state), config.lora_alpha, unet.config, dtype)
+    header = {"format": "pt", _RECORD: json.dumps(_portable(config))} | dict(metadata or {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata=header)
 
 
 def merge_lora(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None = None) -> None:
@@ -215,13 +243,30 @@ def merge_lora(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None = 
 
 
 def _portable(config: LoraConfig) -> dict[str, Any]:
-    # A reader builds `LoraConfig(**metadata)`, and an older peft rejects the fields that a newer one added.
+    # A reader builds `LoraConfig(**record)`, and an older peft refuses the fields that a newer one added.
     return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "target_modules": sorted(config.target_modules or ()),
+        "rank_pattern": {},
+        "alpha_pattern": {},
     }
+
+
+_OF_PEFTS_FILE: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": None,
+    "revision": None,
+    "inference_mode": True,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "use_rslora": False,
+}
+"""What `adapter_config.json` has beside `_portable`: fields that peft has had since 0.7."""
 
 
 def load_lora(unet: UNet2DConditionModel, folder: str | Path, adapter: str = ADAPTER) -> list[nn.Parameter]:
@@ -258,10 +303,15 @@ def lora_settings(folder: str | Path) -> dict[str, Any]:
     """
     path = lora_file(folder)
     with safe_open(path, framework="pt") as file:
-        metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-    if "unet.lora_alpha" not in metadata:
-        raise ValueError(f"{path} does not record its rank and alpha")
-    return {name.removeprefix("unet."): value for name, value in metadata.items()}
+        header = file.metadata() or {}
+    try:
+        found = json.loads(header.get(_RECORD) or header.get(_EARLIER_RECORD) or "{}")
+        settings = {name.removeprefix("unet."): value for name, value in found.items()}
+        return {name: settings[name] for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(
+            f"{path} does not record its rank and alpha: it is not a LoRA that was exported here"
+        ) from None
 
 
 def fill_lora(unet: UNet2DConditionModel, folder: str | Path, adapter: str = ADAPTER) -> list[nn.Parameter]:
@@ -272,9 +322,14 @@ def fill_lora(unet: UNet2DConditionModel, folder: str | Path, adapter: str = ADA
         ValueError: it was made for another network, or is of another rank.
     """
     path = lora_file(folder)
-    with safe_open(path, framework="pt") as file:
-        saved = {name.removeprefix("unet."): file.get_tensor(name) for name in file.keys()}
     expected = {name.replace(f".{adapter}.", "."): parameter for name, parameter in adapters(unet, adapter).items()}
+    with safe_open(path, framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+        earlier = _EARLIER_RECORD in (file.metadata() or {})
+    if earlier:
+        saved = {name.removeprefix("unet."): tensor for name, tensor in stored.items()}
+    else:
+        saved = peft_state_dict(stored, {name.rsplit(".", 2)[0] for name in expected}, unet.config)
     for name in sorted(saved.keys() ^ expected.keys()):
         raise ValueError(f"{path} was made for another network: {name} is in only one of the two")
     for name, parameter in expected.items():

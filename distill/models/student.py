@@ -18,7 +18,7 @@ from distill.models.exported import Exported
 from distill.models.families import Teacher
 from distill.models.folder import stored_tensors
 from distill.models.formats import LORA_FORMATS, NETWORK_FORMATS
-from distill.models.kohya import save_kohya
+from distill.models.kohya import kohya_metadata, save_kohya
 from distill.models.lora import (
     ADAPTER,
     TEACHING,
@@ -113,7 +113,8 @@ class LoRAStudent:
         Raises:
             ValueError: a weight that is missing, or that the dtype cannot hold.
         """
-        save_lora(folder, teacher.unet, weights, formats=formats, dtype=dtype)
+        metadata = kohya_metadata(teacher, name)
+        save_lora(folder, teacher.unet, weights, formats=formats, dtype=dtype, metadata=metadata)
         if "kohya" in formats:
             save_kohya(folder / "kohya" / f"{name}.safetensors", teacher, weights, dtype)
 

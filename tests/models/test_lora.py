@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distill.models.full_size import build_unet, unet_config
+from distill.models.layouts import kohya_state_dict
 from distill.models.lora import (
     LCM_LORA_TARGETS,
     adapters,
@@ -175,21 +176,47 @@ def test_a_merged_network_is_plain_and_computes_what_was_trained(family, rank, a
 def test_files_of_half_the_size_hold_the_rounded_values(dtype, tmp_path):
     student = _trained()
     save_lora(tmp_path, student, dtype=dtype)
-    for file, prefix in (("pytorch_lora_weights", "unet."), ("peft/adapter_model", "base_model.model.")):
+    own = lora_state_dict(student)
+    expected = kohya_state_dict(own, 1.5, student.config, dtype)
+    pefts = {"base_model.model." + n: p.to(dtype) for n, p in own.items()}
+    for file, weights in (("pytorch_lora_weights", expected), ("peft/adapter_model", pefts)):
         saved = load_file(tmp_path / f"{file}.safetensors")
-        expected = {prefix + n: p.to(dtype) for n, p in lora_state_dict(student).items()}
-        assert saved.keys() == expected.keys()
-        assert all(torch.equal(saved[n], w) and saved[n].dtype == dtype for n, w in expected.items())
+        assert saved.keys() == weights.keys()
+        assert all(torch.equal(saved[n], w) and saved[n].dtype == w.dtype for n, w in weights.items())
+    assert {w.dtype for n, w in expected.items() if not n.endswith("alpha")} == {dtype}
 
 
-def test_the_file_asks_for_nothing_that_an_older_peft_lacks(tmp_path):
-    """Readers call `LoraConfig(**metadata)`: one new field, and the file loads nowhere else."""
+def test_the_files_ask_for_nothing_that_an_older_peft_lacks(tmp_path):
+    """Readers call `LoraConfig(**fields)`: one new field, and the file loads nowhere else; without the two patterns
+    diffusers 0.35 raises a KeyError, and a record of diffusers' own beside alphas is refused by it."""
     save_lora(tmp_path, _trained(alpha=0.5))
+    fields = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    since_0_7 = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "bias", "r"}
+    since_0_7 |= {"fan_in_fan_out", "init_lora_weights", "modules_to_save", "use_rslora", "target_modules"}
+    since_0_7 |= {"lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"}
+    assert fields.keys() == since_0_7 and LoraConfig(**fields).lora_alpha == 0.5
+    assert fields["rank_pattern"] == {} and fields["alpha_pattern"] == {}
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    settings = {key.removeprefix("unet."): value for key, value in metadata.items()}
-    assert settings.keys() == {"r", "lora_alpha", "lora_dropout", "target_modules"}
-    assert LoraConfig(**settings).lora_alpha == 0.5
+        assert file.metadata().keys() == {"format", "distill_lora"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_of_an_earlier_version_is_still_read(family, tmp_path):
+    """It was in peft's names, with its rank and alpha in diffusers' own record."""
+    student = _trained(family, rank=4, alpha=0.5)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=lora_state_dict(student),
+        unet_lora_adapter_metadata={
+            "r": 4,
+            "lora_alpha": 0.5,
+            "lora_dropout": 0.0,
+            "target_modules": sorted(student.peft_config["default"].target_modules),
+        },
+    )
+    unet = tiny_unet(family)
+    load_lora(unet, tmp_path)
+    assert torch.equal(output(unet, family), output(student, family))
 
 
 def test_a_loaded_lora_is_the_saved_one_and_trainable(tmp_path):
