@@ -25,6 +25,7 @@ from distill.diffusion.prediction import Prediction
 from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.pipelines import draw, load_pipeline, use_sampler
 from distill.evaluation.report import COLUMNS, format_table
+from distill.models.folder import find_pipeline
 from distill.training.card import SAMPLES, sample_steps, write_card
 from distill.training.config import ConfigError, checking
 from distill.training.export import Export, check_formats, published, push, require_login, write_student
@@ -49,9 +50,8 @@ def main(cfg: ExportSettings) -> None:
     final = Path(cfg.output_dir)
     name = (cfg.push_to_hub or str(final.resolve())).rpartition("/")[2]
     with published(final) as folder:
-        export = write_student(
-            folder, cfg.run, name, cfg.checkpoint, cfg.use_ema, cfg.formats, getattr(torch, cfg.dtype)
-        )
+        dtype = getattr(torch, cfg.dtype)
+        export = write_student(folder, cfg.run, name, cfg.checkpoint, cfg.use_ema, cfg.formats, dtype, cfg.guidance)
         if prompts:
             draw_samples(folder, export, prompts)
         write_card(folder, export, metrics, cfg.push_to_hub)
@@ -113,6 +113,10 @@ def pipeline_of(folder: Path, export: Export) -> Any:
     )
     if lora is None and "unet" in export.formats:
         pipeline.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    elif lora is None and "checkpoint" in export.formats:
+        file = folder / "checkpoint" / f"{export.name}.safetensors"
+        configs = find_pipeline(model.pretrained_model_name_or_path, ["unet"], model.revision, model.variant)
+        pipeline.unet = UNet2DConditionModel.from_single_file(str(file), config=str(configs), subfolder="unet")
     elif lora is None:
         pipeline.unet = PeftModel.from_pretrained(pipeline.unet, folder / "peft")
     use_sampler(pipeline, export.sampling.sampler, export.sampling.spacing, Prediction(export.prediction))

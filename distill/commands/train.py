@@ -57,6 +57,7 @@ from distill.training.tracking import (
     read_metrics,
     setup_logging,
 )
+from distill.training.used import note_data
 from distill.training.validation import Validation, teacher_ends, validation_seeds
 from distill.training.watchdog import Watchdog
 from distill.training.writing import WriteError
@@ -96,6 +97,8 @@ def main(cfg: TrainSettings) -> None:
         if finished(folder, cfg.max_train_steps):
             log.info("%s has taken its %d steps already: nothing is done, or written", folder, cfg.max_train_steps)
             return
+        if launched_rank() == 0:
+            note_data(folder, parts.store)
         code = distil(parts, folder)
     if code:
         sys.exit(code)

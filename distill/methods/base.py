@@ -46,6 +46,13 @@ class Method(ABC):
     call: "teacher", "NAME_ema" for the moving average of a trained one, or "reward" (`Reward`).
     """
 
+    title: str = ""
+    """What it is called where people read it, as on model cards; "" is the name of its class."""
+    paper: str = ""
+    """Where it was published: authors, year, arXiv number."""
+    tag: str = ""
+    """Under which the hub lists its students; "" is the name of its class in small letters."""
+
     trains: tuple[str, ...] = ("student",)
     asks: tuple[str, ...] = ()
     needs_prompts: bool = False
@@ -59,6 +66,11 @@ class Method(ABC):
     """How many steps a run has to take, if the method says."""
     sampling: Sampling = Sampling()
     """How its students are drawn."""
+    guidance: tuple[float, float] | None = None
+    """The lowest and the highest w at which its losses call the teacher, in any step; None if they never guide it.
+
+    Stored trajectories have their own, which comes on top wherever the method reads trajectories.
+    """
 
     @abstractmethod
     def reads(self, step: int = 0) -> Reads:

@@ -41,6 +41,10 @@ class LCM(Method):
         ValueError: a value out of its range, naming it.
     """
 
+    title = "Latent consistency distillation"
+    paper = "LCM (Luo et al. 2023, arXiv 2310.04378) and LCM-LoRA (arXiv 2311.05556)"
+    tag = "latent-consistency-distillation"
+
     def __init__(
         self,
         schedule: NoiseSchedule,
@@ -66,6 +70,7 @@ class LCM(Method):
             raise ValueError(f"method.huber_c must be above 0, got {huber_c}")
         self.schedule, self.source, self.skip = schedule, source, skip
         self.w_min, self.w_max = w_min, w_max
+        self.guidance = (w_min, w_max) if source == "noised" else None
         self.distance, self.huber_c = loss, huber_c
         self.target = TARGETS[target]
         self.asks = (("teacher",) if source == "noised" else ()) + ((self.target,) if target == "ema" else ())

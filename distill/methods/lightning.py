@@ -48,6 +48,10 @@ class Progressive(Method):
         ValueError: a value out of its range, naming it.
     """
 
+    title = "Progressive adversarial distillation"
+    paper = "SDXL-Lightning (Lin, Wang, Yang 2024, arXiv 2402.13929)"
+    tag = "lightning"
+
     def __init__(
         self,
         schedule: NoiseSchedule,
@@ -70,7 +74,8 @@ class Progressive(Method):
             raise ValueError("method.x_T=scaled needs method.source=noised: stored solves start at plain noise")
         if not 0 <= guidance < math.inf:
             raise ValueError(f"method.guidance must be at least 0, got {guidance}")
-        self.schedule, self.source, self.guidance, self.x_T = schedule, source, guidance, x_T
+        self.schedule, self.source, self.w, self.x_T = schedule, source, guidance, x_T
+        self.guidance = (guidance, guidance) if source == "noised" else None
         self.ends = _ends(T, student_steps, times)
         self.paths = _paths(T, self.ends, trailing_times(T, teacher_steps))
         self.asks = ("teacher",) if source == "noised" else ()
@@ -98,7 +103,7 @@ class Progressive(Method):
         """Where the teacher takes x_t by the student's next time, in its own steps (eq. 9-12). [B, C, h, w]"""
         if self.source == "trajectory":
             return batch.transition().x_s
-        teacher, x = guided(networks["teacher"], batch.unconditional, self.guidance), x_t
+        teacher, x = guided(networks["teacher"], batch.unconditional, self.w), x_t
         with torch.no_grad():
             for here, there in pairwise(self.paths.to(t.device)[t].unbind(1)):
                 x = jump(self.schedule, teacher(x, here, batch.conditioning), x, here, there)

@@ -120,6 +120,10 @@ class MLCM(Method):
         ValueError: a value out of its range, naming it, and the stage it is of.
     """
 
+    title = "Multistep latent consistency distillation"
+    paper = "MLCM (Xie et al. 2024, arXiv 2406.05768), after Heek et al. 2024 (arXiv 2403.06807)"
+    tag = "mlcm"
+
     def __init__(
         self,
         schedule: NoiseSchedule,
@@ -141,7 +145,7 @@ class MLCM(Method):
             if rate is not None and not 0 < rate < math.inf:
                 key = name.partition("_score")[0]
                 raise ValueError(f"method.{key}_learning_rate must be above 0, got {rate}")
-        self.schedule, self.guidance, self.rates = schedule, guidance, rates
+        self.schedule, self.w, self.rates = schedule, guidance, rates
         try:
             self.adversary = Adversary(schedule, adversarial_loss, tuple(renoise_times), tuple(renoise_weights), r1)
         except ValueError as error:
@@ -151,6 +155,7 @@ class MLCM(Method):
         self.starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
         self.steps = sum(lengths)
         self.asks = ("teacher",) if any(stage.source != "trajectory" for stage in self.stages) else ()
+        self.guidance = (guidance, guidance) if self.asks else None
         judged = any(stage.adversarial > 0 for stage in self.stages)
         matched = any(stage.matching > 0 for stage in self.stages)
         self.trains = ("student", *["discriminator"] * judged, *["fake_score"] * matched)
@@ -268,7 +273,7 @@ class MLCM(Method):
         self, stage: Stage, networks: Networks, x0: Tensor, step: Transition, batch: Batch, context: Context
     ) -> Losses:
         """-(s_real - s_fake) for the gradient of the student's answers; s_real is guided (MLCM, eq. 12; DMD)."""
-        s_real, s_fake = guided(networks["teacher"], batch.unconditional, self.guidance), networks["fake_score"]
+        s_real, s_fake = guided(networks["teacher"], batch.unconditional, self.w), networks["fake_score"]
         t = matching_time(self.schedule.T, context, x0.device)
         noise = context.normal(x0, "noise'")
         loss = matching_loss(self.schedule, s_real, s_fake, x0, t, noise, batch.conditioning).mean()
@@ -312,7 +317,7 @@ class MLCM(Method):
         """x_t, and x_s a step of the teacher's guided ODE later."""
         if stage.source == "trajectory":
             return batch.transition()
-        teacher = guided(networks["teacher"], batch.unconditional, self.guidance)
+        teacher = guided(networks["teacher"], batch.unconditional, self.w)
         with torch.no_grad():
             if stage.source == "rollout":
                 return self.rollout(stage, teacher, batch, context)

@@ -11,7 +11,7 @@ from typing import Any
 
 from distill.diffusion.prediction import Prediction
 from distill.models.folder import stored_tensors, weight_files, weights_hash
-from distill.models.formats import NETWORK_FORMATS
+from distill.models.formats import FOLDER_FORMATS
 from distill.models.lora import lora_file
 
 FACTS = "distill.json"
@@ -90,7 +90,7 @@ def open_export(folder: str | Path) -> Exported:
         ValueError: no export is there, or one without weights that a run takes up.
     """
     export = read_export(folder)
-    if not {"diffusers", *NETWORK_FORMATS} & set(export.formats):
+    if not {"diffusers", *FOLDER_FORMATS} & set(export.formats):
         raise ValueError(
             f"{export.folder} holds {', '.join(export.formats)}: a run takes up a LoRA for diffusers or a whole "
             "network, export it with formats=[diffusers] or formats=[unet]"

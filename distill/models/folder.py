@@ -57,7 +57,10 @@ def _patterns(component: str, variant: str | None) -> list[str]:
     """Names of the files of a component, as globs: those of one variant, and never a pickle."""
     if component.startswith("tokenizer"):
         return [f"{component}/*"]
-    stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+    if component == "feature_extractor":
+        return [f"{component}/preprocessor_config.json"]
+    of_transformers = component.startswith(("text_encoder", "image_encoder", "safety_checker"))
+    stem = "model" if of_transformers else "diffusion_pytorch_model"
     tag = f".{variant}" if variant else ""
     files = [f"{stem}{tag}.safetensors", f"{stem}{tag}-*-of-*.safetensors", f"{stem}.safetensors.index{tag}.json"]
     return [f"{component}/{file}" for file in files]

@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
+from distill.models.copied import COPIED, copy_parts
+from distill.models.folder import find_pipeline, read_json
+
 LORA_FORMATS = ("diffusers", "peft", "kohya")
-NETWORK_FORMATS = ("unet", "pipeline")
+FOLDER_FORMATS = ("unet", "pipeline")
+"""Those with the sub-folder `unet`, from which a later run takes a network up."""
+NETWORK_FORMATS = (*FOLDER_FORMATS, "checkpoint")
+_ONE_FILE = "1TB"  # a shard's greatest size: ComfyUI and others load a network from one file
+_OF_PIPELINES = (
+    "_class_name",
+    "_diffusers_version",
+    "force_zeros_for_empty_prompt",
+    "requires_safety_checker",
+    "add_watermarker",
+)
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,13 +43,13 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def save_unet(folder: Path, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    """Writes `unet` as a diffusers model to the sub-folder `unet`; it is left in that dtype.
+    """Writes `unet` as a diffusers model, its weights in one file, to the sub-folder `unet`; it is left in that dtype.
 
     Raises:
         ValueError: a weight that the dtype cannot hold.
     """
     _to(unet, dtype)
-    unet.save_pretrained(folder / "unet")
+    unet.save_pretrained(folder / "unet", max_shard_size=_ONE_FILE)
     _forget_paths(folder / "unet")
 
 
@@ -52,29 +64,27 @@ def save_pipeline(
 ) -> None:
     """Writes the teacher's pipeline with `unet` in the place of its own, and with what `scheduler` makes of its config.
 
-    `DiffusionPipeline.from_pretrained(folder)` then draws as a student does. Only the UNet is stored in `dtype`.
+    `DiffusionPipeline.from_pretrained(folder)` is then the student. Its other parts are the teacher's files, copied
+    (see `copy_parts`), in the teacher's precision; `dtype` is the UNet's. A safety checker that is not whole is left
+    out.
 
     Raises:
         FileNotFoundError: the pipeline lacks a file that diffusers asks for.
-        ValueError: a weight that the dtype cannot hold.
+        ValueError: a weight that the dtype cannot hold; a part of a class that is not known.
     """
-    _to(unet, dtype)
-    try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(
-            pretrained_model_name_or_path,
-            unet=unet,
-            torch_dtype=torch.float32,  # stored as halves, a text encoder would be loaded as halves, and the UNet not
-            revision=revision,
-            variant=variant,
-            use_safetensors=True,
-        )
-    except OSError as error:
-        raise FileNotFoundError(
-            f"model.pretrained_model_name_or_path={pretrained_model_name_or_path}: {error}"
-        ) from None
-    pipeline.scheduler = scheduler(pipeline.scheduler.config)
-    pipeline.save_pretrained(folder)
-    _forget_paths(folder)
+    source = find_pipeline(pretrained_model_name_or_path, COPIED, revision, variant)
+    index = read_json(source, "model_index.json")
+    drawing = scheduler(read_json(source, "scheduler/scheduler_config.json"))
+    save_unet(folder, unet, dtype)
+    drawing.save_pretrained(folder / "scheduler")
+    _forget_paths(folder / "scheduler")
+    entries = copy_parts(source, folder, variant)
+    if "requires_safety_checker" in index:
+        index["requires_safety_checker"] = bool(entries.get("safety_checker", [None])[0])
+    written = {key: index[key] for key in _OF_PIPELINES if isinstance(index.get(key), (str, bool))} | entries
+    written["unet"] = ["diffusers", type(unet).__name__]
+    written["scheduler"] = ["diffusers", type(drawing).__name__]
+    (folder / "model_index.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
 def _to(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""What a LoRA file says of itself in its header, in kohya-ss' and Stability's words, which user interfaces show."""
+"""What a file says of itself in its header, in kohya-ss' and Stability's words: user interfaces show and sort by it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,11 @@ def save_kohya(path: Path, teacher: Teacher, state: Mapping[str, Tensor], dtype:
 
 
 def kohya_metadata(teacher: Teacher, name: str) -> dict[str, str]:
-    """What user interfaces show and sort by: kohya-ss' keys and those of Stability's ModelSpec 1.0."""
+    """Of a LoRA of `teacher.unet`: kohya-ss' keys and those of ModelSpec."""
     config = lora_config(teacher.unet)
     alpha = f"{config.lora_alpha:g}"
-    velocity = teacher.prediction is Prediction.V
-    version, architecture = _architecture(teacher, velocity)
-    metadata = {
-        "format": "pt",
+    version, architecture = _architecture(teacher, teacher.prediction)
+    return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
         "ss_network_alpha": alpha,
@@ -43,19 +41,29 @@ def kohya_metadata(teacher: Teacher, name: str) -> dict[str, str]:
         "ss_v2": str(version.startswith("sd_v2")),
         "ss_sd_model_name": teacher.teacher_id,
         "ss_output_name": name,
+    } | _modelspec(teacher, teacher.prediction, name, f"{architecture}/lora")
+
+
+def checkpoint_metadata(teacher: Teacher, prediction: Prediction, name: str) -> dict[str, str]:
+    """Of a whole student in one file, by the keys of ModelSpec."""
+    return _modelspec(teacher, prediction, name, _architecture(teacher, prediction)[1])
+
+
+def _modelspec(teacher: Teacher, prediction: Prediction, name: str, architecture: str) -> dict[str, str]:
+    """Stability's ModelSpec 1.0, which has no word for a network that predicts clean data."""
+    metadata = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.resolution": f"{teacher.resolution}x{teacher.resolution}",
     }
-    if teacher.prediction in _PREDICTIONS:
-        metadata["modelspec.prediction_type"] = _PREDICTIONS[teacher.prediction]
-    return metadata
+    return metadata | ({"modelspec.prediction_type": _PREDICTIONS[prediction]} if prediction in _PREDICTIONS else {})
 
 
-def _architecture(teacher: Teacher, velocity: bool) -> tuple[str, str]:
+def _architecture(teacher: Teacher, prediction: Prediction) -> tuple[str, str]:
     """The base model as kohya-ss and as ModelSpec call it."""
+    velocity = prediction is Prediction.V
     if teacher.family.name == "sdxl":
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
     if teacher.unet.config["cross_attention_dim"] != _SD2_WIDTH:

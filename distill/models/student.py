@@ -12,6 +12,7 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
+from distill.diffusion.guidance import guidance_embedding
 from distill.diffusion.prediction import Prediction
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.exported import Exported
@@ -205,6 +206,26 @@ def embed_guidance(unet: UNet2DConditionModel, dim: int) -> None:
         projection.weight.zero_()
     unet.time_embedding.cond_proj = projection
     unet.register_to_config(time_cond_proj_dim=dim)
+
+
+@torch.no_grad()
+def build_in_guidance(unet: UNet2DConditionModel, w: float) -> None:
+    """Fixes the guidance that `unet` takes as an input to w: a plain network that computes what it did at w.
+
+    Exact: w comes in as an addition to what the time embedding's first layer reads, so it moves into that one's bias.
+
+    Raises:
+        ValueError: the network takes no guidance.
+    """
+    dim = unet.config["time_cond_proj_dim"]
+    if dim is None:
+        raise ValueError("the network takes no guidance as an input")
+    embedding = unet.time_embedding
+    first: nn.Linear = embedding.linear_1
+    added = embedding.cond_proj.weight.double() @ guidance_embedding(torch.tensor([w]), dim)[0].double()
+    first.bias.add_((first.weight.double() @ added).to(first.bias))
+    embedding.cond_proj = None  # type: ignore[assignment]
+    unet.register_to_config(time_cond_proj_dim=None)
 
 
 def as_teacher(teacher: Teacher, export: Exported) -> Teacher:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,24 @@ from yaml import YAMLError
 from distill.diffusion.prediction import Prediction
 from distill.models.formats import LORA_FORMATS
 from distill.models.schedulers import scheduler_settings
+from distill.training.clients import clients_of
 from distill.training.export import Export
-from distill.training.settings import DataSettings, ModelSettings
+from distill.training.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
 SAMPLES = "samples.png"
-_TAGS = {"lcm": "latent-consistency-distillation"}  # where a method has a better known name than its module
 _FAMILIES = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
 _LICENCE = ("license", "license_name", "license_link")
 _EXAMPLE = "a lighthouse in the snow"
-_SAMPLERS = {"lcm": "LCM", "euler": "Euler", "ddim": "DDIM", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
-_TRAILING = " (scheduler `sgm_uniform`)"  # as user interfaces call it
+_PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+_FILE_NAMES = {
+    "kohya": "kohya/{name}.safetensors",
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "checkpoint": "checkpoint/{name}.safetensors",
+    "pipeline": "the whole folder",
+}
 
 
 def write_card(folder: Path, export: Export, metrics: str | None = None, repository: str | None = None) -> Path:
@@ -39,10 +43,11 @@ def write_card(folder: Path, export: Export, metrics: str | None = None, reposit
         repository: where on the hub the export will be found; otherwise it goes by its folder's name.
     """
     parts = [
-        f"# {export.name}",
+        f"# {_plain(export.name)}",
         _introduction(export),
         "## Use",
         *_uses(export, repository or export.name),
+        *_other_programs(export),
         "## How it was made",
         _table(_recipe(export)),
     ]
@@ -50,7 +55,7 @@ def write_card(folder: Path, export: Export, metrics: str | None = None, reposit
         steps = ", ".join(map(str, sample_steps(export)))
         parts += [
             "## Samples",
-            f"Drawn with these files by a plain diffusers pipeline in {_count(steps)}, `guidance_scale="
+            f"Generated with these files by a plain diffusers pipeline in {_count(steps)}, `guidance_scale="
             f"{export.guidance_scale:g}`; one prompt and one starting noise a column.",
             f"![samples]({SAMPLES})",
         ]
@@ -72,7 +77,7 @@ def sample_steps(export: Export) -> tuple[int, ...]:
 
 
 def _header(export: Export) -> ModelCardData:
-    tags = ["text-to-image", _FAMILIES[export.family], "distillation", _TAGS.get(_method(export), _method(export))]
+    tags = ["text-to-image", _FAMILIES[export.family], "distillation", export.tag]
     lora = _is_lora(export)
     return ModelCardData(
         base_model=export.base_model,
@@ -110,42 +115,60 @@ def _is_lora(export: Export) -> bool:
     return any(name in LORA_FORMATS for name in export.formats)
 
 
-def _method(export: Export) -> str:
-    """The name of the method's module."""
-    return export.settings.method["_target_"].split(".")[-2]
-
-
 # ---- the text -----------------------------------------------------------------------------------------------------
 
 
 def _introduction(export: Export) -> str:
-    module = importlib.import_module(export.settings.method["_target_"].rpartition(".")[0])
-    paper = (inspect.getdoc(module) or "").split("\n")[0]
     what = "LoRA" if _is_lora(export) else "network"
+    paper = f": {_plain(export.paper)}" if export.paper else ""
     return (
-        f"A {what} that draws in {_count(export.sampling.steps or '1 to 8')}, distilled from `{export.base_model}` "
-        f"(SHA-256 of its UNet: `{export.base_hash}`).\nMethod: {paper}"
+        f"A {what} that generates in {_count(export.sampling.steps or '1 to 8')}, distilled from "
+        f"{_code_span(export.base_model)} (SHA-256 of its UNet: {_code_span(export.base_hash)}).\n"
+        f"Method: {_plain(export.method)}{paper}."
     )
 
 
+def _plain(value: Any) -> str:
+    """Text as it is shown: nothing in it is a table, a link, an image, HTML or emphasis. What is in a run's folder may
+    be another person's."""
+    text = re.sub(r"\s+", " ", str(value)).strip()
+    text = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+    text = re.sub(r"([\\`*\[\]<>|~!#$&]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+    return text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def _code_span(value: Any) -> str:
+    """Text between backticks that it cannot end."""
+    text = re.sub(r"[\s\x00-\x1f\x7f\ud800-\udfff]+", " ", str(value)).strip().replace("|", "¦")
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    pad = " " if longest else ""
+    return "`" * (longest + 1) + pad + text + pad + "`" * (longest + 1)
+
+
+def _literal(value: str) -> str:
+    """A text in Python code, which it cannot leave."""
+    return json.dumps(value, ensure_ascii=False) if value.isprintable() else ascii(value)
+
+
 def _licence_text(export: Export) -> str:
-    licence = base_licence(export.settings.model)
+    licence, base = base_licence(export.settings.model), _code_span(export.base_model)
     if licence["license"] == "other" and "license_name" not in licence:
-        return f"That of the base model: see `{export.base_model}`."
-    return f"That of the base model, `{export.base_model}`: {licence.get('license_name', licence['license'])}."
+        return f"That of the base model: see {base}."
+    return f"That of the base model, {base}: {_plain(licence.get('license_name', licence['license']))}."
 
 
 def _recipe(export: Export) -> dict[str, Any]:
     """The settings that shaped the student, and what is exported of it."""
     run = export.settings
-    low, high = export.guidance
     rows = {"method": run.method["_target_"].rpartition(".")[2]}
     rows |= {f"method.{key}": value for key, value in run.method.items() if not key.startswith("_")}
     rows |= {f"student.{key}": value for key, value in run.student.items() if not key.startswith("_")}
     rows |= {key: Path(path).name for key, path in (("start", run.start), ("teacher", run.teacher)) if path}
+    rows["guidance w learned from (1 is none)"] = _range(export.guidance)
+    if export.built_in_guidance is not None:
+        rows["guidance w built in here"] = f"{export.built_in_guidance:g}"
     return rows | {
-        "guidance w learned from (1 is none)": f"{low:g}" if low == high else f"{low:g} to {high:g}",
-        "data": _data(run.data),
+        "data": _data(export),
         "steps": f"{export.step} of {run.max_train_steps}",
         "batch size": run.global_batch_size,
         "learning rate": f"{run.learning_rate:g}, {run.lr_scheduler}, {run.lr_warmup_steps} steps of warm-up",
@@ -156,14 +179,58 @@ def _recipe(export: Export) -> dict[str, Any]:
     }
 
 
-def _data(data: DataSettings) -> str:
-    if data.guidance is None:
-        return "pictures"
-    return f"{data.num_samples} trajectories of the teacher, {data.solver_steps} steps of {data.solver}"
+def _range(bounds: tuple[float, float]) -> str:
+    low, high = bounds
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _data(export: Export) -> str:
+    """What was in the store that it learned from, and how much was taken of it."""
+    drawn = f"{export.step * export.settings.global_batch_size} taken in training"
+    data = export.data
+    if data is None:
+        kind = "pictures" if export.settings.data.guidance is None else "trajectories of the teacher"
+        return f"{kind} (how many is not recorded), {drawn}"
+    if data.kind == "pictures":
+        return f"{data.samples} {'picture' if data.samples == 1 else 'pictures'}, {drawn}"
+    noun = "trajectory" if data.samples == 1 else "trajectories"
+    steps = "step" if data.solver_steps == 1 else "steps"
+    return f"{data.samples} {noun} of the teacher, {data.solver_steps} {steps} of {data.solver}, {drawn}"
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {_plain(key)} | {_plain(value)} |" for key, value in rows.items())])
+
+
+# ---- other programs -------------------------------------------------------------------------------------------------
+
+
+def _other_programs(export: Export) -> list[str]:
+    """Which file, sampler, scheduler and nodes belong to which program; nothing without a file that one loads."""
+    rows = []
+    for client in clients_of(export.sampling, Prediction(export.prediction)):
+        found = [_FILE_NAMES[name].format(name=export.name) for name in client.formats if name in export.formats]
+        if found:
+            rows.append((client, "<br>".join(_code_span(file) if "/" in file else file for file in found)))
+    if not rows:
+        return []
+    steps, w = _count(_steps(export)), f"{export.guidance_scale:g}"
+    lines = ["| program | file | sampler | scheduler | further |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {client.program} | {files} | {_menu(client.sampler)} | {_menu(client.scheduler)} | {client.further} |"
+        for client, files in rows
+    ]
+    texts = ["## In other programs", f"{steps[:1].upper()}{steps[1:]}, CFG scale {w}, no other scheduler than these:"]
+    if export.told_guidance:
+        texts[1] = (
+            "ComfyUI and most other programs leave out the network's input of guidance, without a word, and then "
+            "generate other pictures: export it for them with `guidance=W`, which builds one W in."
+        )
+    return [*texts, "\n".join(lines)]
+
+
+def _menu(name: str) -> str:
+    return f"`{name}`" if name else "—"
 
 
 # ---- how to use it ------------------------------------------------------------------------------------------------
@@ -171,7 +238,14 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 def _uses(export: Export, here: str) -> list[str]:
     """A paragraph and a block of code for each format."""
-    texts = {"pipeline": _pipeline, "diffusers": _diffusers, "kohya": _kohya, "unet": _unet, "peft": _peft}
+    texts = {
+        "pipeline": _pipeline,
+        "diffusers": _diffusers,
+        "kohya": _kohya,
+        "unet": _unet,
+        "checkpoint": _checkpoint,
+        "peft": _peft,
+    }
     guidance = _guidance_text(export)
     return [text(export, here) for name, text in texts.items() if name in export.formats] + [guidance]
 
@@ -179,25 +253,24 @@ def _uses(export: Export, here: str) -> list[str]:
 def _guidance_text(export: Export) -> str:
     if export.sampling.steps is not None:
         none = "" if export.told_guidance else " Guidance is built in: `guidance_scale=1.0` adds none."
-        return f"It draws in exactly {_count(export.sampling.steps)}.{none}"
+        return f"It generates in exactly {_count(export.sampling.steps)}.{none}"
     if not export.told_guidance:
         return (
             "4 steps are a good start, 1 to 8 work. Guidance is built in: `guidance_scale=1.0` adds none; values up to "
             "2 make negative prompts work, at twice the cost."
         )
-    low, high = export.guidance
     return (
-        f"4 steps are a good start, 1 to 8 work. `guidance_scale` is an input of the network, which learned {low:g} to "
-        f"{high:g}; it costs nothing, and negative prompts have no effect."
+        "4 steps are a good start, 1 to 8 work. `guidance_scale` is an input of the network, which learned "
+        f"{_range(export.guidance)}; it costs nothing, and negative prompts have no effect."
     )
 
 
 def _pipeline(export: Export, here: str) -> str:
     return _code(
-        "As a whole pipeline, in diffusers:",
+        "As a whole pipeline, in diffusers. Steps and guidance are given in the call: diffusers' own are 50 and 7.5.",
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{here}")',
+        f"pipeline = DiffusionPipeline.from_pretrained({_literal(here)})",
         _draws(export),
     )
 
@@ -208,21 +281,31 @@ def _diffusers(export: Export, here: str) -> str:
         f"from diffusers import DiffusionPipeline, {_scheduler(export)}",
         "",
         _base(export),
-        f'pipeline.load_lora_weights("{here}", weight_name="pytorch_lora_weights.safetensors")',
+        f'pipeline.load_lora_weights({_literal(here)}, weight_name="pytorch_lora_weights.safetensors")',
         *_sampler(export),
     )
 
 
 def _kohya(export: Export, here: str) -> str:
-    trailing = _TRAILING if export.sampling.spacing == "trailing" else ""
+    file = _literal(f"{export.name}.safetensors")
     return _code(
-        f"In the Stable Diffusion web UI, Forge or ComfyUI: put `kohya/{export.name}.safetensors` among the LoRAs, and "
-        f"draw with the {_SAMPLERS[export.sampling.sampler]} sampler{trailing}, {_count(_steps(export))} and CFG scale "
-        f"{export.guidance_scale:g}. The same file in diffusers:",
+        f"As a LoRA under the name of this export, {_code_span(f'kohya/{export.name}.safetensors')}, in diffusers:",
         f"from diffusers import DiffusionPipeline, {_scheduler(export)}",
         "",
         _base(export),
-        f'pipeline.load_lora_weights("{here}", subfolder="kohya", weight_name="{export.name}.safetensors")',
+        f'pipeline.load_lora_weights({_literal(here)}, subfolder="kohya", weight_name={file})',
+        *_sampler(export),
+    )
+
+
+def _checkpoint(export: Export, here: str) -> str:
+    cls = _PIPELINES[export.family]
+    return _code(
+        "As a checkpoint in one file, in diffusers:",
+        f"from diffusers import {cls}, {_scheduler(export)}",
+        "",
+        f"file = {_literal(f'{here}/checkpoint/{export.name}.safetensors')}",
+        f"pipeline = {cls}.from_single_file(file, config={_literal(export.base_model)})",
         *_sampler(export),
     )
 
@@ -233,7 +316,7 @@ def _unet(export: Export, here: str) -> str:
         f"from diffusers import DiffusionPipeline, {_scheduler(export)}, UNet2DConditionModel",
         "",
         _base(export),
-        f'pipeline.unet = UNet2DConditionModel.from_pretrained("{here}", subfolder="unet")',
+        f'pipeline.unet = UNet2DConditionModel.from_pretrained({_literal(here)}, subfolder="unet")',
         *_sampler(export),
     )
 
@@ -245,7 +328,7 @@ def _peft(export: Export, here: str) -> str:
         "from peft import PeftModel",
         "",
         _base(export),
-        f'pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "{here}", subfolder="peft")',
+        f'pipeline.unet = PeftModel.from_pretrained(pipeline.unet, {_literal(here)}, subfolder="peft")',
         *_sampler(export),
     )
 
@@ -253,8 +336,8 @@ def _peft(export: Export, here: str) -> str:
 def _base(export: Export) -> str:
     model = export.settings.model
     given = {"revision": model.revision, "variant": model.variant}
-    more = "".join(f', {key}="{value}"' for key, value in given.items() if value is not None)
-    return f'pipeline = DiffusionPipeline.from_pretrained("{export.base_model}"{more})'
+    more = "".join(f", {key}={_literal(value)}" for key, value in given.items() if value is not None)
+    return f"pipeline = DiffusionPipeline.from_pretrained({_literal(export.base_model)}{more})"
 
 
 def _sampler(export: Export) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
-from hydra.utils import get_class
 
 from distill.data.storage import sync_folder
 from distill.methods.sampling import Sampling
@@ -25,11 +23,15 @@ from distill.models.exported import FACTS
 from distill.models.families import load_teacher
 from distill.models.files import share
 from distill.models.formats import LORA_FORMATS, save_pipeline, save_unet
+from distill.models.kohya import checkpoint_metadata
 from distill.models.schedulers import make_scheduler
+from distill.models.single_file import save_single_file
+from distill.models.student import build_in_guidance
 from distill.training.checkpoint import read_weights
 from distill.training.config import ConfigError, build, checking
 from distill.training.run import checkpoints_of, read_run
 from distill.training.settings import TrainSettings
+from distill.training.used import UsedData, data_of, learned_guidance, set_guidance
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ class Export:
         ema: whether its weights are the moving average.
         guidance: lowest and highest w that the student learned from.
         told_guidance: whether w is an input of the student; else it is built in.
+        built_in_guidance: the w that such an input was fixed to, where it was.
         prediction: what its network predicts, in diffusers' words.
         sampling: how it is drawn.
+        method, paper, tag: what the method is called, where it was published, and under what the hub lists it.
+        data: what the run learned from, as its store said; None if that is not known any more.
         settings: of the run.
     """
 
@@ -61,8 +66,13 @@ class Export:
     ema: bool
     guidance: tuple[float, float]
     told_guidance: bool
+    built_in_guidance: float | None
     prediction: str
     sampling: Sampling
+    method: str
+    paper: str
+    tag: str
+    data: UsedData | None
     settings: TrainSettings
 
     @property
@@ -83,6 +93,7 @@ def export_run(
     use_ema: bool = True,
     formats: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    guidance: float | None = None,
 ) -> Path:
     """Writes the student of a run to `output_dir` and returns that folder; for the arguments see `write_student`.
 
@@ -91,7 +102,7 @@ def export_run(
         ConfigError: see `write_student` and `published`.
     """
     with published(output_dir) as folder:
-        write_student(folder, run, Path(output_dir).resolve().name, checkpoint, use_ema, formats, dtype)
+        write_student(folder, run, Path(output_dir).resolve().name, checkpoint, use_ema, formats, dtype, guidance)
     return Path(output_dir)
 
 
@@ -103,6 +114,7 @@ def write_student(
     use_ema: bool = True,
     formats: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    guidance: float | None = None,
 ) -> Export:
     """Writes a run's student and `distill.json` to a folder.
 
@@ -111,13 +123,16 @@ def write_student(
         checkpoint: `latest` or a step.
         use_ema: the moving average of the weights, where the run keeps one.
         formats: `diffusers`, `peft`, `kohya` (LoRA files), `unet` (a whole network), `pipeline` (the teacher's, with
-            that network and the student's scheduler); None takes the student's usual ones.
-        dtype: of the student's weights in the files; a pipeline's other parts are float32.
+            that network and the student's scheduler), `checkpoint` (network, autoencoder and text encoders in one
+            file); None takes the student's usual ones.
+        dtype: of the student's weights in the files, and of all that is in a checkpoint; a pipeline's other parts are
+            copied as they are.
+        guidance: the w to fix, of a student that takes it as an input; None leaves the input.
 
     Raises:
         FileNotFoundError: no run there, or its teacher is gone.
         ConfigError: a format that the student cannot give; no such checkpoint, or a damaged one; a weight that the
-            dtype cannot hold.
+            dtype cannot hold; a guidance that the student does not take, or has not learned.
     """
     settings = read_run(run)
     student = build(settings.student)
@@ -127,6 +142,11 @@ def write_student(
     model = settings.model
     teacher = load_teacher(model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant)
     network = student.networks(teacher, keep_teacher=False)["student"]  # without its start: that is in its weights
+    method = build(settings.method, schedule=teacher.schedule)
+    data = data_of(run, settings)
+    learned = learned_guidance(method, data.guidance if data else set_guidance(settings))
+    takes_guidance = network.guidance_embedding_dim is not None
+    _check_guidance(guidance, learned, takes_guidance, wanted)
     export = Export(
         name=name,
         formats=wanted,
@@ -136,10 +156,15 @@ def write_student(
         family=teacher.family.name,
         step=step,
         ema=use_ema and settings.ema_decay is not None,
-        guidance=learned_guidance(settings),
-        told_guidance=network.guidance_embedding_dim is not None,
+        guidance=learned,
+        told_guidance=takes_guidance and guidance is None,
+        built_in_guidance=guidance,
         prediction=network.prediction.value,
-        sampling=build(settings.method, schedule=teacher.schedule).sampling,
+        sampling=method.sampling,
+        method=method.title or type(method).__name__,
+        paper=method.paper,
+        tag=method.tag or type(method).__name__.lower(),
+        data=data,
         settings=settings,
     )
     with checking():
@@ -147,6 +172,19 @@ def write_student(
             student.export_lora(folder, teacher, weights, lora, dtype, name)
         if len(lora) < len(wanted):
             student.finish(teacher, weights)
+            if guidance is not None:
+                build_in_guidance(teacher.unet, guidance)
+        if "checkpoint" in wanted:
+            save_single_file(
+                folder / "checkpoint" / f"{name}.safetensors",
+                teacher.unet,
+                model.pretrained_model_name_or_path,
+                dtype,
+                network.prediction,
+                checkpoint_metadata(teacher, network.prediction, name),
+                model.revision,
+                model.variant,
+            )
         if "pipeline" in wanted:  # which has the sub-folder `unet` too
             path, drawn = model.pretrained_model_name_or_path, export.sampling
             scheduler = partial(
@@ -175,23 +213,21 @@ def check_formats(settings: TrainSettings, formats: Sequence[str] | None) -> Non
     _chosen(build(settings.student), formats)
 
 
-def learned_guidance(settings: TrainSettings) -> tuple[float, float]:
-    """The lowest and the highest w that a run's student learns from: its method's own, or its trajectories'.
-
-    It is 1 where an earlier student teaches, which has its own built in.
-    """
-    constants = {
-        **{name: p.default for name, p in inspect.signature(get_class(settings.method["_target_"])).parameters.items()},
-        **settings.method,
-    }
-    if constants.get("source") == "noised" and "w_min" in constants:
-        return constants["w_min"], constants["w_max"]
-    if constants.get("source") == "noised" and "guidance" in constants:
-        return constants["guidance"], constants["guidance"]
-    if settings.teacher is not None:
-        return 1.0, 1.0
-    w = 1.0 if settings.data.guidance is None else settings.data.guidance
-    return w if isinstance(w, tuple) else (w, w)
+def _check_guidance(
+    guidance: float | None, learned: tuple[float, float], takes_guidance: bool, formats: Sequence[str]
+) -> None:
+    low, high = learned
+    known = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    if guidance is None:
+        if takes_guidance and "checkpoint" in formats:
+            raise ConfigError(
+                "formats: no program that reads a checkpoint gives its network the guidance as an input: fix one with "
+                f"guidance={(low + high) / 2:g} (this student learned {known})"
+            )
+    elif not takes_guidance:
+        raise ConfigError(f"guidance={guidance:g}: this student takes no guidance as an input, it is built in already")
+    elif not low <= guidance <= high:
+        raise ConfigError(f"guidance={guidance:g} is not what this student learned, which is {known}")
 
 
 def _without_paths(value: Any) -> Any:

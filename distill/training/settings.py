@@ -249,6 +249,7 @@ class ExportSettings(Settings):
     output_dir: str
     formats: Annotated[list[str], Field(min_length=1)] | None
     dtype: Literal["float16", "bfloat16", "float32"]
+    guidance: Annotated[Number, Field(ge=0)] | None
     card_prompts: list[str] | None
     metrics: str | None
     push_to_hub: Repository

@@ -190,7 +190,7 @@ def test_the_pipeline_draws_what_our_sampler_draws(trained: Trained, tmp_path: P
 def test_every_block_of_code_on_the_card_draws_the_student(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    formats = ["unet", "pipeline"] + (list(LORA) if trained.kind == "lora" else [])
+    formats = ["unet", "pipeline"] + ([*LORA, "checkpoint"] if trained.kind == "lora" else [])
     folder = trained.export(tmp_path / "a", f"formats=[{','.join(formats)}]", "dtype=float32", "card_prompts=[]")
     (tmp_path / "teacher").symlink_to(trained.teacher)  # by the names on the card
     monkeypatch.chdir(tmp_path)
@@ -222,7 +222,9 @@ def test_the_pipeline_of_a_teacher_of_half_the_size_draws_as_it_is_loaded(tmp_pa
     assert (pictures - run.pictures(1.0)).abs().mean() < 1e-3
 
 
-@pytest.mark.parametrize("chosen", [["diffusers"], ["kohya"], ["peft"], ["unet"], ["pipeline"]], ids="".join)
+@pytest.mark.parametrize(
+    "chosen", [["diffusers"], ["kohya"], ["peft"], ["unet"], ["pipeline"], ["checkpoint"]], ids="".join
+)
 def test_the_samples_are_drawn_from_whatever_was_exported(lora: Trained, chosen: list[str], tmp_path: Path) -> None:
     everything = lora.export(tmp_path / "all", f"formats=[{','.join(LORA)}]", "dtype=float32")
     folder = lora.export(tmp_path / "a", f"formats=[{chosen[0]}]", "dtype=float32", "card_prompts=[snow, a red boat]")
@@ -283,7 +285,7 @@ def test_every_file_draws_as_its_method_says(
     monkeypatch.chdir(tmp_path)
     card = (folder / "README.md").read_text()
     count = f"{steps} {'step' if steps == 1 else 'steps'}"
-    assert f"It draws in exactly {count}." in card and f"diffusers pipeline in {count}, `guidance_scale=1`" in card
+    assert f"It generates in exactly {count}." in card and f"diffusers pipeline in {count}, `guidance_scale=1`" in card
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == len(formats)
     for block in blocks:
@@ -370,7 +372,9 @@ def test_each_student_has_its_usual_formats(lora: Trained, full: Trained, tmp_pa
 
 
 def test_a_format_that_the_student_cannot_give_is_one_line_before_anything(full: Trained, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="^formats: a FullStudent cannot .* 'kohya'; allowed: unet, pipeline$"):
+    with pytest.raises(
+        ConfigError, match="^formats: a FullStudent cannot .* 'kohya'; allowed: unet, pipeline, checkpoint$"
+    ):
         full.export(tmp_path / "deep" / "a", "formats=[unet,kohya]")
     assert not (tmp_path / "deep").exists()
 
