@@ -20,6 +20,7 @@ from distill.data.progress import Progress
 from distill.diffusion.random import generator
 from distill.evaluation.compare import WORK, Advance, Row, Setting, generate, mean_with_error, seeds_of
 from distill.evaluation.figures import draw_lines
+from distill.evaluation.measures import MEASURES
 from distill.evaluation.report import format_table
 from distill.evaluation.toy import JudgeScorer
 from distill.models.denoiser import NetworkDenoiser
@@ -36,9 +37,9 @@ from distill.training.tracking import setup_logging
 COLUMNS = {  # row key: heading, format
     "run": ("run", "{}"),
     "step": ("step", "{}"),
-    "reward": ("reward", "{:.2f}"),
-    "caption_accuracy": ("captions right", "{:.3f}"),
-    "frechet": ("Fréchet", "{:.3f}"),
+    "reward": MEASURES["reward"].column,
+    "caption_accuracy": MEASURES["caption_accuracy"].column,
+    "frechet": MEASURES["frechet"].column,
     "sharpness": ("sharpness", "{:.3f}"),
 }
 PANELS = ("reward", "frechet", "caption_accuracy")

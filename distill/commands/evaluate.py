@@ -33,7 +33,7 @@ from distill.data.reader import open_store
 from distill.evaluation.cache import Cache
 from distill.evaluation.captions import read_captions
 from distill.evaluation.compare import Comparison, Plan, Scorer, seeds_of
-from distill.evaluation.figures import METRICS
+from distill.evaluation.measures import DRAWN, MEASURES
 from distill.evaluation.proof import plain_pipeline_agrees
 from distill.evaluation.protocol import Protocol, build_scorer
 from distill.evaluation.report import RunFacts, format_table, write_report
@@ -95,8 +95,8 @@ def watch(cfg: EvaluateSettings, run: Path, share: Share) -> None:
     """
     if share.world_size > 1 or cfg.student is not None:
         raise ConfigError("watch=RUN is for one process, and takes the place of student=")
-    if cfg.watch_metric not in METRICS:
-        raise ConfigError(f"watch_metric={cfg.watch_metric} is not known; allowed: {', '.join(METRICS)}")
+    if cfg.watch_metric not in DRAWN:
+        raise ConfigError(f"watch_metric={cfg.watch_metric} is not known; allowed: {', '.join(DRAWN)}")
     settings, folder = read_run(run), run / "evaluation"
     rows = read_metrics(folder, sys.maxsize)
     kinds = [settings.report_to] if isinstance(settings.report_to, str) else settings.report_to
@@ -130,7 +130,7 @@ def judge(cfg: EvaluateSettings, run: Path, step: int) -> dict[str, float] | Non
             comparison = build(cfg, source, Share())
         judged = [comparison.row(comparison.plan.student(steps)) for steps in comparison.plan.steps]
     log.info("step %d\n%s", step, format_table(judged))
-    return {f"{name}/{row['steps']}": row[name] for row in judged for name in METRICS if name in row}
+    return {f"{name}/{row['steps']}": row[name] for row in judged for name in DRAWN if name in row}
 
 
 def mark(run: Path, rows: Sequence[Mapping[str, float]], metric: str) -> None:
@@ -140,7 +140,7 @@ def mark(run: Path, rows: Sequence[Mapping[str, float]], metric: str) -> None:
         raise ConfigError(f"watch_metric={metric} is not among what is measured: {', '.join(rows[-1])}")
     key = max(keys, key=lambda name: int(name.rpartition("/")[2]))
     there = [row for row in rows if key in row]
-    best = (max if METRICS[metric][2] == "higher" else min)(there, key=lambda row: row[key])
+    best = (max if MEASURES[metric].better == "higher" else min)(there, key=lambda row: row[key])
     mark_best(checkpoints_of(run), int(best["step"]))
     log.info("best by %s: step %d, %.4g", key, best["step"], best[key])
 

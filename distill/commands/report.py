@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before what is heavy is imported
 from pathlib import Path
 
 from distill.evaluation.together import write_together
-from distill.training.config import ConfigError
+from distill.training.config import ConfigError, checking
 from distill.training.settings import ReportSettings
 
 
@@ -21,5 +21,6 @@ def main(cfg: ReportSettings) -> None:
     reports = {Path(folder).resolve().name: Path(folder) / "report" for folder in cfg.evaluations}
     if len(reports) < len(cfg.evaluations):
         raise ConfigError(f"evaluations are named by their folders, and two are called alike: {', '.join(reports)}")
-    write_together(Path(cfg.output_dir) / "report", reports)
+    with checking():
+        write_together(Path(cfg.output_dir) / "report", reports)
     print(f"report: {cfg.output_dir}/report/index.html")

@@ -253,11 +253,13 @@ class Comparison:
         teacher_consistency: the mean squared difference, per latent element, of its final latents from the teacher's at
         full steps from the same noise and prompt. Standard errors are called `*_se`. With `stored` there are
         stored_consistency, the same from the end points of its solves, and stored_cosine. What it was measured by is
-        there too: protocol, judged_by, seeds (first and last), times, weights (their hash), left_out.
+        there too: protocol, judged_by, seeds (first and last), times, weights (their hash), left_out; and `tuned`, true
+        of the teacher's best.
         """
         settings = self.settings()
         self.draw(settings)
-        return [self.row(setting) for setting in settings]
+        tuned = set(self.tune().values()) if len(self.plan.candidates(1)) > 1 else set()
+        return [self.row(setting) | ({"tuned": True} if setting in tuned else {}) for setting in settings]
 
     def row(self, setting: Setting) -> Row:
         """The row of one setting, of the student's or the teacher's."""

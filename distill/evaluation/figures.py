@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -17,25 +20,31 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from distill.data.words import counted
+from distill.evaluation.measures import DRAWN, MEASURES
+
 CELL, GAP, LABEL_WIDTH, HEADER = 96, 4, 230, 44  # pixels
 TITLE_LINE = 18  # pixels
+LABEL = 48  # letters of a line's name
 INK, GREY = "#222222", "#808080"
 COLOURS = {"teacher": "#4477aa", "undistilled": "#aaaaaa", "student": "#ee6633"}
 LINES = (("#4477aa", "o"), ("#ee6677", "s"), ("#66ccee", "v"), ("#ccbb44", "^"), ("#228833", "D"), ("#aa3377", "P"))
 """Colours and markers of lines in turn; the colours are Paul Tol's, for the colour-blind too."""
-METRICS = {  # row key: title, logarithmic axis, which way is better
-    "caption_accuracy": ("captions right", False, "higher"),
-    "frechet": ("Fréchet distance", True, "lower"),
-    "teacher_consistency": ("teacher consistency", True, "lower"),
-    "reward": ("reward", False, "higher"),
-    "fid": ("FID", True, "lower"),
-    "fid_patch": ("FID-patch", True, "lower"),
-    "clip_score": ("CLIP score", False, "higher"),
-    "aesthetic": ("aesthetic score", False, "higher"),
-    "image_reward": ("ImageReward", False, "higher"),
-    "hps": ("HPS", False, "higher"),
-    "pickscore": ("PickScore", False, "higher"),
-}
+MARKERS = tuple(marker for _, marker in LINES)
+NAMES = {"student": "student", "teacher": "teacher", "undistilled": "teacher in the student's sampler"}
+TUNED = "best settings at these steps"
+STUDENTS = ("#ee6633", "#228833", "#aa3377", "#ccbb44", "#66ccee")
+"""Colours of several lines of a student; those of a teacher share its colour and differ by their markers."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Rows that are one line: of one model by one sampler, spacing and guidance, or of the teacher tuned at each number
+    of steps. `kind` is "student", "teacher" or "undistilled", the teacher in the student's sampler."""
+
+    label: str
+    kind: str
+    rows: list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -104,46 +113,72 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], real: Mapping[str
 
     The first row is the teacher at full steps, drawn as a dashed line; `real` pictures' own scores as a dotted one.
     """
-    metrics = [name for name in METRICS if name in rows[0]]
-    figure = Figure(figsize=(4.3 * len(metrics), 7.2), layout="constrained")
-    axes = figure.subplots(2, len(metrics), squeeze=False, sharey="col")
+    metrics = measured_in(rows)
+    figure = Figure(figsize=(4.3 * max(1, len(metrics)), 6.9), layout="constrained")
+    axes = figure.subplots(2, max(1, len(metrics)), squeeze=False, sharey="col")
     for column, name in enumerate(metrics):
         for axis, x in zip(axes[:, column], ("steps", "nfe"), strict=True):
             _draw_metric(axis, rows, name, x, real)
-        axes[0, column].set_title(_title(name), fontsize=11)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=10, frameon=False)
+        axes[0, column].set_title(MEASURES[name].curve, fontsize=11)
+    _legend_below(figure)
     figure.savefig(path, dpi=110)
 
 
 def curve_figures(rows: Sequence[Mapping[str, Any]], real: Mapping[str, float] | None = None) -> dict[str, Figure]:
     """Each metric against steps as a figure of its own, by its title; the rows are those of `draw_curves`."""
     figures = {}
-    for name in (name for name in METRICS if name in rows[0]):
-        figure = Figure(figsize=(4.6, 3.9), layout="constrained")
+    for name in measured_in(rows):
+        figure = Figure(figsize=(4.6, 3.5), layout="constrained")
         axis = figure.subplots()
         _draw_metric(axis, rows, name, "steps", real)
-        axis.set_title(_title(name), fontsize=11)
-        axis.legend(fontsize=8, frameon=False)
-        figures[METRICS[name][0]] = figure
+        axis.set_title(MEASURES[name].curve, fontsize=11)
+        _legend_below(figure, 8)
+        figures[MEASURES[name].title or MEASURES[name].heading] = figure
     return figures
+
+
+def measured_in(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that rows have numbers of: one that was left out has no curve."""
+    return [name for name in DRAWN if any(_is_number(row.get(name)) for row in rows)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _draw_metric(
     axis: Axes, rows: Sequence[Mapping[str, Any]], name: str, x: str, real: Mapping[str, float] | None
 ) -> None:
     full, rest = rows[0], rows[1:]
-    for line, points in _lines(rest).items():
-        _draw_line(axis, line, sorted(points, key=lambda row: row[x]), x, name)
+    for line, colour, marker in _styled(series_of(rest)):
+        width, above = (2.4, 3) if line.kind == "student" else (1.6, 2)
+        points = sorted((row for row in line.rows if _is_number(row.get(name))), key=lambda row: row[x])
+        _draw_points(axis, points, x, name, line.label, colour, marker, linewidth=width, zorder=above)
     _draw_levels(axis, name, full, real)
     _powers_of_two(axis, {row[x] for row in rest})
-    axis.set_xlabel("steps" if x == "steps" else "network evaluations a picture")
-    _open(axis, METRICS[name][1])
+    axis.set_xlabel("steps" if x == "steps" else "network evaluations per picture")
+    _open(axis, MEASURES[name].logarithmic)
 
 
-def _title(name: str) -> str:
-    title, _, better = METRICS[name]
-    return f"{title} ({better} is better)"
+def plain(text: str) -> str:
+    """A text that matplotlib draws as it is: without formulas between dollars, and named in legends though it begins
+    with an underscore. A long one is cut."""
+    text = text if len(text) <= LABEL else text[: LABEL - 1] + "…"
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _legend_below(figure: Figure, size: int = 10) -> None:
+    """One legend of all panels, below them; the figure grows by its height."""
+    found: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    if not found:
+        return
+    longest = max(map(len, found)) + 6  # and a handle
+    columns = max(1, min(5, int(figure.get_figwidth() * 120 / size / longest)))
+    figure.set_figheight(figure.get_figheight() + 0.02 * size * -(-len(found) // columns))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=size, frameon=False)
 
 
 def draw_lines(
@@ -162,7 +197,7 @@ def draw_lines(
         level: the name of a dotted line, and at which value of each metric it stands; one that is 0 is not drawn.
         begins: what begins at which x, as vertical lines.
     """
-    figure = Figure(figsize=(4.3 * len(metrics), 4.4), layout="constrained")
+    figure = Figure(figsize=(4.3 * len(metrics), 4.1), layout="constrained")
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axis, name in zip(axes, metrics, strict=True):
         _draw_rows(axis, lines, name, x)
@@ -170,8 +205,7 @@ def draw_lines(
             axis.axvline(where, color=GREY, linewidth=1, label=what)
         if level[1].get(name):
             axis.axhline(level[1][name], color=GREY, linestyle=":", label=level[0])
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=10, frameon=False)
+    _legend_below(figure)
     figure.savefig(path, dpi=110)
 
 
@@ -179,22 +213,23 @@ def line_figures(lines: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequ
     """Rows as lines against their steps, a figure for each metric, by its title."""
     figures = {}
     for name in metrics:
-        figure = Figure(figsize=(4.6, 3.9), layout="constrained")
+        figure = Figure(figsize=(4.6, 3.5), layout="constrained")
         axis = figure.subplots()
         _draw_rows(axis, lines, name, "steps")
-        axis.legend(fontsize=8, frameon=False)
-        figures[METRICS[name][0]] = figure
+        _legend_below(figure, 8)
+        figures[MEASURES[name].title or MEASURES[name].heading] = figure
     return figures
 
 
 def _draw_rows(axis: Axes, lines: Mapping[str, Sequence[Mapping[str, Any]]], name: str, x: str) -> None:
     for (label, rows), (colour, marker) in zip(lines.items(), cycle(LINES), strict=False):
-        _draw_points(axis, sorted(rows, key=lambda row: row[x]), x, name, label, colour, marker)
+        points = sorted((row for row in rows if _is_number(row.get(name))), key=lambda row: row[x])
+        _draw_points(axis, points, x, name, label, colour, marker)
     if x == "steps":
         _powers_of_two(axis, {row[x] for rows in lines.values() for row in rows})
     axis.set_xlabel("steps" if x == "steps" else "training step")
-    axis.set_title(_title(name), fontsize=11)
-    _open(axis, METRICS[name][1])
+    axis.set_title(MEASURES[name].curve, fontsize=11)
+    _open(axis, MEASURES[name].logarithmic)
 
 
 def _powers_of_two(axis: Axes, values: Iterable[int]) -> None:
@@ -215,28 +250,55 @@ def _open(axis: Axes, logarithmic: bool) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _lines(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(line_of(row), []).append(row)
-    return lines
-
-
 def line_of(row: Mapping[str, Any]) -> str:
-    """A row's curve: "student", the tuned "teacher", or the "undistilled" teacher in the student's sampler."""
+    """A row's kind: "student", the "teacher", or the "undistilled" teacher in the student's sampler."""
     if row["model"] == "student":
         return "student"
     return "teacher" if row["sampler"] == "ddim" else "undistilled"
 
 
-def _draw_line(axis: Axes, line: str, points: Sequence[Mapping[str, Any]], x: str, name: str) -> None:
-    names = {
-        "student": "student",
-        "teacher": "teacher, best settings at these steps",
-        "undistilled": "teacher in the student's sampler",
+def series_of(rows: Iterable[Mapping[str, Any]]) -> list[Series]:
+    """Rows by the line that they belong to, of which each has at most one row for a number of steps."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((line_of(row), *_apart(row).values()), []).append(row)
+    several: dict[str, list[dict[str, str]]] = {}
+    for (kind, *_), own in groups.items():
+        several.setdefault(kind, []).append(_apart(own[0]))
+    return [Series(_label(kind, own[0], several[kind]), kind, own) for (kind, *_), own in groups.items()]
+
+
+def _apart(row: Mapping[str, Any]) -> dict[str, str]:
+    """What tells lines of one kind apart, in words; of a tuned teacher nothing does, whose settings are its best."""
+    if row.get("tuned"):
+        return {"tuned": TUNED}
+    evaluation = row.get("evaluation", "")
+    return {
+        "evaluation": evaluation if row["model"] == "student" else "",
+        "sampler": f"{row['sampler']}/{row['spacing']}" if "spacing" in row else str(row["sampler"]),
+        "guidance": f"w {row['guidance']:g}" if "guidance" in row else "",
     }
-    width, above = (2.4, 3) if line == "student" else (1.6, 2)
-    _draw_points(axis, points, x, name, names[line], COLOURS[line], linewidth=width, zorder=above)
+
+
+def _label(kind: str, row: Mapping[str, Any], others: Sequence[Mapping[str, str]]) -> str:
+    """Its kind, and of what tells lines apart as much as differs among those of its kind."""
+    own = _apart(row)
+    if "tuned" in own:
+        return f"{NAMES[kind]}, {TUNED}"
+    settings = [other for other in others if "tuned" not in other]
+    differ = [key for key in own if own[key] and (key == "evaluation" or len({other[key] for other in settings}) > 1)]
+    first = own["evaluation"] or NAMES[kind]
+    return ", ".join([first, *(own[key] for key in differ if key != "evaluation")])
+
+
+def _styled(lines: Sequence[Series]) -> Iterator[tuple[Series, str, str]]:
+    """Lines with a colour and a marker each."""
+    seen: Counter[str] = Counter()
+    for line in lines:
+        number = seen[line.kind]
+        seen[line.kind] += 1
+        colour = STUDENTS[number % len(STUDENTS)] if line.kind == "student" else COLOURS[line.kind]
+        yield line, colour, MARKERS[number % len(MARKERS)]
 
 
 def _draw_points(
@@ -250,11 +312,13 @@ def _draw_points(
     linewidth: float = 1.6,
     zorder: float = 2,
 ) -> None:
+    if not points:
+        return
     axis.errorbar(
         [point[x] for point in points],
         [point[name] for point in points],
         [point.get(f"{name}_se", 0.0) for point in points],
-        label=label,
+        label=plain(label),
         color=colour,
         marker=marker,
         markersize=5,
@@ -265,8 +329,9 @@ def _draw_points(
 
 
 def _draw_levels(axis: Axes, name: str, full: Mapping[str, Any], real: Mapping[str, float] | None) -> None:
-    if full[name] > 0:  # the teacher's distance from itself is 0, which no logarithmic axis shows
-        axis.axhline(full[name], color=COLOURS["teacher"], linestyle="--", label=f"teacher, {full['steps']} steps")
+    if _is_number(full.get(name)) and full[name] > 0:  # from itself it is 0, which no logarithmic axis shows
+        label = f"teacher, {counted(full['steps'], 'step')}"
+        axis.axhline(full[name], color=COLOURS["teacher"], linestyle="--", label=label)
     if real and name in real:
         axis.axhline(real[name], color=GREY, linestyle=":", label="real pictures")
 
@@ -294,22 +359,37 @@ def training_figures(metrics_file: Path) -> dict[str, Figure]:
     return figures
 
 
-def _trained(metrics_file: Path, more: Sequence[str] = ()) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+def _trained(metrics_file: Path, more: Sequence[str] = ()) -> tuple[list[dict[str, float]], dict[str, list[str]]]:
     """The lines of a metrics.jsonl, and which of their scalars go into which panel."""
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    lines = [found for line in metrics_file.read_text(encoding="utf-8").splitlines() if (found := _scalars(line))]
     if not lines:
         raise ValueError(f"{metrics_file} holds no metrics")
     known = dict.fromkeys(name for line in lines for name in line)  # a validation's line has other names than a step's
+    if not any(line.get("skipped") for line in lines):
+        known.pop("skipped", None)  # no step was
     panels = {"loss": [name for name in known if "loss" in name]}
     panels |= {name: [name] for name in ("lr", "grad_norm", *more) if name in known}
     return lines, panels | {name: [name] for name in known if more and name.startswith("validation/")}
 
 
+def _scalars(line: str) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl, which may be another person's; nothing of a line without a step."""
+    try:
+        row = json.loads(line)
+        found: dict[str, float] = {"step": int(row["step"])}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}
+    for name, value in row.items():
+        with suppress(ValueError, TypeError):
+            found[name] = float(value)  # "nan" is written as a text
+    return found
+
+
 def _draw_scalars(axis: Axes, lines: Sequence[Mapping[str, Any]], title: str, names: Sequence[str]) -> None:
     for name in names:
-        points = [(line["step"], float(line[name])) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
-    axis.set_title(title, fontsize=11)
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True), label=plain(name), linewidth=1.6)
+    axis.set_title(plain(title), fontsize=11)
     axis.set_xlabel("step")
     _open(axis, title in ("loss", "grad_norm"))
     if len(names) > 1:

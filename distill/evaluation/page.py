@@ -16,6 +16,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
+from distill.data.words import counted
 from distill.evaluation.figures import GridRow, cell_picture
 
 INK = "#010203"  # of figures to come; the page's own ink takes its place, and changes with its theme
@@ -39,13 +40,18 @@ def section(title: str, *parts: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
-def text(paragraph: str) -> str:
-    """A paragraph; or a list, of lines that begin with "- "."""
+def text(paragraph: str, code: bool = False) -> str:
+    """A paragraph; or a list, of lines that begin with "- ". `code`: backticks set code."""
+    marked = _marked if code else html.escape
     lines = [line for line in paragraph.strip().splitlines() if line]
     if not all(line.startswith(("- ", "  ")) for line in lines):
-        return f"<p>{html.escape(' '.join(lines))}</p>"
+        return f"<p>{marked(' '.join(lines))}</p>"
     items = re.split(r"^- ", paragraph.strip(), flags=re.M)[1:]
-    return "<ul>" + "".join(f"<li>{html.escape(' '.join(item.split()))}</li>" for item in items) + "</ul>"
+    return "<ul>" + "".join(f"<li>{marked(' '.join(item.split()))}</li>" for item in items) + "</ul>"
+
+
+def _marked(words: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(words))
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
@@ -84,9 +90,9 @@ def _svg(name: str, figure: Figure) -> str:
             spine.set_edgecolor(INK)
         for label in (axis.title, axis.xaxis.label, axis.yaxis.label):
             label.set_color(INK)
-        if legend := axis.get_legend():
-            for entry in legend.get_texts():
-                entry.set_color(INK)
+    for legend in (*figure.legends, *filter(None, (axis.get_legend() for axis in figure.axes))):
+        for entry in legend.get_texts():
+            entry.set_color(INK)
     drawn = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
@@ -112,10 +118,10 @@ def _strip(row: GridRow, cell: int) -> str:
     for picture in pictures:
         strip.paste(picture, (left, 0))
         left += picture.width
-    title, detail = html.escape(row.title), html.escape(row.detail)
+    title, detail, count = html.escape(row.title), html.escape(row.detail), counted(len(pictures), "picture")
     return (
         f"<figure><figcaption>{title}<small>{detail}</small></figcaption>"
-        f'<img alt="{title}, {len(pictures)} pictures" src="{_data(strip)}"></figure>'
+        f'<img alt="{title}, {count}" src="{_data(strip)}"></figure>'
     )
 
 
@@ -129,7 +135,7 @@ def _data(picture: Image.Image) -> str:
 
 def picture(file: Path) -> str:
     """A picture from a file."""
-    with Image.open(file) as found:
+    with Image.open(file, formats=("PNG",)) as found:
         source = _data(found.convert("RGB"))
     return f'<div class="scroll"><figure><img alt="{html.escape(file.stem)}" src="{source}"></figure></div>'
 

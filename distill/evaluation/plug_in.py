@@ -20,7 +20,7 @@ from distill.evaluation.toy import JudgeScorer
 from distill.toy.styles import Style
 from distill.toy.world import labels_of
 
-OWN = {"weight": ("style's weight", "{:g}"), "style": ("style", "{:.3f}")}
+OWN = {"weight": ("style's weight", "{:g}")}
 ORDER = "model weight sampler spacing steps guidance nfe caption_accuracy style frechet".split()
 COLUMNS = {key: (report.COLUMNS | OWN)[key] for key in ORDER}  # row key: heading, format
 

@@ -13,17 +13,22 @@ from typing import Any
 
 import torch
 
+from distill.data.words import counted
 from distill.evaluation import page
 from distill.evaluation.compare import FIRST_SEED, Comparison, Row, Setting, require_one_protocol
 from distill.evaluation.figures import (
+    NAMES,
+    TUNED,
     GridRow,
     curve_figures,
     draw_curves,
     draw_grid,
     draw_training,
     line_of,
+    series_of,
     training_figures,
 )
+from distill.evaluation.measures import LEGEND, MEASURES
 
 COLUMNS = {  # row key: heading, format
     "model": ("model", "{}"),
@@ -32,22 +37,10 @@ COLUMNS = {  # row key: heading, format
     "steps": ("steps", "{}"),
     "guidance": ("w", "{:g}"),
     "nfe": ("NFE", "{}"),
-    "caption_accuracy": ("captions right", "{:.3f}"),
-    "frechet": ("Fréchet", "{:.3f}"),
-    "sharpness": ("sharpness", "{:.2f}"),
-    "diversity": ("diversity", "{:.2f}"),
-    "fid": ("FID", "{:.2f}"),
-    "fid_patch": ("FID-patch", "{:.2f}"),
-    "clip_score": ("CLIP score", "{:.2f}"),
-    "aesthetic": ("aesthetic", "{:.2f}"),
-    "image_reward": ("ImageReward", "{:.3f}"),
-    "hps": ("HPS", "{:.2f}"),
-    "pickscore": ("PickScore", "{:.2f}"),
-    "teacher_consistency": ("teacher consistency", "{:.4f}"),
-    "stored_consistency": ("from stored ends", "{:.4f}"),
-    "stored_cosine": ("cosine with them", "{:.4f}"),
+    **{key: measure.column for key, measure in MEASURES.items()},
 }
 GRID_COLUMNS = 10
+TUNED_TEACHER = f"{NAMES['teacher']}, {TUNED}"  # in the grid it is "teacher": its settings are in the table
 CONFIG = "config.yaml"
 TITLE = "Student and teacher compared"
 SAME_NOISE = "Each column has one prompt and one starting noise."
@@ -65,7 +58,9 @@ def format_table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]] = C
     """
     require_one_protocol(rows)
     keys = [key for key in columns if any(key in row for row in rows)]
-    cells = [[columns[key][0] for key in keys]] + [[_cell(row, key, columns[key][1]) for key in keys] for row in rows]
+    cells = [[markdown(columns[key][0]) for key in keys]] + [
+        [_cell(row, key, columns[key][1]) for key in keys] for row in rows
+    ]
     widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(keys))]
     right = [not any(isinstance(row.get(key), str) for row in rows) for key in keys]
     rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)]
@@ -77,10 +72,20 @@ def format_table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]] = C
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
+def markdown(text: str) -> str:
+    """A text on one line in which nothing is markup: names may be another person's."""
+    text = " ".join(text.split()).replace("<", "&lt;").replace("`", "'")
+    return text.replace("|", r"\|").replace("[", r"\[")
+
+
+def _lines_of(text: str) -> str:
+    return text.replace("<", "&lt;").replace("[", r"\[")
+
+
 def _cell(row: Row, key: str, pattern: str) -> str:
-    if key not in row:
+    if row.get(key) is None:
         return ""
-    text = pattern.format(row[key])
+    text = markdown(pattern.format(row[key]))
     return f"{text} ± {pattern.format(row[f'{key}_se'])}" if f"{key}_se" in row else text
 
 
@@ -134,7 +139,7 @@ def write_report(
     (folder / "report.md").write_text(_markdown(comparison, rows, about, reproduce, real, run, agreement) + "\n")
     parts = [
         page.text(about),
-        page.section("Results", page.table(rows, COLUMNS), page.text(_protocol(comparison, real))),
+        page.section("Results", page.table(rows, COLUMNS), page.text(_protocol(comparison, real), code=True)),
         page.section("Quality against steps", page.curves(curve_figures(rows, real))),
         page.section("Pictures", page.text(SAME_NOISE), page.grid(columns, groups)),
         *([] if run is None else _of_run(run)),
@@ -158,9 +163,9 @@ def _markdown(
 ) -> str:
     parts = [
         f"# {TITLE}",
-        about,
+        markdown(about),
         format_table(rows),
-        f"## How it was measured\n\n{_protocol(comparison, real)}",
+        f"## How it was measured\n\n{_lines_of(_protocol(comparison, real))}",
         f"## Pictures\n\n{SAME_NOISE}\n\n![samples](grid.png)",
         "## Quality against steps, and against network evaluations\n\n![curves](curves.png)",
     ]
@@ -168,7 +173,7 @@ def _markdown(
         parts.append("## Training\n\n![training](training.png)")
     if agreement is not None:
         parts.append(f"## {IN_DIFFUSERS}\n\n{_agreement(agreement)}")
-    environment = "\n".join(f"- {name}: {value}" for name, value in _environment(comparison).items())
+    environment = "\n".join(f"- {name}: {markdown(value)}" for name, value in _environment(comparison).items())
     return "\n\n".join([*parts, f"## Again\n\n```sh\n{reproduce.strip()}\n```", f"## Environment\n\n{environment}"])
 
 
@@ -194,17 +199,15 @@ def _grid(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[
     n = comparison.plan.n
     places = [9 * i % n for i in range(min(GRID_COLUMNS, n))]  # prompts in turn: 9 apart, they differ in every way
     groups: dict[int, list[GridRow]] = {}
+    names = {id(row): line.label for line in series_of(rows[1:]) if line.label != TUNED_TEACHER for row in line.rows}
     for row in rows:
         if line_of(row) != "undistilled":
             setting = setting_of(row)
-            line = GridRow(_title(setting), _detail(row), comparison.pictures(setting, places))
+            title = f"{names.get(id(row), setting.model)}, {counted(setting.steps, 'step')}"
+            line = GridRow(title, _detail(row), comparison.pictures(setting, places))
             groups.setdefault(setting.steps, []).append(line)
     prompts = comparison.scorer.prompts("report", n)
     return [prompts[i] for i in places], list(groups.values())
-
-
-def _title(setting: Setting) -> str:
-    return f"{setting.model}, {setting.steps} {'step' if setting.steps == 1 else 'steps'}"
 
 
 def _detail(row: Row) -> str:
@@ -219,16 +222,16 @@ def _protocol(comparison: Comparison, real: Mapping[str, float] | None) -> str:
   {plan.tuning_n} other noises (seeds from {FIRST_SEED["tuning"]} up)"""
     few = tuned if len(plan.candidates(1)) > 1 else f"{plan.spacings[0]} times, w as the rows say, not tuned"
     text = f"""
-- Every row: the same {plan.n} prompts and starting noises (seeds from {FIRST_SEED["report"]} up, one CPU generator a
-  picture). Errors are standard errors over these pictures, of one training run.
-- teacher, ddim, up to {max(plan.steps)} steps: {few}.
+- Every row: the same {counted(plan.n, "prompt")} and starting noises (seeds from {FIRST_SEED["report"]} up, one CPU
+  generator a picture). Errors are standard errors over these pictures, of one training run.
+- teacher, ddim, up to {counted(max(plan.steps), "step")}: {few}.
 """
     if "student" in comparison.denoisers:
         text += f"- teacher, {plan.student_sampler}: the undistilled teacher, guided, in the student's sampler.\n"
     text += f"""\
 - w: guidance, `uncond + w (cond - uncond)`; 1 is none. A student has its teacher's guidance built in.
 - NFE: network evaluations a picture; a guided step takes two. Compare at equal NFE as well as at equal steps.
-- Teacher consistency: mean squared difference, per latent element, from the teacher's {plan.teacher_steps}-step end
+- {LEGEND} From teacher: mean squared difference, per latent element, from the teacher's {plan.teacher_steps}-step end
   point from the same noise and prompt. A sampler that adds fresh noise cannot reach 0.
 - Protocol: {scorer.protocol}, N = {plan.n}. Results of another one do not compare with these.
 - Judged by: {scorer.name}. Fréchet distances compare at equal n only.
@@ -236,7 +239,8 @@ def _protocol(comparison: Comparison, real: Mapping[str, float] | None) -> str:
     text += "".join(f"- {note}\n" for note in (*scorer.notes, *(comparison.stored.notes if comparison.stored else ())))
     text += "".join(f"- Left out: {name}, {reason}\n" for name, reason in scorer.left_out.items())
     if real:
-        scores = ", ".join(f"{COLUMNS[k][0]} {COLUMNS[k][1].format(v)}" for k, v in real.items() if k in COLUMNS)
+        measures = {key: MEASURES[key] for key in real if key in MEASURES}
+        scores = ", ".join(f"{measure.heading} {measure.pattern.format(real[k])}" for k, measure in measures.items())
         text += f"- As many other real pictures score: {scores}.\n"
     return text.strip()
 

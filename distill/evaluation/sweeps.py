@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distill.data.progress import Progress
 from distill.evaluation.figures import CELL, GridRow, draw_grid
+from distill.evaluation.measures import MEASURES
 from distill.evaluation.pipelines import draw, use_adapters, use_sampler
 from distill.evaluation.pixels import laplacian_energy, rmse
 from distill.evaluation.report import format_table
@@ -37,10 +38,10 @@ COLUMNS = {  # row key: heading, format
     "negative_prompt": ("negative prompt", "{}"),
     "nfe": ("NFE", "{:g}"),
     "seconds": ("s a picture", "{:.3g}"),
-    "difference": ("RMSE from reference", "{:.4f}"),
+    "difference": MEASURES["difference"].column,
     "energy": ("HF energy", "{:.4f}"),
     "negative_change": ("RMSE by negative prompt", "{}"),
-    "caption_accuracy": ("captions right", "{:.3f}"),
+    "caption_accuracy": MEASURES["caption_accuracy"].column,
 }
 
 Row = dict[str, Any]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
+from PIL import Image
 
 from distill.evaluation import page
 from distill.evaluation.compare import Row, by_protocol
-from distill.evaluation.figures import METRICS, line_figures, line_of
-from distill.evaluation.report import COLUMNS, CONFIG, format_table
+from distill.evaluation.figures import line_figures, line_of, measured_in, series_of
+from distill.evaluation.measures import LEGEND, MEASURES
+from distill.evaluation.report import COLUMNS, CONFIG, format_table, markdown
 
 TITLE = "Students compared"
 
@@ -26,20 +28,22 @@ def write_together(folder: Path, reports: Mapping[str, Path]) -> None:
 
     Raises:
         FileNotFoundError: a folder without a report.
+        ValueError: one that is not as `write_report` writes it; names the file.
     """
     rows = {name: _rows(there) for name, there in reports.items()}
     folder.mkdir(parents=True, exist_ok=True)
     together = _together(rows)
-    parts, text = [page.text(_about(reports))], [f"# {TITLE}", _about(reports)]
+    parts, text = [page.text(_about(reports))], [f"# {TITLE}", markdown(_about(reports))]
     columns = {"evaluation": ("evaluation", "{}")} | COLUMNS
     for protocol, of_one in by_protocol(together).items():
-        figures = line_figures(_lines(of_one), [name for name in METRICS if all(name in row for row in of_one)])
+        figures = line_figures(_lines(of_one), measured_in(of_one))
         parts += [page.section(f"Protocol: {protocol}", page.table(of_one, columns), page.curves(figures))]
-        text += [f"## Protocol: {protocol}", format_table(of_one, columns)]
+        text += [f"## Protocol: {markdown(protocol)}", format_table(of_one, columns)]
     for name, there in reports.items():
-        shutil.copyfile(there / "grid.png", folder / f"{name}.png")
-        parts.append(page.section(f"Pictures of {name}", page.picture(folder / f"{name}.png")))
-        text.append(f"## Pictures of {name}\n\n![pictures]({name}.png)")
+        grid = folder / f"{name}.png"
+        read_grid(there / "grid.png").save(grid)
+        parts.append(page.section(f"Pictures of {name}", page.picture(grid)))
+        text.append(f"## Pictures of {markdown(name)}\n\n![pictures]({quote(grid.name)})")
     if apart := _apart(reports):
         settings = [{"setting": key} | values for key, values in apart.items()]
         headings = {key: (key, "{}") for key in ("setting", *reports)}
@@ -51,9 +55,38 @@ def write_together(folder: Path, reports: Mapping[str, Path]) -> None:
 
 
 def _rows(there: Path) -> list[Row]:
-    if not (there / "metrics.json").is_file():
+    """The rows of a report, which may be another person's."""
+    file = there / "metrics.json"
+    if not file.is_file():
         raise FileNotFoundError(f"{there}: no report there (scripts/evaluate.py writes OUTPUT_DIR/report)")
-    return json.loads((there / "metrics.json").read_text())
+    try:
+        return [_checked(row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{file}: not the rows of a report ({type(error).__name__} {error})") from None
+
+
+def _checked(row: Row) -> Row:
+    """Raises TypeError or KeyError for what is no row."""
+    texts, numbers = ("model", "sampler", "spacing", "protocol"), ["steps", "guidance", "nfe", "n", *MEASURES]
+    kinds: dict[str, Any] = dict.fromkeys(texts, str)
+    kinds |= dict.fromkeys([*numbers, *(f"{name}_se" for name in MEASURES)], (int, float))
+    for name in ("model", "sampler", "steps"):
+        row[name]
+    for name, kind in kinds.items():
+        if name in row and not isinstance(row[name], kind):
+            raise TypeError(f"{name} is {type(row[name]).__name__}")
+    return row
+
+
+def read_grid(file: Path) -> Image.Image:
+    """A report's grid. Raises ValueError: it is no PNG."""
+    try:
+        with Image.open(file, formats=("PNG",)) as found:
+            return found.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything
+        raise ValueError(f"{file}: not a PNG ({type(error).__name__})") from None
 
 
 def _together(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -67,20 +100,16 @@ def _together(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
     return sorted(found, key=lambda row: (row["model"] != "teacher", row["steps"]))
 
 
-def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    lines: dict[str, list[Row]] = {}
+def _lines(rows: Sequence[Row]) -> dict[str, Sequence[Row]]:
+    """Students' rows, and the teacher's of as few steps, by the line that they belong to."""
     most = max((row["steps"] for row in rows if row["model"] == "student"), default=0)
-    for row in rows:
-        kind = line_of(row)
-        if kind == "student":
-            lines.setdefault(f"{row['evaluation']}, {row['sampler']}", []).append(row)
-        elif kind == "teacher" and row["steps"] <= max(most, 1):
-            lines.setdefault("teacher", []).append(row)
-    return lines
+    few = [row for row in rows if row["model"] == "student" or row["steps"] <= max(most, 1)]
+    drawn = series_of(row for row in few if line_of(row) != "undistilled")
+    return {line.label: [dict(row) for row in line.rows] for line in drawn}
 
 
 def _about(reports: Mapping[str, Path]) -> str:
-    return f"Beside each other: {', '.join(reports)}. A dash for an evaluation: the teacher, which they share."
+    return f"Beside each other: {', '.join(reports)}. A dash for an evaluation: the teacher, which they share. {LEGEND}"
 
 
 def _apart(reports: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
@@ -88,10 +117,22 @@ def _apart(reports: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     files = {name: there / CONFIG for name, there in reports.items()}
     if not all(file.is_file() for file in files.values()):
         return {}
-    settings = {name: flat(yaml.safe_load(file.read_text())) for name, file in files.items()}
+    settings = {name: flat(_settings(file)) for name, file in files.items()}
     keys = dict.fromkeys(key for one in settings.values() for key in one)
     values = {key: {name: str(one.get(key, "—")) for name, one in settings.items()} for key in keys}
     return {key: found for key, found in values.items() if len(set(found.values())) > 1}
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Raises ValueError: it is no YAML of settings. Aliases, with which a short text fills any memory, are refused."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it has aliases")
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not the settings of a run ({' '.join(str(error).split())[:200]})") from None
+    return found if isinstance(found, dict) else {}
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:

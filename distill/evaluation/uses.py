@@ -17,6 +17,7 @@ from distill.data.progress import Progress
 from distill.diffusion.solver import make_times
 from distill.evaluation.cache import Cache, weights_hash
 from distill.evaluation.compare import WORK, Row, Setting, seeds_of
+from distill.evaluation.measures import MEASURES
 from distill.evaluation.pipelines import use_adapters, use_sampler
 from distill.evaluation.report import setting_of
 from distill.evaluation.toy import JudgeScorer
@@ -31,9 +32,9 @@ COLUMNS = {  # row key: heading, format
     "from": ("from t", "{}"),
     "guidance": ("w", "{:g}"),
     "nfe": ("NFE", "{}"),
-    "caption_accuracy": ("captions right", "{:.3f}"),
-    "follows": ("follows", "{:.3f}"),
-    "frechet": ("Fréchet", "{:.3f}"),
+    "caption_accuracy": MEASURES["caption_accuracy"].column,
+    "follows": MEASURES["follows"].column,
+    "frechet": MEASURES["frechet"].column,
 }
 
 Arguments = Callable[[int, float], dict[str, Any]]

@@ -36,7 +36,7 @@ def page(folder: Path) -> Path:
     rows = [GridRow("teacher, 50 steps", "FID 20", pictures), GridRow("student, 4 steps", "", -pictures)]
     parts = [
         text("What was distilled\nfrom what."),
-        section("Results", table(ROWS, COLUMNS), text("- one thing\n- another,\n  on two lines")),
+        section("Results", table(ROWS, COLUMNS), text("- one `a < b` thing\n- another,\n  on two lines", code=True)),
         section("Curves", curves(figures)),
         section("Pictures", grid([f"prompt {i}" for i in range(10)], [rows])),
         section("Settings", changes({"learning_rate": (1e-4, 1e-3)}), folded("config.yaml", "a: <1>")),
@@ -53,7 +53,7 @@ def test_the_page_is_whole_and_asks_for_nothing(tmp_path: Path) -> None:
     assert "<title>A student &amp; its teacher</title>" in written
     assert "20.0 <small>± 0.5</small>" in written and "<td>—</td>" in written
     assert "&lt;b&gt;left out &amp; why&lt;/b&gt;" in written and "<b>left" not in written
-    assert "<li>another, on two lines</li>" in written
+    assert "<li>another, on two lines</li>" in written and "one <code>a &lt; b</code> thing" in written
     ids = re.findall(r'\bid="([^"]+)"', written)
     assert len(ids) == len(set(ids)) > 10  # of two figures; a browser would take the first of two alike
     assert set(re.findall(r'href="#([^"]+)"', written)) <= set(ids)
