@@ -22,9 +22,9 @@ def submit(*settings: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        (["slurm.nodes=0"], "slurm.nodes=0: input should be greater than or equal to 1"),
+        (["slurm.nodes=0"], "slurm.nodes=0: must be greater than or equal to 1"),
         (["slurm.time=1h"], "slurm.time: '1h' is not a time such as 12:00:00 or 2-00:00:00"),
-        (["slurm.time=60"], "slurm.time: 60 is not a time such as 12:00:00 or 2-00:00:00"),
+        (["slurm.time=60"], "slurm.time: '60' is not a time such as 12:00:00 or 2-00:00:00"),
         (["slurm.mem=lots"], "slurm.mem: 'lots' is not an amount of memory such as 200G"),
         (["slurm.account='a\n#SBATCH --x'"], "slurm.account: 'a\\n#SBATCH --x' is not a name"),
         (["slurm.options=['--qos=high low']"], "slurm.options.0: '--qos=high low' is not an option of sbatch such as"),

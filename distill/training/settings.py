@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,36 @@ def check_number(value: Any) -> Any:
     return value
 
 
+def check_path(text: str) -> str:
+    """A path as it is opened: `~` is the home folder. Relative paths and URLs stay as they were written.
+
+    Raises:
+        ValueError: no path, or the home folder of a user that is unknown.
+    """
+    found = home_expanded(text)
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} is no path: give one, or leave the setting out")
+    if found.startswith("~"):
+        raise ValueError(
+            f"{text!r} begins with the home folder of an unknown user: write ./{text} for a file so called"
+        )
+    return found
+
+
+def home_expanded(text: str) -> str:
+    """The text with the home folder in the place of a `~` that begins it; a text that is no such path as it is."""
+    return os.path.expanduser(text)
+
+
+def _written(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+FilePath = Annotated[str, BeforeValidator(_written), AfterValidator(check_path)]
+"""A file's, a folder's or a model's place: a path, a URL, or a name on the hub."""
+TextOrPath = Annotated[str, BeforeValidator(_written), AfterValidator(home_expanded)]
+"""A path, or the text itself that such a file would hold."""
+Flag = Annotated[bool, Field(strict=True)]
 Component = Annotated[dict[str, Any], AfterValidator(check_component)]
 Number = Annotated[float, BeforeValidator(check_number), Field(allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
@@ -41,7 +72,7 @@ Several = Annotated[Natural, AfterValidator(check_several)]
 class ModelSettings(Settings):
     """The teacher: a diffusers pipeline folder or hub id. `resolution` in pixels; null takes the teacher's own."""
 
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: FilePath
     revision: str | None = None
     variant: str | None = None
     resolution: Positive | None = None
@@ -59,14 +90,14 @@ class DataSettings(Settings):
     `prompt_column` names the caption in JSON, and `num_samples` null takes them all.
     """
 
-    store: str
-    prompts: str | None = None
+    store: FilePath
+    prompts: FilePath | None = None
     prompt_column: str | None = None
-    images: str | None = None
+    images: FilePath | None = None
     min_size: Positive | None = None
     max_aspect_ratio: Annotated[Number, Field(ge=1)] = 2.0
     crop: Literal["center", "random"] = "center"
-    vae: str | None = None
+    vae: FilePath | None = None
     num_samples: Positive | None = 2000
     samples_per_shard: Positive = 100
     solver: Literal["ddim", "heun", "dpmpp_2m"] = "ddim"
@@ -79,7 +110,7 @@ class DataSettings(Settings):
     dtype: Literal["float16", "float32"] = "float16"
     batch_size: Positive = 8
     max_bad_fraction: Fraction = 0.0
-    verify_on_first_read: bool = False
+    verify_on_first_read: Flag = False
     read_retry_seconds: Annotated[Number, Field(ge=0)] = 120
 
 
@@ -96,10 +127,10 @@ class TrainSettings(Settings):
     reward: Component | None = None
     reward_batch_size: Positive = 1
     perceptual: Component | None = None
-    teacher: str | None = None
-    start: str | None = None
+    teacher: FilePath | None = None
+    start: FilePath | None = None
     health: Component = {"_target_": "distill.training.health.Health"}
-    output_dir: str
+    output_dir: FilePath
     seed: Natural
     max_train_steps: Positive
     global_batch_size: Positive
@@ -109,17 +140,17 @@ class TrainSettings(Settings):
     lr_warmup_steps: Natural
     max_grad_norm: Annotated[Number, Field(gt=0)] | None
     mixed_precision: Literal["no", "bf16"]
-    gradient_checkpointing: bool
+    gradient_checkpointing: Flag
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None
     lora_rank: Positive
     lora_alpha: Annotated[Number, Field(gt=0)]
     dataloader_num_workers: Natural
-    resume_from_checkpoint: str | Natural | None
+    resume_from_checkpoint: FilePath | Natural | None
     checkpointing_steps: Positive
     checkpoints_total_limit: Positive | None
     preemption_signals: Annotated[list[str], Field(min_length=1)] = ["SIGTERM", "SIGUSR1"]
     watchdog_minutes: Annotated[Number, Field(gt=0)] | None = 30
-    validation_prompts: list[str] | str | None
+    validation_prompts: list[str] | TextOrPath | None
     validation_steps: Positive
     validation_sampling_steps: Positive
     validation_guidance: Annotated[Number, Field(ge=0)] = 7.5  # runs of before it existed have none
@@ -165,30 +196,30 @@ class SampleSettings(Settings):
     """`configs/sample.yaml`: pictures from a pipeline, with or without a LoRA, or from a run, or a sweep over them."""
 
     model: ModelSettings
-    run: str | None
-    lora: str | None
+    run: FilePath | None
+    lora: FilePath | None
     lora_scale: Number
-    prompts: str | list[str]
+    prompts: TextOrPath | list[str]
     negative_prompt: str | None
     sweep: Literal["steps", "guidance", "lora"] | None
     steps: Positive | list[Positive] | None
     guidance: Annotated[Number, Field(ge=0)] | list[Annotated[Number, Field(ge=1)]] | None
     sampler: Literal["lcm", "euler", "ddim", "heun", "dpmpp_2m"] | None
     spacing: Literal["lcm", "trailing", "leading", "milestones"] | None
-    teacher: str | None
+    teacher: FilePath | None
     teacher_steps: Positive
     teacher_guidance: Annotated[Number, Field(ge=0)]
     num_images_per_prompt: Positive
     batch_size: Positive
     seed: Natural
-    output_dir: str
+    output_dir: FilePath
 
 
 class PlugInSettings(Settings):
     """`configs/plug_in.yaml`: the toy LCM-LoRA on a fine-tuned teacher and beside a style LoRA."""
 
-    lora: str
-    output_dir: str
+    lora: FilePath
+    output_dir: FilePath
     n: Annotated[int, Field(ge=100, strict=True)]
     steps: list[Positive]
     weights: list[Number]
@@ -208,8 +239,8 @@ class PlugInSettings(Settings):
 class ToyControlSettings(Settings):
     """`configs/toy_control.yaml`: the toy LCM-LoRA under a ControlNet of its teacher, and from pictures."""
 
-    lora: str
-    output_dir: str
+    lora: FilePath
+    output_dir: FilePath
     n: Annotated[int, Field(ge=100, strict=True)]
     steps: Annotated[list[Positive], Field(min_length=1)]
     strength: Annotated[Number, Field(gt=0, le=1)]
@@ -243,23 +274,23 @@ Repository = Annotated[str | None, AfterValidator(check_repository)]
 class ExportSettings(Settings):
     """`configs/export.yaml`: files that other people's programs load, from a run's checkpoint."""
 
-    run: str
-    checkpoint: str | Natural
-    use_ema: bool
-    output_dir: str
+    run: FilePath
+    checkpoint: FilePath | Natural
+    use_ema: Flag
+    output_dir: FilePath
     formats: Annotated[list[str], Field(min_length=1)] | None
     dtype: Literal["float16", "bfloat16", "float32"]
     guidance: Annotated[Number, Field(ge=0)] | None
     card_prompts: list[str] | None
-    metrics: str | None
+    metrics: FilePath | None
     push_to_hub: Repository
-    hub_private: bool
+    hub_private: Flag
 
 
 class EvaluatedModelSettings(Settings):
     """The teacher, as in `ModelSettings`; null is the student's own."""
 
-    pretrained_model_name_or_path: str | None
+    pretrained_model_name_or_path: FilePath | None
     revision: str | None
     variant: str | None
 
@@ -272,14 +303,14 @@ class ProtocolSettings(Settings):
 
     name: str
     used_by: str
-    prompts: str | None
+    prompts: FilePath | None
     n: Positive
     resolution: Positive | None
-    reference: str | None
-    matching: bool
+    reference: FilePath | None
+    matching: Flag
     shown_at: Positive | None
-    clip: str | None
-    clip_weights: str | None
+    clip: FilePath | None
+    clip_weights: FilePath | None
     clip_prefix: str
     metrics: Annotated[list[str], Field(min_length=1)]
     tuning_n: Natural
@@ -289,15 +320,15 @@ class ProtocolSettings(Settings):
 class WeightsSettings(Settings):
     """What metrics are loaded from: files or hub ids."""
 
-    inception: str | None
-    clip: str | None
-    aesthetic: str | None
-    aesthetic_clip: str | None
-    image_reward: str | None
-    bert_tokenizer: str | None
-    hps: str | None
-    pickscore: str | None
-    pickscore_tokenizer: str | None
+    inception: FilePath | None
+    clip: FilePath | None
+    aesthetic: FilePath | None
+    aesthetic_clip: FilePath | None
+    image_reward: FilePath | None
+    bert_tokenizer: FilePath | None
+    hps: FilePath | None
+    pickscore: FilePath | None
+    pickscore_tokenizer: FilePath | None
 
 
 class EvaluateSettings(Settings):
@@ -305,8 +336,8 @@ class EvaluateSettings(Settings):
 
     protocol: ProtocolSettings
     model: EvaluatedModelSettings
-    student: str | None
-    watch: str | None
+    student: FilePath | None
+    watch: FilePath | None
     watch_metric: str
     watch_seconds: Positive
     guidance: Annotated[Number, Field(ge=0)] | None
@@ -315,28 +346,28 @@ class EvaluateSettings(Settings):
     guidances: Annotated[list[Annotated[Number, Field(ge=0)]], Field(min_length=1)] | None
     teacher_steps: Positive
     n: Positive | None
-    store: str | None
+    store: FilePath | None
     store_samples: Positive
     weights: WeightsSettings
     dtype: Literal["float16", "bfloat16", "float32"]
     batch_size: Positive
     block_size: Positive
-    output_dir: str
+    output_dir: FilePath
 
 
 class ReportSettings(Settings):
     """`configs/report.yaml`: evaluations on one page."""
 
-    evaluations: Annotated[list[str], Field(min_length=1)]
-    output_dir: str
+    evaluations: Annotated[list[FilePath], Field(min_length=1)]
+    output_dir: FilePath
 
 
 class ScoreRewardSettings(Settings):
     """`configs/score_reward.yaml`: the checkpoints of toy runs, by a reward and by the judge."""
 
     reward: Component
-    run: str | Annotated[list[str], Field(min_length=1)]
-    output_dir: str
+    run: FilePath | Annotated[list[FilePath], Field(min_length=1)]
+    output_dir: FilePath
     steps: Positive
     n: Annotated[int, Field(ge=100, strict=True)]
     batch_size: Positive
@@ -345,7 +376,7 @@ class ScoreRewardSettings(Settings):
 class ShowSettings(Settings):
     """`configs/show_lightning.yaml`: students of several kinds on the toy world, with several seeds."""
 
-    output_dir: str
+    output_dir: FilePath
     overrides: list[str]
     seeds: Annotated[list[Natural], Field(min_length=1)]
     n: Annotated[int, Field(ge=100, strict=True)]
@@ -432,11 +463,11 @@ class RunChainSettings(Settings):
     """`configs/run_chain.yaml`: the links of a chain, one after another."""
 
     chain: ChainSettings
-    output_dir: str
+    output_dir: FilePath
     overrides: Strings
     launch: str | None
     link: str | None
-    list: bool
+    list: Flag
 
 
 def like(pattern: str, what: str) -> BeforeValidator:
@@ -478,4 +509,4 @@ class SubmitSettings(TrainSettings):
     """`configs/submit.yaml`: a run, and the job that it is to be."""
 
     slurm: SlurmSettings
-    dry_run: bool
+    dry_run: Flag

@@ -46,6 +46,12 @@ def defining_module(module: str, name: str) -> str:
     return _definition(module, name, MAX_HOPS)[0]
 
 
+def docstring(module: str) -> str:
+    """What a module says of itself; empty for one that says nothing, or cannot be read."""
+    source = _source(module)
+    return (ast.get_docstring(source[1]) or "") if source else ""
+
+
 def _parameters(module: str, name: str, hops: int) -> dict[str, Any] | None:
     home, definition = _definition(module, name, hops)
     if isinstance(definition, ast.FunctionDef):

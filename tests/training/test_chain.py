@@ -217,7 +217,7 @@ def test_a_link_that_looks_at_what_was_made_is_done_until_that_changes(tmp_path:
 
 
 def test_the_settings_of_a_link_that_looks_are_checked_before_any_link_is_run(tmp_path: Path) -> None:
-    for override, line in (("nn=3", "link a: unknown key 'nn'"), ("n=0", "link a: n=0: input should be greater")):
+    for override, line in (("nn=3", "link a: unknown key 'nn'"), ("n=0", "link a: n=0: must be greater")):
         looks = {"name": "a", "script": "evaluate", "run": "run", "overrides": [override]}
         with pytest.raises(ConfigError, match=line):
             links_of(chain({"name": "run"}, looks), tmp_path)

@@ -1,0 +1,125 @@
+"""Components: nodes of the settings with a `_target_`, which name what is to be built, and with which arguments."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from distill.data.errors import short
+from distill.training import signatures
+from distill.training.mistakes import rule, shown, suggest
+
+TARGETS = (
+    "distill.methods.",
+    "distill.models.",
+    "distill.toy.",
+    "distill.training.engine.",
+    "distill.training.health.",
+    "torch.optim.",
+)
+"""Where what settings may build is defined. A run's settings may be another person's: they must not call anything."""
+
+
+def check_component(node: dict[str, Any]) -> dict[str, Any]:
+    """Checks a node's keys and value types against the signature of its `_target_`.
+
+    Arguments without a value in the node are left to be passed as built objects. Where torch is not loaded yet, the
+    signature is read from the source, and what is not seen there is left to `check_components`.
+
+    Raises:
+        ValueError: a target that does not exist or is not for settings to name, an argument it does not take, or a
+            value of the wrong type.
+    """
+    hints = arguments_of(node.get("_target_"))
+    for key, value in node.items():
+        if key == "_target_" or (key == "_partial_" and isinstance(value, bool)):
+            continue
+        if hints is not None and key not in hints:
+            raise ValueError(f"unknown key {short(repr(key))}{suggest(key, list(hints))}; allowed: {', '.join(hints)}")
+        if _instructs(value):
+            raise ValueError(f"{key}={shown(value)}: only a node itself has a _target_ and the like")
+        if isinstance(value, str) and value.startswith("~/"):
+            value = os.path.expanduser(value)
+        node[key] = _checked(key, value, (hints or {}).get(key, Any))
+    return node
+
+
+def arguments_of(target: object) -> dict[str, Any] | None:
+    """The arguments that a `_target_` takes, each with its type; None if they cannot be read without importing it.
+
+    Raises:
+        ValueError: it does not exist, or is not for settings to name.
+    """
+    if "torch" not in sys.modules:
+        return _read_arguments(target)
+    found = _target(target)
+    hints = get_type_hints(found.__init__ if inspect.isclass(found) else found, include_extras=True)
+    return {name: hints.get(name, Any) for name in inspect.signature(found).parameters}
+
+
+def defaults_of(target: object) -> dict[str, Any]:
+    """The arguments that a `_target_` has values for, where a node gives none; it is imported. {} if it is gone."""
+    try:
+        parameters = inspect.signature(_target(target)).parameters.values()
+    except ValueError:
+        return {}
+    return {p.name: p.default for p in parameters if p.default is not p.empty and not callable(p.default)}
+
+
+def _read_arguments(path: object) -> dict[str, Any] | None:
+    module, name = _allowed_target(path)
+    try:
+        home = signatures.defining_module(module, name)
+        found = signatures.parameters(module, name)
+    except signatures.NoSuchName:
+        raise ValueError(f"_target_ {short(repr(path))} does not exist") from None
+    if not f"{home}.".startswith(TARGETS):
+        raise ValueError(f"_target_ {short(repr(path))} is no class or function of its own module")
+    return found
+
+
+def _target(path: object) -> Any:
+    """The class or function that a node names: one that this package, or torch.optim, defines for that."""
+    module, name = _allowed_target(path)
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise ValueError(f"_target_ {short(repr(path))} does not exist") from None
+    if not (inspect.isclass(target) or inspect.isfunction(target)) or not f"{target.__module__}.".startswith(TARGETS):
+        raise ValueError(f"_target_ {short(repr(path))} is no class or function of its own module")
+    return target
+
+
+def _allowed_target(path: object) -> tuple[str, str]:
+    """The module and the name."""
+    module, _, name = str(path).rpartition(".")
+    if path is None:
+        raise ValueError("it has no _target_, which names what is to be built")
+    if not str(path).startswith(TARGETS):
+        raise ValueError(f"_target_ {short(repr(path))} is not one of {', '.join(f'{start}*' for start in TARGETS)}")
+    return module, name
+
+
+def _instructs(value: Any) -> bool:
+    """Whether a node within a node would make Hydra call something."""
+    if isinstance(value, dict):
+        return any(str(key).startswith("_") for key in value) or any(map(_instructs, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(_instructs, value))
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """The value of an argument; a whole number for one may be written 20.0, but not "20" or true."""
+    config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+    try:
+        found = TypeAdapter(hint, config=config).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{key}={shown(value)}: {rule(error.errors()[0])}") from None
+    if isinstance(value, (bool, str)) and isinstance(found, (bool, int, float)) and type(found) is not type(value):
+        wanted = {bool: "true or false", int: "an integer", float: "a number"}[type(found)]
+        raise ValueError(f"{key}={shown(value)}: must be {wanted}")
+    return found if type(found) is int and type(value) is float else value

@@ -1,0 +1,250 @@
+"""From a command line to composed settings: files of `configs/`, chosen by groups, and single keys over them.
+
+Hydra composes the files. The keys are set here, each value read as its key's type wants it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.data.errors import short
+from distill.training.components import arguments_of
+from distill.training.mistakes import MAX_LINE, ConfigError, checking, first_line, suggest
+from distill.training.overrides import Argument, kinds_of, parse, value_of
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+OmegaConf.register_new_resolver("toy", lambda name: str(_bundled(name)), replace=True)
+
+
+def composed_of(
+    config_name: str,
+    fields: Mapping[str, Any],
+    known: Sequence[str],
+    overrides: Sequence[str],
+    note: Callable[[str], None],
+) -> DictConfig:
+    """`configs/<config_name>.yaml` with the overrides, interpolations not yet resolved.
+
+    Args:
+        fields: the keys that may be set, with dots, and their types.
+        known: keys to suggest in the place of unknown ones.
+        note: is given a line about what the overrides leave out.
+
+    Raises:
+        ConfigError: one line about the first mistake.
+    """
+    given = [parse(override) for override in overrides]
+    groups = groups_of(config_name)
+    choices = [choice for one in given if (choice := _choice(one, groups, fields))]
+    others = [one for one in given if not _choice(one, groups, fields)]
+    for one in others:
+        _check_known(one.key, fields, known)
+    composed = _compose(config_name, choices, groups)
+    replaced = _replace_what_is_for_others(config_name, composed, dict(choices), groups, note)
+    try:
+        for one in sorted(others, key=lambda one: not one.key.endswith("._target_")):  # a target says what it takes
+            _set(composed, one, fields, groups, replaced)
+    except OmegaConfBaseException as error:
+        raise ConfigError(omegaconf_line(error)) from None
+    return composed
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of `configs/`, in the place where `defaults` put it; `value` is the file without overrides."""
+
+    folder: str
+    place: str
+    value: str | None
+
+    @property
+    def key(self) -> str:
+        """What Hydra calls it in an override."""
+        return self.folder if self.folder == self.place else f"{self.folder}@{self.place}"
+
+    @property
+    def options(self) -> list[str]:
+        return sorted(path.stem for path in (CONFIGS / self.folder).glob("*.yaml"))
+
+
+def groups_of(config_name: str) -> dict[str, Group]:
+    """The groups that a file of `configs/` takes, by their places."""
+    found: dict[str, Group] = {}
+    for entry in yaml_of(f"{config_name}.yaml").get("defaults", []):
+        if isinstance(entry, str):
+            found |= {} if entry == "_self_" else groups_of(entry)
+            continue
+        ((name, value),) = entry.items()
+        folder, _, place = name.removeprefix("override ").lstrip("/").partition("@")
+        found[place or folder] = Group(folder, place or folder, value)
+    return found
+
+
+@cache
+def yaml_of(path: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / path).read_text()) or {}
+
+
+def _choice(one: Argument, groups: Mapping[str, Group], fields: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """(place, file) if an argument chooses a file for a group, or None in its place; a dictionary is merged instead."""
+    folder, _, place = one.key.partition("@")
+    group = groups.get(place or folder)
+    if group is None or (place and folder != group.folder) or one.value.startswith("{"):
+        return None
+    if one.removes:
+        return group.place, None
+    value = value_of(one.key, one.value, str)
+    if value is not None and value not in group.options:
+        said = f"unknown {folder}={short(value)}{suggest(value, group.options)}; allowed: {', '.join(group.options)}"
+        raise ConfigError(short(said, MAX_LINE - 60) + _path_hint(group.place, value, fields))
+    return group.place, value
+
+
+def _path_hint(place: str, value: str, fields: Mapping[str, Any]) -> str:
+    """For a path where the name of a group's file is wanted: the key that takes paths."""
+    key = {"model": "model.pretrained_model_name_or_path", "data": "data.store"}.get(place)
+    return f" (a folder is {key}=...)" if key in fields and "/" in value else ""
+
+
+def _check_known(key: str, fields: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises ConfigError for a key that no such settings have. Those of components are their targets' to know."""
+    inside = [name for name, hint in fields.items() if kinds_of(hint) & {dict, list} and re.match(rf"{name}[.\[]", key)]
+    whole = any(name.startswith(f"{key}.") for name in fields)
+    if key not in fields and not inside and not whole:
+        raise ConfigError(f"unknown key {short(repr(key))}{suggest(key, known)}")
+
+
+def _compose(config_name: str, choices: Sequence[tuple[str, str | None]], groups: Mapping[str, Group]) -> DictConfig:
+    chosen = dict(choices)
+    for group in groups.values():
+        if group.value == "???" and not chosen.get(group.place):
+            options = ", ".join(group.options)
+            raise ConfigError(
+                short(f"{group.place} has no value: set {group.place}=NAME; allowed: {options}", MAX_LINE)
+            )
+    removed = [groups[place] for place, name in chosen.items() if name is None]
+    overrides = [f"{groups[place].key}={name}" for place, name in chosen.items() if name is not None]
+    overrides += [f"~{group.key}" for group in removed if group.value is not None]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            composed = compose(config_name, overrides=overrides)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:  # of files, not of what was typed
+            raise ConfigError(f"{CONFIGS}: the files cannot be composed: {first_line(error)}") from None
+    OmegaConf.set_struct(composed, False)
+    return composed
+
+
+def _replace_what_is_for_others(
+    config_name: str,
+    composed: DictConfig,
+    chosen: Mapping[str, str | None],
+    groups: Mapping[str, Group],
+    note: Callable[[str], None],
+) -> set[str]:
+    """An experiment's values for a component are for the one that it chooses: for another they are left out.
+
+    Returns the places of those components.
+    """
+    experiment = chosen.get("experiment")
+    if experiment is None:
+        return set()
+    own = yaml_of(f"experiment/{experiment}.yaml")
+    intended = {place: group.value for place, group in groups.items()}
+    for entry in own.get("defaults", []):
+        ((name, value),) = entry.items()
+        folder, _, place = name.removeprefix("override ").lstrip("/").partition("@")
+        intended[place or folder] = value
+    replaced = set()
+    for place, value in own.items():
+        other = chosen.get(place, intended.get(place))
+        if place not in groups or other in (None, intended[place]) or "_target_" not in composed[place]:
+            continue
+        alone = _compose(config_name, [(p, v) for p, v in chosen.items() if p != "experiment"], groups)
+        OmegaConf.update(composed, place, alone[place], merge=False)
+        said = ", ".join(f"{place}.{key}" for key in value)
+        note(f"experiment={experiment} sets {said} for {place}={intended[place]}: left out with {place}={other}")
+        replaced.add(place)
+    return replaced
+
+
+def _set(
+    composed: DictConfig, one: Argument, fields: Mapping[str, Any], groups: Mapping[str, Group], replaced: set[str]
+) -> None:
+    """Sets, or removes, one key of composed settings."""
+    if one.removes:
+        _remove(composed, one.key, replaced)
+        return
+    hint = fields[one.key] if one.key in fields else _inner_hint(composed, one.key, fields, groups)
+    place = one.key.partition(".")[0]
+    if place in groups and one.key in fields and one.key.partition(".")[2] not in (composed.get(place) or {}).keys():
+        _check_group_has(one.key, groups[place])
+    value = value_of(one.key, one.value, hint)
+    try:
+        OmegaConf.update(composed, one.key, value, force_add=True)
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError, AttributeError) as error:
+        if "${" in one.value:
+            raise ConfigError(f"{one.key}={short(one.value)}: ${{...}} holds the name of another key") from None
+        raise ConfigError(f"{one.key}={short(one.value)}: there is no place for it ({first_line(error)})") from None
+
+
+def _remove(composed: DictConfig, key: str, replaced: set[str]) -> None:
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(composed, parent) if parent else composed
+    if isinstance(node, DictConfig) and name in node:
+        del node[name]
+    elif key.partition(".")[0] not in replaced:
+        raise ConfigError(f"~{key}: there is nothing to remove")
+
+
+def _inner_hint(composed: DictConfig, key: str, fields: Mapping[str, Any], groups: Mapping[str, Group]) -> Any:
+    """The type of a key within a component: of an argument of its target, or unknown."""
+    names = key.split(".")
+    for depth in range(1, len(names)):
+        place = ".".join(names[:depth])
+        node = OmegaConf.select(composed, place)
+        if node is None and place in groups:
+            options = ", ".join(groups[place].options)
+            raise ConfigError(f"{key} is of no use while {place} is null: set {groups[place].key}=NAME ({options})")
+        if isinstance(node, DictConfig) and "_target_" in node and depth == len(names) - 1:
+            with checking(f"{place}: "):
+                hints = arguments_of(node["_target_"])
+            if hints is not None and names[depth] not in (*hints, "_target_", "_partial_"):
+                known = [f"{place}.{name}" for name in hints]
+                allowed = f"{suggest(key, known)}; allowed: {', '.join(known)}"
+                raise ConfigError(short(f"unknown key {short(repr(key))}{allowed}", MAX_LINE))
+            return (hints or {}).get(names[depth], Any)
+    return Any
+
+
+def _check_group_has(key: str, group: Group) -> None:
+    """Raises ConfigError for a key that only other files of its group have: it would be without effect."""
+    name = key.partition(".")[2]
+    having = [option for option in group.options if name in yaml_of(f"{group.folder}/{option}.yaml")]
+    if having:
+        raise ConfigError(f"{key} belongs to {group.key}={having[0]}, which is not chosen: add {group.key}={having[0]}")
+
+
+def omegaconf_line(error: OmegaConfBaseException) -> str:
+    named = re.search(r"'([^']*)'", str(error))
+    what = f"{named[1]!r} in it" if named else "a name in it"
+    where = error.full_key or "a setting"
+    return short(
+        f"{where}: it has ${{...}}, which is filled in with another key's value, and {what} cannot be", MAX_LINE
+    )
+
+
+def _bundled(name: str) -> Path:
+    """${toy:teacher} and ${toy:prompts.txt}: what comes with the package."""
+    return Path(__file__).resolve().parents[1] / "toy" / name
