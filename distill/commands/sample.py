@@ -20,15 +20,19 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from distill.data.prompts import read_prompts
+from distill.data.words import counted
+from distill.evaluation.figures import CELL, GridRow, draw_grid
 from distill.evaluation.pipelines import (
     draw,
     embeds_guidance,
@@ -52,6 +56,7 @@ from distill.evaluation.sweeps import (
     steps_sweep,
 )
 from distill.evaluation.toy import captions_right
+from distill.evaluation.written import Written
 from distill.methods.sampling import Sampling
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
@@ -65,6 +70,8 @@ from distill.training.tracking import setup_logging
 log = logging.getLogger("distill")
 
 SOME_STEPS = 4
+GRID_COLUMNS = 10
+LARGEST_CELL = 256  # pixels of a picture in the grid
 
 
 def main(cfg: SampleSettings) -> None:
@@ -132,29 +139,56 @@ def chosen_sampling(cfg: SampleSettings, own: Sampling | None) -> Sampling:
 def draw_pictures(
     cfg: SampleSettings, pipeline: Any, own: Sampling | None, model: ModelSettings, prompts: Sequence[str]
 ) -> None:
-    """A folder of pictures, or one for each number of steps."""
+    """A folder of pictures, or one for each number of steps, and a grid of the first of them."""
     sampling = chosen_sampling(cfg, own)
     guidance = one_guidance(cfg, pipeline, own is not None)
     use_sampler(pipeline, sampling.sampler, sampling.spacing)
     facts = {"guidance": guidance, "sampler": sampling.sampler, "negative_prompt": cfg.negative_prompt}
+    written = Written(Path(cfg.output_dir), claimed=pictures_of(Path(cfg.output_dir)))
+    written.clear()
+    rows = []
     for steps in cfg.steps if isinstance(cfg.steps, list) else [cfg.steps or sampling.steps or SOME_STEPS]:
         if sampling.steps not in (None, steps):
-            log.warning("the student was made for %d steps, and is drawn in %d", sampling.steps, steps)
-        folder = Path(cfg.output_dir) / (f"steps-{steps}" if isinstance(cfg.steps, list) else "")
-        folder.mkdir(parents=True, exist_ok=True)
+            log.warning("the student was made for %s, and is drawn in %d", counted(sampling.steps or 0, "step"), steps)
+        under = f"steps-{steps}/" if isinstance(cfg.steps, list) else ""
         pictures: list[dict[str, Any]] = []
+        shown: list[Tensor] = []
         with checking("steps: "):
             times = milestone_steps(pipeline, steps) if sampling.spacing == "milestones" else None
-        for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"{steps} steps", unit="batch"):
+        for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=counted(steps, "step"), unit="batch"):
             chunk = prompts[start : start + cfg.batch_size]
             seeds = [cfg.seed + start + i for i in range(len(chunk))]
             images = draw(pipeline, chunk, seeds, steps, guidance, model.resolution, cfg.negative_prompt, times)
             for prompt, seed, image in zip(chunk, seeds, images, strict=True):
                 name = f"{len(pictures):05d}.png"
-                save_image(image, folder / name)
+                with checking():
+                    written.save(under + name, partial(save_image, image))
                 pictures.append({"file": name, "prompt": prompt, "seed": seed, "steps": steps, **facts})
-        (folder / "pictures.json").write_text(json.dumps(pictures, indent=1) + "\n")
-        print(f"{len(pictures)} pictures in {folder}")
+            shown += images[: max(0, GRID_COLUMNS - len(shown))].float().cpu()
+        listed = json.dumps(pictures, indent=1) + "\n"
+        with checking():
+            written.save(f"{under}pictures.json", partial(write_text, listed))
+        rows.append(GridRow(counted(steps, "step"), f"{sampling.sampler}, w {guidance:g}", torch.stack(shown) * 2 - 1))
+        print(f"{counted(len(pictures), 'picture')} in {Path(cfg.output_dir) / under}")
+    with checking():
+        cell = max(CELL, min(LARGEST_CELL, *rows[0].images.shape[-2:]))
+        written.save("grid.png", lambda path: draw_grid(path, prompts[:GRID_COLUMNS], [rows], cell))
+    print(f"{cfg.output_dir}/grid.png" + (f" shows the first {GRID_COLUMNS}" if len(prompts) > GRID_COLUMNS else ""))
+
+
+def write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def pictures_of(folder: Path) -> list[str]:
+    """Files of an earlier call that has left no list of what it wrote, by its pictures.json."""
+    found = []
+    for file in [folder / "pictures.json", *folder.glob("steps-*/pictures.json")]:
+        under = file.parent.relative_to(folder).as_posix().removeprefix(".")
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            names = [row["file"] for row in json.loads(file.read_text(encoding="utf-8"))]
+            found += [f"{under}/{name}".lstrip("/") for name in [*names, file.name]]
+    return found
 
 
 def draw_sweep(cfg: SampleSettings, pipeline: Any, model: ModelSettings, prompts: Sequence[str]) -> None:

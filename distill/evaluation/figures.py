@@ -65,7 +65,9 @@ def draw_grid(path: Path, columns: Sequence[str], groups: Sequence[Sequence[Grid
     pen = ImageDraw.Draw(canvas)
     for column, title in enumerate(columns):
         x = LABEL_WIDTH + column * (cell + GAP) + cell // 2
-        pen.multiline_text((x, HEADER - 6), _wrapped(title), INK, _font(12), "md", align="center")
+        pen.multiline_text(
+            (x, HEADER - 6), _wrapped(title, width=15 * cell // CELL), INK, _font(12), "md", align="center"
+        )
     top = HEADER
     for group in groups:
         for row in group:
