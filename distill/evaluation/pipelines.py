@@ -14,6 +14,7 @@ from distill.diffusion.prediction import Prediction
 from distill.diffusion.solver import milestone_times
 from distill.methods.sampling import Sampling
 from distill.models.exported import FACTS, read_export
+from distill.models.lora import LORA_FILE
 from distill.models.schedulers import make_scheduler
 
 
@@ -48,7 +49,8 @@ def load_pipeline(
         pipeline.register_modules(unet=UNet2DConditionModel.from_pretrained(lora, subfolder="unet"))
         draw_as_exported(pipeline, lora)
     elif lora is not None:
-        pipeline.load_lora_weights(str(lora), adapter_name="student")
+        named = {"weight_name": LORA_FILE} if (Path(lora) / LORA_FILE).is_file() else {}  # diffusers 0.38 asks offline
+        pipeline.load_lora_weights(str(lora), adapter_name="student", **named)
         pipeline.set_adapters(["student"], [lora_scale])
         if not own_scheduler and sampling_of(lora):
             draw_as_exported(pipeline, lora)

@@ -47,7 +47,8 @@ ADAPTER = "default"
 """The adapter that is trained: a network at rest computes with it, and with no other."""
 TEACHING = "teacher"
 """A frozen one beside it, of an earlier student that teaches."""
-_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that `pipe.load_lora_weights(folder)` looks for
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name that `pipe.load_lora_weights(folder)` looks for."""
 _RECORD = "distill_lora"  # our key in a LoRA file's header; diffusers' own would be read beside the alphas, and refused
 _EARLIER_RECORD = "lora_adapter_metadata"  # in files of earlier versions, which are in peft's names
 _PEFT_FOLDER = "peft"
@@ -189,7 +190,7 @@ def save_lora(
         ValueError: an adapter that `state` lacks, or a value that the dtype cannot hold.
     """
     if "diffusers" in formats:
-        save_lora_file(Path(folder) / _WEIGHTS, unet, state, dtype=dtype, metadata=metadata)
+        save_lora_file(Path(folder) / LORA_FILE, unet, state, dtype=dtype, metadata=metadata)
     if "peft" in formats:
         peft_folder = Path(folder) / _PEFT_FOLDER
         peft_folder.mkdir(parents=True, exist_ok=True)
@@ -288,9 +289,9 @@ def load_lora(unet: UNet2DConditionModel, folder: str | Path, adapter: str = ADA
 
 def lora_file(folder: str | Path) -> Path:
     """The file that diffusers reads of a folder that `save_lora` wrote; raises FileNotFoundError if there is none."""
-    path = Path(folder) / _WEIGHTS
+    path = Path(folder) / LORA_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no LoRA in {folder}: {_WEIGHTS} is missing")
+        raise FileNotFoundError(f"no LoRA in {folder}: {LORA_FILE} is missing")
     return path
 
 

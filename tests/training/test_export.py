@@ -379,6 +379,39 @@ def test_a_format_that_the_student_cannot_give_is_one_line_before_anything(full:
     assert not (tmp_path / "deep").exists()
 
 
+def test_a_guidance_is_built_in_for_programs_that_cannot_give_one(full: Trained, tmp_path: Path) -> None:
+    """The unet and the checkpoint at any guidance_scale are the student at the one that was fixed."""
+    given = ["formats=[unet,checkpoint]", "dtype=float32", "card_prompts=[]", "guidance=7.5"]
+    folder = full.export(tmp_path / "a", *given)
+    unets = [UNet2DConditionModel.from_pretrained(folder, subfolder="unet")]
+    file = str(folder / "checkpoint" / "a.safetensors")
+    unets.append(UNet2DConditionModel.from_single_file(file, config=full.teacher, subfolder="unet"))
+    pipeline = load_pipeline(full.teacher)
+    use_sampler(pipeline, "lcm", "lcm")
+    for unet in unets:
+        pipeline.register_modules(unet=unet)
+        torch.testing.assert_close(drawn(pipeline, 1.0), full.pictures(7.5), rtol=0, atol=1e-4)
+    facts, card = json.loads((folder / "distill.json").read_text()), (folder / "README.md").read_text()
+    assert (facts["told_guidance"], facts["built_in_guidance"], facts["guidance"]) == (False, 7.5, list(LEARNED_W))
+    assert "| guidance w built in here | 7.5 |" in card and "guidance_scale=1.0)" in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        ("full", ["formats=[checkpoint]"], "^formats: no program .* guidance=6.5 .this student learned 2 to 11.$"),
+        ("full", ["guidance=12"], "^guidance=12 is not what this student learned, which is 2 to 11$"),
+        ("lora", ["guidance=7.5"], "^guidance=7.5: this student takes no guidance as an input"),
+    ],
+)
+def test_a_guidance_that_does_not_fit_is_one_line(
+    kind: str, given: list[str], message: str, runs: Runs, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        runs("sd15", kind).export(tmp_path / "a", "card_prompts=[]", *given)
+    assert not (tmp_path / "a").exists()
+
+
 def test_the_export_that_sample_makes_is_exact(lora: Trained, tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     folder = export_run(lora.folder, tmp_path / "scratch")
