@@ -209,3 +209,16 @@ def test_each_checkpoint_of_a_run_is_judged_beside_it_and_the_best_is_marked(fol
     assert best_of(trained.folder / "checkpoints") == 5
     with pytest.raises(ConfigError, match="watch_metric=fidd is not known"):
         evaluate.main(settings(folder, tmp_path / "out", *given[:-1], "watch_metric=fidd"))
+
+
+def test_pictures_are_of_the_teachers_side_unless_another_is_asked_for(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = load(
+        "evaluate", EvaluateSettings, ["protocol=coco2014-10k", "protocol.prompts=x", f"output_dir={tmp_path}"]
+    )
+    assert usual.protocol.resolution is None
+    teacher = load_teacher(folder / "teacher")
+    assert evaluate.at_resolution(teacher, None).resolution == teacher.resolution == 24 and not caplog.records
+    assert evaluate.at_resolution(teacher, 48).resolution == 48
+    assert "pictures of 48 px are drawn, as protocol.resolution says; the teacher's own is 24" in caplog.text

@@ -42,12 +42,14 @@ def said(part: Iterator[str]) -> str:
 
 
 def test_the_command_prints_a_report() -> None:
+    """Of a machine without a GPU it speaks of none."""
     command = [sys.executable, "scripts/plan.py", "experiment=quickstart", "cluster=laptop", "engine=single"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     for word in ("Memory", "Communication", "Store", "Reading", "samples/s", "Checkpoint", "Failures", "engine=single"):
         assert word in done.stdout
     assert done.stdout.splitlines()[-2] == "engine=single fits."
+    assert "GPU" not in done.stdout and "Memory of a CPU" in done.stdout and "CPU hours" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ def find_student(student: str, scratch: Path) -> Source:
     """
     folder = Path(student).expanduser()
     if (folder / "config.yaml").is_file():
+        log.info("exporting the student of %s", folder)
         exported = export_run(folder, scratch / "student", dtype=torch.float16)
         return Source(exported, folder, read_run(folder).model_dump(mode="json"))
     if (folder / FACTS).is_file():
@@ -164,13 +165,15 @@ def find_student(student: str, scratch: Path) -> Source:
 def build(cfg: EvaluateSettings, source: Source | None, share: Share) -> Comparison:
     """All that is loaded."""
     device = f"cuda:{share.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    log.info("loading the teacher, the student and what scores them")
     teacher = load_teacher(
         teacher_path(cfg, source),
         parts=("unet", "text", "vae"),
         dtype=getattr(torch, cfg.dtype),
         revision=cfg.model.revision,
         variant=cfg.model.variant,
-    ).at_resolution(cfg.protocol.resolution)
+    )
+    teacher = at_resolution(teacher, cfg.protocol.resolution)
     denoisers, hashes = {"teacher": teacher.denoiser()}, {"teacher": stated(teacher.teacher_hash, cfg)}
     student = None if source is None else load_student(source.folder, teacher)
     if student is not None:
@@ -188,6 +191,14 @@ def build(cfg: EvaluateSettings, source: Source | None, share: Share) -> Compari
         share=share,
         stored=stored_of(cfg, source, teacher, device),
     )
+
+
+def at_resolution(teacher: Teacher, asked: int | None) -> Teacher:
+    """The teacher for pictures of the side that is asked for; says so where it is not its own."""
+    if asked not in (None, teacher.resolution):
+        own = f"the teacher's own is {teacher.resolution}: protocol.resolution=null takes that"
+        log.warning("pictures of %d px are drawn, as protocol.resolution says; %s", asked, own)
+    return teacher.at_resolution(asked)
 
 
 def stated(weights: str, cfg: EvaluateSettings) -> str:
@@ -328,6 +339,7 @@ def agreement(cfg: EvaluateSettings, comparison: Comparison, source: Source) -> 
     prompts, seeds = comparison.scorer.prompts("report", PROVEN), seeds_of("report", PROVEN)
     guidance = comparison.plan.student_guidance
     path = teacher_path(cfg, source)
+    log.info("drawing %d pictures in a plain diffusers pipeline too", PROVEN)
     difference = plain_pipeline_agrees(path, source.folder, prompts, seeds, steps, expected, guidance)
     if difference > 1e-2:
         raise RuntimeError(

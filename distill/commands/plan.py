@@ -32,6 +32,7 @@ from distill.commands.plan_run import (
     step_seconds,
     usable,
 )
+from distill.data.words import counted
 from distill.training.planning import best_interval, lost_share, most_samples, read_bytes
 from distill.training.settings import ClusterSettings, PlanSettings
 from distill.training.tracking import setup_logging
@@ -46,11 +47,12 @@ def main(cfg: PlanSettings) -> None:
 
 def heading(run: Run) -> Iterator[str]:
     cfg, cluster = run.cfg, run.cfg.cluster
-    split = f"{run.samples} a GPU" + (
+    split = f"{counted(run.samples, 'sample')} a {cluster.device}" + (
         f" x {cfg.gradient_accumulation_steps} micro-batches" if cfg.gradient_accumulation_steps > 1 else ""
     )
-    yield f"{type(run.method).__name__}, {cfg.max_train_steps} steps, on {machines(cluster)}"
-    yield f"engine={run.engine}, mixed_precision={cfg.mixed_precision}, {run.global_batch} samples a step: {split}"
+    yield f"{type(run.method).__name__}, {counted(cfg.max_train_steps, 'step')}, on {machines(cluster)}"
+    batch = f"{counted(run.global_batch, 'sample')} a step: {split}"
+    yield f"engine={run.engine}, mixed_precision={cfg.mixed_precision}, {batch}"
 
 
 def networks(run: Run) -> Iterator[str]:
@@ -65,7 +67,8 @@ def networks(run: Run) -> Iterator[str]:
 
 def memory(run: Run) -> Iterator[str]:
     room = usable(run.cfg.cluster)
-    yield f"Memory of a GPU, GiB; {room / GIB:.1f} are usable. Activations of {run.samples} samples, at their most."
+    what = f"Memory of a {run.cfg.cluster.device}, GiB; {room / GIB:.1f} are usable"
+    yield f"{what}. Activations of {counted(run.samples, 'sample')}, at their most."
     heads = "engine,weights,masters,gradients,optimizer,average,buffers,step,activations,in all,fits,most samples"
     rows = []
     for engine in engines_of(run):
@@ -88,7 +91,10 @@ def memory(run: Run) -> Iterator[str]:
 
 
 def communication(run: Run) -> Iterator[str]:
-    yield "Communication of a GPU in a step, in rings"
+    if run.ranks == 1:
+        yield "Communication: none, there is one process"
+        return
+    yield f"Communication of a {run.cfg.cluster.device} in a step, in rings"
     rows = []
     for engine in engines_of(run):
         sent = averaged_over(run, partial(bytes_sent, run, engine))
@@ -109,7 +115,7 @@ def storage(run: Run) -> Iterator[str]:
     read = max(read_bytes(run.layout, picked(run, phase)) for phase in run.phases)
     rate = run.global_batch / step_seconds(run, run.engine)
     yield f"Store: {run.stored / 2**20:.2f} MiB a sample of {len(run.times)} states" + (
-        f", {samples * run.stored / GIB:.1f} GiB for {samples} samples" if samples else ""
+        f", {samples * run.stored / GIB:.1f} GiB for {counted(samples, 'sample')}" if samples else ""
     )
     need = rate * read / cluster.nodes
     yield (
@@ -130,12 +136,12 @@ def speed(run: Run) -> Iterator[str]:
             rows.append([steps, cost.updates, asked, graded, f"{cost.flops / TERA:.2f}"])
     yield from table(["steps", "turn of", "evaluations", "of them with a gradient", "TFLOP"], rows)
     step = step_seconds(run, run.engine)
-    how = "as measured" if cfg.measured_step_seconds else f"at {rate_of(run) / TERA:.4g} TFLOP/s a GPU"
+    how = "as measured" if cfg.measured_step_seconds else f"at {rate_of(run) / TERA:.4g} TFLOP/s a {cluster.device}"
     if not cfg.measured_step_seconds:
         how += f" (mfu {cluster.mfu:g}) and {sent_seconds(run, run.engine):.3f} s of communication beside nothing"
     yield f"A step: {step:.3f} s {how}; {run.global_batch / step:.1f} samples/s"
     hours = cfg.max_train_steps * step / 3600
-    yield f"{cfg.max_train_steps} steps: {hours:.2f} h, {hours * run.ranks:.1f} GPU hours, without saving and failures"
+    yield f"{counted(cfg.max_train_steps, 'step')}: {duration(run, hours)}, without saving and failures"
 
 
 def checkpoints(run: Run) -> Iterator[str]:
@@ -155,7 +161,11 @@ def checkpoints(run: Run) -> Iterator[str]:
         "Daly 2006, doi 10.1016/j.future.2004.11.016)"
     )
     hours = cfg.max_train_steps * step / 3600 / max(1 - lost, 1e-9)
-    yield f"In all: {hours:.2f} h, {hours * run.ranks:.1f} GPU hours"
+    yield f"In all: {duration(run, hours)}"
+
+
+def duration(run: Run, hours: float) -> str:
+    return f"{hours:.2f} h, {hours * run.ranks:.1f} {run.cfg.cluster.device} hours"
 
 
 def verdict(run: Run) -> Iterator[str]:
@@ -172,16 +182,17 @@ def problems(run: Run) -> Iterator[str]:
         lower = cfg.global_batch_size // parts * parts
         nearest = f"{lower} or {run.global_batch}" if lower else f"{run.global_batch}"
         yield (
-            f"global_batch_size={cfg.global_batch_size} is no multiple of {run.ranks} GPUs x "
+            f"global_batch_size={cfg.global_batch_size} is no multiple of {devices(run)} x "
             f"{cfg.gradient_accumulation_steps} micro-batches: take {nearest} (planned with {run.global_batch})"
         )
     if (asked := engine_of(cfg)) != run.engine:
-        yield f"engine={asked} is one process, there are {run.ranks} GPUs: take a launcher and {advice(run, room)}"
+        yield f"engine={asked} is one process, there are {devices(run)}: take a launcher and {advice(run, room)}"
     elif run.memory(run.engine, cfg.gradient_checkpointing, run.samples) > room:
         needed = run.memory(run.engine, cfg.gradient_checkpointing, run.samples)
+        batch = counted(run.samples, "sample")
         yield (
-            f"engine={run.engine} needs {needed / GIB:.1f} GiB a GPU for {run.samples} samples, {room / GIB:.1f} are "
-            f"usable: take {advice(run, room)}"
+            f"engine={run.engine} needs {needed / GIB:.1f} GiB a {cfg.cluster.device} for {batch}, "
+            f"{room / GIB:.1f} are usable: take {advice(run, room)}"
         )
     step = step_seconds(run, run.engine)
     read = max(read_bytes(run.layout, picked(run, phase)) for phase in run.phases)
@@ -220,11 +231,16 @@ def advice(run: Run, room: float) -> str:
                         micro = run.cfg.gradient_accumulation_steps * run.samples // samples
                         change += [f"gradient_accumulation_steps={micro}"]
                     return " ".join(change)
-    return "GPUs with more memory, or more of them; neither ZeRO, checkpointing nor accumulation is enough"
+    kind = "GPUs" if run.cfg.cluster.device == "GPU" else "machines"
+    return f"{kind} with more memory, or more of them; neither ZeRO, checkpointing nor accumulation is enough"
 
 
 def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def devices(run: Run) -> str:
+    return counted(run.ranks, run.cfg.cluster.device)
 
 
 def machines(cluster: ClusterSettings) -> str:

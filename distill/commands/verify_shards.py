@@ -22,11 +22,12 @@ from dataclasses import replace
 
 from distill.data.errors import AGAIN, ReadError
 from distill.data.index import INDEX
-from distill.data.progress import Progress, count
+from distill.data.progress import Progress
 from distill.data.reader import read_index, read_unconditional
 from distill.data.record import StoreError
 from distill.data.storage import Folder
 from distill.data.verify import Verdict, add_checksums, verify_shard
+from distill.data.words import counted
 
 
 def main() -> int:
@@ -47,7 +48,7 @@ def main() -> int:
             print(f"    {verdict.shard}: {problem}")
     bad = [verdict for verdict in verdicts if verdict.problems]
     good = sum(verdict.samples for verdict in verdicts)
-    print(", ".join((count(len(verdicts), "shard"), count(good, "good sample"), count(len(bad), "bad shard"))))
+    print(", ".join((counted(len(verdicts), "shard"), counted(good, "good sample"), counted(len(bad), "bad shard"))))
     return 1 if bad else 0
 
 

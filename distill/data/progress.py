@@ -6,13 +6,10 @@ import logging
 import sys
 import time
 
+from distill.data.words import counted
+
 log = logging.getLogger(__name__)
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0
-
-
-def count(number: int, unit: str) -> str:
-    """`1 sample`, `2 samples`: a number with a word whose plural has an s."""
-    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
 
 
 class Progress:
@@ -47,5 +44,6 @@ class Progress:
         rate = self.done / max(time.monotonic() - self._start, 1e-9)
         left = round((self.total - self.done) / max(rate, 1e-9))
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        share = f"{self.done}/{self.total} {self.unit} ({100 * self.done // max(self.total, 1)} %)"
+        total = counted(self.total, self.unit.removesuffix("s"), self.unit)
+        share = f"{self.done}/{total} ({100 * self.done // max(self.total, 1)} %)"
         return f"{self.what}: {share}, {rate:.3g} {self.unit}/s, {clock} left"

@@ -7,6 +7,7 @@ depend on how many processes share it: neither do the numbers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -15,15 +16,17 @@ import torch
 from torch import Tensor
 
 from distill.data.progress import Progress
+from distill.data.words import counted
 from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2
-from distill.diffusion.prediction import Conditioning, Denoiser
+from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import TIMES, make_times
 from distill.evaluation.cache import Cache
 from distill.evaluation.shares import Share
 from distill.methods.sampling import SAMPLERS, sample, starting_noise
 
+log = logging.getLogger(__name__)
 FIRST_SEED = {"report": 10_000_000, "tuning": 20_000_000, "stored": 30_000_000}
 """Seed of a split's first picture; the next ones count up. `torch.Generator().manual_seed(seed)` makes its noise; of
 a stored solve, which has its own, the noise that a sampler adds."""
@@ -143,6 +146,24 @@ class Generated:
     prompts: list[str]
 
 
+class Counting:
+    """A denoiser that reports its evaluations, a unit of work for each sample of each."""
+
+    def __init__(self, denoiser: Denoiser, advance: Advance) -> None:
+        self._denoiser, self._advance, self._told = denoiser, advance, 0
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
+        out = self._denoiser(x_t, t, conditioning)
+        self._told += len(x_t)
+        self._advance(len(x_t))
+        return out
+
+    def complete(self, work: int) -> None:
+        """Reports what is left of a batch's work."""
+        self._advance(work - self._told)
+        self._told = 0
+
+
 @torch.no_grad()
 def generate(
     teacher: Teacher,
@@ -155,7 +176,7 @@ def generate(
 ) -> Iterator[Generated]:
     """Draws pictures in batches. Each has a CPU generator of its own, as a diffusers pipeline given a list of them.
 
-    `advance` is told the work done, batch by batch.
+    `advance` gets the work done after each network evaluation, and that of decoding after each batch.
 
     Raises:
         ValueError: not one seed a prompt.
@@ -163,7 +184,8 @@ def generate(
     if len(prompts) != len(seeds):
         raise ValueError(f"need one seed a prompt, got {len(seeds)} for {len(prompts)}")
     times = make_times(setting.spacing, teacher.schedule.T, setting.steps)
-    follow = denoiser if setting.embedded else guided(denoiser, teacher.unconditional(), setting.guidance)
+    counting = Counting(denoiser, advance)
+    follow = counting if setting.embedded else guided(counting, teacher.unconditional(), setting.guidance)
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
         conditioning = dict(teacher.encode(chunk))
@@ -174,7 +196,7 @@ def generate(
         x = starting_noise(generators, tuple(teacher.latent_shape)).to(device)
         latents = sample(follow, teacher.schedule, x, times, conditioning, setting.sampler, generators)
         yield Generated(teacher.decode(latents).cpu(), latents.cpu(), chunk)
-        advance(setting.work * len(chunk))
+        counting.complete(setting.work * len(chunk))
 
 
 @dataclass(frozen=True)
@@ -259,7 +281,12 @@ class Comparison:
         settings = self.settings()
         self.draw(settings)
         tuned = set(self.tune().values()) if len(self.plan.candidates(1)) > 1 else set()
-        return [self.row(setting) | ({"tuned": True} if setting in tuned else {}) for setting in settings]
+        progress = Progress("summing up", len(settings), "rows", bar=self.share.rank == 0)
+        rows = []
+        for setting in settings:
+            rows.append(self.row(setting) | ({"tuned": True} if setting in tuned else {}))
+            progress.update(1)
+        return rows
 
     def row(self, setting: Setting) -> Row:
         """The row of one setting, of the student's or the teacher's."""
@@ -302,7 +329,7 @@ class Comparison:
             steps: min(settings, key=frechet) if len(settings) > 1 else settings[0] for steps, settings in tried.items()
         }
 
-    def pictures(self, setting: Setting, places: Sequence[int]) -> Tensor:
+    def pictures(self, setting: Setting, places: Sequence[int], advance: Advance = lambda work: None) -> Tensor:
         """Pictures of a row, drawn again: [len(places), 3, H, W] in [-1, 1]."""
         prompts, seeds = self.scorer.prompts("report", self.plan.n), seeds_of("report", self.plan.n)
         batches = generate(
@@ -312,6 +339,7 @@ class Comparison:
             [seeds[i] for i in places],
             setting,
             self.plan.batch_size,
+            advance,
         )
         return torch.cat([batch.images for batch in batches])
 
@@ -359,6 +387,10 @@ class Comparison:
         todo = [(s, block, facts) for s, block, facts in pieces if not self.cache.has_tensors(facts)]
         work = sum(s.work * len(block) for s, block, _ in todo)
         named = what if self.share.world_size == 1 else f"{what}, rank {self.share.rank}"
+        if todo:
+            pictures = sum(len(block) for _, block, _ in todo)
+            rows = len({setting for setting, _, _ in todo})
+            log.info("%s: %s to make for %s", named, counted(pictures, "picture"), counted(rows, "row"))
         advance = Progress(named, work, WORK, bar=self.share.rank == 0).update
         for setting, block, facts in todo:
             self.cache.make(facts, lambda s=setting, b=block: self._measure(s, split, b, advance))  # type: ignore[misc]

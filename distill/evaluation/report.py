@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from distill.data.progress import Progress
 from distill.data.words import counted
 from distill.evaluation import page
-from distill.evaluation.compare import FIRST_SEED, Comparison, Row, Setting, require_one_protocol
+from distill.evaluation.compare import FIRST_SEED, WORK, Comparison, Row, Setting, require_one_protocol
 from distill.evaluation.figures import (
     NAMES,
     TUNED,
@@ -199,12 +200,14 @@ def _grid(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[
     n = comparison.plan.n
     places = [9 * i % n for i in range(min(GRID_COLUMNS, n))]  # prompts in turn: 9 apart, they differ in every way
     groups: dict[int, list[GridRow]] = {}
+    work = sum(setting_of(row).work for row in rows if line_of(row) != "undistilled") * len(places)
+    advance = Progress("pictures of the report", work, WORK).update
     names = {id(row): line.label for line in series_of(rows[1:]) if line.label != TUNED_TEACHER for row in line.rows}
     for row in rows:
         if line_of(row) != "undistilled":
             setting = setting_of(row)
             title = f"{names.get(id(row), setting.model)}, {counted(setting.steps, 'step')}"
-            line = GridRow(title, _detail(row), comparison.pictures(setting, places))
+            line = GridRow(title, _detail(row), comparison.pictures(setting, places, advance))
             groups.setdefault(setting.steps, []).append(line)
     prompts = comparison.scorer.prompts("report", n)
     return [prompts[i] for i in places], list(groups.values())

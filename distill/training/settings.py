@@ -162,13 +162,15 @@ class TrainSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """A file of `configs/cluster/`: machines, a process a GPU; GiB are 2^30 bytes, GB and tera powers of ten.
+    """A file of `configs/cluster/`: machines, a process a GPU, or a CPU if `device` says so; GiB are 2^30 bytes, GB and
+    tera powers of ten.
 
     `usable` is the share of a GPU's memory for tensors, `mfu` the share of its arithmetic that a training step reaches,
     `link_efficiency` that of its links; the latter are of one direction.
     """
 
     gpu: str
+    device: Literal["GPU", "CPU"] = "GPU"
     nodes: Positive
     gpus_per_node: Positive
     memory_gib: Annotated[Number, Field(gt=0)]
