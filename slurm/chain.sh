@@ -15,7 +15,7 @@ done
 [ $# -eq 0 ] || shift
 
 run_chain() { "${PYTHON:-python}" scripts/run_chain.py "${settings[@]}" "$@"; }
-links=$(run_chain list=true)
+links=$(run_chain list=commands)
 notes=$(run_chain --cfg | sed -n 's/^output_dir: //p')/slurm
 mkdir -p "$notes"
 after=()

@@ -86,9 +86,9 @@ def chain(output_dir: Path, tiny: list[str], *more: str) -> None:
 
 
 def listed(output_dir: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[str, str]]:
-    """Of each link its state and command, as `list=true` says them."""
+    """Of each link its state and command, as `list=commands` says them."""
     capsys.readouterr()
-    chain(output_dir, tiny, "list=true")
+    chain(output_dir, tiny, "list=commands")
     lines = (line.split("\t") for line in capsys.readouterr().out.splitlines())
     return {name: (state, command) for name, state, _, command in lines}
 
@@ -146,6 +146,14 @@ def test_a_killed_chain_goes_on_to_the_same_weights(
     written = times(killed)
     chain(killed, tiny)
     assert [record.getMessage()[-4:] for record in said.records] == ["done"] * 3 and times(killed) == written
+    for other, line in {
+        "learning_rate=1e-5": "link mse: .*/mse was made with learning_rate=.*, this chain has 1e-05: choose another",
+        "max_train_steps=5": "link mse: .*/mse was made with max_train_steps=12, this chain has 5",
+        "data.solver_steps=16": "link store: .*/store was made with data.solver_steps=.*, this chain has 16",
+    }.items():
+        with pytest.raises(ConfigError, match=line):
+            chain(killed, [*tiny, other])
+    assert times(killed) == written
 
 
 def test_a_damaged_store_ends_the_chain_where_it_is_verified(

@@ -5,7 +5,7 @@ python scripts/run_chain.py chain=lightning_toy output_dir=outputs/lightning_toy
 python scripts/run_chain.py chain=lightning_sdxl launch="accelerate launch --num_processes 8" "overrides=['seed=1']"
 
 What is done is skipped, and what was interrupted goes on: killed at any moment, run it again. `list=true` shows how far
-the links are; `link=NAME` runs one.
+the links are, `list=commands` what each would run; `link=NAME` runs one.
 """
 
 from __future__ import annotations
@@ -43,11 +43,17 @@ PREEMPTED = 75  # as of scripts/train.py: saved, and to be run again
 def main(cfg: RunChainSettings) -> None:
     setup_logging()
     links = links_of(cfg.chain, cfg.output_dir, cfg.overrides)
-    if cfg.list:
+    if cfg.list == "commands":
         for link in links:
             print(link.name, link.state(), link.script, shlex.join(command(link, cfg.launch)), sep="\t")
         return
+    if cfg.list:
+        print(table(links))
+        return
     chosen = links if cfg.link is None else [one_of(links, cfg.link)]
+    for link in chosen:
+        if conflict := link.conflict():
+            raise ConfigError(conflict)
     with Relay() as relay:
         for link in chosen:
             where = f"link {links.index(link) + 1} of {len(links)}: {link.name}"
@@ -57,6 +63,26 @@ def main(cfg: RunChainSettings) -> None:
             log.info("%s, %s%s", where, link.state(), time_left(links))
             if code := take(link, cfg.launch, relay):
                 sys.exit(ended(link, code))
+
+
+def table(links: Sequence[Link]) -> str:
+    """For people: a line for each link, with its steps or samples and how far it is."""
+    rows = [("link", "script", "size", "state")]
+    for link in links:
+        size = f"{link.settings.max_train_steps} steps" if link.trains else ""
+        if link.script == "make_trajectories":
+            size = f"{link.settings.data.num_samples} samples"
+        waiting = [name for name in link.needs if not by(links, name).done()]
+        state = link.state()
+        if state == "not started" and waiting:
+            state = f"waits for {', '.join(waiting)}"
+        rows.append((link.name, link.script, size, state if link.conflict() is None else f"{state}; other settings"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join("  ".join([*(f"{row[i]:{widths[i]}}" for i in range(3)), row[3]]) for row in rows)
+
+
+def by(links: Sequence[Link], name: str) -> Link:
+    return next(link for link in links if link.name == name)
 
 
 def command(link: Link, launch: str | None) -> list[str]:

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before what is heavy is imported
 
     run("train")
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from distill.data.errors import AGAIN, ReadError, StoreError
+from distill.data.index import StoreIndex, StoreMismatch
 from distill.data.loader import Loader, make_loader
 from distill.data.progress import Progress as Bar
 from distill.data.prompts import read_prompts
@@ -363,13 +365,32 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports:
         raise
     if launched_rank() == 0:  # the hash reads all weights once
         solved = exports.get("teacher") if "teacher" not in method.asks else None
-        store.index.require(
-            schedule_fingerprint=teacher.schedule.fingerprint,
-            teacher_hash=solved.weights_hash if solved else teacher.teacher_hash,
-            guidance=cfg.data.guidance,
-            resolution=teacher.resolution,
-        )
+        wanted = {
+            "schedule_fingerprint": teacher.schedule.fingerprint,
+            "teacher_hash": solved.weights_hash if solved else teacher.teacher_hash,
+            "guidance": cfg.data.guidance,
+            "resolution": teacher.resolution,
+        }
+        try:
+            store.index.require(**wanted)
+        except StoreMismatch as error:
+            raise ConfigError(
+                f"{error}; {remedy(store.index, wanted, learns_from_export=solved is not None)}"
+            ) from None
     return store
+
+
+def remedy(index: StoreIndex, wanted: Mapping[str, Any], learns_from_export: bool) -> str:
+    """What to type for a store that does not fit."""
+    if any(getattr(index, name) != wanted[name] for name in ("schedule_fingerprint", "teacher_hash")):
+        key = "teacher" if learns_from_export else "model.pretrained_model_name_or_path"
+        return f"set {key} to what solved it ({index.teacher_id}), or data.store to a new store for this one"
+    guidance = json.dumps(index.guidance).replace(" ", "")
+    settings = {"data.guidance": ("guidance", guidance), "model.resolution": ("resolution", index.resolution)}
+    given = [
+        f"{key}={value}" for key, (name, value) in settings.items() if wanted[name] not in (None, getattr(index, name))
+    ]
+    return f"set {' '.join(given)}, or data.store to a new store for these settings"
 
 
 def loader_of(

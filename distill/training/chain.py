@@ -15,7 +15,8 @@ from distill.data.storage import Folder
 from distill.training.checkpoint import Checkpoints
 from distill.training.config import ConfigError, load
 from distill.training.export import FACTS, check_formats
-from distill.training.run import checkpoints_of, finished, write_atomically
+from distill.training.recorded import Differences, chief, differences, given_keys
+from distill.training.run import FREE, checkpoints_of, finished, recorded_settings, steps_taken, write_atomically
 from distill.training.settings import (
     READERS,
     ChainSettings,
@@ -102,7 +103,52 @@ class Link:
             return "done"
         if self.made():
             return "to be exported"
+        index = None if self.trains or self.reads else self._index()
+        if index is not None and index.complete:
+            return f"at {index.samples} of {self.settings.data.num_samples} samples"
         return f"at {'step' if self.trains else 'shard'} {at} of {last}" if at else "not started"
+
+    def conflict(self) -> str | None:
+        """The setting that was another when this link was made, or begun, in a line; None if all fit.
+
+        More steps, or more samples, are no conflict: they are taken, or written, in addition.
+        """
+        if self.reads:
+            return None
+        found = self._run_conflicts() if self.trains else self._store_conflicts()
+        if not found:
+            return None
+        key = chief(found, given_keys(self.arguments))
+        where = self.folder if self.trains else self.settings.data.store
+        return (
+            f"link {self.name}: {where} was made with {key}={found[key][0]!r}, this chain has {found[key][1]!r}: "
+            f"choose another output_dir, or the same {key}"
+        )
+
+    def _run_conflicts(self) -> Differences:
+        if not steps_taken(self.folder):
+            return {}
+        recorded, wanted = recorded_settings(self.folder), self.settings.model_dump(mode="json")
+        found = differences(recorded, wanted, TrainSettings) if recorded else {}
+        bound = {key: both for key, both in found.items() if key.partition(".")[0] not in FREE}
+        bound.pop("student.prediction", None)  # left open, it is settled by what the student starts from
+        if (taken := steps_taken(self.folder)) > self.settings.max_train_steps:
+            bound["max_train_steps"] = taken, self.settings.max_train_steps
+        return bound
+
+    def _store_conflicts(self) -> Differences:
+        index = self._index()
+        if index is None:
+            return {}
+        data = self.settings.data
+        found: Differences = {
+            f"data.{key}": (getattr(index, key), getattr(data, key))
+            for key in ("solver", "solver_steps", "guidance", "dtype", "batch_size", "samples_per_shard")
+        }
+        found["seed"] = index.seed, self.settings.seed
+        if data.num_samples is not None and data.num_samples < index.samples:
+            found["data.num_samples"] = index.samples, data.num_samples
+        return {key: (before, now) for key, (before, now) in found.items() if before != now}
 
     @property
     def _mark(self) -> Path:
@@ -163,11 +209,14 @@ def one_of(links: Sequence[Link], name: str) -> Link:
     """The link of that name, if it can be run.
 
     Raises:
-        ConfigError: there is none, or one that it builds on is not done.
+        ConfigError: there is none, or one that it builds on is not done, or was made with other settings.
     """
     by_name = {link.name: link for link in links}
     if name not in by_name:
         raise ConfigError(f"link={name}: no such link; allowed: {', '.join(by_name)}")
+    for other in (*by_name[name].needs, name):
+        if conflict := by_name[other].conflict():
+            raise ConfigError(conflict)
     if missing := [other for other in by_name[name].needs if not by_name[other].done()]:
         raise ConfigError(f"link={name} builds on {missing[0]}, which is {by_name[missing[0]].state()}, not done")
     return by_name[name]

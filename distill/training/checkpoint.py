@@ -41,6 +41,8 @@ from torch import Tensor
 from distill.data.storage import sync_folder, write_whole
 from distill.training.elastic import NotElastic
 from distill.training.engine import Engine
+from distill.training.recorded import chief, differences, given_keys
+from distill.training.settings import TrainSettings
 from distill.training.trained import weights_file
 from distill.training.writing import WriteError, free_space, together
 
@@ -55,6 +57,7 @@ DEEPSPEEDS_OWN = {  # what the files of ZeRO-1, 2 and 3 hold beside tensors and 
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
+_SHAPING = ("lora_rank", "student", "networks", "method", "model", "ema_decay")  # settings of what is trained
 _NAME = re.compile(r"step-(\d{8,})")
 _GO_ON = "resume_from_checkpoint=latest goes on from it; for a new run choose another output_dir"
 _PACKAGES = ("distill", "torch", "accelerate", "deepspeed", "diffusers", "peft")
@@ -274,7 +277,10 @@ class Checkpoints:
         return not named and manifest.get("run", "") != self.run
 
     def _load(self, engine: Engine, folder: Path, manifest: Mapping[str, Any]) -> Resumed:
-        problem = engine.misfit(manifest["engine"]) or _mismatch(manifest["must_match"], self.must_match)
+        problem = engine.misfit(manifest["engine"])
+        if problem and (setting := self._setting_that_differs(manifest.get("config", {}))):
+            problem = f"{setting} ({problem})"
+        problem = problem or _mismatch(manifest["must_match"], self.must_match)
         if problem:
             raise CheckpointError(f"{folder} does not fit this run: {problem}")
         try:
@@ -293,6 +299,18 @@ class Checkpoints:
         engine.barrier()
         self._current = step if (self.folder / folder.name).is_dir() else None
         return Resumed(step, manifest["state"], folder)
+
+    def _setting_that_differs(self, saved: Mapping[str, Any]) -> str | None:
+        """What decides the shape of what is trained, and was another when it was saved."""
+        if not saved or not self.config:
+            return None
+        here = json.loads(json.dumps(dict(self.config)))
+        found = differences(saved, here, TrainSettings)
+        shaping = {key: both for key, both in found.items() if key.partition(".")[0] in _SHAPING}
+        if not shaping:
+            return None
+        key = chief(shaping, given_keys())
+        return f"{key} was {shaping[key][0]!r}, is {shaping[key][1]!r}"
 
     def _set_aside_after(self, step: int) -> str | None:
         """Renames what is newer than `step`; returns why it cannot be."""
@@ -413,7 +431,8 @@ def _mismatch(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     here = json.loads(json.dumps(here))  # as the saved ones have come back: tuples are lists, keys strings
     for key in sorted(saved.keys() | here.keys()):
         if saved.get(key) != here.get(key):
-            return f"{key} was {saved.get(key)!r}, is {here.get(key)!r}"
+            remedy = f": set {key.rpartition(' ')[2]} to the export it was" if key.startswith("SHA-256") else ""
+            return f"{key} was {saved.get(key)!r}, is {here.get(key)!r}{remedy}"
     return None
 
 

@@ -575,7 +575,7 @@ class Engine:
         theirs = saved.get("networks", {})
         for name in sorted(theirs.keys() | here["networks"].keys()):
             if theirs.get(name) != here["networks"].get(name):
-                return f"trained network {name!r}: saved {theirs.get(name)}, this run has {here['networks'].get(name)}"
+                return _unlike(name, theirs.get(name), here["networks"].get(name))
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -747,3 +747,18 @@ def _describe(trained: Trained) -> dict[str, Any]:
     count = sum(torch.Size(shape).numel() for _, shape in shapes)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     return {"parameters": count, "shapes": digest, "ema": trained.ema is not None}
+
+
+def _unlike(name: str, saved: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
+    """How a trained network differs from the one that was saved, of `_describe`; in a sentence."""
+    if saved is None or here is None:
+        which = (
+            "was not trained when it was saved" if saved is None else "was trained when it was saved, and is not here"
+        )
+        return f"the {name} {which}"
+    if saved["ema"] != here["ema"]:
+        return f"an average of the {name} was {'' if saved['ema'] else 'not '}kept when it was saved (ema_decay)"
+    counts = saved["parameters"], here["parameters"]
+    if counts[0] == counts[1]:
+        return f"the {name} has other trained weights than when it was saved, although as many ({counts[0]:,})"
+    return f"the {name} had {counts[0]:,} trained weights when it was saved, and has {counts[1]:,} here"

@@ -469,7 +469,7 @@ class RunChainSettings(Settings):
     overrides: Strings
     launch: str | None
     link: str | None
-    list: Flag
+    list: Flag | Literal["commands"]
 
 
 def like(pattern: str, what: str) -> BeforeValidator:

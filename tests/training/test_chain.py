@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from distill.commands.run_chain import table
 from distill.data.index import kept_times
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
@@ -18,6 +19,7 @@ from distill.methods.base import Method
 from distill.training.chain import Link, links_of, one_of, seconds_left
 from distill.training.config import CONFIGS, ConfigError, build, load
 from distill.training.settings import ChainSettings, RunChainSettings
+from tests.training.test_recorded import begun
 
 CHAINS = sorted(path.stem for path in (CONFIGS / "chain").glob("*.yaml"))
 STORE = {"name": "store", "script": "make_trajectories"}
@@ -240,3 +242,17 @@ def test_a_later_store_may_be_solved_by_an_earlier_link(tmp_path: Path) -> None:
     links = {x.name: x for x in links_of(chain(STORE, {"name": "a"}, again, {"name": "b", "teacher": "a"}), tmp_path)}
     assert f"teacher={links['a'].export}" in links["again"].arguments and links["again"].needs == ("a",)
     assert f"data.store={tmp_path / 'again'}" in links["b"].arguments and links["b"].needs == ("again", "a")
+
+
+def test_the_table_says_how_far_each_link_is(tmp_path: Path) -> None:
+    links = links_of(chain(STORE, {"name": "a"}, {"name": "b", "start": "a"}), tmp_path, ["max_train_steps=8"])
+    begun(tmp_path / "a", 4)
+    rows = [line.split() for line in table(links).splitlines()]
+    assert rows[0] == ["link", "script", "size", "state"]
+    assert rows[1] == ["store", "make_trajectories", "1500", "samples", "not", "started"]
+    assert rows[2][:6] == ["a", "train", "8", "steps", "at", "step"] and rows[2][-2:] == ["other", "settings"]
+    assert rows[3] == ["b", "train", "8", "steps", "waits", "for", "store,", "a"]
+    conflict = links[1].conflict()
+    assert conflict is not None and f"link a: {tmp_path}/a was made with " in conflict
+    with pytest.raises(ConfigError, match="link a: .* was made with"):
+        one_of(links, "a")

@@ -30,7 +30,9 @@ from distill.training.checkpoint import (
     mark_best,
     read_weights,
 )
+from distill.training.config import load
 from distill.training.engine import Engine, LearningRate, TrainedNetwork
+from distill.training.settings import TrainSettings
 from tests.durability import Disk
 from tests.training.engine_worker import run as run_case
 
@@ -222,16 +224,28 @@ def test_what_cannot_be_resumed_is_said_and_nothing_starts_over(
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"width": 5}, "'parameters': 4004.*'parameters': 5005"),
-        ({"ema_decay": None}, "'ema': True.*'ema': False"),
+        ({"width": 5}, "the student had 4,004 trained weights when it was saved, and has 5,005 here$"),
+        ({"ema_decay": None}, r"an average of the student was kept when it was saved \(ema_decay\)"),
         ({"mixed_precision": "bf16"}, "mixed_precision=no, this run has mixed_precision=bf16"),
-        ({"name": "discriminator"}, "trained network 'discriminator': saved None"),
+        ({"name": "discriminator"}, "the discriminator was not trained when it was saved"),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused(make: Make, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     saved(make(), tmp_path, 2)
     with pytest.raises(CheckpointError, match=says):
         Checkpoints(tmp_path).resume(make(**changes), "latest")
+
+
+def test_the_setting_behind_another_shape_is_named(make: Make, tmp_path: Path) -> None:
+    """And not the shapes, or their hashes, or what follows from it."""
+
+    def config(*overrides: str) -> dict[str, Any]:
+        given = ["data.store=s", "model.pretrained_model_name_or_path=t", *overrides]
+        return load("train", TrainSettings, given).model_dump(mode="json")
+
+    saved(make(), tmp_path, 1, config=config())
+    with pytest.raises(CheckpointError, match=r"does not fit this run: lora_rank was 64, is 8 \(the student had 4,004"):
+        Checkpoints(tmp_path, config=config("lora_rank=8", "seed=3")).resume(make(width=5), "latest")
 
 
 def test_settings_that_must_match_must_match(make: Make, tmp_path: Path) -> None:
