@@ -106,6 +106,7 @@ def train(
             if last or (step % every.validate == 0 and not stop):
                 if found := validate(step):
                     tracker.log({**found, **health.read(found, step)}, step)
+                    progress.show_validation(step, found)
         if health.ends_run:
             _save(checkpoints, engine, step, must=True)
     return step

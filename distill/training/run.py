@@ -28,12 +28,29 @@ from distill.training.settings import TrainSettings
 log = logging.getLogger(__name__)
 
 PACKAGES = ("distill", "torch", "accelerate", "deepspeed", "diffusers", "peft", "transformers", "numpy", "safetensors")
-# What launchers, schedulers and libraries are told through variables; never one that may hold a secret.
-_VARIABLES = re.compile(
-    r"(SLURM|NCCL|GLOO|TORCH|PYTORCH|CUDA|CUBLAS|OMP|MKL|ACCELERATE|DS|HF|WANDB|TOKENIZERS)_.*"
-    r"|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
+# The only variables that are written down, each because it changes what is computed, or says where. Everything else
+# stays out, however harmless its name: headers, addresses with a key in them, notes and comments of all kinds.
+VARIABLES = frozenset(
+    """
+    RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+    OMP_NUM_THREADS OMP_PROC_BIND OMP_PLACES KMP_AFFINITY KMP_BLOCKTIME MKL_NUM_THREADS MKL_DYNAMIC MKL_CBWR
+    MKL_ENABLE_INSTRUCTIONS OPENBLAS_NUM_THREADS ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA ONEDNN_DEFAULT_FPMATH_MODE
+    ATEN_CPU_CAPABILITY
+    CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING CUDA_DEVICE_MAX_CONNECTIONS CUBLAS_WORKSPACE_CONFIG
+    NVIDIA_TF32_OVERRIDE TORCH_ALLOW_TF32_CUBLAS_OVERRIDE PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
+    TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_NCCL_BLOCKING_WAIT TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC TORCH_DISTRIBUTED_DEBUG
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT TORCHDYNAMO_DISABLE
+    NCCL_ALGO NCCL_PROTO NCCL_DEBUG NCCL_IB_DISABLE NCCL_IB_HCA NCCL_IB_GID_INDEX NCCL_IB_TIMEOUT NCCL_NET
+    NCCL_NET_GDR_LEVEL NCCL_P2P_DISABLE NCCL_P2P_LEVEL NCCL_SHM_DISABLE NCCL_SOCKET_IFNAME NCCL_TIMEOUT
+    GLOO_SOCKET_IFNAME
+    ACCELERATE_USE_CPU ACCELERATE_CPU_AFFINITY ACCELERATE_DEBUG_MODE DS_ACCELERATOR
+    HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE TRANSFORMERS_OFFLINE TOKENIZERS_PARALLELISM WANDB_MODE
+    SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_CLUSTER_NAME SLURM_JOB_PARTITION SLURM_JOB_NODELIST
+    SLURM_JOB_NUM_NODES SLURM_NNODES SLURM_NODEID SLURM_NTASKS SLURM_NTASKS_PER_NODE SLURM_PROCID SLURM_LOCALID
+    SLURM_CPUS_PER_TASK SLURM_CPUS_ON_NODE SLURM_GPUS_ON_NODE SLURM_GPUS_PER_NODE SLURM_MEM_PER_NODE SLURM_RESTART_COUNT
+    """.split()
 )
-_SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|JWT", re.IGNORECASE)
+_ADDRESS = re.compile(r"://|[@?&]")  # even there: nothing that can carry a password or a key
 
 # What may change between a run and its continuation without changing what it computes, or what is asked of it next.
 FREE = frozenset(
@@ -305,8 +322,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _is_told(name: str, value: str) -> bool:
-    secret = _SECRET.search(name) or re.search(r"://[^/]*@", value)  # a password before a host
-    return _VARIABLES.fullmatch(name) is not None and not secret
+    return name in VARIABLES and not _ADDRESS.search(value)
 
 
 def _version(package: str) -> str | None:

@@ -441,6 +441,12 @@ class Progress:
         elif self._main:
             logger.info("step %d/%d (%.0f %%)  %s", step, self.total, 100 * step / self.total, describe(scalars))
 
+    def show_validation(self, step: int, scalars: Scalars) -> None:
+        """What a validation has found, on a line of its own."""
+        if self._main:
+            found = {name.removeprefix("validation/"): value for name, value in scalars.items()}
+            logger.info("step %d/%d validation  %s", step, self.total, describe(found))
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -451,8 +457,22 @@ def wants_bar(stream: TextIO) -> bool:
     return stream.isatty() and "SLURM_JOB_ID" not in os.environ
 
 
+LINE = 180
+"""Characters of a line of scalars: adversarial training has too many for one; all are in metrics.jsonl."""
+_WEIGHT = (  # how soon a scalar is left out of a line that is too long; by what its name matches, the first that does
+    (re.compile(r"(^|/)loss$|samples_per_second|eta_seconds|^stage$|^alarm/|skipped$"), 0),
+    (re.compile(r"_loss$|accuracy$|^reward$|data_wait|^lr$|^validation/"), 1),
+    (re.compile(r"grad_norm$|peak_memory_gib|(^|/)lr$"), 2),
+    (re.compile(r""), 3),
+)
+
+
 def describe(scalars: Scalars) -> str:
-    """One line of scalars for people: `loss 0.1234  lr 1e-04  812 samples/s  data 3 %  0.4 GiB  eta 12:31`."""
+    """One line of scalars for people: `loss 0.1234  lr 1e-04  812 samples/s  data 3 %  0.4 GiB  eta 12:31`.
+
+    Alarms that are off and updates that were not skipped are left out, and so are, where the line would be longer than
+    `LINE`, the least important ones.
+    """
     units: dict[str, Callable[[float], str]] = {
         "samples_per_second": lambda v: f"{v:.4g} samples/s",
         "data_wait": lambda v: f"data {100 * v:.0f} %",
@@ -460,5 +480,15 @@ def describe(scalars: Scalars) -> str:
         "peak_memory_gib": lambda v: f"{v:.1f} GiB",
         "eta_seconds": lambda v: f"eta {tqdm.format_interval(v)}",
     }
-    words = [units[name](value) if name in units else f"{name} {value:.4g}" for name, value in scalars.items()]
-    return "  ".join(word for word in words if word)
+    words = {name: units[name](value) if name in units else f"{name} {value:.4g}" for name, value in scalars.items()}
+    quiet = [name for name, value in scalars.items() if value == 0 and re.search(r"(^|/)skipped$|^alarm/", name)]
+    shown = {name: word for name, word in words.items() if word and name not in quiet}
+    for name in sorted(shown, key=_weight, reverse=True):
+        if len("  ".join(shown.values())) <= LINE or _weight(name) == 0:
+            break
+        del shown[name]
+    return "  ".join(shown.values())
+
+
+def _weight(name: str) -> int:
+    return next(weight for pattern, weight in _WEIGHT if pattern.search(name))

@@ -16,6 +16,7 @@ from distill.training.config import ConfigError, load
 from distill.training.preemption import Preemption
 from distill.training.run import (
     checkpoints_of,
+    environment,
     finished,
     identity,
     kept_files,
@@ -141,3 +142,29 @@ def test_a_folder_that_goes_while_its_run_goes_on_is_made_anew(run: Path, caplog
     restore()
     assert {path.name: path.read_bytes() for path in run.iterdir()} == files
     assert "had lost config.yaml, run_id" in caplog.text
+
+
+def test_of_the_environment_only_what_is_listed_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name tells nothing about what people put into a variable, so that those that are not known stay out."""
+    hidden = {
+        "HF_TOKEN": "secret",
+        "HF_HUB_DOWNLOAD_HEADERS": '{"Authorization": "Bearer secret"}',
+        "HF_ENDPOINT": "https://user:secret@host",
+        "WANDB_API_KEY": "secret",
+        "WANDB_BASE_URL": "https://host?api=secret",
+        "WANDB_NOTES": "secret",
+        "SLURM_JOB_COMMENT": "secret",
+        "SLURM_JOB_NAME": "secret",
+        "NCCL_X": "secret",
+        "TORCH_PROXY": "http://user:secret@host",
+        "OMP_SECRET": "secret",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "HF_HOME": "s3://key:secret@bucket",
+        "MASTER_ADDR": "user:secret@host",
+    }
+    told = {"OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "17", "NCCL_SOCKET_IFNAME": "ib0", "CUDA_VISIBLE_DEVICES": "0,1"}
+    for name, value in {**hidden, **told}.items():
+        monkeypatch.setenv(name, value)
+    found = environment()
+    assert "secret" not in json.dumps(found) and told.items() <= found["variables"].items()
+    assert not found["variables"].keys() & hidden.keys()

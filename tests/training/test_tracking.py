@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from distill.training.tracking import (
+    LINE,
     Background,
     JsonlTracker,
     Meter,
@@ -324,3 +325,27 @@ def test_ranks_other_than_the_first_say_only_what_is_wrong(rank: int, plain_logg
         "WARNING shard cut"
     ]
     assert all(f"[{rank}]" in line for line in lines)
+
+
+def test_a_line_of_adversarial_training_is_short_and_says_the_most_important() -> None:
+    networks = ("student", "discriminator", "fake_score")
+    parts = {f"{name}/{part}": 0.123456 for name in networks for part in ("loss", "grad_norm", "lr")}
+    more = {f"student/segment_{i}": 0.5 for i in range(1, 9)} | {"student/stage": 2.0, "student/reward": 17.0}
+    game = {"discriminator/real_accuracy": 0.7, "discriminator/fake_accuracy": 0.6, "discriminator/balance": 0.5}
+    meters = {"samples_per_second": 812.3, "data_wait": 0.03, "step_seconds": 0.1, "eta_seconds": 751.0}
+    quiet = {"alarm/chance": 0.0, "alarm/winning": 0.0, "student/skipped": 0.0}
+    line = describe({**parts, **more, **game, **meters, **quiet})
+    assert len(line) <= LINE and "segment" not in line and "alarm/" not in line
+    for shown in ("student/loss 0.1235", "discriminator/loss", "fake_score/loss", "accuracy 0.7", "eta 12:31"):
+        assert shown in line
+    loud = describe({**parts, **more, **game, **meters, "alarm/chance": 1.0, "student/skipped": 1.0})
+    assert "alarm/chance 1" in loud
+
+
+def test_a_validation_is_a_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "distill")
+    found = {"validation/diversity": 0.51234, "validation/teacher_consistency": 0.01}
+    for main in (True, False):
+        Progress(200, stream=io.StringIO(), main=main).show_validation(50, found)
+    (record,) = caplog.records
+    assert record.getMessage() == "step 50/200 validation  diversity 0.5123  teacher_consistency 0.01"
