@@ -38,6 +38,7 @@ from distill.training.health import Health
 from distill.training.lock import RunLock
 from distill.training.loop import Every, NoData, train
 from distill.training.preemption import Preemption
+from distill.training.recorded import given_keys
 from distill.training.run import (
     checkpoints_of,
     finished,
@@ -310,7 +311,10 @@ def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str,
 def check_method(cfg: TrainSettings, method: Method) -> None:
     """The run's settings have to be what the method counts on."""
     if method.steps not in (None, cfg.max_train_steps):
-        raise ConfigError(f"the method's stages take {method.steps} steps, not max_train_steps={cfg.max_train_steps}")
+        raise ConfigError(
+            f"the method's stages take {method.steps} steps, not max_train_steps={cfg.max_train_steps}: set "
+            "max_train_steps=null, which follows them, or other method.stages"
+        )
     if cfg.ema_decay is None and any(f"{name}_ema" in method.asks for name in method.trains):
         raise ConfigError("the method's target is the moving average of the student, and none is kept: set ema_decay")
     if "reward" in method.asks and cfg.reward is None:
@@ -322,6 +326,38 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
             f"the method compares samples of a step: global_batch_size={cfg.global_batch_size} must be at least "
             f"{method.least_samples}"
         )
+    check_read(cfg, method)
+
+
+def check_read(cfg: TrainSettings, method: Method) -> None:
+    """Refuses what is set and nothing of the run would read."""
+    stages = (
+        " (an experiment's method.stages take the place of the method's own: give them too)" if method.steps else ""
+    )
+    for name in ("reward", "perceptual"):
+        if getattr(cfg, name) is not None and name not in method.asks:
+            raise ConfigError(
+                f"{name} is set, and the method uses none: leave it out, or set a method that does{stages}"
+            )
+    nodes = [cfg.student, *(cfg.networks[name] for name in method.trains if name in cfg.networks)]
+    has = {key for node in nodes for key in node}
+    given = given_keys()
+    unread = {
+        "reward_batch_size": cfg.reward is None and "the method uses no reward",
+        "lora_rank": "rank" not in has and "no network of this run has a LoRA",
+        "lora_alpha": "alpha" not in has and "no network of this run has a LoRA",
+        "lr_warmup_steps": cfg.lr_scheduler == "constant"
+        and cfg.lr_warmup_steps
+        and "lr_scheduler=constant has no warm-up",
+        "validation_reward": cfg.validation_prompts is None and "there are no validation_prompts",
+    }
+    for key, reason in unread.items():
+        if reason and key in given:
+            raise ConfigError(f"{key} is set, and has no effect: {reason}")
+    for key in given:
+        network = key.split(".")[1] if key.startswith("networks.") else None
+        if network is not None and network not in method.trains:
+            raise ConfigError(f"{key} is set, and the method trains no {network}: it trains {', '.join(method.trains)}")
 
 
 def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:

@@ -9,7 +9,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from distill.training.config import Settings, check_component, suggest
@@ -114,6 +114,17 @@ class DataSettings(Settings):
     read_retry_seconds: Annotated[Number, Field(ge=0)] = 120
 
 
+def follow_stages(steps: Any, info: ValidationInfo) -> Any:
+    """In the place of null what the stages of the method take. Raises ValueError: it has none."""
+    if steps is not None or "method" not in info.data:  # which is wrong itself, and said to be so
+        return 1 if steps is None else steps
+    stages = info.data["method"].get("stages")
+    lengths = [stage.get("iterations") for stage in stages or () if isinstance(stage, dict)]
+    if not lengths or not all(type(length) is int for length in lengths):
+        raise ValueError("null is for a method with stages, whose iterations it follows: set max_train_steps=...")
+    return sum(lengths)
+
+
 class TrainSettings(Settings):
     """All of `configs/train.yaml`, which `train.py` and `make_trajectories.py` share."""
 
@@ -132,7 +143,7 @@ class TrainSettings(Settings):
     health: Component = {"_target_": "distill.training.health.Health"}
     output_dir: FilePath
     seed: Natural
-    max_train_steps: Positive
+    max_train_steps: Annotated[Positive, BeforeValidator(follow_stages)]
     global_batch_size: Positive
     gradient_accumulation_steps: Positive
     learning_rate: Annotated[Number, Field(gt=0)]
