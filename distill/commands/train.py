@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before what is heavy is imported
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from distill.data.errors import AGAIN, ReadError, StoreError
 from distill.data.index import StoreIndex, StoreMismatch
@@ -81,6 +83,7 @@ class Parts:
     cfg: TrainSettings
     engine: Engine
     micro_batch_size: int
+    teacher: str
     method: Method
     exports: dict[str, Exported]
     student: Any
@@ -125,6 +128,7 @@ def checked(cfg: TrainSettings) -> Parts:
             cfg=cfg,
             engine=engine,
             micro_batch_size=micro_batch_size,
+            teacher=f"{teacher.teacher_id} ({teacher.family.name})",
             method=method,
             exports=exports,
             student=build(cfg.student),
@@ -148,7 +152,9 @@ def distil(parts: Parts, folder: Path) -> int:
     report_to = [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to
     tracker = open_trackers(report_to, folder, cfg.model_dump(mode="json"), resume_step=start_step, main=engine.is_main)
     progress = Progress(cfg.max_train_steps, start_step, main=engine.is_main)
-    step = start_step
+    if engine.is_main:
+        say_header(parts, store, start_step, folder)
+    step, began = start_step, time.monotonic()
     failure: NonFiniteError | WriteError | StoreError | ReadError | None = None
     with parts.preemption, parts.watchdog:
         try:
@@ -184,8 +190,36 @@ def distil(parts: Parts, folder: Path) -> int:
     engine.barrier()  # a launcher may end all ranks when the first is gone, and this one still sends
     if engine.is_main and code == 0:
         mark_finished(folder, step)
+        log.info(
+            "finished: %d steps, %s since this start; the run is %s, next is: python scripts/export.py run=%s "
+            "output_dir=FOLDER",
+            step,
+            tqdm.format_interval(int(time.monotonic() - began)),
+            folder,
+            folder,
+        )
     engine.close()
     return code
+
+
+def say_header(parts: Parts, store: Store, start_step: int, folder: Path) -> None:
+    """What is about to run, on the console: machine, teacher, data, what is trained, batch, steps, folder."""
+    cfg, engine = parts.cfg, parts.engine
+    precision = "float32" if engine.mixed_precision == "no" else engine.mixed_precision
+    log.info("engine=%s in %s on %d x %s", engine.name, precision, engine.world_size, engine.device_name)
+    log.info("teacher %s; store %s with %d samples", parts.teacher, cfg.data.store, len(store))
+    trained = ", ".join(f"{name} {count:,} weights" for name, count in engine.trained_parameters().items())
+    log.info("%s trains %s", type(parts.method).__name__, trained)
+    log.info(
+        "batch %d = %d a micro-batch x %d accumulated x %d processes; steps %d to %d; output_dir=%s",
+        cfg.global_batch_size,
+        parts.micro_batch_size,
+        cfg.gradient_accumulation_steps,
+        engine.world_size,
+        start_step + 1,
+        cfg.max_train_steps,
+        folder,
+    )
 
 
 def started(parts: Parts, folder: Path) -> tuple[Checkpoints, Store, int]:

@@ -208,6 +208,15 @@ class Engine:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """The kind of device of this rank, for people."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+
+    def trained_parameters(self) -> dict[str, int]:
+        """How many weights of each network are trained."""
+        return {name: described["parameters"] for name, described in self.describe()["networks"].items()}
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         self._running.wait_for_everyone()
