@@ -25,10 +25,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> TrainSettings:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (
-            "experiment=mlcm_toy method=mlcm_reward reward=toy",
-            "reward is set, and the method uses none: .*method.stages",
-        ),
+        ("experiment=mlcm_toy method=mlcm_reward reward=toy", "stages take 14500 steps, .*set max_train_steps=null"),
         ("experiment=quickstart reward=toy", "reward is set, and the method uses none: leave it out"),
         (
             "experiment=quickstart perceptual=latent_lpips perceptual.path=x",
@@ -56,6 +53,7 @@ def test_what_nothing_reads_is_one_line(overrides: str, line: str, monkeypatch: 
         ("experiment=mlcm_sdxl", 14000),
         ("experiment=mlcm_sdxl method=mlcm_reward reward=clip", 14500),
         ("experiment=mlcm_sd15 method=mlcm_critics", 15000),
+        ("experiment=mlcm_toy method=mlcm_reward reward=toy max_train_steps=null", 14500),
         ("experiment=mlcm_sdxl method=mlcm_paper networks=critics reward=pickscore networks.fake_score.rank=4", 15500),
         ("experiment=lcm_lora_sdxl method=mlcm max_train_steps=null", 14000),
         ("experiment=lightning_toy networks.discriminator.conditional=true lr_warmup_steps=0", 200),
