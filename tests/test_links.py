@@ -20,7 +20,9 @@ from distill.models.families import load_teacher
 from distill.models.student import as_teacher
 from distill.training.config import ConfigError, load
 from distill.training.export import export_run
+from distill.training.run import read_run
 from distill.training.settings import SampleSettings, TrainSettings
+from distill.training.used import USED, UsedData, data_of
 from tests.tiny import save_tiny
 
 PROMPTS = ["a red boat", "two owls", "a bridge at night", "snow"]
@@ -87,6 +89,20 @@ def test_a_chain_of_links_ends_in_pictures(common: list[str], full: Path, steps:
     sample.main(settings)
     (drawn,) = json.loads((tmp_path / "pictures" / "pictures.json").read_text())
     assert (drawn["sampler"], drawn["steps"], drawn["guidance"]) == ("ddim", steps, 1.0)
+
+
+def test_a_run_notes_what_its_store_holds_whatever_the_command_says(
+    common: list[str], lora: Path, tmp_path: Path
+) -> None:
+    """The training command need not repeat `data.num_samples`; without the store, the note still says it."""
+    folder = run(common, tmp_path / "run", *MSE, "data.num_samples=2000", "max_train_steps=1")
+    gone = read_run(folder).model_copy(deep=True)
+    gone.data.store = str(tmp_path / "gone")
+    assert data_of(folder, gone) == UsedData("trajectories", 8, "ddim", 4, (7.5, 7.5))
+    (folder / USED).unlink()  # as runs of earlier versions: from the store, while it is there
+    assert data_of(folder, gone) is None and data_of(folder, read_run(folder)).samples == 8
+    facts = json.loads((lora / "distill.json").read_text())
+    assert facts["data"]["samples"] == 8 and facts["guidance"] == [1.0, 1.0]  # what its method asked the teacher at
 
 
 def test_a_lora_goes_on_from_its_start_and_from_its_checkpoint(
