@@ -1,4 +1,8 @@
-"""Runs of a tiny teacher that faults are tried on, each beside one that nothing disturbed."""
+"""Runs of a tiny teacher that faults are tried on, each beside one that nothing disturbed.
+
+What is set makes them small and quick. All else is as it comes: four processes that read ahead on each rank, checks of
+what is read, retries, locks, watchdogs. Only a test that is about one of these sets it, and says so.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ class Runs:
         data = [f"data.prompts={folder}/prompts.txt", "data.num_samples=12", "data.solver_steps=8", "data.keep=all"]
         self.store = folder / "store"
         self._common = ["experiment=lcm_lora_sd15", teacher, *data, f"data.store={self.store}", "mixed_precision=no"]
-        self._sizes = ["lora_rank=2", "lora_alpha=2", "lr_warmup_steps=0", "log_every=1", "dataloader_num_workers=0"]
+        self._sizes = ["lora_rank=2", "lora_alpha=2", "lr_warmup_steps=0", "log_every=1"]
         self._undisturbed: dict[tuple[str, int, int], Path] = {}
         self.ranks = Ranks(folder)
         ended = self.ranks.run(self._common, script="make_trajectories")

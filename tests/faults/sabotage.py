@@ -9,15 +9,19 @@ The product has no hooks for this. What happens, and where, is a list of objects
     {"do": "hang", ...}                                 the same two, for ever; "freeze" stops all threads of Python
     {"do": "kill wandb", ...}                           the same two: its service process
     {"do": "limit", "bytes": 8000, ...}                 the same two: no file can be longer from then on
-    {"do": "hang", "rank": 1, "batch": 3}               in the reading of its 3rd micro-batch
+    {"do": "hang", "rank": 1, "batch": 3}               in the reading of its 3rd micro-batch, in whichever process
+    {"do": "unreadable", "rank": 1, "batch": 3}         likewise: no file of a store can be read there from then on,
+                                                        or, with "for": 2, the next two reads fail
     {"do": "nan", "rank": 1, "step": 3, "of": "loss"}   or "gradient"; "inf" in the place of "nan"
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import json
+import multiprocessing
 import os
 import resource
 import runpy
@@ -66,6 +70,8 @@ def _do(fault: Fault) -> None:
     elif fault["do"] == "freeze":
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # none of them wakes it
         ctypes.PyDLL(None).sleep(1000)  # unlike CDLL, it does not let go of the interpreter
+    elif fault["do"] == "unreadable":
+        os.preadv = _Unreadable(fault.get("for"))  # type: ignore[assignment]
     elif fault["do"] == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
     elif fault["do"] == "kill wandb":
@@ -76,15 +82,32 @@ def _do(fault: Fault) -> None:
             os.kill(os.getpid(), signal.Signals[name])
 
 
+class _Unreadable:
+    """In the place of `os.preadv`: fails so many times, or always."""
+
+    def __init__(self, times: int | None) -> None:
+        self.left, self._preadv = times, os.preadv
+
+    def __call__(self, *args: Any) -> int:
+        if self.left is not None:
+            self.left -= 1
+        if self.left is None or self.left >= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._preadv(*args)
+
+
 class _Once:
     """Does it at the so-manieth call."""
 
     def __init__(self, fault: Fault) -> None:
-        self.fault, self.left = fault, int(fault["batch"])
+        self.fault = fault
+        self.left = multiprocessing.get_context("fork").Value("i", int(fault["batch"]))  # of all processes that read
 
     def __call__(self, *_: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
+        with self.left.get_lock():
+            self.left.value -= 1
+            now = self.left.value == 0
+        if now:
             _do(self.fault)
 
 

@@ -12,6 +12,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,14 +20,16 @@ import pytest
 import torch
 
 from distill.data import tar
+from distill.data.errors import AGAIN
 from distill.data.images import Accept, list_pictures
 from distill.data.index import INDEX, UNCONDITIONAL, StoreIndex
+from distill.data.order import Order
 from distill.data.prompts import read_prompts
 from distill.data.reader import open_store
 from distill.data.record import GUIDANCE, STATES, BadSample, BadShard, StoreError, make_key
 from distill.data.verify import verify_shard
 from distill.training.checkpoint import MANIFEST, _digest, _write_manifest
-from tests.data.stores import PLAN, states_of
+from tests.data.stores import PLAN, states_of, write
 from tests.data.test_loader import Everything, loader
 from tests.data.test_reader import CHANGED, DAMAGED_JSON, RESIZED, cut, edit, sample_5, states_5
 from tests.faults.conftest import Outcome
@@ -35,7 +38,8 @@ from tests.tiny import save_tiny
 from tests.training.test_checkpoint import Bomb
 
 Fault = Callable[[int, str], Outcome]
-BROKEN = "a shard cut, overwritten or with flipped bits"
+BROKEN = "a shard cut, overwritten, exchanged or with flipped bits"
+UNREADABLE = "a read error, for a moment or for good"
 MISSING = "a shard missing"
 NUMBERS = "a sample with numbers that are not finite"
 UNEVEN = "uneven shards, or fewer than ranks"
@@ -44,6 +48,10 @@ OTHER = "a store of another teacher, schedule, guidance or grid"
 
 FLIPPED: dict[str, Callable[[Path], None]] = {
     "a bit among the states": lambda f: flip(f, states_5(f) + 700),
+    "a bit of the text": lambda f: flip(f, states_5(f) - 100),
+    "a shard of another store of the same size": lambda f: other_shard(f),
+}
+UNREAD: dict[str, Callable[[Path], None]] = {  # which only a hash of the whole shard finds
     "a bit of the padding": lambda f: flip(f, sample_5(f) - 1),
     "a bit of the prompt": lambda f: flip(f, sample_5(f) - 512 + 30),
 }
@@ -58,6 +66,7 @@ LOST = {
     "cut in the middle of the file": [6, 7],
     "longer": [],
     "without its end mark": [],
+    "a shard of another store of the same size": [4, 5, 6, 7],
 }
 
 
@@ -66,15 +75,20 @@ def flip(folder: Path, at: int) -> None:
     edit(folder, at, bytes([byte ^ 4]))
 
 
+def other_shard(folder: Path) -> None:
+    write(folder.parent / "other", replace(PLAN, seed=12))
+    shutil.copy(folder.parent / "other/shard-000001.tar", folder)
+
+
 # ---- row 6 --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*CHANGED, *CUT, *FLIPPED, *DAMAGED_JSON])
+@pytest.mark.parametrize("kind", [*CHANGED, *CUT, *FLIPPED, *UNREAD, *DAMAGED_JSON])
 def test_damage_stops_the_run_with_the_name_of_the_shard(copy: Path, kind: str, fault: Fault) -> None:
-    (CHANGED | CUT | FLIPPED | DAMAGED_JSON)[kind](copy)
+    (CHANGED | CUT | FLIPPED | UNREAD | DAMAGED_JSON)[kind](copy)
     start = time.monotonic()
     with pytest.raises(BadShard, match="shard-000001.tar") as error:
-        store = open_store(str(copy), verify_sha256=kind in FLIPPED)
+        store = open_store(str(copy), verify_sha256=kind in UNREAD)
         reader = loader(store, reads=Everything(), prompts=kind in DAMAGED_JSON)
         list(islice(reader, 8))
     assert "\n" not in str(error.value)
@@ -90,9 +104,9 @@ def test_losses_that_are_allowed_are_counted_and_the_rest_is_whole(
 ) -> None:
     """Damage to a shard costs its damaged samples and no others; seen and skipped are the whole index."""
     (CHANGED | CUT | FLIPPED)[kind](copy)
-    lost = LOST.get(kind, [4, 5, 6, 7] if kind in FLIPPED else [5, 6, 7] if kind in CUT else [5])
+    lost = LOST.get(kind, [5, 6, 7] if kind in CUT else [5])
     lost_keys = {make_key(i // 4, i % 4) for i in lost}
-    store = open_store(str(copy), max_bad_fraction=0.4, verify_sha256=kind in FLIPPED)  # 4 of 11
+    store = open_store(str(copy), max_bad_fraction=0.4)  # 4 of 11
     with caplog.at_level(logging.WARNING):
         loaders = [
             loader(store, 22, 11, Everything(), rank=rank, world_size=world_size, num_workers=num_workers)
@@ -113,27 +127,74 @@ def test_losses_that_are_allowed_are_counted_and_the_rest_is_whole(
 
 
 @pytest.mark.distributed
-def test_ranks_stop_together(runs: Runs, tmp_path: Path, fault: Fault) -> None:
-    """One rank of two meets the damage, of one sample of 12, in the middle of its steps."""
-    store = copied(runs, tmp_path)
-    overwrite(store, 5, 0, bytes(512))
-    ended = runs.run(tmp_path / "run", ranks=2, more=[f"data.store={store}"])
-    assert all(ended.codes) and 2 in ended.codes
+def test_what_rank_1_alone_finds_damaged_stops_both_and_nothing_is_lost(
+    runs: Runs, tmp_path: Path, fault: Fault
+) -> None:
+    """One flipped bit in the sample of its fourth step: both end, saved after the third. Allowed, it is replaced."""
+    sample = Order(seed=0, samples=12).index(2 * 3 + 1)  # nobody else's, in these steps
+    store, run = copied(runs, tmp_path), tmp_path / "run"
+    layout = index_of(store).layout
+    for k in range(layout.tensors[STATES].shape[0]):  # whichever of them the method draws
+        flip_of(store, sample, 512 + layout.start(STATES) + k * layout.state_bytes + 7)
+    ended = runs.run(run, ranks=2, more=[f"data.store={store}"])
+    assert ended.codes == [2, 2], ended.said[-3000:]
     (line,) = [said for said in errors(ended.said) if "shard-" in said]
-    assert "000000-000005 in shard-000000.tar" in line and "allowed: 0" in line
+    assert f"000000-{sample:06d} in shard-000000.tar" in line and "allowed: 0" in line and "saved at step 3" in line
+    assert (run / "checkpoints/step-00000003").is_dir()
+    ended = runs.run(run, ranks=2, more=[f"data.store={store}", "data.max_bad_fraction=0.1"])
+    assert ended.codes == [0, 0], ended.said[-3000:]
+    (line,) = [said for said in ended.said.splitlines() if "skipped sample" in said]
+    assert "[1] WARNING" in line and f"000000-{sample:06d} in shard-000000.tar" in line and "(1 of 1 allowed)" in line
     fault(6, BROKEN).tried(seconds=ended.seconds)
 
 
-@pytest.mark.faults
 @pytest.mark.distributed
-def test_ranks_go_on_without_the_sample(runs: Runs, tmp_path: Path, fault: Fault) -> None:
-    store = copied(runs, tmp_path)
-    overwrite(store, 5, 0, bytes(512))
-    given = [f"data.store={store}", "data.max_bad_fraction=0.1"]
-    ended = runs.run(tmp_path / "run", ranks=2, more=given)
-    assert ended.codes == [0, 0], ended.said[-3000:]
-    assert "skipped sample 000000-000005 in shard-000000.tar" in ended.said and "(1 of 1 allowed)" in ended.said
-    fault(6, BROKEN).tried()
+@pytest.mark.parametrize("more", [["data.max_bad_fraction=0.5"], pytest.param([], marks=pytest.mark.faults)])
+def test_what_rank_1_alone_cannot_read_is_not_damage(runs: Runs, tmp_path: Path, more: list[str], fault: Fault) -> None:
+    """However much damage is allowed: both save and end to be run again, which then differs in no bit."""
+    run, start = tmp_path / "run", time.monotonic()
+    unreadable = [{"do": "unreadable", "rank": 1, "batch": batch} for batch in (1, 2, 3, 4)]  # in each of its processes
+    ended = runs.run(run, ranks=2, faults=unreadable, more=[*more, "data.read_retry_seconds=0.3"])
+    assert ended.codes == [AGAIN, AGAIN], ended.said[-3000:]
+    (line,) = errors(ended.said)
+    assert "shard-000000.tar cannot be read: [Errno 5] Input/output error" in line
+    assert "skipped sample" not in ended.said
+    runs.goes_on(run, ranks=2, more=more)
+    lost, differ = runs.difference(run, ranks=2)
+    assert (lost, differ) == (0, 0)
+    fault(6, UNREADABLE).tried(seconds=time.monotonic() - start, samples_lost=lost, bits_different=differ)
+
+
+def test_a_read_error_that_passes_is_not_noticed_in_a_run(runs: Runs, tmp_path: Path, fault: Fault) -> None:
+    run = tmp_path / "run"
+    ended = runs.run(run, faults=[{"do": "unreadable", "rank": 0, "batch": 3, "for": 2}])
+    assert ended.codes == [0], ended.said[-3000:]
+    assert "cannot be read ([Errno 5]" in ended.said and "is read again, after" in ended.said
+    lost, differ = runs.difference(run)
+    assert (lost, differ) == (0, 0)
+    fault(6, UNREADABLE).tried(samples_lost=lost, bits_different=differ)
+
+
+def test_a_run_on_a_store_that_has_grown_goes_on_as_it_began(runs: Runs, tmp_path: Path, fault: Fault) -> None:
+    """Stopped after 4 of 8 steps, of which an epoch has 6; then the store has 20 samples; then it has 6."""
+    run, store = tmp_path / "run", copied(runs, tmp_path)
+    given = [f"data.store={store}"]
+    ended = runs.run(run, faults=[{"do": "SIGTERM", "rank": 0, "step": 3}], more=given)
+    assert ended.codes == [AGAIN], ended.said[-3000:]
+    grow = [*runs.settings(run), *given, "data.num_samples=112"]
+    ended = runs.ranks.run(grow, script="make_trajectories")
+    assert ended.codes == [0] and len(open_store(str(store))) == 112, ended.said[-3000:]
+    smaller = Path(shutil.copytree(run, tmp_path / "smaller"))
+    _, ended = runs.goes_on(run, more=given)
+    assert "the store has grown to 112 samples: this run goes on with the first 12" in ended.said
+    lost, differ = runs.difference(run)
+    assert (lost, differ) == (0, 0)
+    fault(14, UNEVEN).tried(samples_lost=lost, bits_different=differ)
+    few = [*runs.settings(smaller), f"data.store={tmp_path}/few", "data.num_samples=6"]
+    assert runs.ranks.run(few, script="make_trajectories").codes == [0]
+    ended = runs.ranks.run(few)
+    (line,) = errors(ended.said)
+    assert ended.codes == [2] and "has 6 samples and had 12 when the run began" in line
 
 
 # ---- row 7 --------------------------------------------------------------------------------------------------------
@@ -294,6 +355,13 @@ def copied(runs: Runs, folder: Path) -> Path:
 
 def index_of(store: Path) -> StoreIndex:
     return StoreIndex.from_json((store / INDEX).read_bytes())
+
+
+def flip_of(store: Path, sample: int, at: int) -> None:
+    """A bit of the first shard, counted from the tar header of one of its samples."""
+    at += int(index_of(store).shards[0].offsets.split()[sample]) - tar.BLOCK
+    byte = (store / "shard-000000.tar").read_bytes()[at]
+    edit(store, at, bytes([byte ^ 1]), "shard-000000.tar")
 
 
 def overwrite(store: Path, sample: int, at: int, data: bytes) -> None:

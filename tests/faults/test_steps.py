@@ -164,7 +164,8 @@ def test_wandb_that_is_offline_unreachable_or_killed(
 def test_a_loader_that_hangs_is_named_and_ended(runs: Runs, fault: Fault, tmp_path: Path) -> None:
     run = tmp_path / "run"
     start = time.monotonic()
-    ended = runs.run(run, faults=[{"do": "hang", "rank": 0, "batch": 4}], more=["watchdog_minutes=0.05"])
+    hang = [{"do": "hang", "rank": 0, "batch": 4}]  # in the process that trains, whose stack is shown
+    ended = runs.run(run, faults=hang, more=["watchdog_minutes=0.05", "dataloader_num_workers=0"])
     assert ended.codes == [HUNG], ended.said[-4000:]
     (line,) = errors(ended.said)
     assert "rank 0 has waited" in line and "a batch from the loader" in line and "watchdog_minutes=0.05" in line
