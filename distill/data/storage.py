@@ -187,7 +187,7 @@ class Folder:
             while done < len(view) and (read := os.preadv(descriptor, [view[done:]], start + done)):
                 done += read
         except OSError as error:
-            self._forget(name)  # the handle itself may be stale
+            self.forget(name)  # the handle itself may be stale
             return error
         return buffer if done == len(view) else buffer[:done]
 
@@ -202,12 +202,13 @@ class Folder:
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
                     raise
-                self._forget(*self._open)
+                self.forget(*self._open)
                 self._open[name] = open(self.local / name, "rb", buffering=0)
         self._open.move_to_end(name)
         return self._open[name].fileno()
 
-    def _forget(self, *names: str) -> None:
+    def forget(self, *names: str) -> None:
+        """Opens these files anew when they are read next: others may have replaced them."""
         for name in names:
             if name in self._open:
                 with suppress(OSError):

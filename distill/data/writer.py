@@ -244,6 +244,7 @@ class Notes:
         log.warning("%s", said)
 
     def _read_notes(self, sizes: Mapping[int, int]) -> None:
+        self.folder.forget(*map(note_name, sizes))  # those of a shard that is written anew are replaced
         found = self.folder.ranges([(note_name(shard), 0, size) for shard, size in sizes.items()])
         for shard, data in zip(sizes, found, strict=True):
             note = f"{note_name(shard)} of {self.folder.url}"

@@ -53,6 +53,7 @@ def test_only_what_is_missing_is_solved(tmp_path: Path) -> None:
     assert solved == list(range(8, 19))
     write(tmp_path, replace(LARGE, samples=24), solve=teacher(LARGE, solved=solved))
     assert solved[11:] == list(range(16, 24))  # the last shard, which was not full, once more
+    assert len(open_store(str(tmp_path))) == 24
 
 
 @pytest.mark.parametrize("old", ["checksums", "notes"])
@@ -95,12 +96,21 @@ def test_a_store_stays_what_it_was_until_it_has_grown(tmp_path: Path) -> None:
 def test_a_last_shard_that_was_not_full_is_written_anew(store_url: str, copy: Path, tmp_path: Path) -> None:
     """Meanwhile the store is unfinished, and says so."""
     in_processes(partial(write, copy, LARGE), fault="write shard-000003.tar.tmp:1")
-    with pytest.raises(StoreError, match="is unfinished: 2 of 5 shards"):
+    with pytest.raises(StoreError, match="is unfinished: 3 of 5 shards"):
         open_store(str(copy))
     write(copy, LARGE)
     assert without_plan(files(copy)) == without_plan(files(write(tmp_path / "once", LARGE)))
     for name in ("shard-000000.tar", "shard-000001.tar"):
         assert (copy / name).read_bytes() == (Path(store_url) / name).read_bytes()
+
+
+@pytest.mark.parametrize("writers", [1, 3])
+def test_so_is_an_only_shard_that_was_not_full(tmp_path: Path, writers: int) -> None:
+    small, large = (replace(WHOLE, samples=n, samples_per_shard=10) for n in (3, 25))
+    write(tmp_path / "store", small)
+    jobs = [partial(write, tmp_path / "store", large, rank=r, world_size=writers) for r in range(writers)]
+    assert in_processes(*jobs) == [0] * writers
+    assert without_plan(files(tmp_path / "store")) == without_plan(files(write(tmp_path / "once", large)))
 
 
 def test_what_makes_the_old_samples_must_stay(copy: Path) -> None:

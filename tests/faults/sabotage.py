@@ -189,10 +189,10 @@ def _spoil(fault: Fault) -> None:
 def _around_loss(fault: Fault, change: Callable[[Losses], Losses]) -> None:
     update = Engine.update
 
-    def changed(engine: Engine, turn: Turn, micro_batches: Any, step: int) -> dict[str, float]:
+    def changed(engine: Engine, turn: Turn, micro_batches: Any, step: int, *more: Any) -> dict[str, float]:
         if step == fault["step"]:
             turn = Turn(turn.updates, lambda *args, loss=turn.loss: change(loss(*args)))
-        return update(engine, turn, micro_batches, step)
+        return update(engine, turn, micro_batches, step, *more)
 
     Engine.update = changed  # type: ignore[method-assign]
 

@@ -176,17 +176,17 @@ def test_a_read_error_that_passes_is_not_noticed_in_a_run(runs: Runs, tmp_path: 
 
 
 def test_a_run_on_a_store_that_has_grown_goes_on_as_it_began(runs: Runs, tmp_path: Path, fault: Fault) -> None:
-    """Stopped after 4 of 8 steps, of which an epoch has 6; then the store has 20 samples; then it has 6."""
-    run, store = tmp_path / "run", copied(runs, tmp_path)
-    given = [f"data.store={store}"]
+    """Stopped after 4 of 8 steps, of which an epoch has 6; then the store has twice as many samples; then it has 6."""
+    run, given = tmp_path / "run", [f"data.store={tmp_path}/store", "data.samples_per_shard=12"]
+    assert runs.ranks.run([*runs.settings(run), *given], script="make_trajectories").codes == [0]
     ended = runs.run(run, faults=[{"do": "SIGTERM", "rank": 0, "step": 3}], more=given)
     assert ended.codes == [AGAIN], ended.said[-3000:]
-    grow = [*runs.settings(run), *given, "data.num_samples=112"]
+    grow = [*runs.settings(run), *given, "data.num_samples=24"]
     ended = runs.ranks.run(grow, script="make_trajectories")
-    assert ended.codes == [0] and len(open_store(str(store))) == 112, ended.said[-3000:]
+    assert ended.codes == [0] and len(open_store(str(tmp_path / "store"))) == 24, ended.said[-3000:]
     smaller = Path(shutil.copytree(run, tmp_path / "smaller"))
     _, ended = runs.goes_on(run, more=given)
-    assert "the store has grown to 112 samples: this run goes on with the first 12" in ended.said
+    assert "the store has grown to 24 samples: this run goes on with the first 12" in ended.said
     lost, differ = runs.difference(run)
     assert (lost, differ) == (0, 0)
     fault(14, UNEVEN).tried(samples_lost=lost, bits_different=differ)
