@@ -5,6 +5,7 @@ python scripts/benchmark.py step --size sd15
 python scripts/benchmark.py lcm --size sd15      # LCM-LoRA's step here against that of the usual scripts
 python scripts/benchmark.py memory               # what the experiments hold, counted without weights
 python scripts/benchmark.py reader               # planned reads against a sequential read of the same bytes
+python scripts/benchmark.py checksums            # what comparing all that is read with its checksums costs
 python scripts/benchmark.py start                # from an index to the first batch, for 10^3, 10^5, 10^7 samples
 """
 
@@ -58,6 +59,7 @@ def main() -> None:
     reader.add_argument("--samples", type=int, default=512)
     reader.add_argument("--workers", type=int, default=1)
     reader.set_defaults(run=lambda a: bench_reader(a.samples, a.workers))
+    commands.add_parser("checksums").set_defaults(run=lambda a: bench_checksums())
     start = commands.add_parser("start")
     start.add_argument("--samples", type=int, nargs="+", default=[10**3, 10**5, 10**7])
     start.set_defaults(run=lambda a: bench_start(a.samples))
@@ -152,6 +154,34 @@ def bench_reader(samples: int, workers: int) -> None:
         print(f"  read a sample, planned     {before / 2**20:8.2f} MiB")
         print(f"  planned reads              {median(rates):8.1f} samples/s, {workers} worker(s), batches assembled")
         print(f"  time against the same bytes read in a row {median(ratios):5.2f} x")
+
+
+def bench_checksums() -> None:
+    """LCM's two states of 51 of a sample, read with and without its checksums, in turn: what the difference is."""
+    method = LCM(SCHEDULE)
+    toy = {"cross_attention_dim": 64, "in_channels": 4}
+    for size, config, latent, tokens in (
+        ("toy", toy, (8, 8), 12),
+        ("sd15", unet_config("sd15"), (64, 64), 77),
+        ("sdxl", {**unet_config("sd15"), "cross_attention_dim": 2048}, (128, 128), 77),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            store = random_store(folder, config, latent, tokens, samples=64)
+            bare = Store(store.folder, without_checksums(store.index), store.unconditional)
+            picks = [method.reads().pick(store.index.times, generator("benchmark", i)) for i in range(64)]
+            seconds: dict[str, list[float]] = {"with": [], "without": []}
+            for _ in range(30):
+                for name, one in (("with", store), ("without", bare)):
+                    took, _ = timed(partial(one.read_many, list(enumerate(picks))))
+                    seconds[name].append(took / 64)
+            checked, plain = (1e3 * median(seconds[name]) for name in ("with", "without"))
+            print(f"{size:>5}: {checked:.3f} ms a sample, {plain:.3f} without checksums: {checked - plain:.3f} ms more")
+
+
+def without_checksums(index: StoreIndex) -> StoreIndex:
+    from dataclasses import replace
+
+    return replace(index, shards=tuple(replace(shard, crc32="") for shard in index.shards))
 
 
 def bytes_read_by(store: Store, method: LCM) -> float:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by the batch scripts: a job that saves before its time is up, and goes back to the queue while it gets further.
 #     GRACE_SECONDS=180  from the signal USR1 to the end of the job, as --signal says
-#     MAX_FAILURES=3     so often a job that failed, but had got further, is run again
+#     MAX_FAILURES=3     so often a job is run again that failed, but had got further, or could not read its data at all
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python}
@@ -62,15 +62,16 @@ supervise() {
     done
     case $code in
         0) exit 0 ;;
-        2) end 2 "the settings are wrong, see above" ;;
+        2) end 2 "the settings or the data are wrong, see above" ;;
         3) end 3 "an alarm has ended the run, which is saved at $("$progress")" ;;
     esac
     after=$("$progress")
     if [ "$after" = "$before" ]; then
         [ -z "$stopped" ] || end 1 "stopped before it got any further ($before): it needs more time than --time gives"
-        end "$code" "ended with exit code $code and got no further than $before"
+        # 75 says that another try may help, as after a file system that was away; but not for ever.
+        [ "$code" -eq 75 ] || end "$code" "ended with exit code $code and got no further than $before"
     fi
-    if [ -z "$stopped" ] && [ "$code" -ne 75 ]; then # 75: saved, and to be run again
+    if [ -z "$stopped" ] && { [ "$code" -ne 75 ] || [ "$after" = "$before" ]; }; then # 75: saved, and to be run again
         failures=$(($(cat "$JOB_NOTES/failures" 2>/dev/null || echo 0) + 1))
         echo "$failures" >"$JOB_NOTES/failures"
         [ "$failures" -le "${MAX_FAILURES:-3}" ] || end "$code" "ended with exit code $code and has failed $failures times"

@@ -15,24 +15,30 @@ if __name__ == "__main__":  # before what is heavy is imported
 
     run("make_latents")
 
+import logging
 import os
 
 import torch
 
 from distill.data.images import Accept, Listing, list_pictures
 from distill.data.index import NO_SOLVE, Plan
+from distill.data.progress import count
 from distill.data.writer import work_split, write_store
 from distill.models.families import Teacher, load_teacher
 from distill.training.config import ConfigError, checking
 from distill.training.latents import LatentEncoder
-from distill.training.run import launched_rank
+from distill.training.run import launched_rank, only_one_process
 from distill.training.settings import TrainSettings
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import stored
 
+log = logging.getLogger("distill")
+
 
 def main(cfg: TrainSettings) -> None:
     setup_logging(launched_rank())
+    if line := only_one_process():
+        log.warning(line)
     data, model = cfg.data, cfg.model
     if data.images is None:
         raise ConfigError(
@@ -68,7 +74,8 @@ def main(cfg: TrainSettings) -> None:
 def plan_of(cfg: TrainSettings, teacher: Teacher, listing: Listing) -> Plan:
     data, pictures = cfg.data, len(listing.pictures)
     if data.images is None or (data.num_samples or 0) > pictures:
-        raise ConfigError(f"data.num_samples={data.num_samples}, but there are {pictures} pictures")
+        are = "is" if pictures == 1 else "are"
+        raise ConfigError(f"data.num_samples={data.num_samples}, but there {are} {count(pictures, 'picture')}")
     return Plan(
         kind="pictures",
         teacher_id=teacher.teacher_id,

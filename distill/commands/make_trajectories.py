@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before what is heavy is imported
 
     run("make_trajectories")
 
+import logging
 import os
 
 import torch
@@ -26,14 +27,18 @@ from distill.models.exported import open_export
 from distill.models.families import Teacher, load_teacher
 from distill.models.student import as_teacher
 from distill.training.config import ConfigError, checking
-from distill.training.run import launched_rank
+from distill.training.run import launched_rank, only_one_process
 from distill.training.settings import TrainSettings
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored
 
+log = logging.getLogger("distill")
+
 
 def main(cfg: TrainSettings) -> None:
     setup_logging(launched_rank())
+    if line := only_one_process():
+        log.warning(line)
     prompts = prompts_of(cfg)
     with checking():
         teacher = teacher_of(cfg, parts=("unet", "text"))

@@ -23,6 +23,11 @@ class ReadError(OSError):
     """
 
 
+class NotWritten(OSError):
+    """A store could not be written, as on a full disk; one line. What is finished of it stays."""
+
+
+NOT_WRITTEN = 74  # EX_IOERR
 AGAIN = 75  # EX_TEMPFAIL: to be run again
 
 

@@ -24,12 +24,12 @@ from typing import IO, Any, NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 
 from distill.data import tar
+from distill.data.errors import ReadError, StoreError
 from distill.data.index import SCHEMA, StoreMismatch
 from distill.data.pictures import BadPicture, size_of
 from distill.data.progress import Progress
 from distill.data.prompts import find_files
-from distill.data.record import StoreError
-from distill.data.storage import Folder, file_system
+from distill.data.storage import Folder, Patience, file_system
 from distill.data.texts import JSON, MAX_BYTES, PLAIN, NoColumn, caption_in, caption_in_files, decoded, parsed
 from distill.data.words import counted
 
@@ -114,17 +114,22 @@ class Listing:
         """The files of these pictures; remote ones in parallel. Of one that is gone or has changed, why it is left out.
 
         Raises:
-            StoreError: what they are read from is gone as a whole, or cannot be read now; names it.
+            ReadError: what they are read from is gone as a whole, or cannot be read for a while; names it.
         """
-        wanted = [self.pictures[i] for i in indices]
+        wanted, patience = [self.pictures[i] for i in indices], Patience()
         starts, ends = [p.start for p in wanted], [p.start + p.size for p in wanted]
-        found = self.fs.cat_ranges([p.path for p in wanted], starts, ends, on_error="return")
-        return [self._checked(picture, data) for picture, data in zip(wanted, found, strict=True)]
+        while True:
+            found = self.fs.cat_ranges([p.path for p in wanted], starts, ends, on_error="return")
+            failed = [at for at, data in enumerate(found) if isinstance(data, Exception) and not isinstance(data, GONE)]
+            if not failed:
+                patience.over()
+                return [self._checked(picture, data) for picture, data in zip(wanted, found, strict=True)]
+            patience.after(found[failed[0]], f"picture {shown(wanted[failed[0]].name)}")
 
-    def _checked(self, picture: Picture, data: bytes | Exception) -> bytes | BadPicture:
-        if isinstance(data, Exception):
-            if not (isinstance(data, GONE) and self.fs.exists(self.root)):
-                raise StoreError(f"picture {shown(picture.name)} cannot be read: {type(data).__name__} {data}")
+    def _checked(self, picture: Picture, data: bytes | OSError) -> bytes | BadPicture:
+        if isinstance(data, OSError):
+            if not self.fs.exists(self.root):
+                raise ReadError(f"picture {shown(picture.name)} cannot be read: {self.root} is gone")
             return BadPicture(f"cannot be read any more ({_reason(data)})")
         if len(data) != picture.size:
             return BadPicture("has changed since it was listed")
@@ -208,7 +213,7 @@ class _Candidate:
         except GONE as error:
             return {"name": self.name, "dropped": "cannot be read", "why": _reason(error)}
         except OSError as error:
-            raise StoreError(f"picture {shown(self.name)} cannot be read: {type(error).__name__} {error}") from None
+            raise ReadError(f"picture {shown(self.name)} cannot be read: {type(error).__name__} {error}") from None
         place = {"start": self.start, "bytes": self.size, "width": width, "height": height}
         return {"name": self.name, **place, "caption": caption}
 

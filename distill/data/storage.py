@@ -148,7 +148,7 @@ class Folder:
             ReadError: one cannot be read, or there is no such file any more, for longer than `retry_seconds`.
         """
         found = self._ranges(requests)
-        patience = _Patience(self.retry_seconds)
+        patience = Patience(self.retry_seconds)
         while failed := [at for at, data in enumerate(found) if isinstance(data, Exception)]:
             name, error = requests[failed[0]][0], found[failed[0]]
             assert isinstance(error, Exception)
@@ -216,7 +216,7 @@ class Folder:
 
     def _tried(self, what: str, read: Callable[[], T]) -> T:
         """What `read` gives, tried again while it fails. Raises ReadError, and FileNotFoundError at once."""
-        patience = _Patience(self.retry_seconds)
+        patience = Patience(self.retry_seconds)
         while True:
             try:
                 found = read()
@@ -279,10 +279,11 @@ class Folder:
             self.fs.put_file(str(path), self.path(name))  # object stores show an object once it is whole
 
 
-class _Patience:
-    """Waits longer and longer between the tries of a read, for so many seconds in all."""
+class Patience:
+    """Waits longer and longer between the tries of a read, for so many seconds in all (`RETRY_SECONDS` by default)."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
+        seconds = RETRY_SECONDS if seconds is None else seconds
         self._seconds, self._pause = seconds, FIRST_PAUSE
         self._what, self._since, self._tries = "", 0.0, 1
 

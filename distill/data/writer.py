@@ -15,6 +15,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ import safetensors.torch
 
 from distill.data import tar
 from distill.data.checksums import checksums_name, make_row, row_bytes, start_of
+from distill.data.errors import NotWritten, ReadError
 from distill.data.index import (
     INDEX,
     OPTIONAL,
@@ -42,7 +44,7 @@ from distill.data.index import (
     plan_facts,
     understanding,
 )
-from distill.data.progress import Progress
+from distill.data.progress import Progress, count
 from distill.data.record import STATE_DTYPES, Layout, StoreError, describe, encode, finite, make_key, shard_name, short
 from distill.data.storage import Folder
 from distill.diffusion.prediction import Conditioning
@@ -93,6 +95,8 @@ def write_store(
             set.
         StoreError: no prompts, or the teacher's answer is not what the plan says or not finite; the key is named. Or
             every sample of the store was skipped.
+        NotWritten: a file could not be written.
+        ReadError: one could not be read.
     """
     if not prompts:
         raise StoreError(f"no prompts to make {plan.kind} of")
@@ -109,13 +113,42 @@ def write_store(
     earlier = _agree(folder, plan, prompts)
     folder.publish(UNCONDITIONAL, empty)
 
-    notes = Notes(folder, plan, earlier)
+    with _writing(url):
+        _write_shards(folder, plan, prompts, solve, earlier, rank, world_size)
+
+
+@contextmanager
+def _writing(url: str) -> Iterator[None]:
+    """Within it, what is nobody's mistake when it happens after the first file was written is a NotWritten."""
+    try:
+        yield
+    except (ReadError, PermissionError, NotADirectoryError, IsADirectoryError):
+        raise
+    except OSError as error:
+        why = (
+            f"[Errno {error.errno}] {error.strerror}" if error.errno is not None else f"{type(error).__name__} {error}"
+        )
+        raise NotWritten(
+            f"{url} cannot be written ({why}); the shards that are finished are kept: the same command writes the rest"
+        ) from error
+
+
+def _write_shards(
+    folder: Folder,
+    plan: Plan,
+    prompts: Sequence[str],
+    solve: Solve,
+    earlier: Sequence[Plan],
+    rank: int,
+    world_size: int,
+) -> None:
+    notes, url = Notes(folder, plan, earlier), folder.url
     if notes.shows_growth:
         notes.publish_index()  # the store is unfinished from here on
     mine = range(rank, plan.planned_shards, world_size)
     finished = notes.finished(mine)
     todo = [shard for shard in mine if shard not in finished]
-    log.info("%s: rank %d of %d has %d of its %d shards to write", url, rank, world_size, len(todo), len(mine))
+    log.info("%s: rank %d of %d has %d of its %s to write", url, rank, world_size, len(todo), count(len(mine), "shard"))
     samples = sum(len(plan.shard_samples(shard)) for shard in todo)
     progress = Progress(f"{plan.kind}, rank {rank}", samples, "samples", bar=rank == 0)
     due = 0.0

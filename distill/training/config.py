@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from distill.data.errors import AGAIN, ReadError, StoreError, short
+from distill.data.errors import AGAIN, NOT_WRITTEN, NotWritten, ReadError, StoreError, short
 from distill.training import signatures
 from distill.training.components import check_component, defaults_of
 from distill.training.composition import CONFIGS, composed_of, groups_of, omegaconf_line, yaml_of
@@ -233,6 +233,8 @@ def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S
         sys.stdout.flush()
     except ReadError as error:
         sys.exit(fail(error, AGAIN))
+    except NotWritten as error:
+        sys.exit(fail(error, NOT_WRITTEN))
     except (ConfigError, StoreError, FileNotFoundError) as error:
         sys.exit(fail(error))
     except BrokenPipeError:

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -94,6 +95,24 @@ SMALL = (CONFIG, IDENTITY, "overrides.txt", "environment.json")
 def launched_rank() -> int:
     """This process's rank as its launcher says, before any process group exists."""
     return int(os.environ.get("RANK", 0))
+
+
+def only_one_process() -> str | None:
+    """A line about `accelerate launch --num_processes N` that starts one process, as it does without a GPU unless it is
+    told which way to distribute; None if that is not so."""
+    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return None
+    try:
+        arguments = " ".join(psutil.Process().parent().cmdline())
+    except (psutil.Error, AttributeError):
+        return None
+    asked = re.search(r"--num[_-]processes[ =](\d+)", arguments)
+    if asked is None or int(asked[1]) < 2:
+        return None
+    return (
+        f"accelerate launch was asked for {asked[1]} processes and has started one, which does all of the work: "
+        "add --multi_gpu, which starts them on CPUs too"
+    )
 
 
 def launched_world_size() -> int:

@@ -22,11 +22,11 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from distill.data import tar
+from distill.data.errors import ReadError, StoreError
 from distill.data.images import Accept, Listing, list_pictures, shown
 from distill.data.index import StoreMismatch
 from distill.data.pictures import MAX_PIXELS, BadPicture, cut_square, size_of
 from distill.data.prompts import read_prompts
-from distill.data.record import StoreError
 from distill.diffusion.random import generator
 from distill.evaluation.reference import decoded
 from tests.data.stores import files, in_processes
@@ -422,7 +422,7 @@ def test_pictures_that_vanish_or_change_are_named(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (folder / name).unlink()
     folder.rmdir()  # all is gone, such as a disk that is no longer mounted: not a store of nothing
-    with pytest.raises(StoreError, match="picture a.png cannot be read"):
+    with pytest.raises(ReadError, match="picture a.png cannot be read"):
         found.read([0])
 
 

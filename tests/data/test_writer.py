@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.data import writer
+from distill.data.errors import NotWritten
 from distill.data.index import INDEX, OF_PICTURES, PLAN_FIELDS, SETTINGS, StoreMismatch, kept_times
 from distill.data.reader import open_store
 from distill.data.record import StoreError
@@ -208,6 +211,20 @@ def test_a_teacher_that_breaks_the_plan_is_refused(
     with pytest.raises(StoreError, match=message):
         write(tmp_path, solve=wrong(change))
     assert whole_shards(tmp_path) == []
+
+
+def test_a_disk_that_is_full_is_one_line_and_what_is_finished_stays(tmp_path: Path, store_url: str) -> None:
+    def writes() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        size = (Path(store_url) / SHARDS[0]).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, size + 100))  # a shard, and not one that is longer
+        with pytest.raises(NotWritten, match=r"store cannot be written \(\[Errno 27\] .*; the shards that"):
+            write(tmp_path / "store", prompts=[*PROMPTS[:4], "x" * 10_000])
+
+    assert in_processes(writes) == [0]
+    assert (tmp_path / "store" / SHARDS[0]).exists() and not list((tmp_path / "store").glob("*.tmp"))
+    write(tmp_path / "store", prompts=[*PROMPTS[:4], "x" * 10_000])
+    assert whole_shards(tmp_path / "store") == SHARDS
 
 
 def test_samples_of_one_store_have_one_shape(tmp_path: Path) -> None:

@@ -31,14 +31,14 @@ def submitted(slurm: Cluster, folder: Path, work: str, *options: str, **environm
         ("true", "0:0", 0, ""),
         (ONCE, "0:0", 1, "is at more: back to the queue"),
         (f"{FURTHER}; exit 3", "3:0", 0, "error: work: an alarm has ended the run, which is saved at more"),
-        (f"{FURTHER}; exit 2", "2:0", 0, "error: work: the settings are wrong"),
+        (f"{FURTHER}; exit 2", "2:0", 0, "error: work: the settings or the data are wrong"),
         ("exit 5", "5:0", 0, "error: work: ended with exit code 5 and got no further than nowhere"),
-        ("exit 75", "75:0", 0, "error: work: ended with exit code 75 and got no further than nowhere"),
+        ("exit 75", "75:0", 1, "error: work: ended with exit code 75 and has failed 2 times"),
         (f"{FURTHER}; exit 5", "5:0", 1, "error: work: ended with exit code 5 and has failed 2 times"),
         (f"{FURTHER}; echo 3 >$JOB_NOTES/exit-1; exit 137", "3:0", 0, "an alarm has ended the run"),
     ],
 )
-def test_a_job_is_run_again_only_if_it_got_further_and_it_may_help(
+def test_a_job_is_run_again_only_if_it_may_help(
     work: str, exit_code: str, restarts: int, words: str, slurm: Cluster, tmp_path: Path
 ) -> None:
     facts = slurm.ended(submitted(slurm, tmp_path, work, MAX_FAILURES="1"))
