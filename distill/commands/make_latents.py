@@ -22,7 +22,7 @@ import torch
 
 from distill.data.images import Accept, Listing, list_pictures
 from distill.data.index import NO_SOLVE, Plan
-from distill.data.progress import count
+from distill.data.progress import counted
 from distill.data.writer import work_split, write_store
 from distill.models.families import Teacher, load_teacher
 from distill.training.config import ConfigError, checking
@@ -75,7 +75,7 @@ def plan_of(cfg: TrainSettings, teacher: Teacher, listing: Listing) -> Plan:
     data, pictures = cfg.data, len(listing.pictures)
     if data.images is None or (data.num_samples or 0) > pictures:
         are = "is" if pictures == 1 else "are"
-        raise ConfigError(f"data.num_samples={data.num_samples}, but there {are} {count(pictures, 'picture')}")
+        raise ConfigError(f"data.num_samples={data.num_samples}, but there {are} {counted(pictures, 'picture')}")
     return Plan(
         kind="pictures",
         teacher_id=teacher.teacher_id,

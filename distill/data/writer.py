@@ -44,7 +44,7 @@ from distill.data.index import (
     plan_facts,
     understanding,
 )
-from distill.data.progress import Progress, count
+from distill.data.progress import Progress, counted
 from distill.data.record import STATE_DTYPES, Layout, StoreError, describe, encode, finite, make_key, shard_name, short
 from distill.data.storage import Folder
 from distill.diffusion.prediction import Conditioning
@@ -148,7 +148,9 @@ def _write_shards(
     mine = range(rank, plan.planned_shards, world_size)
     finished = notes.finished(mine)
     todo = [shard for shard in mine if shard not in finished]
-    log.info("%s: rank %d of %d has %d of its %s to write", url, rank, world_size, len(todo), count(len(mine), "shard"))
+    log.info(
+        "%s: rank %d of %d has %d of its %s to write", url, rank, world_size, len(todo), counted(len(mine), "shard")
+    )
     samples = sum(len(plan.shard_samples(shard)) for shard in todo)
     progress = Progress(f"{plan.kind}, rank {rank}", samples, "samples", bar=rank == 0)
     due = 0.0
