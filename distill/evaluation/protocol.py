@@ -12,6 +12,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from distill.data.words import counted
 from distill.evaluation.cache import key_of, weights_hash
 from distill.evaluation.captions import Captions
 from distill.evaluation.inception import FEATURES, SIDE, load_inception, patch, to_bytes, whole
@@ -170,7 +171,7 @@ class MetricScorer:
     def prompts(self, split: str, n: int) -> list[str]:
         """The first n, of any split. Raises ValueError: fewer are there."""
         if n > len(self.captions.prompts):
-            raise ValueError(f"the protocol has {len(self.captions.prompts)} prompts, asked for are {n}")
+            raise ValueError(f"the protocol has {counted(len(self.captions.prompts), 'prompt')}, asked for are {n}")
         return list(self.captions.prompts[:n])
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from diffusers import LCMScheduler
 from torch import Tensor, nn
 
 from distill.data.progress import Progress
+from distill.data.words import counted as said
 from distill.evaluation.figures import CELL, GridRow, draw_grid
 from distill.evaluation.measures import MEASURES
 from distill.evaluation.pipelines import draw, use_adapters, use_sampler
@@ -292,7 +293,7 @@ def _markdown(sweep: Sweep, rows: Sequence[Row], n: int) -> str:
             cells["negative_change"] = "0, equal to the bit" if same else f"{row['negative_change']:.4f}"
         shown.append(cells)
     notes = [
-        f"Each row: the same {n} prompts and seeds. w: guidance, 1 is none.",
+        f"Each row: the same {said(n, 'prompt')} and seeds. w: guidance, 1 is none.",
         "NFE: network evaluations a picture, counted. Seconds include text and decoding.",
         "HF energy: mean squared Laplacian, which blur lowers.",
     ]
