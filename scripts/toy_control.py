@@ -31,6 +31,7 @@ from distill.evaluation.pipelines import load_pipeline
 from distill.evaluation.report import format_table
 from distill.evaluation.toy import JudgeScorer
 from distill.evaluation.uses import COLUMNS, Arguments, Use, Way, from_picture, start_time, under_control
+from distill.models.schedulers import noise_of
 from distill.toy.control import as_control, build_controlnet, controlled
 from distill.toy.judge import load_judge
 from distill.toy.teacher import encode_captions, teacher_folder, time_ids
@@ -61,7 +62,7 @@ def train_controlnet(cfg: ToyControlSettings, folder: Path) -> None:
     """With the teacher frozen: only the ControlNet, which is shown the pattern's mask, learns."""
     pipeline = frozen_teacher()
     controlnet = build_controlnet(pipeline.unet, seed_of("toy control", cfg.seed, "start"))
-    schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+    schedule = NoiseSchedule.of(noise_of(pipeline.scheduler))
     scene = draw_scene(balanced_labels(cfg.pictures), generator("toy control", cfg.seed, "pictures"))
     latents, masks = encoded(pipeline.vae, paint(scene)), coverage(scene)
     captions = encode_captions(pipeline, list(CAPTIONS))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule
@@ -71,7 +72,7 @@ def full_size_teacher(experiment: str, device: str, dtype: torch.dtype = torch.f
         family=StableDiffusion() if size == "sd15" else StableDiffusionXL(),
         schedule=SCHEDULE,
         prediction=Prediction.EPSILON,
-        scheduler_config={},
+        noise=Noise(),
         teacher_id=size,
         resolution=8 * unet.config.sample_size,
         latent_shape=(4, unet.config.sample_size, unet.config.sample_size),

@@ -23,8 +23,9 @@ from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
 from distill.diffusion.prediction import Prediction
 from distill.evaluation.figures import GridRow, draw_grid
-from distill.evaluation.pipelines import draw, load_pipeline, use_sampler
+from distill.evaluation.pipelines import draw, load_pipeline, timesteps_of, use_sampler
 from distill.evaluation.report import COLUMNS, format_table
+from distill.models.families import load_unet
 from distill.models.folder import find_pipeline
 from distill.training.card import SAMPLES, sample_steps, write_card
 from distill.training.config import ConfigError, checking
@@ -93,9 +94,11 @@ def draw_samples(folder: Path, export: Export, prompts: list[str]) -> None:
     rows = []
     for steps in sample_steps(export):
         images = []
+        times = timesteps_of(pipeline, export.sampling.spacing, steps)
         for seed, prompt in enumerate(prompts):
             resolution = export.settings.model.resolution
-            images.append(draw(pipeline, [prompt], [seed], steps, export.guidance_scale, resolution).float().cpu())
+            one = draw(pipeline, [prompt], [seed], steps, export.guidance_scale, resolution, timesteps=times)
+            images.append(one.float().cpu())
             progress.update(1)
         rows.append(GridRow(f"{steps} {'step' if steps == 1 else 'steps'}", "", torch.cat(images) * 2 - 1))
     draw_grid(folder / SAMPLES, prompts, [rows], cell=CELL)
@@ -112,7 +115,7 @@ def pipeline_of(folder: Path, export: Export) -> Any:
         model.pretrained_model_name_or_path, lora=lora, revision=model.revision, variant=model.variant
     )
     if lora is None and "unet" in export.formats:
-        pipeline.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+        pipeline.unet = load_unet(folder / "unet", pipeline.unet.config, torch.float32)
     elif lora is None and "checkpoint" in export.formats:
         file = folder / "checkpoint" / f"{export.name}.safetensors"
         configs = find_pipeline(model.pretrained_model_name_or_path, ["unet"], model.revision, model.variant)

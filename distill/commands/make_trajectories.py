@@ -78,14 +78,16 @@ def prompts_of(cfg: TrainSettings) -> list[str]:
 
 def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
     model = cfg.model
-    with checking("model."):
-        return load_teacher(
+    with checking():
+        teacher = load_teacher(
             model.pretrained_model_name_or_path,
             parts=parts,
             dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" and torch.cuda.is_available() else torch.float32,
             revision=model.revision,
             variant=model.variant,
-        ).at_resolution(model.resolution)
+        )
+    with checking("model."):
+        return teacher.at_resolution(model.resolution)
 
 
 def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> Plan:

@@ -32,14 +32,15 @@ from tqdm import tqdm
 
 from distill.data.prompts import read_prompts
 from distill.data.words import counted
+from distill.diffusion.samplers import usual_spacing
 from distill.evaluation.figures import CELL, GridRow, draw_grid
 from distill.evaluation.pipelines import (
     draw,
     embeds_guidance,
     is_student,
     load_pipeline,
-    milestone_steps,
     sampling_of,
+    timesteps_of,
     use_sampler,
 )
 from distill.evaluation.sweeps import (
@@ -131,7 +132,7 @@ def chosen_sampling(cfg: SampleSettings, own: Sampling | None) -> Sampling:
     """How to draw: as the settings say, where they are silent as the student asks for, or as teachers are drawn."""
     own = own or Sampling("ddim", "trailing")
     sampler = cfg.sampler or own.sampler
-    usual = own.spacing if sampler == own.sampler else "lcm" if sampler == "lcm" else "trailing"
+    usual = own.spacing if sampler == own.sampler else usual_spacing(sampler)
     with checking():
         return Sampling(sampler, cfg.spacing or usual, own.steps)
 
@@ -154,7 +155,7 @@ def draw_pictures(
         pictures: list[dict[str, Any]] = []
         shown: list[Tensor] = []
         with checking("steps: "):
-            times = milestone_steps(pipeline, steps) if sampling.spacing == "milestones" else None
+            times = timesteps_of(pipeline, sampling.spacing, steps)
         for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=counted(steps, "step"), unit="batch"):
             chunk = prompts[start : start + cfg.batch_size]
             seeds = [cfg.seed + start + i for i in range(len(chunk))]

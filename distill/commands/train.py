@@ -396,10 +396,12 @@ def check_read(cfg: TrainSettings, method: Method) -> None:
 
 def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
     model = cfg.model
-    with checking("model."):
-        return load_teacher(
+    with checking():
+        teacher = load_teacher(
             model.pretrained_model_name_or_path, parts=parts, revision=model.revision, variant=model.variant
-        ).at_resolution(model.resolution)
+        )
+    with checking("model."):
+        return teacher.at_resolution(model.resolution)
 
 
 def helpers_of(cfg: TrainSettings, method: Method) -> dict[str, torch.nn.Module]:

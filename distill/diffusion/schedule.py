@@ -7,11 +7,11 @@ t - 1, and t = 0 means alpha 1, sigma 0: a chain that ends, ends at data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from distill.diffusion.noise import Noise
 
 
 def wide(x: Tensor) -> Tensor:
@@ -39,19 +39,17 @@ class NoiseSchedule:
     @classmethod
     def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, T: int = 1000) -> NoiseSchedule:
         """The schedule of Stable Diffusion 1.x, 2.x and XL: betas linear in their square root."""
-        return cls.from_config(
-            {"beta_schedule": "scaled_linear", "beta_start": beta_start, "beta_end": beta_end, "num_train_timesteps": T}
-        )
+        return cls.of(Noise(num_train_timesteps=T, beta_start=beta_start, beta_end=beta_end))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Builds the schedule that a diffusers scheduler config describes.
+    def of(cls, noise: Noise) -> NoiseSchedule:
+        """The schedule of the noise that a diffusers scheduler stands for.
 
         Raises:
-            ValueError: for a `beta_schedule` other than linear, scaled_linear or squaredcos_cap_v2.
+            ValueError: betas with which the signal does not fall from level to level.
         """
-        abar = (1 - _betas(config)).cumprod(0)
-        if config.get("rescale_betas_zero_snr"):
+        abar = (1 - _betas(noise)).cumprod(0)
+        if noise.rescale_betas_zero_snr:
             abar = _zero_terminal_snr(abar)
         return cls(abar)
 
@@ -93,21 +91,17 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor | in
     return schedule.alpha(t, x0) * x0 + schedule.sigma(t, x0) * noise
 
 
-def _betas(config: Mapping[str, Any]) -> Tensor:
-    if config.get("trained_betas") is not None:
-        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    kind = config.get("beta_schedule", "linear")
-    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    T = config.get("num_train_timesteps", 1000)
-    if kind == "linear":
+def _betas(noise: Noise) -> Tensor:
+    T, start, end = noise.num_train_timesteps, noise.beta_start, noise.beta_end
+    if noise.trained_betas is not None:
+        return torch.tensor(noise.trained_betas, dtype=torch.float64)
+    if noise.beta_schedule == "linear":
         return torch.linspace(start, end, T, dtype=torch.float64)
-    if kind == "scaled_linear":
+    if noise.beta_schedule == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
-    if kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
-        u = torch.arange(T + 1, dtype=torch.float64) / T
-        f = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2
-        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    raise ValueError(f"beta_schedule {kind!r} is not known; allowed: linear, scaled_linear, squaredcos_cap_v2")
+    u = torch.arange(T + 1, dtype=torch.float64) / T  # squaredcos_cap_v2: Nichol & Dhariwal 2021, eq. 17
+    f = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
 def _zero_terminal_snr(abar: Tensor) -> Tensor:

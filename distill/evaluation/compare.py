@@ -20,11 +20,12 @@ from distill.data.words import counted
 from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
+from distill.diffusion.samplers import check_pair
 from distill.diffusion.schedule import NoiseSchedule
-from distill.diffusion.solver import TIMES, make_times
+from distill.diffusion.solver import make_times
 from distill.evaluation.cache import Cache
 from distill.evaluation.shares import Share
-from distill.methods.sampling import SAMPLERS, sample, starting_noise
+from distill.methods.sampling import sample, starting_noise
 
 log = logging.getLogger(__name__)
 FIRST_SEED = {"report": 10_000_000, "tuning": 20_000_000, "stored": 30_000_000}
@@ -118,10 +119,7 @@ class Setting:
     embedded: bool = False
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler {self.sampler!r} is not known; allowed: {', '.join(SAMPLERS)}")
-        if self.spacing not in TIMES:
-            raise ValueError(f"spacing {self.spacing!r} is not known; allowed: {', '.join(TIMES)}")
+        check_pair(self.sampler, self.spacing)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import LCMScheduler
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
 from distill.diffusion.prediction import Prediction
-from distill.diffusion.solver import milestone_times
 from distill.methods.sampling import Sampling
+from distill.models.checks import naming
 from distill.models.exported import FACTS, read_export
+from distill.models.families import load_unet, open_pipeline
 from distill.models.lora import LORA_FILE
-from distill.models.schedulers import make_scheduler
+from distill.models.schedulers import make_scheduler, noise_of, timesteps_for
 
 
 def load_pipeline(
@@ -26,32 +28,24 @@ def load_pipeline(
     variant: str | None = None,
     own_scheduler: bool = False,
 ) -> Any:
-    """The pipeline as diffusers loads it, with a LoRA file or folder if one is given.
+    """A plain diffusers pipeline of the folder's or repository's parts, with a LoRA file or folder if one is given.
 
     Instead of a LoRA, the export of a student that is a whole network (a folder with `unet`) replaces the pipeline's
     network. An export's scheduler is the one that it asks for; with `own_scheduler` a LoRA's stays the model's own.
 
     Raises:
         FileNotFoundError: no pipeline or no LoRA there.
-        ValueError: an export that is not readable.
+        ValueError: a pipeline that `check_pipeline` refuses, an export that is not readable, or a LoRA or a network of
+            another model.
     """
     if lora is not None and not Path(lora).exists() and str(lora).count("/") != 1:
         raise FileNotFoundError(f"lora={lora}: no such file or folder")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            pretrained_model_name_or_path, revision=revision, variant=variant, use_safetensors=True, safety_checker=None
-        )
-    except OSError as error:
-        raise FileNotFoundError(
-            f"model.pretrained_model_name_or_path={pretrained_model_name_or_path}: {error}"
-        ) from None
+    pipeline, _ = open_pipeline(str(pretrained_model_name_or_path), revision, variant)
     if lora is not None and _is_network(Path(lora)):
-        pipeline.register_modules(unet=UNet2DConditionModel.from_pretrained(lora, subfolder="unet"))
+        pipeline.register_modules(unet=load_unet(Path(lora) / "unet", pipeline.unet.config, torch.float32))
         draw_as_exported(pipeline, lora)
     elif lora is not None:
-        named = {"weight_name": LORA_FILE} if (Path(lora) / LORA_FILE).is_file() else {}  # diffusers 0.38 asks offline
-        pipeline.load_lora_weights(str(lora), adapter_name="student", **named)
-        pipeline.set_adapters(["student"], [lora_scale])
+        _load_lora(pipeline, lora, lora_scale)
         if not own_scheduler and sampling_of(lora):
             draw_as_exported(pipeline, lora)
     pipeline.set_progress_bar_config(disable=True)
@@ -60,6 +54,36 @@ def load_pipeline(
 
 def _is_network(folder: Path) -> bool:
     return (folder / "unet").is_dir() and not list(folder.glob("*.safetensors"))
+
+
+def _load_lora(pipeline: Any, lora: str | Path, scale: float) -> None:
+    """Puts a LoRA of any format that diffusers reads onto the pipeline, whole, or not at all."""
+    named: dict[str, Any] = {"use_safetensors": True}
+    if (Path(lora) / LORA_FILE).is_file():
+        named["weight_name"] = LORA_FILE  # diffusers 0.38 asks the hub otherwise
+    with naming(Path(lora)):
+        state = pipeline.lora_state_dict(str(lora), unet_config=pipeline.unet.config, **named)[0]
+        tensors = {key.removeprefix("unet."): x for key, x in state.items() if key.startswith("unet.")}
+        tensors = convert_unet_state_dict_to_peft(tensors)
+    modules = dict(pipeline.unet.named_modules())
+    if misfits := [key for key, x in tensors.items() if not _fits(modules, key, x)]:
+        raise ValueError(
+            f"lora={lora} is not of this model: {len(misfits)} of its {len(tensors)} tensors have no place in its "
+            f"UNet, as {misfits[0]} {list(tensors[misfits[0]].shape)}"
+        )
+    with naming(Path(lora)):
+        pipeline.load_lora_weights(str(lora), adapter_name="student", **named)
+        pipeline.set_adapters(["student"], [scale])
+
+
+def _fits(modules: Mapping[str, Any], key: str, tensor: Tensor) -> bool:
+    """Whether a LoRA's tensor belongs to one of the network's modules: A [rank, in, ...] and B [out, rank, ...]."""
+    name, _, kind = key.partition(".lora_")
+    weight = getattr(modules.get(name), "weight", None)
+    if weight is None or kind.partition(".")[0] not in ("A", "B"):
+        return weight is not None
+    width = weight.shape[1 if kind.startswith("A") else 0]
+    return tensor.ndim == weight.ndim and tensor.shape[1 if kind.startswith("A") else 0] == width
 
 
 def sampling_of(folder: str | Path) -> Sampling | None:
@@ -77,24 +101,30 @@ def draw_as_exported(pipeline: Any, folder: str | Path) -> None:
     if sampling is None:
         use_sampler(pipeline, "lcm", "lcm")
     else:
-        use_sampler(pipeline, sampling.sampler, sampling.spacing, read_export(folder).prediction)
+        use_sampler(pipeline, sampling.sampler, sampling.spacing, read_export(folder).prediction, sampling.steps)
 
 
-def use_sampler(pipeline: Any, sampler: str, spacing: str, prediction: Prediction | None = None) -> None:
-    """Replaces the scheduler by that of `scheduler_settings`.
+def use_sampler(
+    pipeline: Any, sampler: str, spacing: str, prediction: Prediction | None = None, steps: int | None = None
+) -> None:
+    """Replaces the scheduler by that of `scheduler_settings`, which keeps the noise of the old one and nothing else.
 
-    For `milestones`, which no scheduler knows by name, `draw` has to be given `milestone_steps`.
+    With `steps` it is for that number alone; without, for any. `draw` has to be given `timesteps_of`, and any other
+    call of the pipeline `timesteps=` where that is not None.
 
     Raises:
-        ValueError: a sampler or a spacing that is not known, or that do not go together.
+        ValueError: a sampler or a spacing that is not known, that do not go together, or not on this noise.
     """
-    Sampling(sampler, spacing)
-    pipeline.scheduler = make_scheduler(pipeline.scheduler.config, sampler, spacing, prediction)
+    pipeline.scheduler = make_scheduler(noise_of(pipeline.scheduler), sampler, spacing, prediction, steps)
 
 
-def milestone_steps(pipeline: Any, steps: int) -> list[int]:
-    """The `timesteps` of MLCM's samplers, as a diffusers pipeline wants them: network indices, which are one less."""
-    return [t - 1 for t in milestone_times(pipeline.scheduler.config.num_train_timesteps, steps)[:-1]]
+def timesteps_of(pipeline: Any, spacing: str, steps: int) -> list[int] | None:
+    """What a call of the pipeline needs beside the number of steps after `use_sampler` with this spacing, if anything.
+
+    Raises:
+        ValueError: more steps than the spacing has times.
+    """
+    return timesteps_for(pipeline.scheduler, spacing, steps)
 
 
 def use_adapters(pipeline: Any, weights: Mapping[str, float]) -> None:

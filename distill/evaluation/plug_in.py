@@ -15,7 +15,7 @@ from distill.diffusion.random import generator
 from distill.evaluation import report
 from distill.evaluation.cache import Cache, weights_hash
 from distill.evaluation.compare import WORK, Row, Setting, seeds_of
-from distill.evaluation.pipelines import draw, use_adapters, use_sampler
+from distill.evaluation.pipelines import draw, timesteps_of, use_adapters, use_sampler
 from distill.evaluation.toy import JudgeScorer
 from distill.toy.styles import Style
 from distill.toy.world import labels_of
@@ -101,7 +101,9 @@ class Bench:
         use_adapters(self.pipeline, adapters)
         use_sampler(self.pipeline, setting.sampler, setting.spacing)
         chosen = [prompts[i] for i in places], [seeds[i] for i in places]
-        return draw(self.pipeline, *chosen, setting.steps, setting.guidance).float().cpu() * 2 - 1
+        times = timesteps_of(self.pipeline, setting.spacing, setting.steps)
+        drawn = draw(self.pipeline, *chosen, setting.steps, setting.guidance, timesteps=times)
+        return drawn.float().cpu() * 2 - 1
 
     def _share(self, images: Tensor) -> dict[str, float]:
         seen = self.style.seen(images, labels_of(self.scorer.prompts("report", self.n)))

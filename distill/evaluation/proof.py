@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill.evaluation.pipelines import draw, load_pipeline, milestone_steps, sampling_of, use_sampler
+from distill.evaluation.pipelines import draw, load_pipeline, sampling_of, timesteps_of, use_sampler
 
 
 def plain_pipeline_agrees(
@@ -36,8 +36,7 @@ def plain_pipeline_agrees(
     sampling = sampling_of(lora)
     if sampling is None:
         use_sampler(pipeline, "lcm", "lcm")
-    at_milestones = sampling is not None and sampling.spacing == "milestones"
-    times = milestone_steps(pipeline, steps) if at_milestones else None
+    times = timesteps_of(pipeline, "lcm" if sampling is None else sampling.spacing, steps)
     drawn = draw(pipeline, prompts, seeds, steps, guidance, timesteps=times) * 2 - 1
     if drawn.shape != expected.shape:
         raise ValueError(f"the pipeline draws {tuple(drawn.shape)}, expected are {tuple(expected.shape)}")

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
-
+from distill.diffusion.samplers import usual_spacing
 from distill.diffusion.solver import make_times
 from distill.evaluation.compare import Plan, Setting
 from distill.evaluation.pipelines import sampling_of
 from distill.methods.sampling import Sampling
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.exported import FACTS, read_export
-from distill.models.families import Teacher
+from distill.models.families import Teacher, load_unet
 from distill.models.folder import stored_tensors, weight_files, weights_hash
 from distill.models.lora import ADAPTER, load_lora, lora_file
 
@@ -52,7 +51,7 @@ def load_student(folder: str | Path, teacher: Teacher) -> LoadedStudent:
         load_lora(teacher.unet, folder)
         return LoadedStudent(replace(teacher.denoiser(), adapter=ADAPTER), digest, sampling)
     dtype = next(teacher.unet.parameters()).dtype
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True)
+    unet = load_unet(folder / "unet", teacher.unet.config, dtype)
     prediction = (export.prediction if export is not None else None) or teacher.prediction
     denoiser = NetworkDenoiser(unet.eval().requires_grad_(False), teacher.schedule, prediction)
     return LoadedStudent(denoiser, weights_hash(stored_tensors(weight_files(folder, "unet"))), sampling)
@@ -64,7 +63,7 @@ def parse_sampler(text: str, own: Sampling) -> Sampling:
     Raises ValueError: a name that is not known, or two that do not go together.
     """
     sampler, _, spacing = text.partition("/")
-    usual = own.spacing if sampler == own.sampler else "lcm" if sampler == "lcm" else "trailing"
+    usual = own.spacing if sampler == own.sampler else usual_spacing(sampler)
     return Sampling(sampler, spacing or usual, own.steps)
 
 

@@ -18,7 +18,7 @@ from distill.diffusion.solver import make_times
 from distill.evaluation.cache import Cache, weights_hash
 from distill.evaluation.compare import WORK, Row, Setting, seeds_of
 from distill.evaluation.measures import MEASURES
-from distill.evaluation.pipelines import use_adapters, use_sampler
+from distill.evaluation.pipelines import timesteps_of, use_adapters, use_sampler
 from distill.evaluation.report import setting_of
 from distill.evaluation.toy import JudgeScorer
 from distill.toy.control import follows
@@ -151,12 +151,14 @@ class Use:
         use_adapters(self.pipeline, way.adapters)
         use_sampler(self.pipeline, setting.sampler, setting.spacing)
         prompts, seeds = self._prompts(), seeds_of("report", len(self.images))
+        arguments = self.arguments(setting.steps, way.strength)
+        times = timesteps_of(self.pipeline, setting.spacing, arguments["num_inference_steps"])
         drawn = self.pipeline(
             prompt=[prompts[i] for i in places],
             image=self.images[list(places)],
             guidance_scale=setting.guidance,
             generator=[torch.Generator().manual_seed(seeds[i]) for i in places],
             output_type="pt",
-            **self.arguments(setting.steps, way.strength),
+            **arguments | ({} if times is None else {"timesteps": times}),
         )
         return drawn.images.float().cpu() * 2 - 1

@@ -10,23 +10,22 @@ from torch import Tensor
 
 from distill.diffusion.consistency import boundary_scalings
 from distill.diffusion.prediction import Conditioning, Denoiser
+from distill.diffusion.samplers import check_pair, check_sampler
 from distill.diffusion.schedule import NoiseSchedule, add_noise
-from distill.diffusion.solver import SOLVERS, TIMES, check_times, make_times, solve
-
-SAMPLERS = ("lcm", "euler", *SOLVERS)
+from distill.diffusion.solver import check_times, make_times, solve
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a student is drawn.
+    """How a student generates.
 
     Args:
-        sampler: one of `SAMPLERS`.
-        spacing: of its times, one of `TIMES`.
+        sampler: one of `distill.diffusion.samplers.SAMPLERS`.
+        spacing: of its times, one of those that go with the sampler there.
         steps: the only number of steps it was made for; None leaves it open.
 
     Raises:
-        ValueError: an unknown name, no step, or `euler` at times that are not trailing: there diffusers' is `ddim`.
+        ValueError: an unknown name, a pair that does not exist, no step, or more steps than the spacing has times.
     """
 
     sampler: str = "lcm"
@@ -34,23 +33,11 @@ class Sampling:
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_sampler(self.sampler)
-        if self.spacing not in TIMES:
-            raise ValueError(f"spacing {self.spacing!r} is not known; allowed: {', '.join(TIMES)}")
-        if self.sampler == "euler" and self.spacing != "trailing":
-            raise ValueError(f"sampler 'euler' takes spacing 'trailing', got {self.spacing!r}: 'ddim' takes any")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, or None, got {self.steps}")
+        check_pair(self.sampler, self.spacing, self.steps)
 
     def times(self, T: int, usual_steps: int) -> list[int]:
         """Falling times, ending at 0, of its own number of steps, or of `usual_steps` where it leaves them open."""
         return make_times(self.spacing, T, self.steps or usual_steps)
-
-
-def check_sampler(name: str) -> None:
-    """Raises ValueError for a name that is not one of `SAMPLERS`."""
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler {name!r} is not known; allowed: {', '.join(SAMPLERS)}")
 
 
 def starting_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:

@@ -44,6 +44,7 @@ _OF_TOKENIZERS = (
 _OF_PROCESSORS = ("preprocessor_config.json",)
 _MERGES_HEADER = "#version: 0.2"
 _HALVES = ("F16", "BF16")
+CLIP_POSITIONS = 77  # where a config leaves them out
 _TEXT_MODEL = "text_model."
 _PROJECTION = "text_projection."
 
@@ -92,6 +93,7 @@ def _copy(source: Path, folder: Path, name: str, variant: str | None) -> None:
     if "tokenizer" in name:
         _copy_named(source, folder, name, _OF_TOKENIZERS)
         _complete_tokenizer(folder / name)
+        _say_length(source, folder / name, name.replace("tokenizer", "text_encoder"))
     elif name == "feature_extractor":
         _copy_named(source, folder, name, _OF_PROCESSORS)
     else:
@@ -174,6 +176,15 @@ def text_tensors(source: Path, name: str, variant: str | None = None) -> Iterato
 def _has_usual_names(weights: list[Path]) -> bool:
     with safe_open(weights[0], framework="pt") as file:
         return all(key.startswith((_TEXT_MODEL, _PROJECTION)) for key in file.keys())
+
+
+def _say_length(source: Path, folder: Path, encoder: str) -> None:
+    """Writes how many tokens a prompt has where the tokenizer does not say it: as many as the encoder has positions."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(folder, path.name) if path.is_file() else {}
+    if "model_max_length" not in config and (source / encoder / "config.json").is_file():
+        positions = read_json(source, f"{encoder}/config.json").get("max_position_embeddings", CLIP_POSITIONS)
+        path.write_text(json.dumps(config | {"model_max_length": positions}, indent=2) + "\n")
 
 
 def _complete_tokenizer(folder: Path) -> None:

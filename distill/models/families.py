@@ -10,16 +10,29 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from distill.diffusion.noise import Noise, read_noise, short
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.schedule import NoiseSchedule
+from distill.models.checks import (
+    check_folder,
+    check_sizes,
+    component,
+    first_line,
+    levels,
+    load_checked,
+    naming,
+    positive,
+)
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.folder import find_pipeline, read_json, stored_tensors, weight_files, weights_hash
+from distill.models.folder import find_pipeline, read_json, stored_tensors, variant_of, weight_files, weights_hash
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +43,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class TextTower:
-    """A tokenizer and the text encoder that reads its tokens."""
+    """A tokenizer, whose `model_max_length` the encoder has positions for, and the encoder that reads its tokens."""
 
     tokenizer: CLIPTokenizer
     encoder: CLIPTextModel | CLIPTextModelWithProjection
@@ -52,9 +65,12 @@ class TextTower:
 
 
 class Family(Protocol):
-    """What differs between families: how a prompt becomes conditioning."""
+    """What differs between families: how a prompt becomes conditioning, and what diffusers calls their pipeline."""
 
     name: str
+    title: str
+    pipeline: str
+    """Its class in diffusers."""
     towers: tuple[tuple[str, str], ...]
     """The sub-folders of each tokenizer and its text encoder."""
 
@@ -70,11 +86,16 @@ class Family(Protocol):
         Of each: `originals`, its (height, width) before it was resized; `corners`, the cut's (top, left) afterwards.
         """
 
+    def arguments(self, zeros_for_empty: bool) -> dict[str, Any]:
+        """What its pipeline's constructor takes beside the parts."""
+
 
 class StableDiffusion:
     """SD 1.x and 2.x: the last hidden states of one CLIP text encoder, final layer norm included."""
 
     name = "sd15"
+    title = "Stable Diffusion 1 or 2"
+    pipeline = "StableDiffusionPipeline"
     towers: tuple[tuple[str, str], ...] = (("tokenizer", "text_encoder"),)
 
     def encode(self, towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -86,11 +107,16 @@ class StableDiffusion:
     def crop_conditioning(self, originals: Sequence[Size], corners: Sequence[Size], size: Size) -> dict[str, Tensor]:
         return {}
 
+    def arguments(self, zeros_for_empty: bool) -> dict[str, Any]:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
 
 class StableDiffusionXL:
     """SDXL and its relatives (SSD-1B): the last but one states of two encoders, and the second one's pooled output."""
 
     name = "sdxl"
+    title = "Stable Diffusion XL"
+    pipeline = "StableDiffusionXLPipeline"
     towers: tuple[tuple[str, str], ...] = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
     def encode(self, towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -105,11 +131,11 @@ class StableDiffusionXL:
         ids = [[*original, *corner, *size] for original, corner in zip(originals, corners, strict=True)]
         return {"time_ids": torch.tensor(ids, dtype=torch.float32)}  # [B, 6]
 
+    def arguments(self, zeros_for_empty: bool) -> dict[str, Any]:
+        return {"force_zeros_for_empty_prompt": zeros_for_empty}
 
-_FAMILIES: dict[str, Family] = {
-    "StableDiffusionPipeline": StableDiffusion(),
-    "StableDiffusionXLPipeline": StableDiffusionXL(),
-}
+
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
 
 
 @dataclass
@@ -120,7 +146,7 @@ class Teacher:
         family: how its prompts become conditioning.
         schedule: its noise schedule.
         prediction: what its UNet predicts.
-        scheduler_config: the scheduler config these two were read from.
+        noise: what its scheduler stands for, which these two say in other words.
         teacher_id: its name, for people; `teacher_hash` is its identity.
         resolution: side of the pictures it was trained for, in pixels.
         latent_shape: (C, h, w) of their latents.
@@ -132,7 +158,7 @@ class Teacher:
     family: Family
     schedule: NoiseSchedule
     prediction: Prediction
-    scheduler_config: dict[str, Any]
+    noise: Noise
     teacher_id: str
     resolution: int
     latent_shape: tuple[int, int, int]
@@ -172,6 +198,17 @@ class Teacher:
     def denoiser(self) -> NetworkDenoiser:
         """The teacher as floor 0 knows it; stays the teacher when a LoRA is added to its network."""
         return NetworkDenoiser(self.unet, self.schedule, self.prediction, adapter=None)
+
+    def pipeline(self, scheduler: Any) -> Any:
+        """A plain diffusers pipeline of all its parts, in the class that its own folder names, with this scheduler.
+
+        Made of parts that are loaded already, it opens nothing: no safety checker, and nothing that a folder names.
+        """
+        parts: dict[str, Any] = {"unet": self.unet, "vae": self.vae, "scheduler": scheduler}
+        for (tokenizer, encoder), tower in zip(self.family.towers, self.text, strict=True):
+            parts |= {tokenizer: tower.tokenizer, encoder: tower.encoder}
+        cls = getattr(diffusers, self.family.pipeline)
+        return cls(**parts, **self.family.arguments(self.zeros_for_empty))
 
     def at_resolution(self, pixels: int | None) -> Teacher:
         """The same teacher for square pictures of so many pixels; None leaves it as it is.
@@ -257,6 +294,69 @@ class Teacher:
         return weights_hash(sorted(self.vae.state_dict().items()))
 
 
+@dataclass(frozen=True)
+class Described:
+    """What the configs of a pipeline folder say, checked.
+
+    Args:
+        path: as it was given, for messages.
+        folder: on disk.
+        index, unet, vae, scheduler: its `model_index.json` and the configs of these components.
+        scheduler_class: as the index names it.
+    """
+
+    path: str
+    folder: Path
+    family: Family
+    noise: Noise
+    index: Mapping[str, Any]
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    scheduler_class: str
+
+    @property
+    def zeros_for_empty(self) -> bool:
+        """Whether "no prompt" is zeros: what the index says, else what the family's pipeline does by itself."""
+        usual = self.family.arguments(True).get("force_zeros_for_empty_prompt", False)
+        return bool(self.index.get("force_zeros_for_empty_prompt", usual))
+
+    def own_scheduler(self) -> Any:
+        """The pipeline's scheduler as it comes, of a class of diffusers whose noise is understood."""
+        with naming(self.folder / "scheduler"):
+            return getattr(diffusers, self.scheduler_class).from_config(dict(self.scheduler))
+
+
+def check_pipeline(path: str, folder: Path) -> Described:
+    """Reads and checks a pipeline folder's configs: nothing in it is run, and no weights are opened.
+
+    Every pipeline that is opened here is opened by it, and made of parts of the classes that it allows.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is missing or malformed, code, another family, a network that is not
+            text to image, noise that is not understood, or sizes that no machine has. One line, which names the file.
+    """
+    index = check_folder(folder)
+    unet, vae, scheduler = (
+        read_json(folder, name) for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+    )
+    for name, config in (("unet", unet), ("vae", vae)):
+        check_sizes(folder / name / "config.json", config)
+    family = _recognise(path, folder, index, unet, vae)
+    kind = component(folder, index, "scheduler")[1]
+    try:
+        noise = read_noise(kind, scheduler)
+        read_noise(scheduler.get("_class_name", kind), scheduler)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be a teacher: {error}") from None
+    if noise.rescale_betas_zero_snr and noise.prediction_type == Prediction.EPSILON.value:
+        raise ValueError(
+            f"{path} cannot be a teacher: its scheduler has rescale_betas_zero_snr with prediction_type epsilon, which "
+            "says nothing about a picture at the noisiest time"
+        )
+    return Described(path, folder, family, noise, index, unet, vae, scheduler, str(kind))
+
+
 def load_teacher(
     pretrained_model_name_or_path: str | Path,
     *,
@@ -277,40 +377,68 @@ def load_teacher(
 
     Raises:
         FileNotFoundError: if there is no such pipeline or autoencoder, or a file of it is missing.
-        ValueError: if it is of another family, or made for something else than text to image; or `vae` has other
-            latents.
+        ValueError: see `check_pipeline`; or weights that are damaged or of another network, a UNet that takes guidance
+            as an input, or a `vae` of other latents.
     """
     path = str(pretrained_model_name_or_path)
+    teacher, described = _open(path, parts, revision, variant)
+    if described.unet.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"{path} cannot be a teacher: its UNet takes guidance as an input (time_cond_proj_dim), so it is a student "
+            "already; take the model that it was distilled from"
+        )
+    for part in parts:
+        if part == "vae" and vae is not None:
+            teacher.parts[part] = _load_vae(str(vae), described.vae, vae_dtype or dtype)
+        else:
+            teacher.parts[part] = _load_part(part, described, dtype, variant)
+    for module in _modules(teacher.parts):
+        module.requires_grad_(False).eval()
+    return teacher
+
+
+def open_pipeline(
+    path: str, revision: str | None = None, variant: str | None = None, unet: UNet2DConditionModel | None = None
+) -> tuple[Any, Described]:
+    """A plain diffusers pipeline in float32, a teacher's or an exported student's, and what its folder says.
+
+    What `DiffusionPipeline.from_pretrained` gives, without a safety checker; but the folder has no say in what is run.
+
+    Args:
+        unet: in the place of its own, which then is not loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_teacher`.
+    """
+    parts = [part for part in PARTS if part != "unet" or unet is None]
+    teacher, described = _open(path, parts, revision, variant)
+    for part in parts:
+        teacher.parts[part] = _load_part(part, described, torch.float32, variant)
+    if unet is not None:
+        teacher.parts["unet"] = unet
+    return teacher.pipeline(described.own_scheduler()), described
+
+
+def _open(path: str, parts: Sequence[str], revision: str | None, variant: str | None) -> tuple[Teacher, Described]:
+    """A teacher without its parts."""
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"part {part!r} of a teacher is not known; allowed: {', '.join(PARTS)}")
     components = ["unet"] + [name for part in parts for name in _components(part)]
-    folder = find_pipeline(path, components, revision, variant)
-    index, unet, own_vae, scheduler = (
-        read_json(folder, name)
-        for name in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    )
-    family = _recognise(path, index, unet, own_vae)
-    side = unet["sample_size"]
+    described = check_pipeline(path, find_pipeline(path, components, revision, variant))
+    folder, side = described.folder, described.unet["sample_size"]
     teacher = Teacher(
-        family=family,
-        schedule=NoiseSchedule.from_config(scheduler),
-        prediction=_prediction(path, scheduler),
-        scheduler_config=scheduler,
+        family=described.family,
+        schedule=NoiseSchedule.of(described.noise),
+        prediction=Prediction(described.noise.prediction_type),
+        noise=described.noise,
         teacher_id=_identity(path, folder, revision),
-        resolution=side * 2 ** (len(own_vae["block_out_channels"]) - 1),
-        latent_shape=(unet["in_channels"], side, side),
-        zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", family.name == "sdxl")),
+        resolution=side * 2 ** (levels(folder / "vae/config.json", described.vae) - 1),
+        latent_shape=(described.unet["in_channels"], side, side),
+        zeros_for_empty=described.zeros_for_empty,
         weight_files=weight_files(folder, "unet", variant),
     )
-    for part in parts:
-        if part == "vae" and vae is not None:
-            teacher.parts[part] = _load_vae(str(vae), own_vae, vae_dtype or dtype)
-        else:
-            teacher.parts[part] = _load_part(part, folder, family, dtype, variant)
-    for module in _modules(teacher.parts):
-        module.requires_grad_(False).eval()
-    return teacher
+    return teacher, described
 
 
 def _components(part: str) -> list[str]:
@@ -318,27 +446,50 @@ def _components(part: str) -> list[str]:
     return [name for tower in StableDiffusionXL.towers for name in tower] if part == "text" else [part]
 
 
-def _recognise(path: str, index: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Family:
-    kind = index.get("_class_name")
-    if kind not in _FAMILIES:
-        raise ValueError(f"{path} is a {kind}; known teachers: {', '.join(_FAMILIES)} (text to image, base model)")
-    family = _FAMILIES[kind]
+def _recognise(
+    path: str, folder: Path, index: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]
+) -> Family:
+    families = {family.pipeline: family for family in FAMILIES}
+    kind = index["_class_name"]
+    if kind not in families:
+        raise ValueError(
+            f"{path} is a {short(kind)[1:-1]}; known teachers: {', '.join(families)} (text to image, base model)"
+        )
+    family = families[kind]
     for name, wanted in _classes(family).items():
-        found = (index.get(name) or [None, None])[1]
+        found = component(folder, index, name)[1]
         if found is None or found.removesuffix("Fast") != wanted:
             raise ValueError(f"{path} cannot be a teacher: its {name} is {found}, it must be a {wanted}")
-    reads, writes, latent = unet.get("in_channels"), unet.get("out_channels"), vae.get("latent_channels")
+    _check_unet(path, folder / "unet/config.json", kind, family, unet)
+    levels(folder / "vae/config.json", vae)
+    positive(folder / "vae/config.json", vae, "latent_channels")
+    reads, writes, latent = unet["in_channels"], unet["out_channels"], vae["latent_channels"]
     if not reads == writes == latent:
         raise ValueError(
             f"the UNet of {path} reads {reads} and writes {writes} channels, its autoencoder has {latent}: "
             "inpainting, editing and variance-predicting networks cannot be teachers"
         )
+    return family
+
+
+MOST_TOKENS = 10**6
+"""Stands for a tokenizer that does not say how many tokens it takes."""
+MOST_SIDE = 8192
+"""Of latents: a picture of 65,536 pixels a side."""
+
+
+def _check_unet(path: str, file: Path, kind: str, family: Family, unet: Mapping[str, Any]) -> None:
+    """Raises ValueError for a UNet that wants to be given more than its family's pipeline gives it."""
+    levels(file, unet)
+    positive(file, unet, "in_channels")
+    positive(file, unet, "out_channels")
     added = unet.get("addition_embed_type")
     if added != {"sd15": None, "sdxl": "text_time"}[family.name]:
-        raise ValueError(f"{path} is a {kind}, yet its UNet has addition_embed_type {added!r}")
-    if not isinstance(unet.get("sample_size"), int):
-        raise ValueError(f"the UNet of {path} has sample_size {unet.get('sample_size')!r}; it must be one number")
-    return family
+        raise ValueError(f"{path} is a {kind}, yet its UNet has addition_embed_type {short(added)}")
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim"):
+        if unet.get(key) is not None:
+            raise ValueError(f"{path} cannot be a teacher: its UNet has {key} {short(unet[key])}, an input of its own")
+    positive(file, unet, "sample_size", MOST_SIDE)
 
 
 def _classes(family: Family) -> dict[str, str]:
@@ -353,31 +504,81 @@ def _encoder_class(component: str) -> type[CLIPTextModel] | type[CLIPTextModelWi
     return CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
 
 
-def _prediction(path: str, scheduler: Mapping[str, Any]) -> Prediction:
-    name = scheduler.get("prediction_type", Prediction.EPSILON.value)
-    known = [prediction.value for prediction in Prediction]
-    if name not in known:
-        raise ValueError(f"the scheduler of {path} has prediction_type {name!r}; allowed: {', '.join(known)}")
-    return Prediction(name)
-
-
 def _identity(path: str, folder: Path, revision: str | None) -> str:
     if Path(path).expanduser().exists():
         return folder.resolve().name
     return f"{path}@{revision}" if revision else path
 
 
-def _load_part(part: str, folder: Path, family: Family, dtype: torch.dtype, variant: str | None) -> Any:
+def _load_part(part: str, described: Described, dtype: torch.dtype, variant: str | None) -> Any:
+    folder = described.folder
     if part == "text":
-        return tuple(_load_tower(folder, tokenizer, encoder, dtype, variant) for tokenizer, encoder in family.towers)
-    weight_files(folder, part, variant)  # its message is clearer than diffusers'
-    if part == "unet":
-        return UNet2DConditionModel.from_pretrained(
-            folder / "unet", torch_dtype=dtype, variant=variant, use_safetensors=True
-        )
-    if dtype == torch.float16 and read_json(folder, "vae/config.json").get("force_upcast", True):
+        towers = tuple(_load_tower(folder, *names, dtype, variant) for names in described.family.towers)
+        _fits(described, towers)
+        return towers
+    if part == "vae" and dtype == torch.float16 and described.vae.get("force_upcast", True):
         dtype = torch.float32
-    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, variant=variant, use_safetensors=True)
+    cls, config = {"unet": (UNet2DConditionModel, described.unet), "vae": (AutoencoderKL, described.vae)}[part]
+    return load_checked(
+        folder / part,
+        weight_files(folder, part, variant),
+        lambda: cls.from_config(dict(config)),  # type: ignore[attr-defined]
+        lambda: cls.from_pretrained(  # type: ignore[attr-defined]
+            folder / part,
+            torch_dtype=dtype,
+            variant=variant_of(folder, part, variant),
+            use_safetensors=True,
+            output_loading_info=True,
+        ),
+    )
+
+
+def load_unet(folder: Path, like: Mapping[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:
+    """The network of an export, which is to take the place of a pipeline's whose UNet has the config `like`.
+
+    Args:
+        folder: with its config and weights.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing or damaged, or of another model.
+    """
+    config, file = read_json(folder.parent, f"{folder.name}/config.json"), folder / "config.json"
+    check_sizes(file, config)
+    for key in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "block_out_channels"):
+        if _plain(config.get(key)) != _plain(like.get(key)):
+            raise ValueError(
+                f"{folder} is the network of another model: its {key} is {short(config.get(key))}, the model's is "
+                f"{short(like.get(key))}"
+            )
+    return load_checked(
+        folder,
+        weight_files(folder.parent, folder.name),
+        lambda: UNet2DConditionModel.from_config(dict(config)),  # type: ignore[attr-defined]
+        lambda: UNet2DConditionModel.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        ),
+    )
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _fits(described: Described, towers: Sequence[TextTower]) -> None:
+    """Raises ValueError where the text encoders make something else than the UNet reads."""
+    unet, widths = described.unet, [tower.encoder.config.hidden_size for tower in towers]
+    if isinstance(reads := unet.get("cross_attention_dim"), int) and reads != sum(widths):
+        raise ValueError(
+            f"{described.path} cannot be a teacher: its UNet reads text of width {reads}, its text encoders make "
+            f"{' + '.join(map(str, widths))}"
+        )
+    reads, sizes = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    pooled = towers[-1].encoder.config.projection_dim or 0
+    if isinstance(reads, int) and isinstance(sizes, int) and reads != pooled + 6 * sizes:
+        raise ValueError(
+            f"{described.path} cannot be a teacher: its UNet reads {reads} numbers of pooled text and sizes, its text "
+            f"encoder and six sizes make {pooled} + 6 * {sizes}"
+        )
 
 
 def _load_vae(path: str, own: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKL:
@@ -385,10 +586,12 @@ def _load_vae(path: str, own: Mapping[str, Any], dtype: torch.dtype) -> Autoenco
     try:
         given = AutoencoderKL.load_config(path)
         _same_latents(path, given, own)
+        check_sizes(Path(path) / "config.json", given)
         return AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
     except (OSError, HFValidationError) as error:  # what diffusers and the hub client raise
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no autoencoder with safetensors weights at {path!r}: {reason}") from error
+        raise FileNotFoundError(f"no autoencoder with safetensors weights at {path!r}: {first_line(error)}") from error
+    except (RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"the autoencoder {path} cannot be opened ({first_line(error)})") from error
 
 
 def _same_latents(path: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -399,16 +602,55 @@ def _same_latents(path: str, given: Mapping[str, Any], own: Mapping[str, Any]) -
         theirs, ours = (config.get(name, defaults[name].default) for config in (given, own))
         if theirs != ours:
             raise ValueError(f"the autoencoder {path} has {name} {theirs}, the teacher's own has {ours}")
-    if len(given["block_out_channels"]) != len(own["block_out_channels"]):
+    if levels(Path(path) / "config.json", given) != levels(Path(path) / "config.json", own):
         raise ValueError(f"the autoencoder {path} halves its pictures more or less often than the teacher's own")
 
 
 def _load_tower(folder: Path, tokenizer: str, encoder: str, dtype: torch.dtype, variant: str | None) -> TextTower:
-    weight_files(folder, encoder, variant)
-    model = _encoder_class(encoder).from_pretrained(
-        folder / encoder, dtype=dtype, variant=variant, use_safetensors=True
+    cls, files = _encoder_class(encoder), weight_files(folder, encoder, variant)
+    check_sizes(folder / encoder / "config.json", read_json(folder, f"{encoder}/config.json"))
+    model = load_checked(
+        folder / encoder,
+        files,
+        lambda: cls(CLIPTextConfig.from_pretrained(folder / encoder)),
+        lambda: cls.from_pretrained(
+            folder / encoder,
+            dtype=dtype,
+            variant=variant_of(folder, encoder, variant),
+            use_safetensors=True,
+            output_loading_info=True,
+        ),
     )
-    return TextTower(CLIPTokenizer.from_pretrained(folder / tokenizer), model)
+    with naming(folder / tokenizer):
+        words = CLIPTokenizer.from_pretrained(folder / tokenizer)
+    words.model_max_length = _tokens(folder / tokenizer, words.model_max_length, model.config.max_position_embeddings)
+    if len(words) > model.config.vocab_size:
+        raise ValueError(
+            f"{folder / tokenizer} has {len(words)} tokens, its text encoder reads {model.config.vocab_size}: they do "
+            "not belong together"
+        )
+    return TextTower(words, model)
+
+
+def _tokens(path: Path, said: object, positions: int) -> int:
+    """How many tokens a prompt has: what the tokenizer says, where it says something that the encoder can read."""
+    if isinstance(said, bool) or not isinstance(said, (int, float)) or not said > 2:
+        raise ValueError(f"{path}: model_max_length is {short(said)}; a prompt takes at least 3 tokens")
+    return min(int(said), positions)
+
+
+def prompt_tokens(folder: Path) -> int:
+    """The tokens of a prompt of the pipeline in `folder`, by its configs.
+
+    Raises:
+        FileNotFoundError, ValueError: configs that do not say it.
+    """
+    said = read_json(folder, "tokenizer/tokenizer_config.json").get("model_max_length", MOST_TOKENS)
+    config = read_json(folder, "text_encoder/config.json")
+    positions = positive(
+        folder / "text_encoder/config.json", {"max_position_embeddings": 77} | config, "max_position_embeddings"
+    )
+    return _tokens(folder / "tokenizer/tokenizer_config.json", said, positions)
 
 
 def _modules(parts: Mapping[str, Any]) -> list[nn.Module]:

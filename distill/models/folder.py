@@ -32,6 +32,9 @@ def find_pipeline(
     folder = Path(path).expanduser()
     if not folder.exists():
         folder = _download(path, components, revision, variant)
+        plain = [name for name in components if not variant_of(folder, name, variant)]
+        if variant and plain:  # those that the variant was not made of
+            folder = _download(path, plain, revision, None)
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"{path} is not a diffusers pipeline folder: it has no model_index.json "
@@ -75,23 +78,23 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / name).is_file():
         raise FileNotFoundError(f"the pipeline folder {folder} lacks {name}")
     try:
-        content = json.loads((folder / name).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / name} is not JSON: {error}") from error
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / name} is not JSON: {error}") from None
+    except OSError as error:
+        raise FileNotFoundError(f"{folder / name} cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{folder / name} must hold a JSON object, it holds a {type(content).__name__}")
     return content
 
 
 def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a component.
+    """The safetensors files of a component: of the variant, or the plain ones where other components have it alone.
 
     Raises:
         FileNotFoundError: if there are none; it names the variants or the pickles that are there instead.
     """
-    patterns = [pattern for pattern in _patterns(component, variant) if pattern.endswith(".safetensors")]
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
-    if files:
+    if files := _weights(folder, component, variant_of(folder, component, variant)):
         return files
     wanted = f"{component}/ of {folder} has no safetensors weights" + (f" of variant {variant!r}" if variant else "")
     others = sorted(file.name for file in (folder / component).glob("*.safetensors"))
@@ -103,6 +106,19 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
             "re-save the pipeline with save_pretrained(folder, safe_serialization=True)"
         )
     raise FileNotFoundError(wanted)
+
+
+def variant_of(folder: Path, component: str, variant: str | None) -> str | None:
+    """The variant in which a component is there: as diffusers does it, the plain one if it lacks this one and another
+    component of the pipeline has it."""
+    if variant is None or _weights(folder, component, variant):
+        return variant
+    return None if any(folder.glob(f"*/*.{variant}*.safetensors")) else variant
+
+
+def _weights(folder: Path, component: str, variant: str | None) -> list[Path]:
+    patterns = [pattern for pattern in _patterns(component, variant) if pattern.endswith(".safetensors")]
+    return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,8 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
+from distill.diffusion.noise import Noise, read_noise
+from distill.models.checks import check_folder, component
 from distill.models.copied import COPIED, copy_parts
 from distill.models.folder import find_pipeline, read_json
 
@@ -58,11 +60,11 @@ def save_pipeline(
     unet: UNet2DConditionModel,
     pretrained_model_name_or_path: str,
     dtype: torch.dtype,
-    scheduler: Callable[[Any], Any],
+    scheduler: Callable[[Noise], Any],
     revision: str | None = None,
     variant: str | None = None,
 ) -> None:
-    """Writes the teacher's pipeline with `unet` in the place of its own, and with what `scheduler` makes of its config.
+    """Writes the teacher's pipeline with `unet` in the place of its own, and with what `scheduler` makes of its noise.
 
     `DiffusionPipeline.from_pretrained(folder)` is then the student. Its other parts are the teacher's files, copied
     (see `copy_parts`), in the teacher's precision; `dtype` is the UNet's. A safety checker that is not whole is left
@@ -73,8 +75,10 @@ def save_pipeline(
         ValueError: a weight that the dtype cannot hold; a part of a class that is not known.
     """
     source = find_pipeline(pretrained_model_name_or_path, COPIED, revision, variant)
-    index = read_json(source, "model_index.json")
-    drawing = scheduler(read_json(source, "scheduler/scheduler_config.json"))
+    index = check_folder(source)
+    drawing = scheduler(
+        read_noise(component(source, index, "scheduler")[1], read_json(source, "scheduler/scheduler_config.json"))
+    )
     save_unet(folder, unet, dtype)
     drawing.save_pretrained(folder / "scheduler")
     _forget_paths(folder / "scheduler")

@@ -209,7 +209,7 @@ def _found(path: str) -> Iterator[None]:
 
 def _tokenizer(path: str) -> Any:
     with _found(path):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

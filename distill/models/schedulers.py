@@ -1,46 +1,91 @@
-"""The diffusers scheduler that draws as our own sampler of a name does."""
+"""The diffusers scheduler that generates what our own sampler of a name and spacing generates.
+
+It is made of the noise's own keys and of what the sampler needs, and of nothing else: options of a teacher's scheduler
+(Karras' sigmas, thresholding, an SDE's solver, clipping, offsets) would have a student run at times that it never
+learned. Cards, exports, pipelines and the proof all come here.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-)
+import diffusers
 
+from distill.diffusion.noise import Noise, read_noise
 from distill.diffusion.prediction import Prediction
-
-_CLASSES = {
-    "lcm": LCMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "ddim": DDIMScheduler,
-    "heun": HeunDiscreteScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-}
+from distill.diffusion.samplers import EVEN, SCHEDULERS, ZERO_SNR, check_pair
+from distill.diffusion.solver import make_times
 
 
-def scheduler_settings(sampler: str, spacing: str, prediction: Prediction | None = None) -> tuple[Any, dict[str, Any]]:
-    """The class, and what has to be said to its `from_config` beside another scheduler's config.
+def noise_of(scheduler: Any) -> Noise:
+    """The noise of a diffusers scheduler.
 
-    Chains end at clean data, as they do in training. `lcm` has times of its own. For `milestones`, which no scheduler
-    knows by name, the pipeline has to be given the times. Without `prediction` it stays the config's.
+    Raises:
+        ValueError: of a class or with an option that is not understood.
     """
-    said: dict[str, Any] = {"prediction_type": prediction.value} if prediction else {}
-    if sampler == "lcm":
-        return LCMScheduler, said
-    if sampler == "ddim" and spacing == "milestones":  # the same steps, by a scheduler that takes times from outside
-        return EulerDiscreteScheduler, {"timestep_spacing": "leading"} | said
-    if sampler == "ddim":
-        said = {"set_alpha_to_one": True, "clip_sample": False} | said
-    return _CLASSES[sampler], {"timestep_spacing": spacing} | said
+    return read_noise(type(scheduler).__name__, scheduler.config)
 
 
-def make_scheduler(config: Mapping[str, Any], sampler: str, spacing: str, prediction: Prediction | None = None) -> Any:
-    """The scheduler of `scheduler_settings`, with the noise schedule of `config`."""
-    cls, said = scheduler_settings(sampler, spacing, prediction)
-    return cls.from_config(config, **said)
+def scheduler_settings(
+    noise: Noise, sampler: str, spacing: str, prediction: Prediction | None = None, steps: int | None = None
+) -> tuple[type[Any], dict[str, Any]]:
+    """The scheduler's class in diffusers, and all of its settings: `cls(**settings)` is complete.
+
+    Cards print it like that (`as_code`), never as `from_config` of another scheduler's
+    config. Where `timesteps_for` gives times for a number of steps, the pipeline has to be called with them.
+
+    Args:
+        prediction: what the student predicts; None takes the noise's own, its teacher's.
+        steps: the only number of steps that it will be asked for; None leaves it open.
+
+    Raises:
+        ValueError: a sampler or a spacing that is not known, a pair that does not exist, or one that no scheduler of
+            diffusers generates on this noise.
+    """
+    check_pair(sampler, spacing)
+    if noise.rescale_betas_zero_snr and sampler not in ZERO_SNR:
+        raise ValueError(
+            f"sampler {sampler!r} has no scheduler in diffusers for noise of zero terminal SNR; "
+            f"allowed: {', '.join(ZERO_SNR)}"
+        )
+    known = steps is not None and noise.num_train_timesteps % steps == 0
+    name, settings = (EVEN if known else {}).get((sampler, spacing)) or SCHEDULERS[sampler, spacing]
+    said = {} if prediction is None else {"prediction_type": prediction.value}
+    return getattr(diffusers, name), noise.settings() | said | dict(settings)
+
+
+def make_scheduler(
+    noise: Noise, sampler: str, spacing: str, prediction: Prediction | None = None, steps: int | None = None
+) -> Any:
+    """The scheduler of `scheduler_settings`."""
+    cls, settings = scheduler_settings(noise, sampler, spacing, prediction, steps)
+    return cls(**settings)
+
+
+def as_code(cls: type[Any], settings: Mapping[str, Any]) -> str:
+    """What `scheduler_settings` says, as a line of Python: `LCMScheduler(beta_start=0.00085, ...)`."""
+    said = (f"{key}={json.dumps(x) if isinstance(x, str) else repr(x)}" for key, x in settings.items())
+    return f"{cls.__name__}({', '.join(said)})"
+
+
+def timesteps_for(scheduler: Any, spacing: str, steps: int) -> list[int] | None:
+    """What a pipeline with a scheduler of `make_scheduler` has to be given as `timesteps`, in network indices.
+
+    None: its own times at so many steps are the spacing's, and `num_inference_steps` is enough.
+
+    Raises:
+        ValueError: more steps than the spacing has times.
+    """
+    wanted = [t - 1 for t in make_times(spacing, scheduler.config.num_train_timesteps, steps)[:-1]]
+    own = type(scheduler)(**{key: scheduler.config[key] for key in _said(scheduler)})
+    try:
+        own.set_timesteps(steps)
+    except ValueError:  # LCM's, asked for more steps than it has times
+        return wanted
+    return None if list(dict.fromkeys(own.timesteps.tolist())) == wanted else wanted
+
+
+def _said(scheduler: Any) -> list[str]:
+    return [key for key in scheduler.config if not key.startswith("_")]

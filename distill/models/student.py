@@ -16,7 +16,7 @@ from distill.diffusion.guidance import guidance_embedding
 from distill.diffusion.prediction import Prediction
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.exported import Exported
-from distill.models.families import Teacher
+from distill.models.families import Teacher, load_unet
 from distill.models.folder import stored_tensors
 from distill.models.formats import LORA_FORMATS, NETWORK_FORMATS
 from distill.models.kohya import kohya_metadata, save_kohya
@@ -249,9 +249,7 @@ def _network(teacher: Teacher, export: Exported) -> NetworkDenoiser:
         unet = copy.deepcopy(teacher.unet)
         _merge(unet, export)
     else:
-        unet = UNet2DConditionModel.from_pretrained(
-            export.folder / "unet", torch_dtype=teacher.unet.dtype, use_safetensors=True
-        )
+        unet = load_unet(export.folder / "unet", teacher.unet.config, teacher.unet.dtype)
     unet.requires_grad_(False).eval()
     return NetworkDenoiser(unet, teacher.schedule, export.prediction or teacher.prediction)
 

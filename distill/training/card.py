@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from distill.diffusion.prediction import Prediction
 from distill.models.formats import LORA_FORMATS
-from distill.models.schedulers import scheduler_settings
+from distill.models.schedulers import as_code, scheduler_settings, timesteps_for
 from distill.training.clients import clients_of
 from distill.training.export import Export
 from distill.training.settings import ModelSettings
@@ -341,20 +341,17 @@ def _base(export: Export) -> str:
 
 
 def _sampler(export: Export) -> tuple[str, str]:
-    cls, said = _scheduler_settings(export)
-    more = "".join(f", {key}={json.dumps(value) if isinstance(value, str) else value}" for key, value in said.items())
-    return f"pipeline.scheduler = {cls.__name__}.from_config(pipeline.scheduler.config{more})", _draws(export)
+    return f"pipeline.scheduler = {as_code(*_scheduler_settings(export))}", _draws(export)
 
 
 def _scheduler(export: Export) -> str:
     return _scheduler_settings(export)[0].__name__
 
 
-def _scheduler_settings(export: Export) -> tuple[Any, dict[str, Any]]:
-    """What it predicts is said where it is not what its base model does."""
-    changed = export.settings.student.get("prediction")
+def _scheduler_settings(export: Export) -> tuple[type[Any], dict[str, Any]]:
     sampling = export.sampling
-    return scheduler_settings(sampling.sampler, sampling.spacing, None if changed is None else Prediction(changed))
+    prediction = Prediction(export.prediction)
+    return scheduler_settings(export.noise, sampling.sampler, sampling.spacing, prediction, sampling.steps)
 
 
 def _steps(export: Export) -> int:
@@ -368,8 +365,11 @@ def _count(steps: int | str) -> str:
 def _draws(export: Export) -> str:
     pixels = export.settings.model.resolution
     size = "" if pixels is None else f", height={pixels}, width={pixels}"
+    cls, settings = _scheduler_settings(export)
     steps, w = _steps(export), export.guidance_scale
-    return f'image = pipeline("{_EXAMPLE}", num_inference_steps={steps}, guidance_scale={w}{size}).images[0]'
+    times = timesteps_for(cls(**settings), export.sampling.spacing, steps)
+    asked = f"num_inference_steps={steps}" if times is None else f"timesteps={times}"
+    return f'image = pipeline("{_EXAMPLE}", {asked}, guidance_scale={w}{size}).images[0]'
 
 
 def _code(text: str, *lines: str) -> str:

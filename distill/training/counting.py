@@ -26,13 +26,14 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher, load_teacher
+from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher, load_teacher, prompt_tokens
 from distill.models.folder import read_json
 from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import TEACHING, add_lora
@@ -318,11 +319,11 @@ def architecture(model: ModelSettings) -> Architecture:
         config, tokens = unet_config(names[path]), TOKENS
         side, family = config["sample_size"], StableDiffusion() if names[path] == "sd15" else StableDiffusionXL()
         schedule, shape = NoiseSchedule.scaled_linear(), (config["in_channels"], side, side)
-        teacher = Teacher(family, schedule, Prediction.EPSILON, {}, path, 8 * side, shape)
+        teacher = Teacher(family, schedule, Prediction.EPSILON, Noise(), path, 8 * side, shape)
         unet = build_unet(config, device="meta")
     elif Path(path).is_dir():
         teacher = load_teacher(path, parts=())
-        tokens = int(read_json(Path(path), "tokenizer/tokenizer_config.json")["model_max_length"])
+        tokens = prompt_tokens(Path(path))
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(read_json(Path(path), "unet/config.json"))
     else:

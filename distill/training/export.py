@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from distill.data.storage import sync_folder
+from distill.diffusion.noise import Noise
 from distill.methods.sampling import Sampling
 from distill.models.exported import FACTS
 from distill.models.families import load_teacher
@@ -50,6 +51,7 @@ class Export:
         told_guidance: whether w is an input of the student; else it is built in.
         built_in_guidance: the w that such an input was fixed to, where it was.
         prediction: what its network predicts, in diffusers' words.
+        noise: what its teacher was trained on; of the prediction it says the teacher's.
         sampling: how it is drawn.
         method, paper, tag: what the method is called, where it was published, and under what the hub lists it.
         data: what the run learned from, as its store said; None if that is not known any more.
@@ -68,6 +70,7 @@ class Export:
     told_guidance: bool
     built_in_guidance: float | None
     prediction: str
+    noise: Noise
     sampling: Sampling
     method: str
     paper: str
@@ -160,6 +163,7 @@ def write_student(
         told_guidance=takes_guidance and guidance is None,
         built_in_guidance=guidance,
         prediction=network.prediction.value,
+        noise=teacher.noise,
         sampling=method.sampling,
         method=method.title or type(method).__name__,
         paper=method.paper,
@@ -188,7 +192,11 @@ def write_student(
         if "pipeline" in wanted:  # which has the sub-folder `unet` too
             path, drawn = model.pretrained_model_name_or_path, export.sampling
             scheduler = partial(
-                make_scheduler, sampler=drawn.sampler, spacing=drawn.spacing, prediction=network.prediction
+                make_scheduler,
+                sampler=drawn.sampler,
+                spacing=drawn.spacing,
+                prediction=network.prediction,
+                steps=drawn.steps,
             )
             save_pipeline(folder, teacher.unet, path, dtype, scheduler, model.revision, model.variant)
         elif "unet" in wanted:

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
+from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Conditioning, Denoised, Prediction, to_denoised
 from distill.diffusion.schedule import NoiseSchedule, add_noise
 from distill.diffusion.solver import SOLVERS, ddim_step, leading_times, solve, trailing_times
@@ -183,7 +184,7 @@ def test_second_order_pays_on_the_way_to_data_too(solver: str) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_pure_noise_is_a_place_to_start_from(solver: str) -> None:
     """Zero terminal SNR: alpha(T) = 0, where sigma/alpha is infinite."""
-    schedule = NoiseSchedule.from_config({**SD, "rescale_betas_zero_snr": True})
+    schedule = NoiseSchedule.of(Noise(rescale_betas_zero_snr=True))
     teacher, x = three_peaks(schedule), noise(64)
     ours = states(teacher, x, trailing_times(1000, 100), solver)[-1]
     torch.testing.assert_close(ours, quantile_flow(teacher, x, 1000, 0), rtol=0, atol=0.1)

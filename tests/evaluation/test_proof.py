@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from distill.diffusion.samplers import SCHEDULERS
 from distill.evaluation.compare import Setting, generate
-from distill.evaluation.pipelines import draw, load_pipeline, milestone_steps, use_sampler
+from distill.evaluation.pipelines import draw, load_pipeline, timesteps_of, use_sampler
 from distill.evaluation.proof import plain_pipeline_agrees
 from distill.models.families import Teacher, load_teacher
 from distill.models.lora import ADAPTER, add_lora, save_lora
@@ -42,22 +44,32 @@ def test_a_plain_pipeline_draws_the_same(family: str, tmp_path: Path) -> None:
     assert plain_pipeline_agrees(folder, tmp_path / "lora", PROMPTS, SEEDS, 4, ours(teacher, 4)) < 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("sampler", "steps"), [("lcm", 1), ("lcm", 3), ("lcm", 8), ("ddim", 1), ("ddim", 3), ("ddim", 8)]
-)
-def test_a_plain_pipeline_draws_at_milestones_too(family: str, sampler: str, steps: int, tmp_path: Path) -> None:
-    """Re-noising by LCMScheduler and the chain by Euler's, whose step is DDIM's, with the times given to them."""
-    folder = save_tiny(tmp_path / "teacher", family)
-    teacher = trained_student(folder)
-    save_lora(tmp_path / "lora", teacher.unet)
-    setting = Setting("student", sampler, steps, 1.0, "milestones")
-    student = replace(teacher.denoiser(), adapter=ADAPTER)
-    expected = torch.cat([b.images for b in generate(teacher, student, PROMPTS, SEEDS, setting)])
-    pipeline = load_pipeline(folder, tmp_path / "lora")
-    use_sampler(pipeline, sampler, "milestones")
-    drawn = draw(pipeline, PROMPTS, SEEDS, steps, timesteps=milestone_steps(pipeline, steps)) * 2 - 1
-    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
+@pytest.fixture(scope="module", params=FAMILIES)
+def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Teacher, Any]:
+    """Ours, and the plain pipeline with its exported files, whose own scheduler has the teacher's odd settings."""
+    folder = tmp_path_factory.mktemp(request.param)
+    teacher = trained_student(
+        save_tiny(folder / "teacher", request.param, thresholding=True, timestep_spacing="linspace")
+    )
+    save_lora(folder / "lora", teacher.unet)
+    return teacher, load_pipeline(str(folder / "teacher"), folder / "lora")
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize(("sampler", "spacing"), sorted(SCHEDULERS))
+def test_a_plain_pipeline_generates_the_same_by_every_sampler_at_all_its_times(
+    student: tuple[Teacher, Any], sampler: str, spacing: str, steps: int
+) -> None:
+    """With the scheduler that is made for the pair, and the times given to the call where it needs them."""
+    teacher, pipeline = student
+    setting = Setting("student", sampler, steps, 1.0, spacing)
+    expected = torch.cat(
+        [b.images for b in generate(teacher, replace(teacher.denoiser(), adapter=ADAPTER), PROMPTS, SEEDS, setting)]
+    )
+    use_sampler(pipeline, sampler, spacing)
+    times = timesteps_of(pipeline, spacing, steps)
+    drawn = draw(pipeline, PROMPTS, SEEDS, steps, timesteps=times) * 2 - 1
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
     assert (drawn[0] - drawn[1]).abs().max() > 0.05
 
 

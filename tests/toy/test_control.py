@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distill.diffusion.random import generator
 from distill.diffusion.schedule import NoiseSchedule
+from distill.models.schedulers import noise_of
 from distill.toy.control import as_control, build_controlnet, controlled, follows
 from distill.toy.teacher import encode_captions, teacher_folder, time_ids
 from distill.toy.world import CAPTIONS, balanced_labels, coverage, draw_scene, paint
@@ -54,7 +55,7 @@ def test_an_untrained_controlnet_is_no_control_and_a_gradient_reaches_it() -> No
     text, pooled = (part[:4].detach() for part in encode_captions(pipeline, list(CAPTIONS)))
     x = torch.randn(4, 4, 8, 8, generator=generator("x"))
     conditioning = {"encoder_hidden_states": text, "text_embeds": pooled, "time_ids": time_ids(4)}
-    schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+    schedule = NoiseSchedule.of(noise_of(pipeline.scheduler))
     t = torch.tensor([1, 300, 700, 1000])
     under = controlled(unet, net, as_control(coverage(SCENE)[:4]), schedule)
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from distill.diffusion.losses import l2
+from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context, generator
 from distill.diffusion.schedule import NoiseSchedule
@@ -197,7 +198,7 @@ def teacher_with_decoder() -> Teacher:
         family=StableDiffusionXL(),
         schedule=SCHEDULE,
         prediction=Prediction.EPSILON,
-        scheduler_config={},
+        noise=Noise(),
         teacher_id="tiny",
         resolution=16,
         latent_shape=(CHANNELS, 8, 8),

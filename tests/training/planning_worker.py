@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
@@ -42,7 +43,7 @@ def teacher_of(family: str, device: str, side: int) -> Teacher:
         family=StableDiffusion() if family == "sd15" else StableDiffusionXL(),
         schedule=SCHEDULE,
         prediction=Prediction.EPSILON,
-        scheduler_config={},
+        noise=Noise(),
         teacher_id=family,
         resolution=8 * side,
         latent_shape=(CHANNELS, side, side),

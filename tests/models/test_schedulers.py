@@ -1,0 +1,186 @@
+"""The scheduler of a student: what our own sampler generates, whatever the teacher's own scheduler was set to."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, get_args
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from distill.diffusion.noise import RESCALES, Noise
+from distill.diffusion.prediction import Prediction
+from distill.diffusion.samplers import MOST_STEPS, SAMPLERS, SCHEDULERS, SPACINGS, ZERO_SNR, check_pair
+from distill.diffusion.schedule import NoiseSchedule
+from distill.diffusion.solver import SOLVERS, TIMES, make_times
+from distill.methods.sampling import Sampling, sample, starting_noise
+from distill.models.schedulers import as_code, make_scheduler, noise_of, scheduler_settings, timesteps_for
+from distill.training.settings import DataSettings
+from tests.analytic import network_of, three_peaks
+from tests.diffusion.test_noise import made
+
+PAIRS = sorted(SCHEDULERS)
+STEPS = (1, 2, 3, 4, 6, 8)
+SHORT = {"num_train_timesteps": 96, "beta_start": 0.001, "beta_end": 0.09}
+ZERO = Noise(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+
+HOSTILE: dict[str, Any] = {  # what a teacher's scheduler may have been set to, of all classes
+    "use_karras_sigmas": True,
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.5,
+    "sample_max_value": 0.1,
+    "clip_sample": True,
+    "clip_sample_range": 0.1,
+    "algorithm_type": "sde-dpmsolver++",
+    "solver_order": 3,
+    "solver_type": "heun",
+    "lower_order_final": False,
+    "euler_at_final": True,
+    "final_sigmas_type": "sigma_min",
+    "timestep_spacing": "linspace",
+    "steps_offset": 7,
+    "set_alpha_to_one": False,
+    "interpolation_type": "log_linear",
+    "sigma_min": 0.5,
+    "sigma_max": 2.0,
+    "original_inference_steps": 10,
+    "timestep_scaling": 1.0,
+    "variance_type": "fixed_large",
+    "lambda_min_clipped": -1.0,
+    "skip_prk_steps": True,
+}
+SOLVER_OF = {"DEISMultistepScheduler": "deis", "SASolverScheduler": "data_prediction"}
+
+
+def generators(n: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(n)]
+
+
+def ours(noise: Noise, sampler: str, spacing: str, steps: int) -> Tensor:
+    schedule, g = NoiseSchedule.of(noise), generators(5)
+    times = make_times(spacing, schedule.T, steps)
+    return sample(three_peaks(schedule), schedule, starting_noise(g, (1, 1, 1)), times, {}, sampler, g)
+
+
+def by_diffusers(noise: Noise, scheduler: Any, spacing: str, steps: int) -> tuple[Tensor, list[int]]:
+    """What a pipeline's loop makes of the same noise, and the network indices that it visits."""
+    schedule, g = NoiseSchedule.of(noise), generators(5)
+    network = network_of(three_peaks(schedule), Prediction(scheduler.config.prediction_type), schedule)
+    times = timesteps_for(scheduler, spacing, steps)
+    scheduler.set_timesteps(steps) if times is None else scheduler.set_timesteps(timesteps=times)
+    x = starting_noise(g, (1, 1, 1)) * scheduler.init_noise_sigma
+    more = {"generator": g} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for index in scheduler.timesteps:
+        seen = scheduler.scale_model_input(x, index)
+        x = scheduler.step(network(seen.double(), index.long().expand(5), {}), index, x, **more).prev_sample
+    return x, [int(index) for index in dict.fromkeys(scheduler.timesteps.tolist())]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
+@pytest.mark.parametrize("noise", [Noise(), Noise(**SHORT)], ids=["1000", "96"])
+def test_each_pair_is_generated_by_its_scheduler_at_every_number_of_steps(pair: tuple[str, str], noise: Noise) -> None:
+    for steps in STEPS:
+        for prediction in Prediction:
+            scheduler = make_scheduler(noise, *pair, prediction)
+            theirs, visited = by_diffusers(noise, scheduler, pair[1], steps)
+            assert visited == [t - 1 for t in make_times(pair[1], noise.num_train_timesteps, steps)[:-1]]
+            torch.testing.assert_close(ours(noise, *pair, steps), theirs.to(torch.float32), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[0] in ZERO_SNR], ids="/".join)
+def test_without_signal_at_the_noisy_end_it_agrees_as_far_as_diffusers_goes(pair: tuple[str, str]) -> None:
+    """Its schedulers in sigmas end at a ratio of 4096 to 1, which leaves 2.4e-4 of the noise."""
+    for steps in STEPS:
+        theirs, _ = by_diffusers(ZERO, make_scheduler(ZERO, *pair), pair[1], steps)
+        torch.testing.assert_close(ours(ZERO, *pair, steps), theirs.to(torch.float32), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", sorted({*SAMPLERS} - {*ZERO_SNR}))
+def test_a_sampler_that_diffusers_lacks_for_this_noise_is_one_line(sampler: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^sampler '{sampler}' has no scheduler in diffusers.*allowed: lcm, euler, ddim$"
+    ):
+        scheduler_settings(ZERO, sampler, "trailing")
+
+
+def hostile(name: str) -> Any:
+    """A scheduler of the class with all of the hostile options that it takes."""
+    cls = getattr(diffusers, name)
+    settings = HOSTILE | ({"algorithm_type": SOLVER_OF[name]} if name in SOLVER_OF else {})
+    known = inspect.signature(cls.__init__).parameters
+    return cls(**Noise().settings() | {key: value for key, value in settings.items() if key in known})
+
+
+@pytest.mark.parametrize("name", RESCALES)
+def test_nothing_of_a_teachers_scheduler_but_its_noise_survives(name: str) -> None:
+    if made(name, {}) is None:
+        pytest.skip(f"{name} needs an optional library")
+    teachers = hostile(name)
+    assert noise_of(teachers) == Noise()
+    for pair in PAIRS:
+        scheduler, wanted = make_scheduler(noise_of(teachers), *pair), make_scheduler(Noise(), *pair)
+        assert dict(scheduler.config) == dict(wanted.config)
+    theirs, _ = by_diffusers(Noise(), make_scheduler(noise_of(teachers), "lcm", "lcm"), "lcm", 4)
+    torch.testing.assert_close(ours(Noise(), "lcm", "lcm", 4), theirs.to(torch.float32), rtol=0, atol=1e-4)
+
+
+def test_the_hostile_options_would_have_shown() -> None:
+    """By `from_config` of the teacher's scheduler, as one writes it by hand, other pictures come out."""
+    cls, settings = scheduler_settings(Noise(), "dpmpp_2m", "trailing")
+    inherited = cls.from_config(hostile("DPMSolverMultistepScheduler").config, timestep_spacing="trailing")
+    inherited.set_timesteps(4)
+    made_anew = cls(**settings)
+    made_anew.set_timesteps(4)
+    assert not torch.equal(inherited.timesteps, made_anew.timesteps)
+
+
+def test_a_student_that_predicts_something_else_has_a_scheduler_that_says_so() -> None:
+    assert make_scheduler(Noise(), "ddim", "trailing").config.prediction_type == "epsilon"
+    assert make_scheduler(Noise(), "ddim", "trailing", Prediction.SAMPLE).config.prediction_type == "sample"
+
+
+@pytest.mark.parametrize("noise", [Noise(), ZERO, Noise(num_train_timesteps=2, trained_betas=(0.1, 0.2))])
+def test_the_code_on_a_card_makes_the_scheduler(noise: Noise) -> None:
+    for pair in (("lcm", "lcm"), ("ddim", "trailing"), ("euler", "trailing")):
+        code = as_code(*scheduler_settings(noise, *pair))
+        assert "\n" not in code
+        again = eval(code, vars(diffusers))
+        assert dict(again.config) == dict(make_scheduler(noise, *pair).config)
+
+
+def test_lcm_at_trailing_times_needs_nothing_but_its_steps_at_1_2_4_and_8() -> None:
+    scheduler = make_scheduler(Noise(), "lcm", "trailing")
+    assert [timesteps_for(scheduler, "trailing", steps) for steps in (1, 2, 4, 8)] == [None] * 4
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    assert timesteps_for(scheduler, "trailing", 3) == [999, 666, 332]
+
+
+def test_asking_for_times_leaves_the_scheduler_as_it_is() -> None:
+    scheduler = make_scheduler(Noise(), "lcm", "trailing")
+    scheduler.set_timesteps(8)
+    timesteps_for(scheduler, "trailing", 3)
+    assert len(scheduler.timesteps) == 8
+
+
+def test_the_table_is_of_the_samplers_and_spacings_that_there_are() -> None:
+    assert {*SAMPLERS} == {"lcm", "euler", *SOLVERS} and {*SPACINGS} == {*TIMES}
+    assert {sampler for sampler, _ in PAIRS} == {*SAMPLERS} and {spacing for _, spacing in PAIRS} == {*SPACINGS}
+    assert {*get_args(DataSettings.model_fields["solver"].annotation)} == {*SOLVERS}
+    for spacing, most in MOST_STEPS.items():
+        assert len(make_times(spacing, 1000, most)) == most + 1
+        with pytest.raises(ValueError, match=f"steps must be within 1 ... {most}"):
+            make_times(spacing, 1000, most + 1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_pair_is_valid_or_an_error_when_it_is_set(sampler: str, spacing: str) -> None:
+    if (sampler, spacing) in SCHEDULERS:
+        check_pair(sampler, spacing)
+        assert Sampling(sampler, spacing, 2).times(1000, 50)[-1] == 0
+    else:
+        with pytest.raises(ValueError, match=f"sampler '{sampler}' takes spacing .* got '{spacing}'"):
+            Sampling(sampler, spacing)
