@@ -51,6 +51,7 @@ def main(cfg: TrainSettings) -> None:
             parts=("text", "vae"),
             revision=model.revision,
             variant=model.variant,
+            family=model.family,
             vae=data.vae,
             vae_dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" and torch.cuda.is_available() else torch.float32,
         ).at_resolution(model.resolution)

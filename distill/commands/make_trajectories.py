@@ -85,6 +85,7 @@ def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
             dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" and torch.cuda.is_available() else torch.float32,
             revision=model.revision,
             variant=model.variant,
+            family=model.family,
         )
     with checking("model."):
         return teacher.at_resolution(model.resolution)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from distill.data.prompts import read_prompts
 from distill.data.words import counted
-from distill.diffusion.samplers import usual_spacing
+from distill.diffusion.samplers import check_pair, usual_spacing
 from distill.evaluation.figures import CELL, GridRow, draw_grid
 from distill.evaluation.pipelines import (
     draw,
@@ -102,6 +102,9 @@ def check(cfg: SampleSettings) -> None:
         raise ConfigError("sweep=guidance compares with and without a negative prompt: set negative_prompt=...")
     if cfg.sweep is not None and (cfg.sampler or cfg.spacing):
         raise ConfigError("a sweep draws with LCM's sampler and the pipeline's own: leave sampler and spacing null")
+    if cfg.sampler is not None and cfg.spacing is not None:
+        with checking():
+            check_pair(cfg.sampler, cfg.spacing)
     if cfg.sweep is None and cfg.teacher is not None:
         raise ConfigError("teacher is the reference of a sweep: set sweep=steps or sweep=guidance, or leave it null")
 
@@ -111,9 +114,10 @@ def load_student(cfg: SampleSettings, model: ModelSettings) -> tuple[Any, Sampli
     path = model.pretrained_model_name_or_path
     with tempfile.TemporaryDirectory() as scratch, checking():
         files = cfg.lora if cfg.run is None else export_run(cfg.run, Path(scratch) / "student")
+        sampling = sampling_of(files or path)
+        chosen_sampling(cfg, sampling)  # before anything is loaded
         swept = cfg.sweep is not None  # beside the model itself, which keeps its own scheduler
         pipeline = load_pipeline(path, files, cfg.lora_scale, model.revision, model.variant, own_scheduler=swept)
-        sampling = sampling_of(files or path)
     return pipeline, sampling or (Sampling() if is_student(pipeline) else None)
 
 
@@ -143,23 +147,25 @@ def draw_pictures(
     """A folder of pictures, or one for each number of steps, and a grid of the first of them."""
     sampling = chosen_sampling(cfg, own)
     guidance = one_guidance(cfg, pipeline, own is not None)
-    use_sampler(pipeline, sampling.sampler, sampling.spacing)
+    numbers = cfg.steps if isinstance(cfg.steps, list) else [cfg.steps or sampling.steps or SOME_STEPS]
+    with checking():
+        use_sampler(pipeline, sampling.sampler, sampling.spacing)
+    with checking("steps: "):
+        times = {steps: timesteps_of(pipeline, sampling.spacing, steps) for steps in numbers}
     facts = {"guidance": guidance, "sampler": sampling.sampler, "negative_prompt": cfg.negative_prompt}
     written = Written(Path(cfg.output_dir), claimed=pictures_of(Path(cfg.output_dir)))
     written.clear()
     rows = []
-    for steps in cfg.steps if isinstance(cfg.steps, list) else [cfg.steps or sampling.steps or SOME_STEPS]:
+    for steps in numbers:
         if sampling.steps not in (None, steps):
             log.warning("the student was made for %s, and is drawn in %d", counted(sampling.steps or 0, "step"), steps)
         under = f"steps-{steps}/" if isinstance(cfg.steps, list) else ""
         pictures: list[dict[str, Any]] = []
         shown: list[Tensor] = []
-        with checking("steps: "):
-            times = timesteps_of(pipeline, sampling.spacing, steps)
         for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=counted(steps, "step"), unit="batch"):
             chunk = prompts[start : start + cfg.batch_size]
             seeds = [cfg.seed + start + i for i in range(len(chunk))]
-            images = draw(pipeline, chunk, seeds, steps, guidance, model.resolution, cfg.negative_prompt, times)
+            images = draw(pipeline, chunk, seeds, steps, guidance, model.resolution, cfg.negative_prompt, times[steps])
             for prompt, seed, image in zip(chunk, seeds, images, strict=True):
                 name = f"{len(pictures):05d}.png"
                 with checking():

@@ -398,7 +398,11 @@ def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
     model = cfg.model
     with checking():
         teacher = load_teacher(
-            model.pretrained_model_name_or_path, parts=parts, revision=model.revision, variant=model.variant
+            model.pretrained_model_name_or_path,
+            parts=parts,
+            revision=model.revision,
+            variant=model.variant,
+            family=model.family,
         )
     with checking("model."):
         return teacher.at_resolution(model.resolution)

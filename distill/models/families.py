@@ -366,11 +366,14 @@ def load_teacher(
     variant: str | None = None,
     vae: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
+    family: str | None = None,
 ) -> Teacher:
     """Loads a teacher from a diffusers pipeline folder or from the hub: the named parts, frozen, and its configs.
 
     Only safetensors weights are read, never pickles. `revision` and `variant` (`"fp16"`) mean what they mean in
     diffusers. A float16 autoencoder that overflows (`force_upcast` in its config) is loaded as float32.
+
+    `family` is the only one wanted, by its name; None takes any.
 
     `vae` is the folder or hub id of an autoencoder to take the place of the teacher's, of the same latents; in
     `vae_dtype`, or else in `dtype`.
@@ -378,10 +381,11 @@ def load_teacher(
     Raises:
         FileNotFoundError: if there is no such pipeline or autoencoder, or a file of it is missing.
         ValueError: see `check_pipeline`; or weights that are damaged or of another network, a UNet that takes guidance
-            as an input, or a `vae` of other latents.
+            as an input, another family, or a `vae` of other latents.
     """
     path = str(pretrained_model_name_or_path)
     teacher, described = _open(path, parts, revision, variant)
+    require_family(path, described.family, family)
     if described.unet.get("time_cond_proj_dim") is not None:
         raise ValueError(
             f"{path} cannot be a teacher: its UNet takes guidance as an input (time_cond_proj_dim), so it is a student "
@@ -395,6 +399,16 @@ def load_teacher(
     for module in _modules(teacher.parts):
         module.requires_grad_(False).eval()
     return teacher
+
+
+def require_family(path: str, found: Family, wanted: str | None) -> None:
+    """Raises ValueError for a teacher of another family than settings were chosen for."""
+    if wanted not in (None, found.name):
+        title = next(family.title for family in FAMILIES if family.name == wanted)
+        raise ValueError(
+            f"{path} is a {found.title}, the settings are for a {title} (model.family={wanted}): choose an experiment "
+            f"for {found.name}, or set model.family=null"
+        )
 
 
 def open_pipeline(

@@ -33,11 +33,18 @@ from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher, load_teacher, prompt_tokens
+from distill.models.families import (
+    StableDiffusion,
+    StableDiffusionXL,
+    Teacher,
+    load_teacher,
+    prompt_tokens,
+    require_family,
+)
 from distill.models.folder import read_json
 from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import TEACHING, add_lora
-from distill.training.config import CONFIGS, ConfigError, build
+from distill.training.config import CONFIGS, ConfigError, build, checking
 from distill.training.settings import ModelSettings, TrainSettings
 
 PUBLISHED = ("sd15", "sdxl", "ssd1b")
@@ -321,9 +328,12 @@ def architecture(model: ModelSettings) -> Architecture:
         schedule, shape = NoiseSchedule.scaled_linear(), (config["in_channels"], side, side)
         teacher = Teacher(family, schedule, Prediction.EPSILON, Noise(), path, 8 * side, shape)
         unet = build_unet(config, device="meta")
+        with checking():
+            require_family(path, family, model.family)
     elif Path(path).is_dir():
-        teacher = load_teacher(path, parts=())
-        tokens = prompt_tokens(Path(path))
+        with checking():
+            teacher = load_teacher(path, parts=(), family=model.family)
+            tokens = prompt_tokens(Path(path))
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(read_json(Path(path), "unet/config.json"))
     else:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
+from distill.diffusion.samplers import check_pair, check_sampler, check_spacing, usual_spacing
 from distill.training.config import Settings, check_component, suggest
 
 
@@ -69,13 +71,38 @@ def check_several(count: int) -> int:
 Several = Annotated[Natural, AfterValidator(check_several)]
 
 
+def check_named(check: Callable[[str], None]) -> Callable[[str], str]:
+    """A validator of what raises ValueError for a name that is not known."""
+
+    def checked(name: str) -> str:
+        check(name)
+        return name
+
+    return checked
+
+
+def check_sampling(text: str) -> str:
+    """Raises ValueError for what is neither a sampler nor `SAMPLER/SPACING`, two that go together."""
+    sampler, slash, spacing = text.partition("/")
+    check_pair(sampler, spacing if slash else usual_spacing(sampler))
+    return text
+
+
+Sampler = Annotated[str, AfterValidator(check_named(check_sampler))]
+Spacing = Annotated[str, AfterValidator(check_named(check_spacing))]
+
+
 class ModelSettings(Settings):
-    """The teacher: a diffusers pipeline folder or hub id. `resolution` in pixels; null takes the teacher's own."""
+    """The teacher: a diffusers pipeline folder or hub id. `resolution` in pixels; null takes the teacher's own.
+
+    `family` is the one that the other settings were chosen for, as experiments say it; null takes any.
+    """
 
     pretrained_model_name_or_path: FilePath
     revision: str | None = None
     variant: str | None = None
     resolution: Positive | None = None
+    family: Literal["sd15", "sdxl"] | None = None
 
 
 class DataSettings(Settings):
@@ -217,8 +244,8 @@ class SampleSettings(Settings):
     sweep: Literal["steps", "guidance", "lora"] | None
     steps: Positive | list[Positive] | None
     guidance: Annotated[Number, Field(ge=0)] | list[Annotated[Number, Field(ge=1)]] | None
-    sampler: Literal["lcm", "euler", "ddim", "heun", "dpmpp_2m"] | None
-    spacing: Literal["lcm", "trailing", "leading", "milestones"] | None
+    sampler: Sampler | None
+    spacing: Spacing | None
     teacher: FilePath | None
     teacher_steps: Positive
     teacher_guidance: Annotated[Number, Field(ge=0)]
@@ -355,7 +382,7 @@ class EvaluateSettings(Settings):
     watch_seconds: Positive
     guidance: Annotated[Number, Field(ge=0)] | None
     steps: Annotated[list[Positive], Field(min_length=1)] | None
-    samplers: Annotated[list[str], Field(min_length=1)] | None
+    samplers: Annotated[list[Annotated[str, AfterValidator(check_sampling)]], Field(min_length=1)] | None
     guidances: Annotated[list[Annotated[Number, Field(ge=0)]], Field(min_length=1)] | None
     teacher_steps: Positive
     n: Positive | None

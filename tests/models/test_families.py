@@ -403,3 +403,14 @@ def test_only_the_files_needed_are_downloaded():
 
     assert chosen(None) == [repository[1], repository[4], repository[5]]
     assert chosen("fp16") == [repository[2]]
+
+
+def test_settings_for_another_family_are_refused_before_weights_are_read(folder, family, monkeypatch):
+    other = {"sd15": "sdxl", "sdxl": "sd15"}[family]
+    monkeypatch.setattr("distill.models.families.load_checked", None)
+    with pytest.raises(
+        ValueError, match=rf"\(model.family={other}\): choose an experiment for {family}, or set"
+    ) as caught:
+        load_teacher(folder, family=other)
+    assert "\n" not in str(caught.value)
+    assert load_teacher(folder, parts=(), family=family).family.name == family

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import get_args
 
-from distill.training.config import CONFIGS, load
-from distill.training.settings import TrainSettings
+import pytest
+import yaml
+
+from distill.models.families import FAMILIES
+from distill.training.config import CONFIGS, ConfigError, load
+from distill.training.settings import EvaluateSettings, ModelSettings, SampleSettings, TrainSettings
 
 GIVEN = ["output_dir=runs/a", "data.store=store"]
 
@@ -27,3 +31,35 @@ def test_settings_reach_the_objects_that_use_them() -> None:
     assert settings.optimizer["lr"] == 3e-5
     assert settings.student["rank"] == 8
     assert settings.method["loss"] == "l2"
+
+
+def test_every_experiment_states_the_family_that_its_numbers_are_for() -> None:
+    """But for the toy's, which are for whatever is tried on."""
+    names = {family.name for family in FAMILIES}
+    assert {*get_args(get_args(ModelSettings.model_fields["family"].annotation)[0])} == names
+    for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
+        found = yaml.safe_load(path.read_text()).get("model", {}).get("family")
+        toy = "toy" in path.stem or path.stem == "quickstart"
+        assert found == (None if toy else "sd15" if path.stem.endswith("sd15") else "sdxl"), path.stem
+
+
+WAYS = {
+    "sampler": (
+        ["sampler=euler_a"],
+        "sampler: sampler 'euler_a' is not known; allowed: lcm, euler, ddim, heun, dpmpp_2m",
+    ),
+    "spacing": (["spacing=even"], "spacing: spacing 'even' is not known; allowed: trailing, leading, lcm, milestones"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "said"), WAYS.values(), ids=WAYS.keys())
+def test_how_to_sample_is_checked_by_the_table_when_it_is_set(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("sample", SampleSettings, ["prompts=[a]", "output_dir=o", *overrides])
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("samplers", ["[euler/leading]", "[lcm/]", "[lcm,ddim/even]", "[dpm]"])
+def test_samplers_to_evaluate_are_checked_when_they_are_set(samplers: str) -> None:
+    with pytest.raises(ConfigError, match=r"^samplers\.\d: (sampler|spacing) "):
+        load("evaluate", EvaluateSettings, ["output_dir=o", f"samplers={samplers}"])
