@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from distill.diffusion.noise import Noise
 from distill.diffusion.schedule import NoiseSchedule
 from distill.methods.lcm import LCM
 from distill.methods.lightning import LightningMSE
@@ -54,6 +55,7 @@ def an_export(**changes: object) -> Export:
         "told_guidance": False,
         "built_in_guidance": None,
         "prediction": "epsilon",
+        "noise": Noise(),
         "sampling": Sampling(),
         "method": "Latent consistency distillation",
         "paper": "LCM",
