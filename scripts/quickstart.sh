@@ -14,11 +14,10 @@ else
     processes=2
     export ACCELERATE_USE_CPU=true OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
-launch() { accelerate launch --num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no "$@"; }
-several=$([ "$processes" -gt 1 ] && echo --multi_gpu || true)
+launch() { python scripts/launch.py --num_processes "$processes" "$@"; }
 
 echo "== 1/4 teacher trajectories -> $out/store"
-launch $several scripts/make_trajectories.py experiment=quickstart
+launch scripts/make_trajectories.py experiment=quickstart
 echo "== 2/4 LCM-LoRA, $processes processes, DeepSpeed ZeRO-2 -> $out/run"
 launch --use_deepspeed scripts/train.py experiment=quickstart
 echo "== 3/4 the LoRA as files -> $out/lora"

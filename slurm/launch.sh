@@ -8,7 +8,7 @@ trap '' USR1 # or it would end the launcher; the processes that train set their 
 trap : TERM  # the launcher passes it on, and is waited for
 processes=$((${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} * SLURM_NNODES))
 read -ra flags <<<"${LAUNCH_FLAGS---use_deepspeed --deepspeed_multinode_launcher standard}"
-"${PYTHON:-python}" "$(dirname "$0")/launch.py" ${flags[@]+"${flags[@]}"} --num_processes "$processes" \
+"${PYTHON:-python}" "$(dirname "$0")/../scripts/launch.py" ${flags[@]+"${flags[@]}"} --num_processes "$processes" \
     --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --rdzv_backend static \
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" --mixed_precision no --dynamo_backend no "$@"
 code=$?

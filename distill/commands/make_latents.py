@@ -1,6 +1,6 @@
 """Writes a store of clean latents of pictures with captions, for `method=lcm_noised`:
 
-accelerate launch scripts/make_latents.py experiment=lcm_lora_sdxl data=images data.images='laion/*.tar' \
+python scripts/launch.py scripts/make_latents.py experiment=lcm_lora_sdxl data=images data.images='laion/*.tar' \
     data.store=STORE
 
 The pictures are listed first, into the store's folder. Every process, under a launcher or in a SLURM array, writes
@@ -27,7 +27,7 @@ from distill.data.writer import work_split, write_store
 from distill.models.families import Teacher, load_teacher
 from distill.training.config import ConfigError, checking
 from distill.training.latents import LatentEncoder
-from distill.training.run import launched_rank, only_one_process
+from distill.training.launched import launched_rank, only_one_process
 from distill.training.settings import TrainSettings
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import stored

@@ -1,6 +1,6 @@
 """Writes a store of teacher trajectories:
 
-accelerate launch scripts/make_trajectories.py experiment=lcm_lora_sd15 data.prompts=prompts.txt data.store=STORE
+python scripts/launch.py scripts/make_trajectories.py experiment=lcm_lora_sd15 data.prompts=prompts.txt data.store=STORE
 
 Every process, under a launcher or in a SLURM array, writes shards of its own; killed at any moment and started again,
 each goes on. Settings are the `data` group of `configs/train.yaml`; `--cfg` prints them. `teacher=EXPORT` solves with
@@ -27,7 +27,7 @@ from distill.models.exported import open_export
 from distill.models.families import Teacher, load_teacher
 from distill.models.student import as_teacher
 from distill.training.config import ConfigError, checking
-from distill.training.run import launched_rank, only_one_process
+from distill.training.launched import launched_rank, only_one_process
 from distill.training.settings import TrainSettings
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored

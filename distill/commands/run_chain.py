@@ -2,7 +2,7 @@
 
 python scripts/run_chain.py chain=lcm_toy
 python scripts/run_chain.py chain=lightning_toy output_dir=outputs/lightning_toy
-python scripts/run_chain.py chain=lightning_sdxl launch="accelerate launch --num_processes 8" "overrides=['seed=1']"
+python scripts/run_chain.py chain=lightning_sdxl launch="python scripts/launch.py --num_processes 8" overrides=[seed=1]
 
 What is done is skipped, and what was interrupted goes on: killed at any moment, run it again. `list=true` shows how far
 the links are, `list=commands` what each would run; `link=NAME` runs one.
@@ -17,10 +17,12 @@ if __name__ == "__main__":  # before what is heavy is imported
 
 import fcntl
 import logging
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +33,10 @@ from tqdm import tqdm
 
 from distill.training.chain import Link, links_of, one_of, seconds_left
 from distill.training.config import ConfigError
-from distill.training.preemption import MARKER
+from distill.training.preemption import INTERRUPTED, MARKER, SAME_SECONDS
 from distill.training.settings import RunChainSettings
 from distill.training.tracking import setup_logging
+from distill.training.watchdog import end_children
 
 log = logging.getLogger("distill")
 
@@ -120,6 +123,8 @@ def ended(link: Link, code: int) -> int:
     """Says in one line why the chain ends here; returns its exit code."""
     if code == PREEMPTED:
         log.info("link %s was stopped and is saved in %s: the same command goes on from there", link.name, link.folder)
+    elif code == INTERRUPTED:
+        log.info("link %s was interrupted: the same command continues from what is finished of it", link.name)
     else:
         print(
             f"error: link {link.name} ended with exit code {code}, see above; its run is {link.folder}", file=sys.stderr
@@ -152,14 +157,19 @@ def locked(link: Link) -> Iterator[IO[str]]:
 
 
 class Relay:
-    """Runs commands while entered. SIGTERM and SIGUSR1 go on, as SIGTERM, to the one that runs: it saves and ends."""
+    """Runs commands while entered. SIGTERM and SIGUSR1 go on, as SIGTERM, to the one that runs: it saves and ends.
+
+    So does Ctrl-C, which the terminal has sent to that one too; a second one ends both at once.
+    """
 
     def __init__(self) -> None:
         self._asked = False
+        self._interrupted: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Relay:
         self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -175,6 +185,16 @@ class Relay:
             self._process.terminate()
         code = self._process.wait()
         return code if code >= 0 else 128 - code  # as shells say it
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        now = time.monotonic()
+        if self._interrupted is not None and now - self._interrupted > SAME_SECONDS:
+            end_children()
+            os._exit(INTERRUPTED)
+        self._interrupted = self._interrupted or now
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

@@ -1,4 +1,4 @@
-"""Distils: `accelerate launch scripts/train.py experiment=lcm_lora_sd15 data.store=STORE output_dir=runs/a`.
+"""Distils: `python scripts/launch.py scripts/train.py experiment=lcm_lora_sd15 data.store=STORE output_dir=runs/a`.
 
 Settings are `configs/train.yaml` and its groups; `--cfg` prints them. Run again, it goes on from its newest checkpoint.
 """
@@ -15,6 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from distill.training.checkpoint import Checkpoints
 from distill.training.config import ConfigError, build, checking
 from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
 from distill.training.health import Health
+from distill.training.launched import launched_rank, launched_world_size, require_one_task
 from distill.training.lock import RunLock
 from distill.training.loop import Every, NoData, train
 from distill.training.preemption import Preemption
@@ -45,10 +47,11 @@ from distill.training.run import (
     checkpoints_of,
     finished,
     identity,
-    launched_rank,
-    launched_world_size,
+    kept_files,
     mark_finished,
     open_run,
+    prepare_folder,
+    writing,
 )
 from distill.training.settings import TrainSettings
 from distill.training.tracking import (
@@ -64,7 +67,7 @@ from distill.training.tracking import (
 )
 from distill.training.used import note_data
 from distill.training.validation import Validation, teacher_ends, validation_seeds
-from distill.training.watchdog import Watchdog
+from distill.training.watchdog import Watchdog, joining
 from distill.training.writing import WriteError
 
 log = logging.getLogger("distill")
@@ -92,20 +95,28 @@ class Parts:
     plans: dict[str, TrainedNetwork]
     store: Store
     preemption: Preemption
-    watchdog: Watchdog
 
 
 def main(cfg: TrainSettings) -> None:
     setup_logging(launched_rank())
-    parts = checked(cfg)
-    with RunLock(Path(cfg.output_dir), takes=launched_rank() == 0):
-        folder = open_run(parts.cfg)
+    folder, first = Path(cfg.output_dir), launched_rank() == 0
+    with checking():
+        require_one_task()
+        watchdog = Watchdog(cfg.watchdog_minutes, launched_rank())
+    if first:
+        prepare_folder(folder)
+    with watchdog, ExitStack() as held:
+        with watchdog.over("the teacher's configs, its hash, and the store's index"):
+            parts = checked(cfg)
+        with writing(folder):
+            held.enter_context(RunLock(folder, takes=first))
+            open_run(parts.cfg)
         if finished(folder, cfg.max_train_steps):
             log.info("%s has taken its %d steps already: nothing is done, or written", folder, cfg.max_train_steps)
             return
-        if launched_rank() == 0:
+        if first:
             note_data(folder, parts.store)
-        code = distil(parts, folder)
+        code = distil(parts, folder, watchdog)
     if code:
         sys.exit(code)
 
@@ -137,15 +148,15 @@ def checked(cfg: TrainSettings) -> Parts:
             plans={name: plan_of(cfg, method, rate, name) for name in method.trains},
             store=fitting_store(cfg, teacher, method, exports),
             preemption=preemption,
-            watchdog=Watchdog(cfg.watchdog_minutes, launched_rank()),
         )
 
 
-def distil(parts: Parts, folder: Path) -> int:
+def distil(parts: Parts, folder: Path, watchdog: Watchdog) -> int:
     """Loads the networks, goes on where the run was, and trains; returns the exit code."""
     cfg, engine, method, health = parts.cfg, parts.engine, parts.method, parts.health
+    restore = kept_files(folder) if launched_rank() == 0 else lambda: None
     with checking():
-        checkpoints, store, start_step = started(parts, folder)
+        checkpoints, store, start_step = started(parts, folder, watchdog, restore)
     if engine.is_main:
         cut_after(folder / SKIPPED, start_step)
     health.recall(engine.from_main(read_metrics(folder, start_step)))
@@ -156,12 +167,15 @@ def distil(parts: Parts, folder: Path) -> int:
         say_header(parts, store, start_step, folder)
     step, began = start_step, time.monotonic()
     failure: NonFiniteError | WriteError | StoreError | ReadError | None = None
-    with parts.preemption, parts.watchdog:
+    with watchdog.over("the validation's prompts and the teacher's own pictures of them"):
+        validate = validation_of(cfg, method, engine, tracker, folder)
+    loader = loader_of(cfg, store, method, engine, parts.micro_batch_size, start_step)
+    with parts.preemption, closing(iter(loader)) as batches:
         try:
             step = train(
                 method,
                 engine,
-                iter(loader_of(cfg, store, method, engine, parts.micro_batch_size, start_step)),
+                batches,
                 start_step=start_step,
                 max_train_steps=cfg.max_train_steps,
                 every=Every(cfg.log_every, cfg.checkpointing_steps, cfg.validation_steps),
@@ -170,9 +184,9 @@ def distil(parts: Parts, folder: Path) -> int:
                 tracker=tracker,
                 checkpoints=checkpoints,
                 preemption=parts.preemption,
-                watchdog=parts.watchdog,
+                watchdog=watchdog,
                 health=health,
-                validate=validation_of(cfg, method, engine, tracker, folder),
+                validate=validate,
             )
         except NonFiniteError as error:  # on all ranks alike
             failure = NonFiniteError(f"{error}; {checkpoints.after_divergence(engine)}")
@@ -186,9 +200,11 @@ def distil(parts: Parts, folder: Path) -> int:
         if code == PREEMPTED:
             parts.preemption.mark(step)
     progress.close()
-    tracker.close()
-    engine.barrier()  # a launcher may end all ranks when the first is gone, and this one still sends
+    with watchdog.over("the trackers, and the other ranks at the end"):
+        tracker.close()
+        engine.barrier()  # a launcher may end all ranks when the first is gone, and this one still sends
     if engine.is_main and code == 0:
+        restore()
         mark_finished(folder, step)
         log.info(
             "finished: %d steps, %s since this start; the run is %s, next is: python scripts/export.py run=%s "
@@ -198,6 +214,9 @@ def distil(parts: Parts, folder: Path) -> int:
             folder,
             folder,
         )
+    if engine.is_main and code == PREEMPTED and failure is None:
+        why = "interrupted" if parts.preemption.interrupted else "stopped"
+        log.info("%s: saved at step %d of %d; the same command resumes from there", why, step, cfg.max_train_steps)
     engine.close()
     return code
 
@@ -222,23 +241,30 @@ def say_header(parts: Parts, store: Store, start_step: int, folder: Path) -> Non
     )
 
 
-def started(parts: Parts, folder: Path) -> tuple[Checkpoints, Store, int]:
+def started(
+    parts: Parts, folder: Path, watchdog: Watchdog, restore: Callable[[], None]
+) -> tuple[Checkpoints, Store, int]:
     """Joins the other ranks and prepares the networks, as the checkpoint has them that the run goes on from.
 
     Returns what saves the run, the store with the samples that it began with, and the steps taken.
     """
     cfg, engine = parts.cfg, parts.engine
-    engine.start()
+    with joining(launched_rank(), launched_world_size()):
+        engine.start()
     hashes = engine.from_main(hashes_of(parts.exports) if engine.is_main else {})
     recorded = cfg.model_dump(mode="json")
     own = engine.from_main(identity(folder) if engine.is_main else "")
-    checkpoints = Checkpoints(checkpoints_of(folder), cfg.checkpoints_total_limit, recorded, hashes, own)
-    teacher = teacher_of(cfg, parts=("unet",))
-    networks = {name: other.network(teacher, cfg.seed) for name, other in parts.others.items()}  # of it untouched
-    starts, teaches = parts.exports.get("start"), parts.exports.get("teacher")
-    networks |= parts.student.networks(teacher, cfg.seed, "teacher" in parts.method.asks, starts, teaches)
-    engine.prepare(networks, parts.plans, helpers_of(cfg, parts.method))
-    resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
+    checkpoints = Checkpoints(
+        checkpoints_of(folder), cfg.checkpoints_total_limit, recorded, hashes, own, before=restore
+    )
+    with watchdog.over("the networks, or other ranks that load them"):
+        teacher = teacher_of(cfg, parts=("unet",))
+        networks = {name: other.network(teacher, cfg.seed) for name, other in parts.others.items()}  # of it untouched
+        starts, teaches = parts.exports.get("start"), parts.exports.get("teacher")
+        networks |= parts.student.networks(teacher, cfg.seed, "teacher" in parts.method.asks, starts, teaches)
+        engine.prepare(networks, parts.plans, helpers_of(cfg, parts.method))
+    with watchdog.over("the checkpoint that the run resumes from"):
+        resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
     step = resumed.step if resumed else 0
     if step > cfg.max_train_steps:
         raise ConfigError(

@@ -9,7 +9,8 @@ another matter: it may be as good as any, so nothing takes its place, and a `Rea
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,10 +84,11 @@ class Loader:
             num_workers=num_workers,
             prefetch_factor=prefetch_factor if num_workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_apart if num_workers else None,
             generator=generator(seed, "loader"),  # or each `iter` would draw from the global one
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         for found in self._loader:
             if "unread" in found:
                 raise ReadError(found["unread"])
@@ -117,6 +119,15 @@ class Loader:
             prompts=tuple(found["prompts"]),
             next_prompts=tuple(found["next_prompts"]),
         )
+
+
+def _apart(worker: int) -> None:
+    """Takes a worker out of its process's group: Ctrl-C and a launcher's signals are sent to all of that.
+
+    The process finishes a step and saves, for which it needs its workers; it ends them itself, and they notice when it
+    is gone.
+    """
+    os.setsid()
 
 
 class _Places:

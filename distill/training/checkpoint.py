@@ -27,7 +27,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -87,6 +87,7 @@ class Checkpoints:
         must_match: settings (values of JSON) that a resumed run must share with the one that saved.
         run: the run's own name; checkpoints of another one are taken from a folder that is named only.
         state: what `save` writes beside the engine's own state (values of JSON) when it is given nothing else.
+        before: called on the main rank before anything is saved.
 
     Raises:
         ValueError: a limit below 1.
@@ -98,6 +99,7 @@ class Checkpoints:
     must_match: Mapping[str, Any] = field(default_factory=dict)
     run: str = ""
     state: Mapping[str, Any] = field(default_factory=dict)
+    before: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
@@ -119,11 +121,11 @@ class Checkpoints:
                 it and `latest` are as they were.
         """
         final = self.folder / f"step-{step:08d}"
-        if self._current == step:
+        if self._current == step and engine.from_main(final.is_dir()):  # and nobody has removed it
             return final
         aside, began, healthy = final.with_name(final.name + ".tmp"), time.monotonic(), engine.is_healthy()
         try:
-            together(engine.gathered, lambda: _make_anew(aside) if engine.is_main else None)
+            together(engine.gathered, lambda: self._begin(aside) if engine.is_main else None)
             together(engine.gathered, lambda: engine.save(aside))
             manifest = self._manifest(
                 engine, step, self.state if state is None else state, self._digests(engine, aside), healthy
@@ -138,6 +140,10 @@ class Checkpoints:
         if engine.is_main:
             log.info("saved the checkpoint of step %d in %.1f s: %s", step, time.monotonic() - began, final)
         return final
+
+    def _begin(self, aside: Path) -> None:
+        self.before()
+        _make_anew(aside)
 
     def _complete(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
         _write_manifest(aside, manifest)

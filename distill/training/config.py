@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,7 @@ from distill.data.errors import AGAIN, NOT_WRITTEN, NotWritten, ReadError, Store
 from distill.training import signatures
 from distill.training.components import check_component, defaults_of
 from distill.training.composition import CONFIGS, composed_of, groups_of, omegaconf_line, yaml_of
+from distill.training.launched import follow_launcher, launched_rank, settle
 from distill.training.mistakes import MAX_LINE, ConfigError, checking, first_line, rule, shown, suggest
 from distill.training.overrides import check_flags, fields_of
 
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 MAX_SETTINGS_BYTES = 1 << 18
+RANK_0_SECONDS = 10.0
 
 
 class Settings(BaseModel):
@@ -228,6 +231,9 @@ def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S
             print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
             return
         # Nothing above loads torch: what has to be set before it is loaded is set here.
+        with checking():
+            settle()
+        follow_launcher()
         body: Callable[[S], None] = importlib.import_module(main).main if isinstance(main, str) else main
         body(check_components(settings))
         sys.stdout.flush()
@@ -299,10 +305,15 @@ def _note(line: str) -> None:
 
 
 def fail(error: Exception, code: int = 2) -> int:
-    """Prints the one line of what ends the program; returns its exit code, which is 2 for a mistake."""
+    """Prints the one line of what ends the program; returns its exit code, which is 2 for a mistake.
+
+    Of several ranks that meet it, the first one says it.
+    """
     said = str(error)
     if isinstance(error, OSError) and error.filename:
         said = f"{error.filename}: {str(error.strerror).lower()}"
+    if launched_rank() > 0:
+        time.sleep(RANK_0_SECONDS)  # by then the launcher has ended this one, unless it is alone in it
     print(f"error: {' '.join(said.split())}", file=sys.stderr)
     return code
 

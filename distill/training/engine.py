@@ -6,7 +6,7 @@
     scalars = engine.update(turn, micro_batches, step)
 
 One engine at a time in a process. The settings given here are the only ones: what a launcher says about precision,
-ZeRO or accumulation is put aside, so that `accelerate launch` decides the number of processes and nothing else.
+ZeRO or accumulation is put aside, so that it decides the number of processes and nothing else.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ T = TypeVar("T")
 KINDS = ("single", "ddp", "deepspeed")
 PRECISIONS = ("no", "bf16")
 LAUNCH = {
-    "ddp": "accelerate launch --multi_gpu --num_processes N (on CPUs with ACCELERATE_USE_CPU=true before it)",
-    "deepspeed": "accelerate launch --use_deepspeed --num_processes N",
+    "ddp": "python scripts/launch.py --multi_gpu --num_processes N",
+    "deepspeed": "python scripts/launch.py --num_processes N",
 }
 # DeepSpeed wants a process group even for one process; port 0 is any free one.
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from huggingface_hub import HfApi, get_token
@@ -30,7 +32,7 @@ from distill.models.single_file import save_single_file
 from distill.models.student import build_in_guidance
 from distill.training.checkpoint import read_weights
 from distill.training.config import ConfigError, build, checking
-from distill.training.run import checkpoints_of, read_run
+from distill.training.run import checkpoints_of, read_run, writing
 from distill.training.settings import TrainSettings
 from distill.training.used import UsedData, data_of, learned_guidance, set_guidance
 
@@ -257,21 +259,66 @@ def published(output_dir: str | Path) -> Iterator[Path]:
     An export that is there already is replaced, and nothing else ever is.
 
     Raises:
-        ConfigError: something else than an export is at `output_dir`.
+        ConfigError: something else than an export is at `output_dir`, it cannot be written to, or another export is
+            being written to it.
     """
     final = Path(output_dir).expanduser().resolve()
-    _require_replaceable(final)
-    aside = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        share(aside)
-        _seal(aside)
+    with writing(final):
         _require_replaceable(final)
-        _replace(final, aside)
-    finally:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(final):
+        aside = final.with_name(f".{final.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
+        with writing(final):
+            aside.mkdir()
+        try:
+            yield aside
+            share(aside)
+            _seal(aside)
+            _require_replaceable(final)
+            _replace(final, aside)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _alone(final: Path) -> Iterator[None]:
+    """One export at a time into a folder. The lock is the system's, which lets go of it when a process is killed.
+
+    Raises:
+        ConfigError: another process writes there.
+    """
+    path = final.with_name(f".{final.name}.lock")
+    with writing(final):
+        lock = _locked(path)
+    if lock is None:
+        raise ConfigError(
+            f"output_dir={final}: another export is being written there; wait for it, or choose another output_dir"
+        )
+    with lock:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """The file, locked by this process; None if another one holds it."""
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+                raise
+            return file  # a file system without locks has none to wait for
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its holder has removed it between the two lines above
 
 
 def _require_replaceable(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -12,17 +13,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 
+from distill.data.errors import short
 from distill.data.storage import write_whole
 from distill.training.config import ConfigError, checking, read_settings, read_yaml, validated
+from distill.training.launched import launched_rank, launched_world_size
 from distill.training.recorded import Differences, chief, differences, given_keys
 from distill.training.settings import TrainSettings
 
@@ -89,35 +92,8 @@ IDENTITY = "run_id"
 CONFIG = "config.yaml"
 HISTORY = "history.jsonl"
 _STEP = re.compile(r"step-(\d{8,})")
+PROBE_BYTES = 64 << 10  # more than a run's small files have
 SMALL = (CONFIG, IDENTITY, "overrides.txt", "environment.json")
-
-
-def launched_rank() -> int:
-    """This process's rank as its launcher says, before any process group exists."""
-    return int(os.environ.get("RANK", 0))
-
-
-def only_one_process() -> str | None:
-    """A line about `accelerate launch --num_processes N` that starts one process, as it does without a GPU unless it is
-    told which way to distribute; None if that is not so."""
-    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return None
-    try:
-        arguments = " ".join(psutil.Process().parent().cmdline())
-    except (psutil.Error, AttributeError):
-        return None
-    asked = re.search(r"--num[_-]processes[ =](\d+)", arguments)
-    if asked is None or int(asked[1]) < 2:
-        return None
-    return (
-        f"accelerate launch was asked for {asked[1]} processes and has started one, which does all of the work: "
-        "add --multi_gpu, which starts them on CPUs too"
-    )
-
-
-def launched_world_size() -> int:
-    """The number of processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def open_run(settings: TrainSettings) -> Path:
@@ -216,6 +192,43 @@ def _note(folder: Path, changed: Differences) -> None:
     }
     with open(folder / HISTORY, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Checks that a run's files can be written to its folder, before minutes are spent on anything else.
+
+    Raises:
+        ConfigError: they cannot; one line that says why.
+    """
+    with writing(folder):
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        probe = folder / f".{secrets.token_hex(6)}.probe"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(probe, " " * PROBE_BYTES)
+        finally:
+            probe.unlink(missing_ok=True)
+            for path in missing:  # what turns out to be a mistake in other settings leaves no folder behind
+                with suppress(OSError):
+                    path.rmdir()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around what makes a run's folder and its small files: what fails there is the user's to mend.
+
+    Raises:
+        ConfigError: one line.
+    """
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"output_dir={folder}: {error.filename} is a file, and no folder can be made there") from None
+    except OSError as error:
+        said = short(str(folder))
+        if error.errno == errno.ENOSPC:
+            raise ConfigError(f"output_dir={said}: the disk is full, not even a run's settings fit on it") from None
+        raise ConfigError(f"output_dir={said} cannot be written to: {error.strerror or error}") from None
 
 
 def recorded_settings(folder: Path) -> Mapping[str, Any]:

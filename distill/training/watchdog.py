@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
+import psutil
+
 HUNG = 4  # exit code
+JOIN_SAYS_SECONDS, JOIN_SECONDS = 20.0, 600.0
 _STDERR = 2  # not sys.stderr, nor logging: the thread that hangs may hold their locks
 
 
@@ -57,12 +59,12 @@ class Watchdog:
 
     @contextmanager
     def over(self, what: str) -> Iterator[None]:
-        """Around one thing that must end in time."""
-        self._waits = what, time.monotonic()
+        """Around one thing that must end in time; around several, each of which may be within another."""
+        outer, self._waits = self._waits, (what, time.monotonic())
         try:
             yield
         finally:
-            self._waits = None
+            self._waits = outer
 
     def _watch(self, limit: float) -> None:
         pause = min(limit / 4, 5.0)
@@ -76,10 +78,45 @@ class Watchdog:
                 give_up(f"rank {self.rank} has waited {waited:.0f} s for {waits[0]} (watchdog_minutes={limit / 60:g})")
 
 
+@contextmanager
+def joining(rank: int, world_size: int) -> Iterator[None]:
+    """Around the meeting of all ranks, which torch would wait for as long as for anything: half an hour.
+
+    Says after a while what is waited for, and ends the process when the others have not come: they may not exist, where
+    a shell still has the variables of an earlier launch.
+    """
+    if world_size == 1:
+        yield
+        return
+    at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    what = f"the other processes of WORLD_SIZE={world_size}, at {at}"
+    unset = "if nobody has started them: unset RANK WORLD_SIZE LOCAL_RANK"
+    line = f"rank {rank} waits for {what}; {unset}\n".encode()
+    timers = [
+        threading.Timer(JOIN_SAYS_SECONDS, os.write, (_STDERR, line)),
+        threading.Timer(JOIN_SECONDS, give_up, (f"rank {rank} has waited {JOIN_SECONDS:.0f} s for {what}; {unset}",)),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
 def give_up(why: str, code: int = HUNG) -> None:
     """Ends this process, from any thread, and its loader's workers; with a line and the stacks of all threads."""
     os.write(_STDERR, f"error: {why}; giving up, this is where each thread stands:\n".encode())
     faulthandler.dump_traceback(_STDERR)
-    for worker in multiprocessing.active_children():
-        worker.kill()  # one that hangs would outlive this process
+    end_children()
     os._exit(code)
+
+
+def end_children() -> None:
+    """Ends what this process has started: a loader's worker that hangs would outlive it."""
+    with suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()

@@ -620,3 +620,24 @@ def test_a_push_without_a_login_ends_before_anything_is_written(
     assert not (tmp_path / "a").exists()
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     require_login("me/a")
+
+
+def test_of_two_exports_into_one_folder_the_second_is_refused(tmp_path: Path) -> None:
+    """Each would remove what the other one is about to write; once the first is done, the next may replace it."""
+    with published(tmp_path / "a") as folder:
+        (folder / "distill.json").write_text("{}")
+        with pytest.raises(ConfigError, match="another export is being written there; wait for it"):
+            with published(tmp_path / "a"):
+                pass
+        assert folder.is_dir()
+    with published(tmp_path / "a") as folder:
+        (folder / "distill.json").write_text('{"step": 2}')
+    assert json.loads((tmp_path / "a" / "distill.json").read_text())["step"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(("name", "says"), [("x" * 300, "name too long"), ("file/a", "file is a file")])
+def test_an_export_that_cannot_be_written_there_is_one_line(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"(?i)^output_dir=.*{says}"), published(tmp_path / name):
+        pass
