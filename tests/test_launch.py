@@ -69,8 +69,7 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
     assert said.splitlines()[-1].startswith("error: rank 1 was ended by SIGKILL")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_reaches_every_process_and_is_waited_for(
     number: signal.Signals, processes: int, tmp_path: Path
 ) -> None:
