@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -137,13 +138,19 @@ def _compose(config_name: str, choices: Sequence[tuple[str, str | None]], groups
     removed = [groups[place] for place, name in chosen.items() if name is None]
     overrides = [f"{groups[place].key}={name}" for place, name in chosen.items() if name is not None]
     overrides += [f"~{group.key}" for group in removed if group.value is not None]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            composed = compose(config_name, overrides=overrides)
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:  # of files, not of what was typed
-            raise ConfigError(f"{CONFIGS}: the files cannot be composed: {first_line(error)}") from None
+    composed = deepcopy(_files_composed(config_name, tuple(overrides)))
     OmegaConf.set_struct(composed, False)
     return composed
+
+
+@cache
+def _files_composed(config_name: str, overrides: tuple[str, ...]) -> DictConfig:
+    """What Hydra makes of the files; the links of a chain choose the same ones many times."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            return compose(config_name, overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:  # of files, not of what was typed
+            raise ConfigError(f"{CONFIGS}: the files cannot be composed: {first_line(error)}") from None
 
 
 def _replace_what_is_for_others(
