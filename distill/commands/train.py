@@ -391,9 +391,7 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
 
 def check_read(cfg: TrainSettings, method: Method) -> None:
     """Refuses what is set and nothing of the run would read."""
-    stages = (
-        " (an experiment's method.stages take the place of the method's own: give them too)" if method.steps else ""
-    )
+    stages = ", or method.stages of which one does" if method.steps else ""
     for name in ("reward", "perceptual"):
         if getattr(cfg, name) is not None and name not in method.asks:
             raise ConfigError(

@@ -9,9 +9,11 @@ import json
 import logging
 import math
 import os
+import resource
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from distill.training.engine import Engine, LearningRate, TrainedNetwork
 from distill.training.preemption import Preemption
 from distill.training.tracking import open_trackers
 from distill.training.validation import Validation
+from distill.training.writing import WriteError
 from tests.tiny import CHANNELS, tiny_conditioning, tiny_pipeline, tiny_unet
 
 GLOBAL_BATCH = 8
@@ -250,7 +253,8 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     checkpoints = Checkpoints(folder / "checkpoints") if folder else None
     resumed = checkpoints.resume(engine, case["resume"]) if checkpoints and "resume" in case else None
     step = resumed.step if resumed else 0
-    rows = []
+    rows: list[dict[str, float]] = []
+    unwritten: list[str] = []
     with Preemption(folder or Path(), writes=folder is not None and engine.is_main) as preemption:
         while step < case["steps"] and not (stop := engine.any(preemption.requested)):
             if method.resets(step):
@@ -263,7 +267,11 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
             if case.get("signal") == [engine.rank, step]:
                 os.kill(os.getpid(), signal.SIGTERM)
             if checkpoints and step in case.get("save_at", []):
-                checkpoints.save(engine, step, {"note": f"after {step}"})
+                try:
+                    with unwritable(case.get("unwritable") == [engine.rank, step]):
+                        checkpoints.save(engine, step, {"note": f"after {step}"})
+                except WriteError as error:
+                    unwritten.append(str(error))
         if checkpoints and step < case["steps"] and stop:
             checkpoints.save(engine, step, {"note": "preempted"})
             preemption.mark(step)
@@ -276,8 +284,21 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
         "ema_output": ema_output(engine),
         "validated": validated(engine) if case.get("validate") else {},
         "cut": cut(engine),
+        "unwritten": engine.gathered(unwritten),
         "said": [(f(engine.rank == 1), f(True), f(False)) for f in (engine.any, engine.all_agree)],
     }
+
+
+@contextmanager
+def unwritable(on: bool) -> Iterator[None]:
+    """Inside, this process cannot write more than a few bytes to any file, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if on:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def validated(engine: Engine) -> dict[str, float]:

@@ -31,6 +31,7 @@ from distill.training.checkpoint import (
     read_weights,
 )
 from distill.training.config import load
+from distill.training.elastic import read_whole
 from distill.training.engine import Engine, LearningRate, TrainedNetwork
 from distill.training.settings import TrainSettings
 from tests.durability import Disk
@@ -137,6 +138,19 @@ def test_a_checkpoint_says_what_it_is_and_holds_no_frozen_weight(make: Make, tmp
     assert sum(on_disk.values()) < 4 * 4004 * 4 + 10_000
     step, names = read_weights(tmp_path, "student")
     assert (step, set(names)) == (2, {"1.weight", "1.bias"})
+
+
+def test_an_optimizer_that_is_dealt_out_anew_counts_its_steps_on(make: Make, tmp_path: Path) -> None:
+    """Adam's corrections of its first steps would otherwise be made a second time."""
+    whole, moved = make(), make()
+    saved(whole, tmp_path, 3)
+    advance(whole, 3, 6)
+    folder, trained = tmp_path / "step-00000003" / "student", moved._trained["student"]
+    state = read_whole(folder, list(trained.parameters), tmp_path / "unused")
+    assert state.steps == 3
+    trained.load_moved(folder, state)
+    advance(moved, 3, 6)
+    assert torch.equal(weights(moved), weights(whole))
 
 
 def test_the_newest_so_many_are_kept(make: Make, tmp_path: Path) -> None:

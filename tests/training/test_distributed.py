@@ -54,7 +54,7 @@ def engine(name: str, **changes: Any) -> dict[str, Any]:
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddp-lora": ("ddp", "distance", {"poison": POISON, "save_at": [3], "validate": True}),
     "ddp-duel": ("ddp", "duel", {}),
-    "zero1-lcm": ("zero1", "lcm", {}),
+    "zero1-lcm": ("zero1", "lcm", {"save_at": [2, 3], "unwritable": [1, 3]}),
     "zero2-lora": ("zero2", "distance", {"poison": POISON, "signal": [1, 3]}),
     "zero2-duel": ("zero2", "duel", {"save_at": [3, 6]}),
     "ddp-critics": ("ddp", "critics", {}),
@@ -210,6 +210,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(first: Any, nam
     assert [row["skipped"] for row in rows] == [0, 1, 0, 0, 0, 0]
     assert math.isnan(rows[1]["loss"])
     assert "step 1: student skipped" in first[1] and "sample-14 sample-15" in first[1]
+
+
+def test_a_rank_that_alone_cannot_write_is_an_error_of_both_and_the_run_goes_on(first: Any, folder: Path) -> None:
+    """Its checkpoint is not there, the one before is, and the steps after it are those of one process."""
+    found = first[0]["zero1-lcm"]
+    assert [len(said) for said in found["unwritten"]] == [1, 1] and found["unwritten"][0] == found["unwritten"][1]
+    assert "step-00000003 could not be written (rank 1: " in found["unwritten"][0][0]
+    kept = {path.name for path in (folder / "zero1-lcm/checkpoints").iterdir()}
+    assert kept == {"latest", "step-00000002"}
 
 
 def test_one_signalled_rank_stops_both_at_one_step_and_the_run_goes_on(first: Any, second: Any, folder: Path) -> None:
