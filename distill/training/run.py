@@ -207,7 +207,8 @@ def prepare_folder(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(probe, " " * PROBE_BYTES)
         finally:
-            probe.unlink(missing_ok=True)
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
             for path in missing:  # what turns out to be a mistake in other settings leaves no folder behind
                 with suppress(OSError):
                     path.rmdir()
@@ -222,8 +223,9 @@ def writing(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"output_dir={folder}: {error.filename} is a file, and no folder can be made there") from None
+    except (FileExistsError, NotADirectoryError):
+        file = next((path for path in (folder, *folder.parents) if path.is_file()), folder)
+        raise ConfigError(f"output_dir={folder}: {file} is a file, and no folder can be made there") from None
     except OSError as error:
         said = short(str(folder))
         if error.errno == errno.ENOSPC:

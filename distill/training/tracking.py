@@ -146,6 +146,10 @@ class JsonlTracker:
         self._file.close()
 
     def _write(self) -> None:
+        if os.fstat(self._file.fileno()).st_nlink == 0:  # somebody has removed it: what follows goes to a new one
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file.close()
+            self._file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         while self._waiting:  # a full disk may take a part
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 

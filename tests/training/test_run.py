@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ from distill.training.run import (
     kept_files,
     mark_finished,
     open_run,
+    prepare_folder,
     read_run,
     write_atomically,
 )
 from distill.training.settings import TrainSettings
 from tests.durability import Disk
+from tests.faults.ranks import ROOT, can_mount
 
 OVERRIDES = ("experiment=lcm_lora_sd15", "data.store=s", "model.pretrained_model_name_or_path=t", "max_train_steps=8")
 LOST: dict[str, Callable[[Path], object]] = {
@@ -168,3 +172,37 @@ def test_of_the_environment_only_what_is_listed_is_written_down(monkeypatch: pyt
     found = environment()
     assert "secret" not in json.dumps(found) and told.items() <= found["variables"].items()
     assert not found["variables"].keys() & hidden.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("file", "/file is a file, and no folder can be made there"),
+        ("file/a/b", "/file is a file, and no folder can be made there"),
+        ("x" * 300, "cannot be written to: File name too long"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_one_line(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"^output_dir=.*{says}$"):
+        prepare_folder(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    if not can_mount(tmp_path / "probe"):
+        pytest.skip("a small file system cannot be mounted here")
+    code = "import sys; from pathlib import Path; from tests.faults.ranks import mount_small\n"
+    code += "from distill.training.run import prepare_folder; mount_small(sys.argv[1], 8)\n"
+    code += "prepare_folder(Path(sys.argv[1]) / 'run')"
+    command = [sys.executable, "-c", code, str(tmp_path / "disk")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("the disk is full, not even a run's settings fit on it")
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
+    prepare_folder(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    prepare_folder(tmp_path / "there")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]

@@ -349,3 +349,12 @@ def test_a_validation_is_a_line_of_its_own(caplog: pytest.LogCaptureFixture) -> 
         Progress(200, stream=io.StringIO(), main=main).show_validation(50, found)
     (record,) = caplog.records
     assert record.getMessage() == "step 50/200 validation  diversity 0.5123  teacher_consistency 0.01"
+
+
+def test_metrics_that_somebody_removes_are_written_on(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path / "run")
+    tracker.log({"loss": 1.0}, 1)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    tracker.log({"loss": 2.0}, 2)
+    tracker.close()
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 2, "loss": 2.0}
