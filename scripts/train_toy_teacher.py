@@ -31,6 +31,7 @@ from distill.toy import teacher as toy
 from distill.toy.judge import Judge, frechet_distance, load_judge, sharpness
 from distill.toy.reward import ToyReward
 from distill.toy.world import CAPTIONS, PATTERNS, Scene, balanced_labels, draw_scene, paint, render
+from distill.training import arithmetic
 
 STAGES = ("vae", "judge", "denoiser", "reward")
 STEPS = (50, 8, 4, 2, 1)
@@ -39,6 +40,8 @@ SPACING = ("leading", "trailing")
 
 
 def main() -> None:
+    arithmetic.prepare()
+    arithmetic.settle()
     args = parse_arguments()
     (args.output / "checkpoints").mkdir(parents=True, exist_ok=True)
     if args.evaluate:

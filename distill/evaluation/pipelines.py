@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import LCMScheduler
 from diffusers.utils import convert_unet_state_dict_to_peft
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
@@ -30,6 +30,9 @@ def load_pipeline(
 ) -> Any:
     """A plain diffusers pipeline of the folder's or repository's parts, with a LoRA file or folder if one is given.
 
+    Its networks are frozen: torch multiplies in another way, which rounds otherwise, where a weight could be trained,
+    and diffusers freezes a network when it loads a LoRA into it. So, with the LoRA off, it is the same to the bit.
+
     Instead of a LoRA, the export of a student that is a whole network (a folder with `unet`) replaces the pipeline's
     network. An export's scheduler is the one that it asks for; with `own_scheduler` a LoRA's stays the model's own.
 
@@ -44,7 +47,10 @@ def load_pipeline(
     if lora is not None and _is_network(Path(lora)):
         pipeline.register_modules(unet=load_unet(Path(lora) / "unet", pipeline.unet.config, torch.float32))
         draw_as_exported(pipeline, lora)
-    elif lora is not None:
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    if lora is not None and not _is_network(Path(lora)):
         _load_lora(pipeline, lora, lora_scale)
         if not own_scheduler and sampling_of(lora):
             draw_as_exported(pipeline, lora)

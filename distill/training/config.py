@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distill.data.errors import AGAIN, NOT_WRITTEN, NotWritten, ReadError, StoreError, short
-from distill.training import signatures
+from distill.training import arithmetic, signatures
 from distill.training.components import check_component, defaults_of
 from distill.training.composition import CONFIGS, composed_of, groups_of, omegaconf_line, yaml_of
 from distill.training.launched import follow_launcher, launched_rank, settle
@@ -234,7 +234,10 @@ def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S
         with checking():
             settle()
         follow_launcher()
+        deterministic: arithmetic.Deterministic = getattr(settings, "deterministic", "auto")
+        arithmetic.prepare(deterministic)
         body: Callable[[S], None] = importlib.import_module(main).main if isinstance(main, str) else main
+        arithmetic.settle(deterministic)
         body(check_components(settings))
         sys.stdout.flush()
     except ReadError as error:

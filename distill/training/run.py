@@ -24,6 +24,7 @@ import yaml
 
 from distill.data.errors import short
 from distill.data.storage import write_whole
+from distill.training import arithmetic
 from distill.training.config import ConfigError, checking, read_settings, read_yaml, validated
 from distill.training.launched import launched_rank, launched_world_size
 from distill.training.recorded import Differences, chief, differences, given_keys
@@ -78,6 +79,7 @@ FREE = frozenset(
         "health",
         "preemption_signals",
         "watchdog_minutes",
+        "deterministic",
         "report_to",
         "log_every",
         "data",
@@ -125,7 +127,10 @@ def open_run(settings: TrainSettings) -> Path:
         _note(folder, changed)
     write_atomically(folder / CONFIG, yaml.safe_dump(wanted, sort_keys=False))
     write_atomically(folder / "overrides.txt", "\n".join(sys.argv[1:]) + "\n")
-    write_atomically(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    now = environment()
+    if changed is not None:
+        _warn_of_other_bits(folder, now)
+    write_atomically(folder / "environment.json", json.dumps(now, indent=2) + "\n")
     return folder
 
 
@@ -134,6 +139,22 @@ def steps_taken(folder: Path) -> int:
     manifests = checkpoints_of(folder).glob("step-*/manifest.json")
     found = [int(match[1]) for path in manifests if (match := _STEP.fullmatch(path.parent.name))]
     return max([*found, _done(folder)])
+
+
+def _warn_of_other_bits(folder: Path, now: Mapping[str, Any]) -> None:
+    """Says so where a run goes on with another arithmetic than `environment.json` has recorded."""
+    try:
+        before = json.loads((folder / "environment.json").read_text())["arithmetic"]
+        changed = arithmetic.differences(before, now["arithmetic"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of an earlier version, or damaged
+        return
+    if changed:
+        log.warning(
+            "%s goes on with other arithmetic, so it agrees with a run on one machine within rounding, "
+            "not to the bit: %s",
+            folder,
+            "; ".join(changed),
+        )
 
 
 def _same_run(folder: Path, changed: Differences) -> None:
@@ -343,6 +364,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "arithmetic": arithmetic.in_force(),
         "cpu_count": os.cpu_count(),
         "git_commit": _git_commit(),
         "host": socket.gethostname(),

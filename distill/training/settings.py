@@ -188,6 +188,7 @@ class TrainSettings(Settings):
     checkpoints_total_limit: Positive | None
     preemption_signals: Annotated[list[str], Field(min_length=1)] = ["SIGTERM", "SIGUSR1"]
     watchdog_minutes: Annotated[Number, Field(gt=0)] | None = 30
+    deterministic: Annotated[bool, Field(strict=True)] | Literal["auto"] = "auto"
     validation_prompts: list[str] | TextOrPath | None
     validation_steps: Positive
     validation_sampling_steps: Positive

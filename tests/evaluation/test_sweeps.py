@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, HeunDiscreteScheduler, LCMScheduler, PNDMScheduler
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.commands import sample
 from distill.evaluation.figures import CELL, GAP, HEADER, LABEL_WIDTH
@@ -63,6 +63,9 @@ def plain(teacher: str, lora: str | None, steps: int, guidance: float) -> Tensor
     """Pictures by diffusers alone, as a user would draw them."""
     pipeline = DiffusionPipeline.from_pretrained(teacher, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():  # as with a LoRA: torch rounds otherwise where weights are trainable
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
     if lora is not None:
         pipeline.load_lora_weights(lora)
         pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)

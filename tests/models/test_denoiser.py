@@ -139,7 +139,7 @@ def one_process_group() -> Iterator[None]:
 
 def test_a_wrapped_network_is_the_same_denoiser(one_process_group):
     """Also: with adapters off, the wrapped student is still the teacher, and gradients still reach its adapters."""
-    unet, c, x = tiny_unet(), tiny_conditioning("sd15", len(T)), _noisy()
+    unet, c, x = tiny_unet().requires_grad_(False), tiny_conditioning("sd15", len(T)), _noisy()
     teacher = NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON)(x, T, c)
     trained = add_lora(unet, rank=2, alpha=3)
     for parameter in trained:
@@ -159,7 +159,7 @@ def test_a_wrapped_network_is_the_same_denoiser(one_process_group):
 
 
 def test_a_denoiser_made_before_the_lora_still_switches_it_off():
-    unet, c, x = tiny_unet(), tiny_conditioning("sd15", len(T)), _noisy()
+    unet, c, x = tiny_unet().requires_grad_(False), tiny_conditioning("sd15", len(T)), _noisy()
     teacher = NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON, adapter=None)
     with torch.no_grad():
         before = teacher(x, T, c).x0
