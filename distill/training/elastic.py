@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 OPTIMIZER = "optimizer.pt"  # of a network that every rank held whole
+PATIENCE_SECONDS = 2 * 3600.0  # of a conversion; a run's watchdog, if it has one, has less
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -66,7 +67,14 @@ def to_universal(folder: Path, target: Path) -> None:
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(folder), "--output_folder", str(target)]
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHERS}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    try:
+        done = subprocess.run(command, env=environment, stdout=pipe, stderr=both, text=True, timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise NotElastic(
+            f"{folder}: DeepSpeed has not converted it in {PATIENCE_SECONDS / 3600:g} h: resume with as many ranks and "
+            "the same engine as it was saved with"
+        ) from None
     if done.returncode:
         said = done.stdout.strip().splitlines() or [f"it ended with {done.returncode}"]
         raise NotElastic(
