@@ -34,6 +34,7 @@ from distill.methods.base import Method
 from distill.models.exported import Exported, open_export
 from distill.models.families import Teacher, load_teacher
 from distill.models.latent_reward import LatentReward
+from distill.models.schedulers import scheduler_settings
 from distill.training.checkpoint import Checkpoints
 from distill.training.config import ConfigError, build, checking
 from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
@@ -131,6 +132,9 @@ def checked(cfg: TrainSettings) -> Parts:
     teacher = teacher_of(cfg, parts=())
     method: Method = build(cfg.method, schedule=teacher.schedule)
     check_method(cfg, method)
+    with checking("the method's students: "):  # which an export will need a scheduler for
+        drawn = method.sampling
+        scheduler_settings(teacher.noise, drawn.sampler, drawn.spacing, steps=drawn.steps)
     exports = exports_of(cfg, teacher)
     cfg = settled(cfg, exports)
     with checking():
