@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from distill.commands import SETTINGS
+from distill.training.config import run_script
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "transformers", "diffusers", "accelerate", "deepspeed", "numpy", "huggingface_hub"]
@@ -63,3 +65,90 @@ def test_a_mistake_shows_within_a_second_and_a_half(command: list[str]) -> None:
     assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
     # The processor's time: the clock's depends on what else the machine does.
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1.5
+
+
+def test_help_says_what_a_command_does_and_which_settings_there_are() -> None:
+    command = [sys.executable, "scripts/train.py", "--help"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert said.startswith("Distils: ") and "configs/train.yaml" in said and "max_train_steps: " in said
+    assert "engine: ddp, single, zero1" in said
+
+
+@pytest.mark.parametrize("flag", ["--cfg", "--help"])
+def test_output_that_nobody_reads_to_its_end_is_no_error(flag: str) -> None:
+    command = [sys.executable, "scripts/train.py", "experiment=quickstart", flag]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        said = running.stderr.read()
+    assert said == "" and running.returncode in (0, 141)
+
+
+FLAGS = {
+    "a flag for a key": (["--output_dir=runs/x"], "write output_dir=runs/x"),
+    "a flag and its value": (["--max_train_steps", "300"], "write max_train_steps=300"),
+    "another script's name": (["--train_batch_size", "4"], "did you mean 'global_batch_size'"),
+    "another script's key": (["train_batch_size=4"], "did you mean 'global_batch_size'"),
+    "a key without its group": (["resolution=512"], "did you mean 'model.resolution'"),
+    "a list without brackets": (["report_to=jsonl,wandb"], "report_to=[jsonl,wandb]"),
+    "a range without brackets": (["data.guidance=4,16"], "data.guidance=[4,16]"),
+    "two numbers for one": (["max_train_steps=2,4"], "one value is wanted"),
+    "a list that the shell cut": (["report_to=[jsonl,", "wandb]"], "put into quotes"),
+    "a key of another file": (["data.images=x"], "add data=images"),
+    "a key of another file, the other way": (["data=images", "data.solver=ddim"], "add data=trajectories"),
+    "a folder for a group": (["model=/a/teacher"], "model.pretrained_model_name_or_path="),
+    "a part of what is not chosen": (["reward.path=x"], "set reward=NAME"),
+    "another word for true": (["gradient_checkpointing=yes"], "must be true or false"),
+    "nothing": (["max_train_steps=null"], "max_train_steps=null: must be an integer"),
+}
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_a_line_says_what_to_type(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, expected = FLAGS[kind]
+    monkeypatch.setattr(sys, "argv", ["train.py", "data.store=s", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda settings: None, *SETTINGS["train"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and expected in said, said
+
+
+@pytest.mark.parametrize(
+    "error, code, expected",
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "/a/b: permission denied"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xxx"), 2, "xxx: file name too long"),
+        (OSError(errno.ENOSPC, "No space left on device"), 74, "no space left on device"),
+        (ModuleNotFoundError("No module named 'no_such'", name="no_such.part"), 2, "pip install no_such"),
+        (ImportError("Install s3fs to access S3"), 2, "Install s3fs"),
+    ],
+)
+def test_what_is_wrong_around_a_command_is_one_line(
+    error: Exception, code: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended_with(error, monkeypatch) == code
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and expected in said
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [OSError(errno.EBADF, "Bad file descriptor"), ImportError("cannot import", name="distill.data"), KeyError("x")],
+)
+def test_a_bug_keeps_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(type(bug)):
+        ended_with(bug, monkeypatch)
+
+
+def ended_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> object:
+    """The exit code of a command whose work raises this."""
+
+    def work(settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "data.store=s"])
+    with pytest.raises(SystemExit) as ended:
+        run_script(work, *SETTINGS["train"])
+    return ended.value.code

@@ -252,7 +252,8 @@ def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S
         line = surroundings_line(error)
         if line is None:
             raise
-        sys.exit(fail(ConfigError(line)))
+        passing = isinstance(error, OSError) and error.errno in _PASSING
+        sys.exit(fail(ConfigError(line), IO_ERROR if passing else 2))
 
 
 _MENDABLE = {
@@ -266,6 +267,8 @@ _MENDABLE = {
     errno.ELOOP,
     errno.ENOTEMPTY,
 }
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+IO_ERROR = 74  # EX_IOERR, which jobs are run again for
 
 
 def surroundings_line(error: OSError | ImportError) -> str | None:
@@ -278,9 +281,13 @@ def surroundings_line(error: OSError | ImportError) -> str | None:
         return None if installed else f"the package {package} is not installed: pip install {package}"
     if error.errno is None:
         return short(error, MAX_LINE)  # libraries' own words about files and networks
-    if error.errno not in _MENDABLE or error.filename is None:
-        return None
-    return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    known = error.errno in _PASSING or (error.errno in _MENDABLE and error.filename is not None)
+    return _file_line(error) if known else None
+
+
+def _file_line(error: OSError) -> str:
+    said = (error.strerror or type(error).__name__).lower()
+    return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, (str, bytes)) else said
 
 
 def nobody_reads() -> int:
@@ -312,9 +319,7 @@ def fail(error: Exception, code: int = 2) -> int:
 
     Of several ranks that meet it, the first one says it.
     """
-    said = str(error)
-    if isinstance(error, OSError) and error.filename:
-        said = f"{error.filename}: {str(error.strerror).lower()}"
+    said = _file_line(error) if isinstance(error, OSError) and error.errno else str(error)
     if launched_rank() > 0:
         time.sleep(RANK_0_SECONDS)  # by then the launcher has ended this one, unless it is alone in it
     print(f"error: {' '.join(said.split())}", file=sys.stderr)
