@@ -99,7 +99,7 @@ FLAGS = {
     "a folder for a group": (["model=/a/teacher"], "model.pretrained_model_name_or_path="),
     "a part of what is not chosen": (["reward.path=x"], "set reward=NAME"),
     "another word for true": (["gradient_checkpointing=yes"], "must be true or false"),
-    "nothing": (["max_train_steps=null"], "max_train_steps=null: must be an integer"),
+    "nothing": (["global_batch_size=null"], "global_batch_size=null: must be an integer"),
 }
 
 
