@@ -331,7 +331,7 @@ def _validation_line(error: ValidationError, schema: type[Settings]) -> str:
     first = min(error.errors(), key=lambda e: e["type"] == "value_error")
     # Names of union members and the like stand in `loc` beside keys; only keys help the reader.
     path = [str(part) for part in first["loc"] if re.fullmatch(r"[a-z_]\w*|\d+", str(part)) and part not in _KINDS]
-    key = short(".".join(path) or "the whole")
+    key = short(".".join(path) or "the whole of it")
     if first["type"] == "extra_forbidden":
         key = short(".".join(map(str, first["loc"])))
         return f"unknown key {key!r}{suggest(key, keys_of(schema))}"
