@@ -222,6 +222,8 @@ class Folder:
                 found = read()
             except FileNotFoundError:
                 raise
+            except NotADirectoryError as error:  # a file in the folder's place holds nothing, however long one waits
+                raise FileNotFoundError(error.errno, error.strerror, what) from None
             except OSError as error:
                 patience.after(error, what)
             except Exception as error:

@@ -22,6 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from distill.data import storage
 from distill.data.errors import ReadError
 from distill.data.reader import open_store
+from distill.data.record import StoreError
 from distill.data.storage import Folder, make_folder
 from tests.data.stores import PLAN, files, in_processes, states_of, whole_shards, write
 from tests.data.test_loader import loader
@@ -253,3 +254,12 @@ def test_files_are_readable_by_whom_the_umask_says(tmp_path: Path) -> None:
     """A store is shared: the command's umask decides, not a library."""
     assert in_processes(lambda: (os.umask(0o027), write(tmp_path / "store"))) == [0]
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "store").iterdir()} == {0o640}
+
+
+def test_a_file_in_the_place_of_a_store_is_a_mistake_that_is_said_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "store"
+    file.write_text("not a folder")
+    with pytest.raises(FileNotFoundError):
+        Folder(str(file), retry_seconds=1e9).read("index.json")
+    with pytest.raises(StoreError, match="index.json"):
+        open_store(str(file))
