@@ -100,7 +100,9 @@ def environment() -> dict[str, str]:
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """What the runner logs. Its children need this project on their path."""
-    monkeypatch.setattr("run_chain.setup_logging", lambda: None)  # which would take the log away from here
+    monkeypatch.setattr(
+        "distill.commands.run_chain.setup_logging", lambda: None
+    )  # which would take the log away from here
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(ROOT)
@@ -148,7 +150,7 @@ def test_a_killed_chain_goes_on_to_the_same_weights(
     assert [record.getMessage()[-4:] for record in said.records] == ["done"] * 3 and times(killed) == written
     for other, line in {
         "learning_rate=1e-5": "link mse: .*/mse was made with learning_rate=.*, this chain has 1e-05: choose another",
-        "max_train_steps=5": "link mse: .*/mse was made with max_train_steps=12, this chain has 5",
+        "max_train_steps=5": "link game: .*/game was made with max_train_steps=12, this chain has 5",
         "data.solver_steps=16": "link store: .*/store was made with data.solver_steps=.*, this chain has 16",
     }.items():
         with pytest.raises(ConfigError, match=line):
