@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets up what the tests need, then runs format, lint, types and tests. Arguments go to pytest: scripts/test.sh -m slow
+# Without arguments two workers share the tests; those that start several processes are all with one of them.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 
@@ -7,4 +8,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 WANDB_MODE=offli
 ruff format --check .
 ruff check .
 mypy distill
+[ $# -gt 0 ] || set -- -n 2 --dist loadgroup
 exec python -m pytest "$@"

@@ -22,7 +22,7 @@ from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-LAUNCH += ["--dynamo_backend", "no"]
+LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
 PROMPTS = ["a red boat", "two owls", "a bridge at night", "snow"]
 
 
