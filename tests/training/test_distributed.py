@@ -215,8 +215,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(first: Any, nam
 def test_a_rank_that_alone_cannot_write_is_an_error_of_both_and_the_run_goes_on(first: Any, folder: Path) -> None:
     """Its checkpoint is not there, the one before is, and the steps after it are those of one process."""
     found = first[0]["zero1-lcm"]
-    assert [len(said) for said in found["unwritten"]] == [1, 1] and found["unwritten"][0] == found["unwritten"][1]
-    assert "step-00000003 could not be written (rank 1: " in found["unwritten"][0][0]
+    assert [len(said) for said in found["unwritten"]] == [1, 1]
+    (here,), (there,) = found["unwritten"]
+    assert "step-00000003 could not be written (rank 1: " in here
+    assert here.partition(";")[0] == there.partition(";")[0]  # each rank has looked for itself how much room is left
     kept = {path.name for path in (folder / "zero1-lcm/checkpoints").iterdir()}
     assert kept == {"latest", "step-00000002"}
 
