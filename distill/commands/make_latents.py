@@ -24,11 +24,12 @@ from distill.data.images import Accept, Listing, list_pictures
 from distill.data.index import NO_SOLVE, Plan
 from distill.data.progress import counted
 from distill.data.writer import work_split, write_store
-from distill.models.families import Teacher, load_teacher
+from distill.models.families import Teacher
 from distill.training.config import ConfigError, checking
 from distill.training.latents import LatentEncoder
 from distill.training.launched import launched_rank, only_one_process
 from distill.training.settings import TrainSettings
+from distill.training.teacher import compute_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import stored
 
@@ -46,15 +47,7 @@ def main(cfg: TrainSettings) -> None:
         )
     with checking():
         rank, world_size = work_split()
-        teacher = load_teacher(
-            model.pretrained_model_name_or_path,
-            parts=("text", "vae"),
-            revision=model.revision,
-            variant=model.variant,
-            family=model.family,
-            vae=data.vae,
-            vae_dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" and torch.cuda.is_available() else torch.float32,
-        ).at_resolution(model.resolution)
+        teacher = open_teacher(model, ("text", "vae"), vae=data.vae, vae_dtype=compute_dtype(cfg))
         accept = Accept(data.min_size or teacher.resolution, data.max_aspect_ratio, data.prompt_column)
         listing = list_pictures(data.images, data.store, accept, rank=rank, world_size=world_size)
         plan = plan_of(cfg, teacher, listing)

@@ -24,11 +24,12 @@ from distill.data.prompts import read_prompts
 from distill.data.writer import work_split, write_store
 from distill.diffusion.solver import make_times
 from distill.models.exported import open_export
-from distill.models.families import Teacher, load_teacher
+from distill.models.families import Teacher
 from distill.models.student import as_teacher
 from distill.training.config import ConfigError, checking
 from distill.training.launched import launched_rank, only_one_process
 from distill.training.settings import TrainSettings
+from distill.training.teacher import compute_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored
 
@@ -41,7 +42,7 @@ def main(cfg: TrainSettings) -> None:
         log.warning(line)
     prompts = prompts_of(cfg)
     with checking():
-        teacher = teacher_of(cfg, parts=("unet", "text"))
+        teacher = open_teacher(cfg.model, ("unet", "text"), dtype=compute_dtype(cfg))
         own_hash = teacher.teacher_hash
         if cfg.teacher is not None:
             export = open_export(cfg.teacher)
@@ -74,21 +75,6 @@ def prompts_of(cfg: TrainSettings) -> list[str]:
         raise ConfigError("data.prompts has no value: set data.prompts=FILE")
     with checking():
         return read_prompts(data.prompts, data.prompt_column)
-
-
-def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
-    model = cfg.model
-    with checking():
-        teacher = load_teacher(
-            model.pretrained_model_name_or_path,
-            parts=parts,
-            dtype=torch.bfloat16 if cfg.mixed_precision == "bf16" and torch.cuda.is_available() else torch.float32,
-            revision=model.revision,
-            variant=model.variant,
-            family=model.family,
-        )
-    with checking("model."):
-        return teacher.at_resolution(model.resolution)
 
 
 def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> Plan:

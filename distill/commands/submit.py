@@ -30,6 +30,7 @@ from distill.commands import make_trajectories, train
 from distill.training.config import ConfigError
 from distill.training.run import write_atomically
 from distill.training.settings import SlurmSettings, SubmitSettings, TrainSettings
+from distill.training.teacher import open_teacher
 from distill.training.tracking import setup_logging
 
 log = logging.getLogger("distill")
@@ -70,7 +71,7 @@ def check(settings: TrainSettings, slurm: SlurmSettings) -> None:
         raise ConfigError("slurm.array is for slurm.script=make_trajectories: a run is one job")
     if slurm.script == "make_trajectories":
         make_trajectories.prompts_of(settings)
-        make_trajectories.teacher_of(settings, parts=())
+        open_teacher(settings.model)
         return
     kind, count = settings.engine["kind"], processes(slurm)
     if kind == "single" and count > 1:

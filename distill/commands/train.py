@@ -32,7 +32,7 @@ from distill.data.prompts import read_prompts
 from distill.data.reader import Store, open_store
 from distill.methods.base import Method
 from distill.models.exported import Exported, open_export
-from distill.models.families import Teacher, load_teacher
+from distill.models.families import Teacher
 from distill.models.latent_reward import LatentReward
 from distill.models.schedulers import scheduler_settings
 from distill.training.checkpoint import Checkpoints
@@ -55,6 +55,7 @@ from distill.training.run import (
     writing,
 )
 from distill.training.settings import TrainSettings
+from distill.training.teacher import open_teacher
 from distill.training.tracking import (
     SKIPPED,
     Meter,
@@ -129,7 +130,7 @@ def checked(cfg: TrainSettings) -> Parts:
     micro_batch_size = split_batch(cfg, launched_world_size())
     with checking("preemption_signals: "):
         preemption = Preemption(folder, writes=first, signals=cfg.preemption_signals)
-    teacher = teacher_of(cfg, parts=())
+    teacher = open_teacher(cfg.model)
     method: Method = build(cfg.method, schedule=teacher.schedule)
     check_method(cfg, method)
     with checking("the method's students: "):  # which an export will need a scheduler for
@@ -210,19 +211,27 @@ def distil(parts: Parts, folder: Path, watchdog: Watchdog) -> int:
     if engine.is_main and code == 0:
         restore()
         mark_finished(folder, step)
+    if engine.is_main and failure is None:
+        say_end(code, parts, step, time.monotonic() - began, folder)
+    engine.close()
+    return code
+
+
+def say_end(code: int, parts: Parts, step: int, seconds: float, folder: Path) -> None:
+    """What came of a run that nothing has ended before its time, and what is to be typed next, on the console."""
+    if code == 0:
         log.info(
             "finished: %d steps, %s since this start; the run is %s, next is: python scripts/export.py run=%s "
             "output_dir=FOLDER",
             step,
-            tqdm.format_interval(int(time.monotonic() - began)),
+            tqdm.format_interval(int(seconds)),
             folder,
             folder,
         )
-    if engine.is_main and code == PREEMPTED and failure is None:
+    elif code == PREEMPTED:
         why = "interrupted" if parts.preemption.interrupted else "stopped"
-        log.info("%s: saved at step %d of %d; the same command resumes from there", why, step, cfg.max_train_steps)
-    engine.close()
-    return code
+        total = parts.cfg.max_train_steps
+        log.info("%s: saved at step %d of %d; the same command resumes from there", why, step, total)
 
 
 def say_header(parts: Parts, store: Store, start_step: int, folder: Path) -> None:
@@ -262,7 +271,7 @@ def started(
         checkpoints_of(folder), cfg.checkpoints_total_limit, recorded, hashes, own, before=restore
     )
     with watchdog.over("the networks, or other ranks that load them"):
-        teacher = teacher_of(cfg, parts=("unet",))
+        teacher = open_teacher(cfg.model, parts=("unet",))
         networks = {name: other.network(teacher, cfg.seed) for name, other in parts.others.items()}  # of it untouched
         starts, teaches = parts.exports.get("start"), parts.exports.get("teacher")
         networks |= parts.student.networks(teacher, cfg.seed, "teacher" in parts.method.asks, starts, teaches)
@@ -422,25 +431,11 @@ def check_read(cfg: TrainSettings, method: Method) -> None:
             raise ConfigError(f"{key} is set, and the method trains no {network}: it trains {', '.join(method.trains)}")
 
 
-def teacher_of(cfg: TrainSettings, parts: tuple[str, ...]) -> Teacher:
-    model = cfg.model
-    with checking():
-        teacher = load_teacher(
-            model.pretrained_model_name_or_path,
-            parts=parts,
-            revision=model.revision,
-            variant=model.variant,
-            family=model.family,
-        )
-    with checking("model."):
-        return teacher.at_resolution(model.resolution)
-
-
 def helpers_of(cfg: TrainSettings, method: Method) -> dict[str, torch.nn.Module]:
     """What the method's losses call beside networks, of what they ask for: a reward and a distance of latents."""
     helpers: dict[str, torch.nn.Module] = {}
     if "reward" in method.asks and cfg.reward is not None:
-        teacher = teacher_of(cfg, parts=("vae",))
+        teacher = open_teacher(cfg.model, parts=("vae",))
         helpers["reward"] = LatentReward(teacher, build(cfg.reward), cfg.reward_batch_size)
     if "perceptual" in method.asks and cfg.perceptual is not None:
         helpers["perceptual"] = build(cfg.perceptual)
@@ -522,7 +517,7 @@ def validation_of(
         return lambda step: {}
     with checking("validation_prompts: "):
         prompts = read_prompts(cfg.validation_prompts)
-    teacher = teacher_of(cfg, parts=("text", "vae"))
+    teacher = open_teacher(cfg.model, parts=("text", "vae"))
     conditioning = teacher.encode(prompts)
     ends = ends_of(cfg, engine, conditioning, folder)
     del teacher.parts["text"]
@@ -540,7 +535,7 @@ def ends_of(
     if not cfg.validation_teacher_steps or not engine.is_main:
         return None
     guidance = cfg.data.guidance if isinstance(cfg.data.guidance, float) else cfg.validation_guidance
-    teacher = teacher_of(cfg, parts=("unet", "text")).to(engine.device)
+    teacher = open_teacher(cfg.model, parts=("unet", "text")).to(engine.device)
     seeds = validation_seeds(cfg.seed, len(next(iter(conditioning.values()))))
     progress = Bar("the teacher's own pictures", len(seeds), "pictures")
     there = {name: value.to(engine.device) for name, value in conditioning.items()}

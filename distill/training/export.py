@@ -21,9 +21,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from distill.data.storage import sync_folder
 from distill.diffusion.noise import Noise
+from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
 from distill.models.exported import FACTS
-from distill.models.families import load_teacher
+from distill.models.families import Teacher, load_teacher
 from distill.models.files import share
 from distill.models.formats import LORA_FORMATS, save_pipeline, save_unet
 from distill.models.kohya import checkpoint_metadata
@@ -180,31 +181,37 @@ def write_student(
             student.finish(teacher, weights)
             if guidance is not None:
                 build_in_guidance(teacher.unet, guidance)
-        if "checkpoint" in wanted:
-            save_single_file(
-                folder / "checkpoint" / f"{name}.safetensors",
-                teacher.unet,
-                model.pretrained_model_name_or_path,
-                dtype,
-                network.prediction,
-                checkpoint_metadata(teacher, network.prediction, name),
-                model.revision,
-                model.variant,
-            )
-        if "pipeline" in wanted:  # which has the sub-folder `unet` too
-            path, drawn = model.pretrained_model_name_or_path, export.sampling
-            scheduler = partial(
-                make_scheduler,
-                sampler=drawn.sampler,
-                spacing=drawn.spacing,
-                prediction=network.prediction,
-                steps=drawn.steps,
-            )
-            save_pipeline(folder, teacher.unet, path, dtype, scheduler, model.revision, model.variant)
-        elif "unet" in wanted:
-            save_unet(folder, teacher.unet, dtype)
+            _write_network(folder, export, teacher, network.prediction, dtype)
     (folder / FACTS).write_text(json.dumps(export.facts(), indent=1) + "\n")
     return export
+
+
+def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: Prediction, dtype: torch.dtype) -> None:
+    """Writes those of the export's formats that hold a whole network, which the teacher's has become."""
+    model, drawn = export.settings.model, export.sampling
+    path = model.pretrained_model_name_or_path
+    if "checkpoint" in export.formats:
+        save_single_file(
+            folder / "checkpoint" / f"{export.name}.safetensors",
+            teacher.unet,
+            path,
+            dtype,
+            prediction,
+            checkpoint_metadata(teacher, prediction, export.name),
+            model.revision,
+            model.variant,
+        )
+    if "pipeline" in export.formats:  # which has the sub-folder `unet` too
+        scheduler = partial(
+            make_scheduler,
+            sampler=drawn.sampler,
+            spacing=drawn.spacing,
+            prediction=prediction,
+            steps=drawn.steps,
+        )
+        save_pipeline(folder, teacher.unet, path, dtype, scheduler, model.revision, model.variant)
+    elif "unet" in export.formats:
+        save_unet(folder, teacher.unet, dtype)
 
 
 def _chosen(student: Any, formats: Sequence[str] | None) -> tuple[str, ...]:
