@@ -75,7 +75,8 @@ def _do(fault: Fault) -> None:
     elif fault["do"] == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
     elif fault["do"] == "kill wandb":
-        found = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb-core")]
+        own = str(os.getpid())
+        found = [p for p in psutil.process_iter() if p.name().startswith("wandb-core") and own in p.cmdline()]
         found[0].kill()
     else:
         for name in fault["do"].split():

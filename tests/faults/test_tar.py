@@ -53,7 +53,7 @@ def read_both(source: str, folder: Path) -> None:
     """The two readers of other people's archives, from a folder in which nothing may appear."""
     for read in (read_prompts, lambda url: list_pictures(url, str(folder / "store"), Accept(8)).captions):
         try:
-            assert read(source) == ["a good picture"]
+            assert read(source)[0] == "a good picture"  # what stands beside a member that is too large may be read
         except ValueError as error:
             assert "a.tar" in str(error) and "\n" not in str(error) and len(str(error)) < 500
 
