@@ -80,6 +80,25 @@ def test_nothing_heavy_is_imported_by_what_comes_before_torch() -> None:
     assert python(f"import sys\narithmetic.prepare()\n{heavy}") == ["[]"]
 
 
+COMMAND = """
+import os, sys
+from distill.training.config import run_script
+from distill.training.settings import TrainSettings
+
+def main(settings):
+    import torch
+    print(os.environ.get("MKL_CBWR"), torch.are_deterministic_algorithms_enabled())
+
+sys.argv[1:] = ["experiment=quickstart", "deterministic=%s"]
+run_script(main, "train", TrainSettings)
+"""
+
+
+@pytest.mark.parametrize("word, found", [("auto", "AUTO,STRICT True"), ("false", "None False")])
+def test_every_command_computes_as_its_setting_says(word: str, found: str) -> None:
+    assert python(COMMAND % word, CUDA_VISIBLE_DEVICES="")[-1] == found
+
+
 def test_a_users_own_value_stays_and_false_sets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in arithmetic.VARIABLES:
         monkeypatch.delenv(name)
