@@ -75,8 +75,10 @@ def _do(fault: Fault) -> None:
     elif fault["do"] == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
     elif fault["do"] == "kill wandb":
-        own = str(os.getpid())
-        found = [p for p in psutil.process_iter() if p.name().startswith("wandb-core") and own in p.cmdline()]
+        for _ in range(300):  # it is started beside the training, which need not wait for it
+            if found := [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb-core")]:
+                break
+            time.sleep(0.1)
         found[0].kill()
     else:
         for name in fault["do"].split():
