@@ -119,7 +119,7 @@ def test_a_teacher_alone_and_any_student_s_folder(folder: Path, tmp_path: Path) 
             ["guidance=2", "student={folder}/teacher/vae"],
             "no LoRA in .*vae: pytorch_lora_weights.safetensors is missing$",
         ),
-        (["student={folder}/lora", "samplers=[rk4]"], "sampler 'rk4' is not known; allowed: lcm, "),
+        (["student={folder}/lora", "samplers=[rk4]"], "^samplers.0: sampler .rk4. is not known; allowed: lcm, "),
         (["student={folder}/lora", "samplers=[ddim/milestones]", "steps=[9]"], "steps must be within 1 ... 8, got 9"),
         (["guidance=2", "protocol=toy", "n=99"], "n=99: the judge's Fréchet distance takes at least 100 pictures$"),
         (["guidance=2", "model.pretrained_model_name_or_path=null"], "^which teacher. Set model.pretrained_model"),
