@@ -131,11 +131,11 @@ def test_what_cannot_be_judged_is_one_clear_line(
     folder: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     given = [override.format(folder=folder) for override in overrides]
-    if "protocol=toy" in given:
-        cfg = load("evaluate", EvaluateSettings, [*given, f"output_dir={tmp_path}"])
-    else:
-        cfg = settings(folder, tmp_path, *given)
     with pytest.raises((ConfigError, FileNotFoundError, ValueError), match=message) as error:
+        if "protocol=toy" in given:
+            cfg = load("evaluate", EvaluateSettings, [*given, f"output_dir={tmp_path}"])
+        else:
+            cfg = settings(folder, tmp_path, *given)
         evaluate.main(cfg)
     assert "\n" not in str(error.value)
 
