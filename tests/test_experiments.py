@@ -100,7 +100,9 @@ def test_no_experiment_is_without_its_number() -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("method", [None, "lcm_noised"])
 def test_an_experiment_builds_at_full_size_and_trains_what_it_says(experiment: str, method: str | None) -> None:
-    cfg = settings_of(experiment, *[f"method={method}"] if method else [])
+    # an experiment of a method with stages takes as many steps as they do: with another, it is to be told how many
+    other = [f"method={method}", "max_train_steps=1000"] if method else []
+    cfg = settings_of(experiment, *other)
     asked, networks = networks_of(cfg, full_size_teacher(experiment, "meta"))
     assert networks.keys() >= {"student", *(name for name in asked.asks if not name.endswith("_ema"))}
     assert sum(p.numel() for p in trained(networks["student"].module).values()) == TRAINED[experiment]

@@ -160,7 +160,7 @@ def _replace_what_is_for_others(
     groups: Mapping[str, Group],
     note: Callable[[str], None],
 ) -> set[str]:
-    """An experiment's values for a component are for the one that it chooses: for another they are left out.
+    """An experiment's values for a component are arguments of the one that it chooses: for another they are left out.
 
     Returns the places of those components.
     """
@@ -177,6 +177,8 @@ def _replace_what_is_for_others(
     for place, value in own.items():
         other = chosen.get(place, intended.get(place))
         if place not in groups or other in (None, intended[place]) or "_target_" not in composed[place]:
+            continue
+        if composed[place]["_target_"] == yaml_of(f"{groups[place].folder}/{intended[place]}.yaml").get("_target_"):
             continue
         alone = _compose(config_name, [(p, v) for p, v in chosen.items() if p != "experiment"], groups)
         OmegaConf.update(composed, place, alone[place], merge=False)

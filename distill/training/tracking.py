@@ -209,6 +209,9 @@ class Background:
     Calls go through a bounded queue. When it is full they are dropped, and counted in a warning. Failures are warned
     about once; a tracker that cannot start is left out. One that does not end within `patience` seconds of `close` is
     given up: `abandon` is called, and must see to it that it cannot hold up the end of the process either.
+
+    The thread starts with the first call, when the workers of the data loader are there. To start a tracker may start
+    processes, and a worker that is forked at that moment keeps the pipe open at whose end its parent waits: for ever.
     """
 
     def __init__(
@@ -224,7 +227,7 @@ class Background:
         self._failed = False
         self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._work, args=(start,), name=f"tracker-{name}", daemon=True)
-        self._thread.start()
+        self._started = False
 
     def log(self, scalars: Scalars, step: int) -> None:
         self._put(lambda tracker: tracker.log(scalars, step))
@@ -234,6 +237,8 @@ class Background:
 
     def close(self) -> None:
         """Waits at most `patience` seconds for what is still in the queue."""
+        if not self._started:
+            return
         deadline = time.monotonic() + self.patience
         try:
             self._calls.put(None, timeout=self.patience)
@@ -245,6 +250,9 @@ class Background:
             self._abandon()
 
     def _put(self, call: Callable[[Tracker], None]) -> None:
+        if not self._started:
+            self._thread.start()
+            self._started = True
         try:
             self._calls.put_nowait(call)
         except queue.Full:

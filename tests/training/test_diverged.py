@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,13 @@ class Poisoned:
 
     def __init__(self, bad: Callable[[int], bool], stop_at: int | None = None) -> None:
         self.bad, self.stop_at = bad, stop_at
-        self.preemption: Preemption | None = None
 
     def resets(self, step: int) -> bool:
         return False
 
     def turns(self, step: int) -> Iterator[Turn]:
-        if step == self.stop_at and self.preemption is not None:
-            self.preemption.requested = True
+        if step == self.stop_at:
+            signal.raise_signal(signal.SIGTERM)
         yield Turn("student", lambda networks, batch, context: self.loss(networks, batch, step))
 
     def loss(self, networks: Any, batch: Batch, step: int) -> Losses:
@@ -61,18 +62,18 @@ def looped(
     stop_at: int | None = None,
     network: Line | None = None,
 ) -> tuple[Checkpoints, Engine, int]:
-    """Runs the loop of real runs from the newest checkpoint on; returns also the steps taken."""
+    """Runs the loop of real runs from the newest checkpoint on; returns also the steps taken, -1 if it diverged."""
     torch.manual_seed(0)
     engine = Engine(max_nonfinite_steps=6).start()
     plan = TrainedNetwork(lambda p: torch.optim.AdamW(p, lr=0.01), LearningRate(), 0.9)
     engine.prepare({"student": network or line()}, {"student": plan})  # type: ignore[dict-item]
     checkpoints = Checkpoints(folder, total_limit)
     resumed = checkpoints.resume(engine, "latest")
-    start, preemption, method = resumed.step if resumed else 0, Preemption(folder), Poisoned(bad, stop_at)
-    method.preemption = preemption
-    try:
+    start = resumed.step if resumed else 0
+    taken = -1
+    with Preemption(folder) as preemption, suppress(NonFiniteError):
         taken = train(
-            method,  # type: ignore[arg-type]
+            Poisoned(bad, stop_at),  # type: ignore[arg-type]
             engine,
             batches(start),
             start_step=start,
@@ -87,8 +88,6 @@ def looped(
             health=Health(),
             validate=lambda step: {},
         )
-    except NonFiniteError:
-        taken = -1
     engine.release()
     return checkpoints, engine, taken
 

@@ -237,6 +237,13 @@ class TestBackground:
         tracker.close()
         assert [r.message for r in caplog.records] and not tracker._thread.is_alive()
 
+    def test_it_starts_no_process_before_its_first_call(self) -> None:
+        """That is: before the loader's workers are forked, one of which could keep that start waiting for ever."""
+        started: list[bool] = []
+        tracker = Background("service", lambda: started.append(True) or Service())  # type: ignore[func-returns-value]
+        tracker.close()
+        assert not started and tracker._thread.ident is None
+
     def test_one_that_hangs_is_given_up(self, caplog: pytest.LogCaptureFixture) -> None:
         service = Service()
         given_up: list[bool] = []
