@@ -105,6 +105,19 @@ def test_a_run_notes_what_its_store_holds_whatever_the_command_says(
     assert facts["data"]["samples"] == 8 and facts["guidance"] == [1.0, 1.0]  # what its method asked the teacher at
 
 
+def test_a_run_goes_on_with_its_store_moved_and_with_no_other(common: list[str], tmp_path: Path) -> None:
+    """Another one of the same teacher, at the same settings, has other samples: it would be noticed by nobody."""
+    other = [*common, f"data.store={tmp_path}/other"]
+    make_trajectories.main(load("train", TrainSettings, [*other, "seed=1"]))
+    folder = run(common, tmp_path / "run", *MSE, "max_train_steps=1")
+    with pytest.raises(ConfigError, match=r"data.store=.*other is not the store that the run has learned from"):
+        run(other, folder, *MSE)
+    store = next(setting for setting in common if setting.startswith("data.store=")).removeprefix("data.store=")
+    moved = shutil.copytree(store, tmp_path / "moved")
+    run([*common, f"data.store={moved}"], folder, *MSE)
+    assert (folder / "DONE").read_text() == "2\n"
+
+
 def test_a_lora_goes_on_from_its_start_and_from_its_checkpoint(
     common: list[str], lora: Path, full: Path, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ from distill.data.loader import Loader, make_loader
 from distill.data.progress import Progress as Bar
 from distill.data.prompts import read_prompts
 from distill.data.reader import Store, open_store
+from distill.data.words import counted
 from distill.methods.base import Method
 from distill.models.exported import Exported, open_export
 from distill.models.families import Teacher
@@ -77,7 +78,7 @@ log = logging.getLogger("distill")
 PREEMPTED = AGAIN  # saved, and to be run again
 NOT_SAVED = 74  # EX_IOERR: the last checkpoint could not be written
 DAMAGED = 2  # data that were damaged: as wrong settings, they have to be mended first
-SAMPLES = "samples"  # of the store, in a checkpoint
+SAMPLES, STORE = "samples", "store"  # in a checkpoint: how many the run began with, and of which store
 UNHEALTHY = 3  # an alarm, or losses that are not finite, have ended the run; it is not to be run again as it is
 
 
@@ -243,11 +244,11 @@ def say_header(parts: Parts, store: Store, start_step: int, folder: Path) -> Non
     trained = ", ".join(f"{name} {count:,} weights" for name, count in engine.trained_parameters().items())
     log.info("%s trains %s", type(parts.method).__name__, trained)
     log.info(
-        "batch %d = %d a micro-batch x %d accumulated x %d processes; steps %d to %d; output_dir=%s",
+        "batch %d = %d a micro-batch x %d accumulated x %s; steps %d to %d; output_dir=%s",
         cfg.global_batch_size,
         parts.micro_batch_size,
         cfg.gradient_accumulation_steps,
-        engine.world_size,
+        counted(engine.world_size, "process", "processes"),
         start_step + 1,
         cfg.max_train_steps,
         folder,
@@ -285,7 +286,7 @@ def started(
             f"{cfg.max_train_steps} is less: set more"
         )
     store = as_begun(parts.store, resumed.state if resumed else {})
-    checkpoints.state = {SAMPLES: len(store)}
+    checkpoints.state = {SAMPLES: len(store), STORE: store.index.identity}
     return checkpoints, store, step
 
 
@@ -293,8 +294,13 @@ def as_begun(store: Store, state: Mapping[str, Any]) -> Store:
     """The samples that a run began with, of a store that may have grown since: their number decides the order of data.
 
     Raises:
-        StoreError: it has fewer now.
+        StoreError: it is another store, or has fewer samples now.
     """
+    if state.get(STORE, store.index.identity) != store.index.identity:
+        raise StoreError(
+            f"data.store={store.folder.url} is not the store that the run has learned from until now: set data.store "
+            "to that one, wherever it lies today, or choose another output_dir"
+        )
     samples = state.get(SAMPLES, len(store))
     if samples > len(store):
         raise StoreError(
@@ -470,6 +476,9 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports:
             "guidance": cfg.data.guidance,
             "resolution": teacher.resolution,
         }
+        if store.index.kind == "trajectories":  # settings of the writer: what a person has set here must be so there
+            solve = {"solver": cfg.data.solver, "solver_steps": cfg.data.solver_steps}
+            wanted |= {name: value for name, value in solve.items() if f"data.{name}" in given_keys()}
         try:
             store.index.require(**wanted)
         except StoreMismatch as error:
@@ -485,10 +494,14 @@ def remedy(index: StoreIndex, wanted: Mapping[str, Any], learns_from_export: boo
         key = "teacher" if learns_from_export else "model.pretrained_model_name_or_path"
         return f"set {key} to what solved it ({index.teacher_id}), or data.store to a new store for this one"
     guidance = json.dumps(index.guidance).replace(" ", "")
-    settings = {"data.guidance": ("guidance", guidance), "model.resolution": ("resolution", index.resolution)}
-    given = [
-        f"{key}={value}" for key, (name, value) in settings.items() if wanted[name] not in (None, getattr(index, name))
-    ]
+    settings = {
+        "data.guidance": ("guidance", guidance),
+        "data.solver": ("solver", index.solver),
+        "data.solver_steps": ("solver_steps", index.solver_steps),
+        "model.resolution": ("resolution", index.resolution),
+    }
+    differing = {name for name, value in wanted.items() if value not in (None, getattr(index, name))}
+    given = [f"{key}={value}" for key, (name, value) in settings.items() if name in differing]
     return f"set {' '.join(given)}, or data.store to a new store for these settings"
 
 

@@ -75,13 +75,14 @@ def open_store(
         retry_seconds: how long a read that fails is tried again.
 
     Raises:
-        StoreError: no store there, unfinished, or an index that makes no sense.
+        StoreError: no store there, or one that may not be read, is unfinished, or has an index that makes no sense.
         BadShard: a shard is missing, or not of the size that the index says; names it.
         ReadError: something cannot be read.
     """
     if not 0 <= max_bad_fraction < 1:
         raise StoreError(f"max_bad_fraction must be within [0, 1), got {max_bad_fraction}")
     folder = Folder(url, retry_seconds)
+    _check_permissions(folder)
     index = read_index(folder)
     if not index.complete and not allow_partial:
         raise StoreError(
@@ -97,6 +98,21 @@ def open_store(
             *(unchecked, len(index.shards), url, url),
         )
     return Store(folder, index, read_unconditional(folder, index), max_bad_fraction, verify_sha256)
+
+
+def _check_permissions(folder: Folder) -> None:
+    """Raises StoreError for what this user may not read: time mends other failures, but not that one."""
+    if folder.local is None:
+        return
+    for path in (folder.local, folder.local / INDEX):
+        try:
+            path.stat()
+        except PermissionError:
+            raise StoreError(f"{path} may not be read: the permissions of a folder above it say no") from None
+        except OSError:
+            return  # is said where it is opened
+        if not os.access(path, os.R_OK | (os.X_OK if path == folder.local else 0), effective_ids=True):
+            raise StoreError(f"{path} may not be read: its permissions say no")
 
 
 class Store:

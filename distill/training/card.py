@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from yaml import YAMLError
 
+from distill.data.words import counted
 from distill.diffusion.prediction import Prediction
 from distill.models.formats import LORA_FORMATS
 from distill.models.schedulers import as_code, scheduler_settings, timesteps_for
@@ -55,7 +56,7 @@ def write_card(folder: Path, export: Export, metrics: str | None = None, reposit
         steps = ", ".join(map(str, sample_steps(export)))
         parts += [
             "## Samples",
-            f"Generated with these files by a plain diffusers pipeline in {_count(steps)}, `guidance_scale="
+            f"Generated with these files by a plain diffusers pipeline in {counted(steps, 'step')}, `guidance_scale="
             f"{export.guidance_scale:g}`; one prompt and one starting noise a column.",
             f"![samples]({SAMPLES})",
         ]
@@ -122,7 +123,7 @@ def _introduction(export: Export) -> str:
     what = "LoRA" if _is_lora(export) else "network"
     paper = f": {_plain(export.paper)}" if export.paper else ""
     return (
-        f"A {what} that generates in {_count(export.sampling.steps or '1 to 8')}, distilled from "
+        f"A {what} that generates in {counted(export.sampling.steps or '1 to 8', 'step')}, distilled from "
         f"{_code_span(export.base_model)} (SHA-256 of its UNet: {_code_span(export.base_hash)}).\n"
         f"Method: {_plain(export.method)}{paper}."
     )
@@ -214,7 +215,7 @@ def _other_programs(export: Export) -> list[str]:
             rows.append((client, "<br>".join(_code_span(file) if "/" in file else file for file in found)))
     if not rows:
         return []
-    steps, w = _count(_steps(export)), f"{export.guidance_scale:g}"
+    steps, w = counted(_steps(export), "step"), f"{export.guidance_scale:g}"
     lines = ["| program | file | sampler | scheduler | further |", "|---|---|---|---|---|"]
     lines += [
         f"| {client.program} | {files} | {_menu(client.sampler)} | {_menu(client.scheduler)} | {client.further} |"
@@ -253,7 +254,7 @@ def _uses(export: Export, here: str) -> list[str]:
 def _guidance_text(export: Export) -> str:
     if export.sampling.steps is not None:
         none = "" if export.told_guidance else " Guidance is built in: `guidance_scale=1.0` adds none."
-        return f"It generates in exactly {_count(export.sampling.steps)}.{none}"
+        return f"It generates in exactly {counted(export.sampling.steps, 'step')}.{none}"
     if not export.told_guidance:
         return (
             "4 steps are a good start, 1 to 8 work. Guidance is built in: `guidance_scale=1.0` adds none; values up to "
@@ -356,10 +357,6 @@ def _scheduler_settings(export: Export) -> tuple[type[Any], dict[str, Any]]:
 
 def _steps(export: Export) -> int:
     return export.sampling.steps or 4
-
-
-def _count(steps: int | str) -> str:
-    return f"{steps} {'step' if steps in (1, '1') else 'steps'}"
 
 
 def _draws(export: Export) -> str:

@@ -173,7 +173,7 @@ class TrainSettings(Settings):
     max_train_steps: Annotated[Positive, BeforeValidator(follow_stages)]
     global_batch_size: Positive
     gradient_accumulation_steps: Positive
-    learning_rate: Annotated[Number, Field(gt=0)]
+    learning_rate: Annotated[Number, Field(gt=0, le=1e6)]
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"]
     lr_warmup_steps: Natural
     max_grad_norm: Annotated[Number, Field(gt=0)] | None

@@ -263,3 +263,25 @@ def test_a_file_in_the_place_of_a_store_is_a_mistake_that_is_said_at_once(tmp_pa
         Folder(str(file), retry_seconds=1e9).read("index.json")
     with pytest.raises(StoreError, match="index.json"):
         open_store(str(file))
+
+
+def test_a_store_that_may_not_be_read_is_a_mistake_that_is_said_at_once(tmp_path: Path) -> None:
+    """Its permissions, those of its index, and those of a folder above it; by somebody who is not root."""
+    copy = tmp_path / "above" / "store"
+    write(copy)
+
+    def refused() -> None:
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        with pytest.raises(StoreError, match="may not be read"):
+            open_store(str(copy), retry_seconds=1e9)
+
+    for path in [tmp_path, *tmp_path.parents]:
+        if path == Path("/tmp"):
+            break
+        path.chmod(0o755)
+    for path, mode in ((copy / "index.json", 0o200), (copy, 0o300), (copy.parent, 0o600)):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        assert in_processes(refused) == [0], path
+        path.chmod(before)

@@ -190,7 +190,7 @@ def test_a_run_on_a_store_that_has_grown_goes_on_as_it_began(runs: Runs, tmp_pat
     lost, differ = runs.difference(run)
     assert (lost, differ) == (0, 0)
     fault(14, UNEVEN).tried(samples_lost=lost, bits_different=differ)
-    few = [*runs.settings(smaller), f"data.store={tmp_path}/few", "data.num_samples=6"]
+    few = [*runs.settings(smaller), given[1], f"data.store={tmp_path}/few", "data.num_samples=6"]
     assert runs.ranks.run(few, script="make_trajectories").codes == [0]
     ended = runs.ranks.run(few)
     (line,) = errors(ended.said)
@@ -335,7 +335,8 @@ def test_a_store_of_another_kind_is_refused_with_both_values(runs: Runs, tmp_pat
     plan = index_of(runs.store)
     path = "model.pretrained_model_name_or_path"
     tries = {
-        "data.guidance=3": ["guidance is 7.5 in the store and 3.0 in the run"],
+        "data.guidance=3": ["guidance is 7.5 in the store and 3.0 in the run; set data.guidance=7.5,"],
+        "data.solver_steps=16": ["solver_steps is 8 in the store and 16 in the run; set data.solver_steps=8,"],
         f"{path}={teacher}": [f"teacher_hash is {plan.teacher_hash!r} in the store and '"],
         f"{path}={scheduled}": [f"schedule_fingerprint is {plan.schedule_fingerprint!r} in the store and '"],
         "method.skip=50": ["skip 50", "1000, 875"],
