@@ -66,6 +66,23 @@ def test_what_cannot_be_scored_is_refused_at_once(settings: list[str], message: 
         train.check_method(cfg, method)
 
 
+WEIGHTS = {
+    "clip": "reward",
+    "hps": "reward",
+    "image_reward": "reward",
+    "pickscore": "validation_reward",
+    "latent_lpips": "perceptual",
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_are_not_there_are_a_line_that_names_them(name: str, tmp_path: Path) -> None:
+    cfg = load("train", TrainSettings, [*TOY, f"{WEIGHTS[name]}={name}", f"{WEIGHTS[name]}.path={tmp_path}/nowhere"])
+    with pytest.raises(ConfigError, match="nowhere") as error:
+        build(getattr(cfg, WEIGHTS[name]))
+    assert "\n" not in str(error.value)
+
+
 def test_a_toy_run_is_rewarded_and_scored(tmp_path: Path) -> None:
     toy = [*TOY, f"data.store={tmp_path}/store", f"output_dir={tmp_path}/run", "data.num_samples=12"]
     toy += ["data.solver_steps=4", "validation_prompts=null", "checkpointing_steps=2", "log_every=1"]

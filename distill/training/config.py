@@ -199,12 +199,12 @@ def build(node: Mapping[str, Any], **objects: Any) -> Any:
     """Instantiates a node; `objects` are the arguments that are built things.
 
     Raises:
-        ConfigError: what the constructor, which checks its own ranges, had to say.
+        ConfigError: what the constructor, which checks its own ranges and opens its own files, had to say.
     """
     try:
         return instantiate(dict(node), _convert_="all", **objects)
     except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, (ValueError, FileNotFoundError, ImportError)):
             raise ConfigError(str(error.__cause__)) from None
         raise
 
