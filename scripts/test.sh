@@ -8,5 +8,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 WANDB_MODE=offli
 ruff format --check .
 ruff check .
 mypy distill
-[ $# -gt 0 ] || set -- -n 2 --dist loadgroup
+[ $# -gt 0 ] || set -- -n 2
 exec python -m pytest "$@"

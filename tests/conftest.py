@@ -6,7 +6,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,19 +22,32 @@ torch.use_deterministic_algorithms(True)  # beside a GPU, too
 torch.utils.deterministic.fill_uninitialized_memory = True  # memory that is read before it is written shows as NaN
 torch.set_num_threads(1)
 
-SLURM = Path(__file__).parent / "slurm"
+ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: a file stays on one worker, and all that start several processes are on the same one."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    busy = {item.path for item in items if any(item.iter_markers("distributed"))} | set(SLURM.rglob("test_*.py"))
-    for item in items:
-        item.add_marker(
-            pytest.mark.xdist_group("processes" if item.path in busy else f"{item.path.parent.name}/{item.path.stem}")
-        )
+@cache
+def starts_processes(file: str) -> bool:
+    """Whether tests of a file start several busy processes; `file` is relative to the repository."""
+    return file.startswith("tests/slurm/") or "mark.distributed" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that take longest first, so that no worker is left with them at the end."""
+    items.sort(key=lambda item: not starts_processes(item.nodeid.partition("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `-n 2` a file stays with one worker, and all files that start several processes with the same one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "processes" if starts_processes(file) else file
+
+    config.option.loadscopereorder = False  # as they were collected
+    return Files(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,11 @@ def launch(folder: Path, what: str, processes: int, **how: object) -> psutil.Pop
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     several = ["--num_processes", str(processes)] if processes > 1 else []
     command = [sys.executable, str(ROOT / "scripts/launch.py"), *several, str(folder / "rank.py"), str(folder), what]
-    return psutil.Popen(command, env=environment, **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **how})
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a child inherits it, and these tests may ignore it
+    try:
+        return psutil.Popen(command, env=environment, **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **how})
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ready(folder: Path, processes: int, launched: psutil.Popen) -> None:
