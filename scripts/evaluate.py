@@ -1,4 +1,4 @@
-"""Launches `distill.commands.evaluate`, which says what it does."""
+"""Launches `distill evaluate`, which says what it does: `distill evaluate --help`."""
 
 from distill.commands import run
 

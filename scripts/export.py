@@ -1,4 +1,4 @@
-"""Launches `distill.commands.export`, which says what it does."""
+"""Launches `distill export`, which says what it does: `distill export --help`."""
 
 from distill.commands import run
 

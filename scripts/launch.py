@@ -1,6 +1,6 @@
-"""Launches `distill.commands.launch`, which says what it does."""
+"""Launches `distill launch`, which says what it does: `distill launch --help`."""
 
-from distill.commands.launch import run
+from distill.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("launch")

@@ -1,6 +1,6 @@
-"""Launches `distill.commands.make_latents`, which says what it does."""
+"""Launches `distill latents`, which says what it does: `distill latents --help`."""
 
 from distill.commands import run
 
 if __name__ == "__main__":
-    run("make_latents")
+    run("latents")

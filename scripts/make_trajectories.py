@@ -1,6 +1,6 @@
-"""Launches `distill.commands.make_trajectories`, which says what it does."""
+"""Launches `distill trajectories`, which says what it does: `distill trajectories --help`."""
 
 from distill.commands import run
 
 if __name__ == "__main__":
-    run("make_trajectories")
+    run("trajectories")

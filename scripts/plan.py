@@ -1,4 +1,4 @@
-"""Launches `distill.commands.plan`, which says what it does."""
+"""Launches `distill plan`, which says what it does: `distill plan --help`."""
 
 from distill.commands import run
 

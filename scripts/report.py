@@ -1,4 +1,4 @@
-"""Launches `distill.commands.report`, which says what it does."""
+"""Launches `distill report`, which says what it does: `distill report --help`."""
 
 from distill.commands import run
 

@@ -1,6 +1,6 @@
-"""Launches `distill.commands.run_chain`, which says what it does."""
+"""Launches `distill chain`, which says what it does: `distill chain --help`."""
 
 from distill.commands import run
 
 if __name__ == "__main__":
-    run("run_chain")
+    run("chain")

@@ -1,4 +1,4 @@
-"""Launches `distill.commands.sample`, which says what it does."""
+"""Launches `distill sample`, which says what it does: `distill sample --help`."""
 
 from distill.commands import run
 

@@ -1,4 +1,4 @@
-"""Launches `distill.commands.submit`, which says what it does."""
+"""Launches `distill submit`, which says what it does: `distill submit --help`."""
 
 from distill.commands import run
 

@@ -1,4 +1,4 @@
-"""Launches `distill.commands.train`, which says what it does."""
+"""Launches `distill train`, which says what it does: `distill train --help`."""
 
 from distill.commands import run
 

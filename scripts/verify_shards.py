@@ -1,6 +1,6 @@
-"""Launches `distill.commands.verify_shards`, which says what it does."""
+"""Launches `distill verify`, which says what it does: `distill verify --help`."""
 
 from distill.commands import run
 
 if __name__ == "__main__":
-    run("verify_shards")
+    run("verify")

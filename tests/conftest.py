@@ -26,25 +26,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @cache
-def starts_processes(file: str) -> bool:
-    """Whether tests of a file start several busy processes; `file` is relative to the repository."""
-    return file.startswith("tests/slurm/") or "mark.distributed" in (ROOT / file).read_text(encoding="utf-8")
+def group_of(file: str) -> str:
+    """Of files that start several busy processes, or wait for SLURM, one group each; `file` is relative to the root."""
+    if file.startswith("tests/slurm/"):
+        return "slurm"
+    return "processes" if "mark.distributed" in (ROOT / file).read_text(encoding="utf-8") else file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those that take longest first, so that no worker is left with them at the end."""
-    items.sort(key=lambda item: not starts_processes(item.nodeid.partition("::")[0]))
+    first = ("processes", "slurm")
+    items.sort(key=lambda item: group_of(item.nodeid.partition("::")[0]) not in first)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under `-n 2` a file stays with one worker, and all files that start several processes with the same one."""
+    """Under `-n 2` a group of files stays with one worker."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "processes" if starts_processes(file) else file
+            return group_of(nodeid.partition("::")[0])
 
     config.option.loadscopereorder = False  # as they were collected
     return Files(config, log)

@@ -23,14 +23,14 @@ def test_the_method_of_the_readme_trains_and_is_exported_with_its_title(tmp_path
     for block, file in re.findall(r"`((?:distill|configs)/\S+\.(?:py|yaml))`:\n\n```(\w+)", section):
         (tmp_path / block).write_text(blocks[file])
     store = [f"data.store={tmp_path}/store", f"output_dir={tmp_path}/run"]
-    python, *command = blocks["bash"].split()
+    program, *command = blocks["bash"].split()
     said = run(
         tmp_path,
-        ["scripts/make_trajectories.py", "experiment=quickstart", *SMALL, *store],
+        ["trajectories", "experiment=quickstart", *SMALL, *store],
         [*command, *SMALL, *store],
-        ["scripts/export.py", f"run={tmp_path}/run", f"output_dir={tmp_path}/export", "card_prompts=[]"],
+        ["export", f"run={tmp_path}/run", f"output_dir={tmp_path}/export", "card_prompts=[]"],
     )
-    assert python == "python" and "experiment=quickstart sets method.skip for method=lcm" in said
+    assert program == "distill" and "experiment=quickstart sets method.skip for method=lcm" in said
     assert "weight: 0.5" in (tmp_path / "run" / "config.yaml").read_text()
     assert re.search(r"title = \"(.+)\"", blocks["python"])[1] in (tmp_path / "export" / "README.md").read_text()
 
@@ -38,9 +38,9 @@ def test_the_method_of_the_readme_trains_and_is_exported_with_its_title(tmp_path
 ONE_AFTER_ANOTHER = """
 import json, runpy, sys
 for command in json.loads(sys.argv[1]):
-    sys.argv = command
+    sys.argv = ["distill", *command]
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        runpy.run_module("distill", run_name="__main__")
     except SystemExit as ended:
         if ended.code:
             raise

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from distill.commands import SETTINGS
-from distill.training.config import run_script
+from distill.commands import COMMANDS
+from distill.commands.running import run_script
+from distill.config.settings import TrainSettings
 
 ROOT = Path(__file__).parents[1]
+WITH_SETTINGS = [name for name, command in COMMANDS.items() if command.settings is not None]
 HEAVY = ["torch", "transformers", "diffusers", "accelerate", "deepspeed", "numpy", "huggingface_hub"]
 NEEDED = {
     "evaluate": ["protocol=toy", "output_dir=e"],
     "export": ["run=r", "output_dir=e"],
     "plan": ["cluster=laptop", "experiment=quickstart"],
     "report": ["evaluations=[a,b]", "output_dir=e"],
-    "run_chain": ["chain=lcm_toy"],
+    "chain": ["chain=lcm_toy"],
     "sample": ["prompts=[a]", "output_dir=p"],
     "submit": ["experiment=quickstart"],
 }
@@ -43,11 +45,11 @@ print(json.dumps(ended))
 
 
 def test_settings_are_checked_and_shown_before_anything_heavy_is_imported() -> None:
-    needed = {name: NEEDED.get(name, ["experiment=quickstart"]) for name in SETTINGS}
+    needed = {name: NEEDED.get(name, ["experiment=quickstart"]) for name in WITH_SETTINGS}
     command = [sys.executable, "-c", ALL_COMMANDS, " ".join(HEAVY), json.dumps(needed)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     ended = json.loads(done.stdout)
-    assert len(ended) == 2 * len(SETTINGS)
+    assert len(ended) == 2 * len(WITH_SETTINGS)
     for name, (code, out, err, heavy) in ended.items():
         assert not heavy, name
         if name.endswith("--cfg"):
@@ -70,7 +72,7 @@ def test_a_mistake_shows_within_a_second_and_a_half(command: list[str]) -> None:
 def test_help_says_what_a_command_does_and_which_settings_there_are() -> None:
     command = [sys.executable, "scripts/train.py", "--help"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert said.startswith("Distils: ") and "configs/train.yaml" in said and "max_train_steps: " in said
+    assert said.startswith("Trains a few-step student") and "configs/train.yaml" in said and "max_train_steps: " in said
     assert "engine: ddp, single, zero1" in said
 
 
@@ -110,7 +112,7 @@ def test_a_line_says_what_to_type(
     arguments, expected = FLAGS[kind]
     monkeypatch.setattr(sys, "argv", ["train.py", "data.store=s", *arguments])
     with pytest.raises(SystemExit) as ended:
-        run_script(lambda settings: None, *SETTINGS["train"])
+        run_script(lambda settings: None, "train", TrainSettings)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and expected in said, said
 
@@ -150,5 +152,5 @@ def ended_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> object:
 
     monkeypatch.setattr(sys, "argv", ["train.py", "data.store=s"])
     with pytest.raises(SystemExit) as ended:
-        run_script(work, *SETTINGS["train"])
+        run_script(work, "train", TrainSettings)
     return ended.value.code

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.commands import evaluate
+from distill.config.loading import ConfigError, load
+from distill.config.settings import EvaluateSettings
 from distill.evaluation.compare import Plan, Setting
 from distill.evaluation.students import load_student, parse_sampler, with_student
 from distill.methods.sampling import Sampling
@@ -21,9 +23,7 @@ from distill.models.families import load_teacher
 from distill.models.formats import save_unet
 from distill.models.lora import add_lora, save_lora
 from distill.training.checkpoint import _digest, _write_manifest, best_of
-from distill.training.config import ConfigError, load
 from distill.training.run import mark_finished
-from distill.training.settings import EvaluateSettings
 from tests.evaluation.test_metrics import TINY
 from tests.tiny import save_tiny
 from tests.training.test_export import a_run

@@ -18,6 +18,8 @@ import pytest
 import torch
 from torch import nn
 
+from distill.config.loading import CONFIGS, build, load
+from distill.config.settings import TrainSettings
 from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context
@@ -27,9 +29,7 @@ from distill.methods.base import Method
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher
 from distill.models.full_size import build_unet, unet_config
-from distill.training.config import CONFIGS, build, load
 from distill.training.engine import Engine, LearningRate, TrainedNetwork
-from distill.training.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEDULE = NoiseSchedule.scaled_linear()

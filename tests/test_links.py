@@ -12,16 +12,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from distill.commands import make_trajectories, sample, train
+from distill.commands import sample, train
+from distill.commands import trajectories as make_trajectories
+from distill.config.loading import ConfigError, load
+from distill.config.settings import SampleSettings, TrainSettings
 from distill.data.reader import open_store
 from distill.diffusion.solver import solve
 from distill.models.exported import open_export
 from distill.models.families import load_teacher
 from distill.models.student import as_teacher
-from distill.training.config import ConfigError, load
 from distill.training.export import export_run
 from distill.training.run import read_run
-from distill.training.settings import SampleSettings, TrainSettings
 from distill.training.used import USED, UsedData, data_of
 from tests.tiny import save_tiny
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from distill.config.loading import CONFIGS, build, check_component
 from distill.diffusion.adversarial import Origin
 from distill.diffusion.prediction import Conditioning, Denoised, Prediction, to_denoised
 from distill.diffusion.random import Context, generator
@@ -17,7 +18,6 @@ from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import trailing_times
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
-from distill.training.config import CONFIGS, build, check_component
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 TIMES = trailing_times(SCHEDULE.T, SCHEDULE.T)

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from distill.commands import plan, plan_run
+from distill.commands import plan
+from distill.config.loading import CONFIGS, ConfigError, build, load
+from distill.config.settings import PlanSettings
 from distill.methods.mlcm import MLCM
-from distill.training.config import CONFIGS, ConfigError, build, load
-from distill.training.counting import architecture
-from distill.training.settings import PlanSettings
+from distill.planning import phases as plan_run
+from distill.planning.counting import architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))

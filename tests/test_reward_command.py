@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from distill.commands import train
+from distill.config.loading import CONFIGS, ConfigError, build, load
+from distill.config.settings import TrainSettings
 from distill.diffusion.schedule import NoiseSchedule
-from distill.training.config import CONFIGS, ConfigError, build, load
-from distill.training.settings import TrainSettings
+from distill.training.fitting import check_method
 
 ROOT = Path(__file__).parents[1]
 REWARDS = sorted(path.stem for path in (CONFIGS / "reward").glob("*.yaml"))
@@ -46,7 +46,7 @@ def test_all_four_stages_of_the_paper_are_one_run(experiment: str) -> None:
     given = ["method=mlcm_paper", "networks=critics", "reward=clip", "max_train_steps=15500", "data.store=STORE"]
     cfg = load("train", TrainSettings, [f"experiment={experiment}", *given])
     method = build(cfg.method, schedule=NoiseSchedule.scaled_linear())
-    train.check_method(cfg, method)
+    check_method(cfg, method)
     assert method.starts == (0, 12000, 14000, 14500) and method.trains == ("student", "discriminator", "fake_score")
     assert [method.learning_rate(step) for step in method.starts] == [1e-4, 1e-5, 1e-5, 1e-5]
     assert {"reward", "teacher"} <= set(method.asks) and cfg.networks.keys() == {"discriminator", "fake_score"}
@@ -63,7 +63,7 @@ def test_what_cannot_be_scored_is_refused_at_once(settings: list[str], message: 
     cfg = load("train", TrainSettings, [*TOY, *settings])
     method = build(cfg.method, schedule=NoiseSchedule.scaled_linear())
     with pytest.raises(ConfigError, match=message):
-        train.check_method(cfg, method)
+        check_method(cfg, method)
 
 
 WEIGHTS = {

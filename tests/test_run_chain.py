@@ -20,10 +20,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from distill.commands.run_chain import locked, main
+from distill.commands.chain import locked, main
+from distill.config.loading import ConfigError, load
+from distill.config.settings import RunChainSettings
 from distill.training.chain import links_of
-from distill.training.config import ConfigError, load
-from distill.training.settings import RunChainSettings
 from tests.test_user_commands import PROMPTS, ROOT, run
 from tests.tiny import save_tiny
 
@@ -100,9 +100,7 @@ def environment() -> dict[str, str]:
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """What the runner logs. Its children need this project on their path."""
-    monkeypatch.setattr(
-        "distill.commands.run_chain.setup_logging", lambda: None
-    )  # which would take the log away from here
+    monkeypatch.setattr("distill.commands.chain.setup_logging", lambda: None)  # which would take the log away from here
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(ROOT)

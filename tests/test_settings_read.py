@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from distill.commands import train
+from distill.config.loading import ConfigError, build, load
+from distill.config.settings import TrainSettings
 from distill.diffusion.schedule import NoiseSchedule
-from distill.training.config import ConfigError, build, load
-from distill.training.settings import TrainSettings
+from distill.training.fitting import check_method
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 
@@ -18,7 +18,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> TrainSettings:
     """The settings of a command line, as far as they need neither teacher nor store."""
     monkeypatch.setattr(sys, "argv", ["train", *overrides])
     cfg = load("train", TrainSettings, ["data.store=STORE", *overrides])
-    train.check_method(cfg, build(cfg.method, schedule=SCHEDULE))
+    check_method(cfg, build(cfg.method, schedule=SCHEDULE))
     return cfg
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from distill.config.loading import load
+from distill.config.settings import RunChainSettings, ShowSettings
+from distill.studies.lightning import CHAIN, STUDENTS
 from distill.training.chain import Link, links_of
-from distill.training.config import load
-from distill.training.settings import RunChainSettings, ShowSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from show_lightning import CHAIN, STUDENTS  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from distill.config.loading import ConfigError, load
+from distill.config.settings import ShowMLCMSettings
 from distill.evaluation.seeds import over_seeds
-from distill.training.config import ConfigError, load
-from distill.training.settings import ShowMLCMSettings
+from distill.studies.mlcm import METRICS, main
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from show_mlcm import METRICS, main  # noqa: E402
 
 
 def row(value: float, error: float) -> dict[str, float]:

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from distill.commands.submit import main
-from distill.training.config import ConfigError, given, load
-from distill.training.settings import SubmitSettings, TrainSettings
+from distill.config.loading import ConfigError, given, load
+from distill.config.settings import SubmitSettings, TrainSettings
 
 TOY = ["experiment=lcm_toy", "slurm.script=make_trajectories"]
 

@@ -1,7 +1,7 @@
 """What the command line does: one module for each command.
 
-`python scripts/NAME.py` and `python -m distill.commands.NAME` both call `run`, which imports the command's module, and
-with it torch, only when its settings are right.
+`distill NAME …`, `python -m distill NAME …` and `python scripts/NAME.py …` all call `run`, which imports the command's
+module, and with it torch, only when its settings are right.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
+from dataclasses import dataclass
 from typing import NoReturn
 
 from distill.commands import interrupts
-from distill.training.config import Settings, run_script
-from distill.training.settings import (
+from distill.commands.running import run_script
+from distill.config import signatures
+from distill.config.loading import Settings
+from distill.config.settings import (
     EvaluateSettings,
     ExportSettings,
     PlanSettings,
@@ -24,30 +27,57 @@ from distill.training.settings import (
     TrainSettings,
 )
 
-SETTINGS: dict[str, tuple[str, type[Settings]]] = {
-    "evaluate": ("evaluate", EvaluateSettings),
-    "export": ("export", ExportSettings),
-    "make_latents": ("train", TrainSettings),
-    "make_trajectories": ("train", TrainSettings),
-    "plan": ("plan", PlanSettings),
-    "report": ("report", ReportSettings),
-    "run_chain": ("run_chain", RunChainSettings),
-    "sample": ("sample", SampleSettings),
-    "submit": ("submit", SubmitSettings),
-    "train": ("train", TrainSettings),
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command is, and what its settings are.
+
+    Args:
+        module: its `main` takes the settings; without settings it takes nothing, and returns an exit code.
+        config: its file in `configs/`.
+        settings: what that is checked against.
+    """
+
+    module: str
+    config: str = ""
+    settings: type[Settings] | None = None
+
+    def run(self) -> int:
+        """Runs it with the arguments of this process; `--help` is answered without loading it."""
+        if self.settings is not None:
+            run_script(self.module, self.config, self.settings)
+            return 0
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(signatures.docstring(self.module))
+            return 0
+        return int(importlib.import_module(self.module).main() or 0)
+
+
+COMMANDS = {
+    "trajectories": Command("distill.commands.trajectories", "train", TrainSettings),
+    "latents": Command("distill.commands.latents", "train", TrainSettings),
+    "train": Command("distill.commands.train", "train", TrainSettings),
+    "export": Command("distill.commands.export", "export", ExportSettings),
+    "sample": Command("distill.commands.sample", "sample", SampleSettings),
+    "evaluate": Command("distill.commands.evaluate", "evaluate", EvaluateSettings),
+    "report": Command("distill.commands.report", "report", ReportSettings),
+    "chain": Command("distill.commands.chain", "run_chain", RunChainSettings),
+    "plan": Command("distill.commands.plan", "plan", PlanSettings),
+    "submit": Command("distill.commands.submit", "submit", SubmitSettings),
+    "launch": Command("distill.commands.launch"),
+    "verify": Command("distill.commands.verify"),
+    "configs": Command("distill.commands.configs"),
+    "doctor": Command("distill.commands.doctor"),
+    "benchmark": Command("distill.benchmarks.benchmark"),
+    "study": Command("distill.studies.study"),
 }
-"""By command: its file in `configs/`, and what that is checked against."""
 
 
 def run(name: str) -> NoReturn:
     """The command, as it is typed; one without settings reads its arguments by itself, and returns its exit code."""
-    module = f"{__name__}.{name}"
     interrupts.catch()
     try:
-        if name in SETTINGS:
-            run_script(module, *SETTINGS[name])
-            sys.exit()
-        sys.exit(importlib.import_module(module).main())
+        sys.exit(COMMANDS[name].run())
     except KeyboardInterrupt:
         interrupts.end(name)
     finally:

@@ -1,7 +1,7 @@
-"""Judges a student beside its teacher, or a teacher alone, by a published protocol, and writes a report:
+"""Evaluates a student beside its teacher, or a teacher alone, by a published protocol, and writes a report:
 
-python scripts/evaluate.py student=runs/a output_dir=outputs/a                       # protocol=toy, the bundled world
-python scripts/launch.py scripts/evaluate.py student=exports/a protocol=coco2014-10k \
+distill evaluate student=runs/a output_dir=outputs/a                       # protocol=toy, the bundled world
+distill launch evaluate student=exports/a protocol=coco2014-10k \
     protocol.prompts=captions_val2014.json protocol.reference=val2014 weights.inception=inception.pth \
     model.pretrained_model_name_or_path=DIR_OR_HUB_ID \
     guidance=7.5 dtype=bfloat16 batch_size=8 output_dir=outputs/a
@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 
+from distill.config.loading import ConfigError, checking, load
+from distill.config.settings import EvaluateSettings, TrainSettings
 from distill.data.reader import open_store
 from distill.evaluation.cache import Cache
 from distill.evaluation.captions import read_captions
@@ -49,10 +51,8 @@ from distill.models.folder import read_json
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.training.checkpoint import Checkpoints, mark_best
-from distill.training.config import ConfigError, checking, load
 from distill.training.export import export_run
 from distill.training.run import checkpoints_of, finished, read_run
-from distill.training.settings import EvaluateSettings, TrainSettings
 from distill.training.tracking import open_trackers, read_metrics, setup_logging
 
 log = logging.getLogger("distill")
@@ -296,7 +296,7 @@ def report(cfg: EvaluateSettings, comparison: Comparison, source: Source | None)
         Path(cfg.output_dir) / "report",
         comparison,
         about=about(cfg, comparison, source),
-        reproduce=f"python scripts/evaluate.py {shlex.join(sys.argv[1:])}",
+        reproduce=f"distill evaluate {shlex.join(sys.argv[1:])}",
         real=comparison.scorer.real_pictures(comparison.plan.n) if isinstance(comparison.scorer, JudgeScorer) else None,
         run=None if source is None or source.run is None else facts_of(source.run),
         agreement=agreement(cfg, comparison, source) if toy and source is not None else None,

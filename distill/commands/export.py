@@ -1,7 +1,7 @@
-"""A run's student as files for other people's programs, with a model card:
+"""Writes a run's student as files for other programs, with a model card:
 
-python scripts/export.py run=runs/a output_dir=exports/a
-python scripts/export.py run=runs/a output_dir=exports/a formats=[diffusers,kohya,pipeline] push_to_hub=me/a
+distill export run=runs/a output_dir=exports/a
+distill export run=runs/a output_dir=exports/a formats=[diffusers,kohya,pipeline] push_to_hub=me/a
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
 
+from distill.config.loading import ConfigError, checking
+from distill.config.settings import ExportSettings, TrainSettings
 from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
 from distill.diffusion.prediction import Prediction
@@ -28,10 +30,8 @@ from distill.evaluation.report import COLUMNS, format_table
 from distill.models.families import load_unet
 from distill.models.folder import find_pipeline
 from distill.training.card import SAMPLES, sample_steps, write_card
-from distill.training.config import ConfigError, checking
 from distill.training.export import Export, check_formats, published, push, require_login, write_student
 from distill.training.run import read_run
-from distill.training.settings import ExportSettings, TrainSettings
 from distill.training.tracking import setup_logging
 
 CELL = 192  # pixels of a sample on the card
@@ -73,7 +73,7 @@ def prompts_of(cfg: ExportSettings, run: TrainSettings) -> list[str]:
 
 
 def table_of(path: Path) -> str:
-    """Rows of `scripts/evaluate.py` as Markdown."""
+    """Rows of `distill evaluate` as Markdown."""
     if not path.is_file():
         raise FileNotFoundError(f"metrics={path}: no such file")
     try:
@@ -81,7 +81,7 @@ def table_of(path: Path) -> str:
     except ValueError:
         rows = None
     if not isinstance(rows, list) or not any(isinstance(row, dict) and COLUMNS.keys() & row.keys() for row in rows):
-        raise ConfigError(f"metrics={path} must be a metrics.json of scripts/evaluate.py, a list of rows")
+        raise ConfigError(f"metrics={path} must be a metrics.json of distill evaluate, a list of rows")
     return format_table(rows)
 
 

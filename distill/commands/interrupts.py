@@ -15,9 +15,9 @@ INTERRUPTED = 130  # exit code, as shells say it
 KEPT = {
     "evaluate": "what was evaluated is kept, and the same command continues",
     "export": "an export is in output_dir whole or not at all, and an earlier one is as it was until then",
-    "make_latents": "the shards that are finished are kept, and the same command continues",
-    "make_trajectories": "the shards that are finished are kept, and the same command continues",
-    "run_chain": "the links that are done are kept, and the same command continues",
+    "latents": "the shards that are finished are kept, and the same command continues",
+    "trajectories": "the shards that are finished are kept, and the same command continues",
+    "chain": "the links that are done are kept, and the same command continues",
     "sample": "the images that were finished are in output_dir",
     "train": "no step was taken since the newest checkpoint, and the same command starts from it",
 }

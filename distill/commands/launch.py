@@ -1,4 +1,4 @@
-"""Starts a command on several processes: `python scripts/launch.py --num_processes 8 scripts/train.py engine=zero2 …`
+"""Starts a command on several processes: `distill launch --num_processes 8 train engine=zero2 …`
 
 It is `accelerate launch`, with the same flags, run so that what the command says is the last thing said:
 
@@ -21,15 +21,17 @@ from types import FrameType
 
 import psutil
 
+from distill.commands import COMMANDS
+
 INTERRUPTED = 130
 _SAME_SECONDS = 0.3  # the terminal's Ctrl-C, and the same handed on by a program above this one
 _KINDS = ("multi_gpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "tpu", "cpu", "use_parallelism_config")
 
 
-def run() -> None:
-    """The command line; exits."""
+def main() -> int:
+    """Of the command line: the launcher's flags, and a command of `distill` or a script; returns the exit code."""
     code = launch(sys.argv[1:])
-    sys.exit(code if code >= 0 else 128 - code)  # as shells say it
+    return code if code >= 0 else 128 - code  # as shells say it
 
 
 def launch(arguments: list[str]) -> int:
@@ -44,6 +46,9 @@ def launch(arguments: list[str]) -> int:
     # Torch's launcher sets a handler that ends all with SIGKILL 30 s after a signal, whatever they have still to save.
     api._terminate_process_handler = relay.hand_on  # type: ignore[assignment]
     parsed = launch_command_parser().parse_args(arguments)
+    if parsed.training_script in COMMANDS and not os.path.exists(parsed.training_script):
+        parsed.training_script_args = [parsed.training_script, *parsed.training_script_args]
+        parsed.training_script, parsed.module = "distill", True
     if (parsed.num_processes or 1) > 1 and not any(getattr(parsed, kind, False) for kind in _KINDS):
         parsed.multi_gpu = True
         _use_cpus_if_need_be()
@@ -130,4 +135,4 @@ def _say(line: str, kind: str = "error: ") -> None:
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a run needs before it is begun: `python scripts/plan.py experiment=lcm_lora_sdxl cluster=a100-80gb-x64`.
+"""Says what a run needs, and what does not fit: `distill plan experiment=lcm_lora_sdxl cluster=a100-80gb-x64`.
 
 Parameters, memory by engine, communication, storage, time, checkpoints and what failures cost, and what does not fit.
 Nothing is loaded: the run's own losses are walked through on networks without weights. `cluster` is a file of
@@ -15,7 +15,10 @@ if __name__ == "__main__":  # before what is heavy is imported
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from distill.commands.plan_run import (
+from distill.config.settings import ClusterSettings, PlanSettings
+from distill.data.words import counted
+from distill.planning.estimates import best_interval, lost_share, most_samples, read_bytes
+from distill.planning.phases import (
     GB,
     GIB,
     TERA,
@@ -32,9 +35,6 @@ from distill.commands.plan_run import (
     step_seconds,
     usable,
 )
-from distill.data.words import counted
-from distill.training.planning import best_interval, lost_share, most_samples, read_bytes
-from distill.training.settings import ClusterSettings, PlanSettings
 from distill.training.tracking import setup_logging
 
 

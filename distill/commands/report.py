@@ -1,6 +1,6 @@
-"""Puts finished evaluations beside each other on one page:
+"""Puts finished evaluations side by side on one page:
 
-python scripts/report.py evaluations=[outputs/a,outputs/b] output_dir=outputs/a_and_b
+distill report evaluations=[outputs/a,outputs/b] output_dir=outputs/a_and_b
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ if __name__ == "__main__":  # before what is heavy is imported
 
 from pathlib import Path
 
+from distill.config.loading import ConfigError, checking
+from distill.config.settings import ReportSettings
 from distill.evaluation.together import write_together
-from distill.training.config import ConfigError, checking
-from distill.training.settings import ReportSettings
 
 
 def main(cfg: ReportSettings) -> None:

@@ -1,11 +1,10 @@
-"""Pictures from any diffusers pipeline, with or without a LoRA, or from a training run; or a sweep over settings, which
-gives one grid and one table.
+"""Generates images from a pipeline, with or without a LoRA, or from a run; or sweeps over settings:
 
-python scripts/sample.py model.pretrained_model_name_or_path=DIR_OR_HUB_ID lora=exports/a steps=4 prompts=prompts.txt \
+distill sample model.pretrained_model_name_or_path=DIR_OR_HUB_ID lora=exports/a steps=4 prompts=prompts.txt \
     output_dir=pictures
-python scripts/sample.py run=runs/a steps=[1,2,4,8] prompts='["a cat"]' output_dir=pictures
-python scripts/sample.py run=runs/a sweep=lora prompts='["a cat"]' output_dir=pictures
-python scripts/sample.py run=runs/a sweep=guidance guidance=[1,2] negative_prompt=blurry prompts='["a cat"]' \
+distill sample run=runs/a steps=[1,2,4,8] prompts='["a cat"]' output_dir=pictures
+distill sample run=runs/a sweep=lora prompts='["a cat"]' output_dir=pictures
+distill sample run=runs/a sweep=guidance guidance=[1,2] negative_prompt=blurry prompts='["a cat"]' \
     output_dir=pictures
 """
 
@@ -30,6 +29,8 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from distill.config.loading import ConfigError, checking
+from distill.config.settings import ModelSettings, SampleSettings
 from distill.data.prompts import read_prompts
 from distill.data.words import counted
 from distill.diffusion.samplers import check_pair, usual_spacing
@@ -62,10 +63,8 @@ from distill.methods.sampling import Sampling
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
-from distill.training.config import ConfigError, checking
 from distill.training.export import export_run
 from distill.training.run import read_run
-from distill.training.settings import ModelSettings, SampleSettings
 from distill.training.tracking import setup_logging
 
 log = logging.getLogger("distill")

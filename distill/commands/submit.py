@@ -1,6 +1,6 @@
-"""Submits a run to SLURM: the settings of scripts/train.py or make_trajectories.py, and `slurm.*` for the job.
+"""Submits a run, or the writing of a store, to SLURM: their settings, and `slurm.*` for the job.
 
-python scripts/submit.py experiment=lcm_lora_sdxl data.store=STORE output_dir=runs/a engine=zero2 \
+distill submit experiment=lcm_lora_sdxl data.store=STORE output_dir=runs/a engine=zero2 \
     slurm.nodes=4 slurm.gpus_per_node=8 slurm.time=12:00:00
 
 Everything is composed and checked here, once. OUTPUT_DIR/slurm/ gets the settings and the batch script that the job
@@ -26,10 +26,11 @@ from pathlib import Path
 
 import yaml
 
-from distill.commands import make_trajectories, train
-from distill.training.config import ConfigError
+from distill.commands import trajectories as make_trajectories
+from distill.config.loading import ConfigError
+from distill.config.settings import SlurmSettings, SubmitSettings, TrainSettings
+from distill.training.assembly import Run
 from distill.training.run import write_atomically
-from distill.training.settings import SlurmSettings, SubmitSettings, TrainSettings
 from distill.training.teacher import open_teacher
 from distill.training.tracking import setup_logging
 
@@ -77,7 +78,7 @@ def check(settings: TrainSettings, slurm: SlurmSettings) -> None:
     if kind == "single" and count > 1:
         raise ConfigError(f"engine=single is one process, and the job has {count}: set engine=zero2 or another")
     with launched(count):
-        train.checked(settings)
+        Run.assemble(settings)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def open_store(
     if unchecked and int(os.environ.get("RANK", 0)) == 0:  # once, not on every process
         log.warning(
             "%d of %d shards of %s have no checksums (an earlier version wrote them): numbers that were damaged are "
-            "not noticed; python scripts/verify_shards.py %s --add-checksums adds them",
+            "not noticed; distill verify %s --add-checksums adds them",
             *(unchecked, len(index.shards), url, url),
         )
     return Store(folder, index, read_unconditional(folder, index), max_bad_fraction, verify_sha256)
@@ -104,14 +104,14 @@ def _check_permissions(folder: Folder) -> None:
     """Raises StoreError for what this user may not read: time mends other failures, but not that one."""
     if folder.local is None:
         return
-    for path in (folder.local, folder.local / INDEX):
+    for path, needed in ((folder.local, os.R_OK | os.X_OK), (folder.local / INDEX, os.R_OK)):
         try:
             path.stat()
         except PermissionError:
             raise StoreError(f"{path} may not be read: the permissions of a folder above it say no") from None
         except OSError:
             return  # is said where it is opened
-        if not os.access(path, os.R_OK | (os.X_OK if path == folder.local else 0), effective_ids=True):
+        if path.is_dir() == (path == folder.local) and not os.access(path, needed, effective_ids=True):
             raise StoreError(f"{path} may not be read: its permissions say no")
 
 
@@ -406,7 +406,7 @@ def _check_sizes(folder: Folder, index: StoreIndex, tolerant: bool) -> None:
         name, expected = checksums_name(shard.name), shard.samples * row_bytes(len(index.times))
         if shard.crc32 and sizes.get(name) != expected:
             found = f"has {sizes[name]} bytes, not {expected}" if name in sizes else "is missing"
-            again = f"python scripts/verify_shards.py {folder.url} --add-checksums makes it anew"
+            again = f"distill verify {folder.url} --add-checksums makes it anew"
             raise BadShard(f"{name} of {folder.url} {found}: {again}")
 
 

@@ -58,7 +58,7 @@ def _rows(there: Path) -> list[Row]:
     """The rows of a report, which may be another person's."""
     file = there / "metrics.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{there}: no report there (scripts/evaluate.py writes OUTPUT_DIR/report)")
+        raise FileNotFoundError(f"{there}: no report there (distill evaluate writes OUTPUT_DIR/report)")
     try:
         return [_checked(row) for row in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Exports of earlier runs, as a later run takes them up: what `scripts/export.py` wrote, by what it says of itself."""
+"""Exports of earlier runs, as a later run takes them up: what `distill export` wrote, by what it says of itself."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def read_export(folder: str | Path) -> Exported:
             facts.get("sampling", {}),
         )
     except FileNotFoundError:
-        raise ValueError(f"{folder} is not an export: it has no {FACTS} (scripts/export.py writes them)") from None
+        raise ValueError(f"{folder} is not an export: it has no {FACTS} (distill export writes them)") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / FACTS} is not readable ({type(error).__name__}: {error})") from None
 

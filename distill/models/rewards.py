@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import open_clip
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -100,6 +99,8 @@ class HpsReward(nn.Module):
     def __init__(self, model: Any, tokenizer: Any, scale: float = 100.0) -> None:
         super().__init__()
         self.model, self.tokenizer, self.scale = model, tokenizer, scale
+        import open_clip  # seconds, which no other command has to wait for
+
         self.pixels = Pixels(open_clip.get_model_preprocess_cfg(model)["size"][0])
         self.requires_grad_(False).eval()
 
@@ -166,6 +167,8 @@ def load_hps_reward(path: str, architecture: str = "ViT-H-14", scale: float = 10
 
     Raises what `load_weights` and `fill` raise.
     """
+    import open_clip
+
     weights = load_weights(path)
     model = fill(open_clip.create_model(architecture), weights, path)
     return HpsReward(model, open_clip.get_tokenizer(architecture), scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.models import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser, Prediction, to_denoised

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill.toy.world import CAPTIONS, labels_of
 
 FEATURES = 64
-DETAILS = 8  # what `Judge.details` regresses, see scripts/train_toy_teacher.py
+DETAILS = 8  # what `Judge.details` regresses, see distill study toy_teacher
 
 
 class Judge(nn.Module):

@@ -1,7 +1,7 @@
 """The toy teacher: SDXL's shape at a millionth of its price, for 32 px pictures.
 
 Two CLIP text encoders, pooled embeddings, time ids, a VAE and an epsilon-predicting UNet, stored as a plain diffusers
-StableDiffusionXLPipeline folder. The `build_*` functions make the untrained parts; `scripts/train_toy_teacher.py`
+StableDiffusionXLPipeline folder. The `build_*` functions make the untrained parts; `distill study toy_teacher`
 trains them.
 """
 
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.schedulers import EulerDiscreteScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -148,7 +150,7 @@ def build_pipeline(latent_channels: int = 4) -> StableDiffusionXLPipeline:
         tokenizer=tokenizer,
         tokenizer_2=build_tokenizer(pad_token="!"),
         unet=build_unet(latent_channels),
-        scheduler=build_scheduler(),
+        scheduler=build_scheduler(),  # type: ignore[arg-type]
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )

@@ -12,13 +12,13 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from yaml import YAMLError
 
+from distill.config.settings import ModelSettings
 from distill.data.words import counted
 from distill.diffusion.prediction import Prediction
 from distill.models.formats import LORA_FORMATS
 from distill.models.schedulers import as_code, scheduler_settings, timesteps_for
 from distill.training.clients import clients_of
 from distill.training.export import Export
-from distill.training.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 

@@ -8,16 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.data.index import INDEX, StoreIndex
-from distill.data.reader import read_index
-from distill.data.record import StoreError
-from distill.data.storage import Folder
-from distill.training.checkpoint import Checkpoints
-from distill.training.config import ConfigError, load
-from distill.training.export import FACTS, check_formats
-from distill.training.recorded import Differences, chief, differences, given_keys
-from distill.training.run import FREE, checkpoints_of, finished, recorded_settings, steps_taken, write_atomically
-from distill.training.settings import (
+from distill.config.loading import ConfigError, load
+from distill.config.recorded import Differences, chief, differences, given_keys
+from distill.config.settings import (
     READERS,
     ChainSettings,
     EvaluateSettings,
@@ -25,6 +18,13 @@ from distill.training.settings import (
     SampleSettings,
     TrainSettings,
 )
+from distill.data.index import INDEX, StoreIndex
+from distill.data.reader import read_index
+from distill.data.record import StoreError
+from distill.data.storage import Folder
+from distill.training.checkpoint import Checkpoints
+from distill.training.export import FACTS, check_formats
+from distill.training.run import FREE, checkpoints_of, finished, recorded_settings, steps_taken, write_atomically
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Link:
         return export_of(self.folder)
 
     def export_arguments(self) -> tuple[str, ...]:
-        """Of scripts/export.py: exactly what was trained, for the links that go on from it."""
+        """Of distill export: exactly what was trained, for the links that go on from it."""
         formats = () if self.formats is None else (f"formats=[{','.join(self.formats)}]",)
         return (f"run={self.folder}", f"output_dir={self.export}", "dtype=float32", "card_prompts=[]", *formats)
 

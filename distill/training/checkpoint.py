@@ -38,11 +38,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distill.config.recorded import chief, differences, given_keys
+from distill.config.settings import TrainSettings
 from distill.data.storage import sync_folder, write_whole
 from distill.training.elastic import NotElastic
 from distill.training.engine import Engine
-from distill.training.recorded import chief, differences, given_keys
-from distill.training.settings import TrainSettings
 from distill.training.trained import weights_file
 from distill.training.writing import WriteError, free_space, together
 

@@ -49,8 +49,8 @@ T = TypeVar("T")
 KINDS = ("single", "ddp", "deepspeed")
 PRECISIONS = ("no", "bf16")
 LAUNCH = {
-    "ddp": "python scripts/launch.py --multi_gpu --num_processes N",
-    "deepspeed": "python scripts/launch.py --num_processes N",
+    "ddp": "distill launch --multi_gpu --num_processes N",
+    "deepspeed": "distill launch --num_processes N",
 }
 # DeepSpeed wants a process group even for one process; port 0 is any free one.
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -19,6 +19,8 @@ import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
+from distill.config.loading import ConfigError, build, checking
+from distill.config.settings import TrainSettings
 from distill.data.storage import sync_folder
 from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
@@ -32,9 +34,7 @@ from distill.models.schedulers import make_scheduler
 from distill.models.single_file import save_single_file
 from distill.models.student import build_in_guidance
 from distill.training.checkpoint import read_weights
-from distill.training.config import ConfigError, build, checking
 from distill.training.run import checkpoints_of, read_run, writing
-from distill.training.settings import TrainSettings
 from distill.training.used import UsedData, data_of, learned_guidance, set_guidance
 
 

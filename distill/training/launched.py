@@ -84,7 +84,7 @@ def only_one_process() -> str | None:
         return None
     return (
         f"accelerate launch was asked for {asked[1]} processes and has started one, which does all of the work: "
-        "use python scripts/launch.py, or add --multi_gpu, which starts them on CPUs too"
+        "use distill launch, or add --multi_gpu, which starts them on CPUs too"
     )
 
 
@@ -94,7 +94,7 @@ def require_one_task(environment: MutableMapping[str, str] = os.environ) -> None
     if "WORLD_SIZE" not in environment and "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
         raise LaunchError(
             f"srun has started {tasks} of these processes, and each would take itself for the only one: use "
-            "scripts/submit.py, or srun --ntasks-per-node=1 bash slurm/launch.sh, which start a launcher on each node"
+            "distill submit, or srun --ntasks-per-node=1 bash slurm/launch.sh, which start a launcher on each node"
         )
 
 
@@ -115,7 +115,7 @@ def _put_mpi_aside(environment: MutableMapping[str, str], launched: bool) -> Non
         if _started_by(_MPI_PROCESSES):
             raise LaunchError(
                 f"mpirun has started {size} of these processes, and each would take itself for the only one: use "
-                f"python scripts/launch.py --num_processes {size} in its place"
+                f"distill launch --num_processes {size} in its place"
             )
         log.warning("no mpirun has started this process: %s=%s is put aside", key, size)
     _remove(environment, (), _MPI)

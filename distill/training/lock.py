@@ -24,7 +24,7 @@ from types import TracebackType
 
 import psutil
 
-from distill.training.config import ConfigError
+from distill.config.loading import ConfigError
 from distill.training.watchdog import give_up
 
 log = logging.getLogger(__name__)

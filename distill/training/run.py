@@ -22,13 +22,13 @@ from typing import Any
 import torch
 import yaml
 
+from distill.config.loading import ConfigError, checking, read_settings, read_yaml, validated
+from distill.config.recorded import Differences, chief, differences, given_keys
+from distill.config.settings import TrainSettings
 from distill.data.errors import short
 from distill.data.storage import write_whole
 from distill.training import arithmetic
-from distill.training.config import ConfigError, checking, read_settings, read_yaml, validated
 from distill.training.launched import launched_rank, launched_world_size
-from distill.training.recorded import Differences, chief, differences, given_keys
-from distill.training.settings import TrainSettings
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from distill.config.loading import checking
+from distill.config.settings import ModelSettings, TrainSettings
 from distill.models.families import Teacher, load_teacher
-from distill.training.config import checking
-from distill.training.settings import ModelSettings, TrainSettings
 
 
 def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: Any) -> Teacher:

@@ -9,12 +9,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from distill.config.settings import TrainSettings
 from distill.data.errors import StoreError
 from distill.data.reader import Store, open_store
 from distill.data.storage import write_whole
 from distill.diffusion.trajectory import CleanEnd
 from distill.methods.base import Method
-from distill.training.settings import TrainSettings
 
 USED = "data.json"
 

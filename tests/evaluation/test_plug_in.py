@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from distill.config.loading import ConfigError, load
+from distill.config.settings import PlugInSettings
 from distill.evaluation.cache import Cache
 from distill.evaluation.compare import Setting
 from distill.evaluation.pipelines import load_pipeline
@@ -21,14 +22,10 @@ from distill.methods.sampling import Sampling
 from distill.models.exported import FACTS
 from distill.models.families import load_teacher
 from distill.models.lora import add_lora, save_lora
+from distill.studies import plug_in
 from distill.toy.judge import load_judge
 from distill.toy.styles import UPRIGHT
 from distill.toy.teacher import teacher_folder
-from distill.training.config import ConfigError, load
-from distill.training.settings import PlugInSettings
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import plug_in  # noqa: E402
 
 TINY = ["n=100", "steps=[1]", "weights=[0,1]", "teacher_steps=2", "guidances=[1]", "fine_tune_steps=2", "style_steps=2"]
 TINY += ["pictures=100", "train_batch_size=8", "style_rank=2", "style_alpha=3"]

@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distill.commands import sample
+from distill.config.loading import ConfigError, load
+from distill.config.settings import ModelSettings, SampleSettings
 from distill.evaluation.figures import CELL, GAP, HEADER, LABEL_WIDTH
 from distill.evaluation.pipelines import draw, is_student, load_pipeline
 from distill.evaluation.sweeps import Models, Sweep, Way, guidance_sweep, lora_sweep, run_sweep, steps_sweep
 from distill.models.lora import add_lora, save_lora
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS, balanced_labels, render
-from distill.training.config import ConfigError, load
-from distill.training.settings import ModelSettings, SampleSettings
 from tests.tiny import FAMILIES, save_tiny, tiny_pipeline, tiny_unet
 
 PROMPTS, SEEDS = ["a cat", "two dogs", "snow"], [5, 6, 7]

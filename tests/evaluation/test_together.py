@@ -48,7 +48,7 @@ def test_protocols_do_not_share_a_table(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_report_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none: no report there \(scripts/evaluate.py writes"):
+    with pytest.raises(FileNotFoundError, match=r"none: no report there \(distill evaluate writes"):
         write_together(tmp_path / "both", {"none": tmp_path / "none"})
     assert not (tmp_path / "both").exists()
 

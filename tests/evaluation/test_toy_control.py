@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ControlNetModel
 
+from distill.config.loading import ConfigError, load
+from distill.config.settings import ToyControlSettings
 from distill.evaluation.compare import Setting
 from distill.evaluation.pipelines import load_pipeline
 from distill.evaluation.uses import Way
+from distill.studies import control as toy_control
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import balanced_labels, draw_scene, paint
-from distill.training.config import ConfigError, load
-from distill.training.settings import ToyControlSettings
 from tests.evaluation.test_plug_in import random_lora
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import toy_control  # noqa: E402
 
 TINY = ["n=100", "steps=[1]", "teacher_steps=2", "guidances=[1]", "control_steps=2", "pictures=100"]
 TINY += ["train_batch_size=8"]

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill.training.config import MAX_SETTINGS_BYTES, ConfigError, load, read_settings, run_script
-from distill.training.settings import TrainSettings
+from distill.commands.running import run_script
+from distill.config.loading import MAX_SETTINGS_BYTES, ConfigError, load, read_settings
+from distill.config.settings import TrainSettings
 from tests.faults.conftest import Outcome
 from tests.faults.ranks import ROOT
 

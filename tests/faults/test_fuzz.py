@@ -16,13 +16,13 @@ import pytest
 import torch
 import yaml
 
+from distill.config.loading import ConfigError, load, read_settings
+from distill.config.settings import TrainSettings
 from distill.data import tar
 from distill.data.index import INDEX
 from distill.data.reader import Store, open_store
 from distill.data.record import BadSample, Sample, StoreError
 from distill.data.verify import verify_shard
-from distill.training.config import ConfigError, load, read_settings
-from distill.training.settings import TrainSettings
 from tests.faults.conftest import Outcome
 from tests.faults.mutate import campaign, damaged_bytes, damaged_text, damaged_tree
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from distill.training.config import ConfigError
+from distill.config.loading import ConfigError
 from distill.training.lock import LOCK, Holder, RunLock
 from tests.faults.runs import Runs, wait_for
 

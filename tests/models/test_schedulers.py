@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.config.settings import DataSettings
 from distill.diffusion.noise import RESCALES, Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.samplers import MOST_STEPS, SAMPLERS, SCHEDULERS, SPACINGS, ZERO_SNR, check_pair
@@ -17,7 +18,6 @@ from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import SOLVERS, TIMES, make_times
 from distill.methods.sampling import Sampling, sample, starting_noise
 from distill.models.schedulers import as_code, make_scheduler, noise_of, scheduler_settings, timesteps_for
-from distill.training.settings import DataSettings
 from tests.analytic import network_of, three_peaks
 from tests.diffusion.test_noise import made
 

@@ -11,8 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from distill.training.config import load
-from distill.training.settings import TrainSettings
+from distill.config.loading import load
+from distill.config.settings import TrainSettings
 from tests.slurm.cluster import Cluster, until
 
 STEPS = 40

@@ -10,11 +10,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import train_toy_teacher as training  # noqa: E402
-
-from distill.toy.judge import load_judge  # noqa: E402
-from distill.toy.reward import load_reward  # noqa: E402
+from distill.studies import toy_teacher as training
+from distill.toy.judge import load_judge
+from distill.toy.reward import load_reward
 
 
 def train(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> None:

@@ -82,8 +82,8 @@ def test_nothing_heavy_is_imported_by_what_comes_before_torch() -> None:
 
 COMMAND = """
 import os, sys
-from distill.training.config import run_script
-from distill.training.settings import TrainSettings
+from distill.commands.running import run_script
+from distill.config.settings import TrainSettings
 
 def main(settings):
     import torch

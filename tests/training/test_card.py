@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from distill.config.loading import load
+from distill.config.settings import TrainSettings
 from distill.diffusion.noise import Noise
 from distill.diffusion.schedule import NoiseSchedule
 from distill.methods.lcm import LCM
@@ -18,9 +20,7 @@ from distill.methods.lightning import LightningMSE
 from distill.methods.mlcm import MLCM
 from distill.methods.sampling import Sampling
 from distill.training.card import write_card
-from distill.training.config import load
 from distill.training.export import Export
-from distill.training.settings import TrainSettings
 from distill.training.used import USED, UsedData, data_of, learned_guidance
 
 HOSTILE = (

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from distill.commands.run_chain import table
+from distill.commands.chain import table
+from distill.config.loading import CONFIGS, ConfigError, build, load
+from distill.config.settings import ChainSettings, RunChainSettings
 from distill.data.index import kept_times
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
 from distill.methods.base import Method
 from distill.training.chain import Link, links_of, one_of, seconds_left
-from distill.training.config import CONFIGS, ConfigError, build, load
-from distill.training.settings import ChainSettings, RunChainSettings
 from tests.training.test_recorded import begun
 
 CHAINS = sorted(path.stem for path in (CONFIGS / "chain").glob("*.yaml"))

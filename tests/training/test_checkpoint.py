@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import nn
 
+from distill.config.loading import load
+from distill.config.settings import TrainSettings
 from distill.diffusion.prediction import Denoised
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Losses, Turn
@@ -30,10 +32,8 @@ from distill.training.checkpoint import (
     mark_best,
     read_weights,
 )
-from distill.training.config import load
 from distill.training.elastic import read_whole
 from distill.training.engine import Engine, LearningRate, TrainedNetwork
-from distill.training.settings import TrainSettings
 from tests.durability import Disk
 from tests.training.engine_worker import run as run_case
 

@@ -7,9 +7,9 @@ from typing import get_args
 import pytest
 import yaml
 
+from distill.config.loading import CONFIGS, ConfigError, load
+from distill.config.settings import EvaluateSettings, ModelSettings, SampleSettings, TrainSettings
 from distill.models.families import FAMILIES
-from distill.training.config import CONFIGS, ConfigError, load
-from distill.training.settings import EvaluateSettings, ModelSettings, SampleSettings, TrainSettings
 
 GIVEN = ["output_dir=runs/a", "data.store=store"]
 

@@ -402,7 +402,7 @@ def test_a_stage_of_a_network_that_is_not_trained_is_named_before_anything_is_wr
 
 
 def test_ddp_without_a_launcher_says_how_to_launch() -> None:
-    with pytest.raises(ValueError, match="scripts/launch.py --multi_gpu"):
+    with pytest.raises(ValueError, match="distill launch --multi_gpu"):
         Engine(kind="ddp").start()
 
 

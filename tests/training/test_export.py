@@ -25,20 +25,20 @@ from PIL import Image
 from torch import Tensor
 
 from distill.commands.export import main
-from distill.commands.train import settled
+from distill.config.loading import ConfigError, build, load
+from distill.config.settings import ExportSettings, ModelSettings, TrainSettings
 from distill.diffusion.prediction import Prediction
 from distill.evaluation.pipelines import load_pipeline, sampling_of, use_sampler
 from distill.methods.sampling import Sampling, sample, starting_noise
 from distill.models.exported import open_export, read_export
 from distill.models.families import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
+from distill.training.assembly import settled
 from distill.training.card import base_licence
 from distill.training.checkpoint import Checkpoints
-from distill.training.config import ConfigError, build, load
 from distill.training.engine import Engine, TrainedNetwork
 from distill.training.export import export_run, published, require_login
 from distill.training.run import checkpoints_of, open_run, read_run
-from distill.training.settings import ExportSettings, ModelSettings, TrainSettings
 from tests.tiny import FAMILIES, save_tiny
 
 PROMPTS, SEEDS = ["a cat", "two dogs"], [3, 10_000_000]

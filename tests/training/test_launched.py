@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill.training.config import RANK_0_SECONDS
+from distill.config.loading import RANK_0_SECONDS
 from distill.training.launched import LaunchError, require_one_task, settle
 from tests.faults.ranks import ROOT
 
@@ -78,7 +78,7 @@ def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path: Path) -
     command = [str(tmp_path / "mpirun"), "-c", f"{sys.executable} -c '{check}'; exit $?"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "LaunchError: mpirun has started 4 of these processes" in done.stderr
-    assert "scripts/launch.py --num_processes 4" in done.stderr
+    assert "distill launch --num_processes 4" in done.stderr
 
 
 RANK = """

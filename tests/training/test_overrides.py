@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill.training.config import ConfigError, load, read_settings
-from distill.training.settings import SampleSettings, TrainSettings, WeightsSettings
+from distill.config.loading import ConfigError, load, read_settings
+from distill.config.settings import SampleSettings, TrainSettings, WeightsSettings
 
 GIVEN = ["output_dir=runs/a", "data.store=store"]
 ODD = [

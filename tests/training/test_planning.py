@@ -20,8 +20,8 @@ from distill.data.writer import write_store
 from distill.diffusion.random import Context
 from distill.diffusion.trajectory import Trajectory
 from distill.methods.lcm import LCM
-from distill.training.counting import Cost, cast, count
-from distill.training.planning import (
+from distill.planning.counting import Cost, cast, count
+from distill.planning.estimates import (
     Held,
     best_interval,
     checkpoint_bytes,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from distill.config.loading import ConfigError
+from distill.config.recorded import chief, differences, given_keys
+from distill.config.settings import TrainSettings
 from distill.training.checkpoint import _write_manifest
-from distill.training.config import ConfigError
-from distill.training.recorded import chief, differences, given_keys
 from distill.training.run import checkpoints_of, finished, identity, mark_finished, open_run
-from distill.training.settings import TrainSettings
 from tests.training.test_run import settings
 
 

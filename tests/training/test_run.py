@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from distill.config.loading import ConfigError, load
+from distill.config.settings import TrainSettings
 from distill.training.checkpoint import MANIFEST, _write_manifest
-from distill.training.config import ConfigError, load
 from distill.training.preemption import Preemption
 from distill.training.run import (
     checkpoints_of,
@@ -28,7 +29,6 @@ from distill.training.run import (
     read_run,
     write_atomically,
 )
-from distill.training.settings import TrainSettings
 from tests.durability import Disk
 from tests.faults.ranks import ROOT, can_mount
 

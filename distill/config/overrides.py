@@ -16,8 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from pydantic import BaseModel
 
+from distill.config.mistakes import MAX_LINE, ConfigError, suggest
 from distill.data.errors import short
-from distill.training.mistakes import MAX_LINE, ConfigError, suggest
 
 MAX_OVERRIDE = 20_000
 MAX_NESTING = 20

@@ -1,4 +1,4 @@
-"""`python scripts/benchmark.py lcm`: LCM-LoRA's step here, from either source, beside the step of the usual scripts.
+"""`distill benchmark lcm`: LCM-LoRA's step here, from either source, beside the step of the usual scripts.
 
 The usual step (diffusers' examples/consistency_distillation, written here from its description) encodes the raw picture
 and the prompt, asks a second copy of the UNet with the prompt and without it one after the other, and then trains.
@@ -22,12 +22,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmark import SCHEDULE, machine, random_store, toy_unet
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from distill.benchmarks.common import SCHEDULE, machine, random_store, toy_unet
 from distill.data.loader import make_loader
 from distill.diffusion.prediction import Prediction
 from distill.methods.lcm import LCM
@@ -42,7 +42,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "toy": {"latent": 8, "pixels": 32, "tokens": 8, "batch_size": 64, "repeats": 20, "rank": 64},
     "sd15": {"latent": 32, "pixels": 256, "tokens": 77, "batch_size": 1, "repeats": 3, "rank": 64},
 }
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 SD_VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -57,7 +62,7 @@ def compare(size: str, rounds: int, repeats: int | None) -> None:
     found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant in VARIANTS:
-            command = [sys.executable, __file__, variant, size, str(repeats)]
+            command = [sys.executable, "-m", "distill.benchmarks.lcm_recipe", variant, size, str(repeats)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[variant].append(json.loads(done.stdout.splitlines()[-1]))
     B, side = SIZES[size]["batch_size"], SIZES[size]["latent"]
@@ -143,7 +148,11 @@ def steps_of(
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(folder, dict(unet.config), (side, side), what["tokens"], samples=max(64, B))
         batches = iter(make_loader(store, method.reads, seed=0, global_batch_size=B, micro_batch_size=B, num_workers=1))
-        yield lambda i: engine.update(turn, [next(batches)], i) and None
+
+        def step(number: int) -> None:
+            engine.update(turn, [next(batches)], number)
+
+        yield step
 
 
 class Recipe:

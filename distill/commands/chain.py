@@ -1,8 +1,8 @@
-"""Runs that build on each other, in order:
+"""Runs the links of a chain, each of which builds on those before:
 
-python scripts/run_chain.py chain=lcm_toy
-python scripts/run_chain.py chain=lightning_toy output_dir=outputs/lightning_toy
-python scripts/run_chain.py chain=lightning_sdxl launch="python scripts/launch.py --num_processes 8" overrides=[seed=1]
+distill chain chain=lcm_toy
+distill chain chain=lightning_toy output_dir=outputs/lightning_toy
+distill chain chain=lightning_sdxl launch="distill launch --num_processes 8" overrides=[seed=1]
 
 What is done is skipped, and what was interrupted goes on: killed at any moment, run it again. `list=true` shows how far
 the links are, `list=commands` what each would run; `link=NAME` runs one.
@@ -13,7 +13,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before what is heavy is imported
     from distill.commands import run
 
-    run("run_chain")
+    run("chain")
 
 import fcntl
 import logging
@@ -31,16 +31,18 @@ from typing import IO
 
 from tqdm import tqdm
 
+from distill.config.loading import ConfigError
+from distill.config.settings import RunChainSettings
 from distill.training.chain import Link, links_of, one_of, seconds_left
-from distill.training.config import ConfigError
 from distill.training.preemption import INTERRUPTED, MARKER, SAME_SECONDS
-from distill.training.settings import RunChainSettings
 from distill.training.tracking import setup_logging
 from distill.training.watchdog import end_children
 
 log = logging.getLogger("distill")
 
-PREEMPTED = 75  # as of scripts/train.py: saved, and to be run again
+PREEMPTED = 75  # as of `distill train`: saved, and to be run again
+NAMES = {"make_trajectories": "trajectories", "make_latents": "latents"}
+"""Of commands, by what the files of chains call them."""
 
 
 def main(cfg: RunChainSettings) -> None:
@@ -91,11 +93,7 @@ def by(links: Sequence[Link], name: str) -> Link:
 def command(link: Link, launch: str | None) -> list[str]:
     """What makes a link, its export left out."""
     started = [sys.executable] if launch is None or link.reads else shlex.split(launch)
-    return [*started, script(link.script), *link.arguments]
-
-
-def script(name: str) -> str:
-    return str(Path(__file__).resolve().parents[2] / "scripts" / f"{name}.py")
+    return [*started, "-m", "distill", NAMES.get(link.script, link.script), *link.arguments]
 
 
 def time_left(links: Sequence[Link]) -> str:
@@ -115,7 +113,7 @@ def take(link: Link, launch: str | None, relay: Relay) -> int:
         if link.reads:
             link.mark()
         if link.trains and not link.done():
-            return relay.run([sys.executable, script("export"), *link.export_arguments()], lock)
+            return relay.run([sys.executable, "-m", "distill", "export", *link.export_arguments()], lock)
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Checks a trajectory store from end to end: sizes, sha256, tar structure, checksums, every sample's schema, numbers.
+"""Checks a store from end to end: sizes, hashes, structure, and every sample's schema and numbers:
 
-    python scripts/verify_shards.py STORE [SHARD ...] [--add-checksums]
+    distill verify STORE [SHARD ...] [--add-checksums]
 
 STORE is a folder or an fsspec URL; SHARD limits the check to some shards (`shard-000003.tar`). `--add-checksums` writes
 the checksums that training compares what it reads with, of shards that are found whole: for a store that an earlier
@@ -13,7 +13,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before what is heavy is imported
     from distill.commands import run
 
-    run("verify_shards")
+    run("verify")
 
 import argparse
 import logging

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill.training.config import Settings, defaults_of
+from distill.config.loading import Settings, defaults_of
 
 Differences = dict[str, tuple[Any, Any]]
 """Dotted keys, each with the value that was recorded and the one that is given."""

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from distill.commands.train import check_method, others_of
+from distill.config.loading import ConfigError, build, checking
+from distill.config.settings import ClusterSettings, PlanSettings
 from distill.data.index import kept_times
 from distill.data.progress import Progress
 from distill.data.record import STATE_DTYPES, Layout, make_key
@@ -20,10 +21,8 @@ from distill.diffusion.random import Context, generator
 from distill.diffusion.solver import make_times
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
-from distill.training.config import ConfigError, build, checking
-from distill.training.counting import TAUGHT, Architecture, Cost, architecture, batch_of, cast, count, networks_of
-from distill.training.engine import Engine
-from distill.training.planning import (
+from distill.planning.counting import TAUGHT, Architecture, Cost, architecture, batch_of, cast, count, networks_of
+from distill.planning.estimates import (
     Counted,
     Held,
     Traffic,
@@ -37,7 +36,9 @@ from distill.training.planning import (
     stored_bytes,
     traffic,
 )
-from distill.training.settings import ClusterSettings, PlanSettings
+from distill.training.assembly import others_of
+from distill.training.engine import Engine
+from distill.training.fitting import check_method
 
 GIB, GB, TERA = 2**30, 1e9, 1e12
 WALKED = 2  # samples of the batch that is walked through

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -26,6 +25,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from distill.config.composition import yaml_of
+from distill.config.loading import ConfigError, build, checking
+from distill.config.settings import ModelSettings, TrainSettings
 from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context
@@ -44,8 +46,6 @@ from distill.models.families import (
 from distill.models.folder import read_json
 from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import TEACHING, add_lora
-from distill.training.config import CONFIGS, ConfigError, build, checking
-from distill.training.settings import ModelSettings, TrainSettings
 
 PUBLISHED = ("sd15", "sdxl", "ssd1b")
 """Models of `configs/model/` whose sizes are known without a download."""
@@ -343,7 +343,7 @@ def architecture(model: ModelSettings) -> Architecture:
 
 
 def _settings_of(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text())
+    return yaml_of(f"model/{name}.yaml")
 
 
 def networks_of(cfg: TrainSettings, teacher: Teacher, asks: Sequence[str], others: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from distill.config.settings import ClusterSettings
 from distill.data import tar
 from distill.data.reader import plan_reads
 from distill.data.record import Layout, describe, encode
-from distill.training.counting import Cost
-from distill.training.settings import ClusterSettings
+from distill.planning.counting import Cost
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
 BUCKET = 5 * 10**8

@@ -5,6 +5,7 @@ Hydra composes the files. The keys are set here, each value read as its key's ty
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -19,12 +20,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.config.components import allow, arguments_of
+from distill.config.mistakes import MAX_LINE, ConfigError, checking, first_line, suggest
+from distill.config.overrides import Argument, kinds_of, parse, value_of
 from distill.data.errors import short
-from distill.training.components import arguments_of
-from distill.training.mistakes import MAX_LINE, ConfigError, checking, first_line, suggest
-from distill.training.overrides import Argument, kinds_of, parse, value_of
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
+"""The files that come with the package: within it where it is installed, beside it in a checkout."""
+CONFIG_DIRS = "DISTILL_CONFIG_DIR"
+"""The environment variable that names folders of further files, as `--config-dir` does, for commands started by it."""
 
 OmegaConf.register_new_resolver("toy", lambda name: str(_bundled(name)), replace=True)
 
@@ -53,6 +58,7 @@ def composed_of(
     for one in others:
         _check_known(one.key, fields, known)
     composed = _compose(config_name, choices, groups)
+    _allow_targets(OmegaConf.to_container(composed))
     replaced = _replace_what_is_for_others(config_name, composed, dict(choices), groups, note)
     try:
         for one in sorted(others, key=lambda one: not one.key.endswith("._target_")):  # a target says what it takes
@@ -60,6 +66,15 @@ def composed_of(
     except OmegaConfBaseException as error:
         raise ConfigError(omegaconf_line(error)) from None
     return composed
+
+
+def _allow_targets(node: Any) -> None:
+    """What files that the user has chosen name may be built, from other packages too."""
+    for key, value in node.items():
+        if key == "_target_":
+            allow(value)
+        elif isinstance(value, dict):
+            _allow_targets(value)
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ class Group:
 
     @property
     def options(self) -> list[str]:
-        return sorted(path.stem for path in (CONFIGS / self.folder).glob("*.yaml"))
+        return sorted(group_files(self.folder))
 
 
 def groups_of(config_name: str) -> dict[str, Group]:
@@ -93,9 +108,44 @@ def groups_of(config_name: str) -> dict[str, Group]:
     return found
 
 
-@cache
+def config_dirs() -> list[Path]:
+    """Where files of groups are looked for: the package's own, those of `--config-dir`, and `./configs`."""
+    given = [Path(name).absolute() for name in os.environ.get(CONFIG_DIRS, "").split(os.pathsep) if name]
+    found = [CONFIGS]
+    for folder in (*given, Path("configs").absolute()):
+        if folder.is_dir() and not any(folder.samefile(other) for other in found):
+            found.append(folder)
+    return found
+
+
+def add_config_dir(folder: str) -> None:
+    """Has this process, and those that it starts, look for files of groups in a folder. Raises ConfigError."""
+    if not os.path.isdir(os.path.expanduser(folder)):
+        raise ConfigError(f"--config-dir {folder}: there is no such folder")
+    added = os.path.abspath(os.path.expanduser(folder))
+    os.environ[CONFIG_DIRS] = os.pathsep.join([added, *filter(None, [os.environ.get(CONFIG_DIRS)])])
+
+
+def group_files(folder: str) -> dict[str, Path]:
+    """The files of a group, by the names that choose them; of two with one name, the package's own."""
+    found: dict[str, Path] = {}
+    for root in config_dirs():
+        for path in sorted((root / folder).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
 def yaml_of(path: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIGS / path).read_text()) or {}
+    """What a file of `configs/` says, read once; {} for one that is not there."""
+    return next((_read(str(root / path)) for root in config_dirs() if (root / path).is_file()), {})
+
+
+@cache
+def _read(path: str) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: it is not YAML for settings: {first_line(error)}") from None
 
 
 def _choice(one: Argument, groups: Mapping[str, Group], fields: Mapping[str, Any]) -> tuple[str, str | None] | None:
@@ -110,7 +160,17 @@ def _choice(one: Argument, groups: Mapping[str, Group], fields: Mapping[str, Any
     if value is not None and value not in group.options:
         said = f"unknown {folder}={short(value)}{suggest(value, group.options)}; allowed: {', '.join(group.options)}"
         raise ConfigError(short(said, MAX_LINE - 60) + _path_hint(group.place, value, fields))
+    if value is not None:
+        _check_one(f"{group.folder}/{value}.yaml")
     return group.place, value
+
+
+def _check_one(file: str) -> None:
+    """Raises ConfigError for a user's file with the name of one that comes with the package: which is meant?"""
+    own, *others = [root / file for root in config_dirs() if (root / file).is_file()]
+    yaml_of(file)
+    if others:
+        raise ConfigError(f"{others[0]} has the name of {own}: give it another name")
 
 
 def _path_hint(place: str, value: str, fields: Mapping[str, Any]) -> str:
@@ -138,6 +198,8 @@ def _compose(config_name: str, choices: Sequence[tuple[str, str | None]], groups
     removed = [groups[place] for place, name in chosen.items() if name is None]
     overrides = [f"{groups[place].key}={name}" for place, name in chosen.items() if name is not None]
     overrides += [f"~{group.key}" for group in removed if group.value is not None]
+    if further := config_dirs()[1:]:
+        overrides.append("hydra.searchpath=[" + ",".join(f"'file://{folder}'" for folder in further) + "]")
     composed = deepcopy(_files_composed(config_name, tuple(overrides)))
     OmegaConf.set_struct(composed, False)
     return composed
@@ -150,7 +212,8 @@ def _files_composed(config_name: str, overrides: tuple[str, ...]) -> DictConfig:
         try:
             return compose(config_name, overrides=list(overrides))
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:  # of files, not of what was typed
-            raise ConfigError(f"{CONFIGS}: the files cannot be composed: {first_line(error)}") from None
+            where = ", ".join(map(str, config_dirs()))
+            raise ConfigError(f"{where}: the files cannot be composed: {first_line(error)}") from None
 
 
 def _replace_what_is_for_others(
@@ -161,6 +224,8 @@ def _replace_what_is_for_others(
     note: Callable[[str], None],
 ) -> set[str]:
     """An experiment's values for a component are arguments of the one that it chooses: for another they are left out.
+
+    Where both are of one class, those stay that do not follow from the choice: of keys that both files set alike.
 
     Returns the places of those components.
     """
@@ -178,12 +243,13 @@ def _replace_what_is_for_others(
         other = chosen.get(place, intended.get(place))
         if place not in groups or other in (None, intended[place]) or "_target_" not in composed[place]:
             continue
-        if composed[place]["_target_"] == yaml_of(f"{groups[place].folder}/{intended[place]}.yaml").get("_target_"):
-            continue
-        alone = _compose(config_name, [(p, v) for p, v in chosen.items() if p != "experiment"], groups)
-        OmegaConf.update(composed, place, alone[place], merge=False)
-        said = ", ".join(f"{place}.{key}" for key in value)
-        note(f"experiment={experiment} sets {said} for {place}={intended[place]}: left out with {place}={other}")
+        alone = _compose(config_name, [(p, v) for p, v in chosen.items() if p != "experiment"], groups)[place]
+        mine, its = (yaml_of(f"{groups[place].folder}/{name}.yaml") for name in (intended[place], other))
+        alike = mine.get("_target_") == its.get("_target_")
+        kept = {key: value[key] for key in value if alike and key in its and mine.get(key) == its[key]}
+        OmegaConf.update(composed, place, OmegaConf.merge(alone, kept), merge=False)
+        if left := ", ".join(f"{place}.{key}" for key in value if key not in kept):
+            note(f"experiment={experiment} sets {left} for {place}={intended[place]}: left out with {place}={other}")
         replaced.add(place)
     return replaced
 
@@ -200,6 +266,8 @@ def _set(
     if place in groups and one.key in fields and one.key.partition(".")[2] not in (composed.get(place) or {}).keys():
         _check_group_has(one.key, groups[place])
     value = value_of(one.key, one.value, hint)
+    if one.key.endswith("._target_"):
+        allow(value)
     try:
         OmegaConf.update(composed, one.key, value, force_add=True)
     except (OmegaConfBaseException, ValueError, TypeError, IndexError, AttributeError) as error:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
+from distill.config.loading import Settings, check_component, suggest
 from distill.diffusion.samplers import check_pair, check_sampler, check_spacing, usual_spacing
-from distill.training.config import Settings, check_component, suggest
 
 
 def check_number(value: Any) -> Any:

@@ -7,13 +7,10 @@ exit code 2, before any network is built.
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import os
 import re
-import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,13 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from distill.data.errors import AGAIN, NOT_WRITTEN, NotWritten, ReadError, StoreError, short
-from distill.training import arithmetic, signatures
-from distill.training.components import check_component, defaults_of
-from distill.training.composition import CONFIGS, composed_of, groups_of, omegaconf_line, yaml_of
-from distill.training.launched import follow_launcher, launched_rank, settle
-from distill.training.mistakes import MAX_LINE, ConfigError, checking, first_line, rule, shown, suggest
-from distill.training.overrides import check_flags, fields_of
+from distill.config.components import check_component, defaults_of
+from distill.config.composition import CONFIGS, composed_of, group_files, omegaconf_line, yaml_of
+from distill.config.mistakes import MAX_LINE, ConfigError, checking, first_line, rule, shown, suggest
+from distill.config.overrides import fields_of
+from distill.data.errors import short
 
 __all__ = [
     "CONFIGS",
@@ -47,7 +42,6 @@ __all__ = [
 ]
 
 MAX_SETTINGS_BYTES = 1 << 18
-RANK_0_SECONDS = 10.0
 
 
 class Settings(BaseModel):
@@ -63,7 +57,7 @@ def keys_of(schema: type[Settings]) -> list[str]:
     """The keys of settings, for suggestions; of components, those that the files of their groups have."""
     found = list(fields_of(schema))
     for name in found:
-        for path in (CONFIGS / name).glob("*.yaml") if "." not in name else ():
+        for path in group_files(name).values() if "." not in name else ():
             found += [f"{name}.{key}" for key in yaml_of(f"{name}/{path.name}") if not key.startswith("_")]
     return list(dict.fromkeys(found))
 
@@ -195,6 +189,11 @@ def given(arguments: Sequence[str], config_name: str, schema: type[S]) -> S:
     return read_settings(files[0], schema)
 
 
+def _note(line: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {line}", file=sys.stderr)
+
+
 def build(node: Mapping[str, Any], **objects: Any) -> Any:
     """Instantiates a node; `objects` are the arguments that are built things.
 
@@ -207,123 +206,6 @@ def build(node: Mapping[str, Any], **objects: Any) -> Any:
         if isinstance(error.__cause__, (ValueError, FileNotFoundError, ImportError)):
             raise ConfigError(str(error.__cause__)) from None
         raise
-
-
-def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S]) -> None:
-    """What every command calls: settings from the command line, one line and exit code 2 for what the user can mend.
-
-    `--cfg` prints the composed settings and stops; `settings=FILE` takes what it printed, instead of composing any.
-    `--help` says what the command does, and which settings there are.
-
-    Args:
-        main: what runs with the settings, or the module whose `main` does, which is imported once they are right.
-    """
-    arguments = sys.argv[1:]
-    show = [a for a in arguments if a in ("--cfg", "--help", "-h")]
-    try:
-        if set(show) - {"--cfg"}:
-            print(help_of(main if isinstance(main, str) else main.__module__, config_name))
-            return
-        arguments = [a for a in arguments if a not in show]
-        check_flags(arguments, keys_of(schema))
-        settings = given(arguments, config_name, schema)
-        if show:
-            print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-            return
-        # Nothing above loads torch: what has to be set before it is loaded is set here.
-        with checking():
-            settle()
-        follow_launcher()
-        deterministic: arithmetic.Deterministic = getattr(settings, "deterministic", "auto")
-        arithmetic.prepare(deterministic)
-        body: Callable[[S], None] = importlib.import_module(main).main if isinstance(main, str) else main
-        arithmetic.settle(deterministic)
-        body(check_components(settings))
-        sys.stdout.flush()
-    except ReadError as error:
-        sys.exit(fail(error, AGAIN))
-    except NotWritten as error:
-        sys.exit(fail(error, NOT_WRITTEN))
-    except (ConfigError, StoreError, FileNotFoundError) as error:
-        sys.exit(fail(error))
-    except BrokenPipeError:
-        sys.exit(nobody_reads())
-    except (OSError, ImportError) as error:
-        line = surroundings_line(error)
-        if line is None:
-            raise
-        passing = isinstance(error, OSError) and error.errno in _PASSING
-        sys.exit(fail(ConfigError(line), IO_ERROR if passing else 2))
-
-
-_MENDABLE = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.EROFS,
-    errno.ELOOP,
-    errno.ENOTEMPTY,
-}
-_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
-IO_ERROR = 74  # EX_IOERR, which jobs are run again for
-
-
-def surroundings_line(error: OSError | ImportError) -> str | None:
-    """One line for what is wrong around the program: a path it was given, or a package; None for a bug of its own."""
-    if isinstance(error, ImportError):
-        if error.name is None:
-            return first_line(error)  # a library that says what it lacks
-        package = error.name.partition(".")[0]
-        installed = importlib.util.find_spec(package) is not None
-        return None if installed else f"the package {package} is not installed: pip install {package}"
-    if error.errno is None:
-        return short(error, MAX_LINE)  # libraries' own words about files and networks
-    known = error.errno in _PASSING or (error.errno in _MENDABLE and error.filename is not None)
-    return _file_line(error) if known else None
-
-
-def _file_line(error: OSError) -> str:
-    said = (error.strerror or type(error).__name__).lower()
-    return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, (str, bytes)) else said
-
-
-def nobody_reads() -> int:
-    """Ends quietly when what reads the output, `head` for one, has closed it; returns the exit code shells know."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
-
-
-def help_of(module: str, config_name: str) -> str:
-    """What a command does, by its module's docstring, and its settings, by the file that describes them."""
-    file = CONFIGS / f"{config_name}.yaml"
-    groups = [f"  {group.key}: {', '.join(group.options)}" for group in groups_of(config_name).values()]
-    parts = [
-        signatures.docstring(module),
-        "Settings are given as key=value; --cfg prints those that a command would run with, and runs nothing.",
-        *(["Chosen by name:\n" + "\n".join(groups)] if groups else []),
-        f"{file}:\n\n{file.read_text().rstrip()}",
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _note(line: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"note: {line}", file=sys.stderr)
-
-
-def fail(error: Exception, code: int = 2) -> int:
-    """Prints the one line of what ends the program; returns its exit code, which is 2 for a mistake.
-
-    Of several ranks that meet it, the first one says it.
-    """
-    said = _file_line(error) if isinstance(error, OSError) and error.errno else str(error)
-    if launched_rank() > 0:
-        time.sleep(RANK_0_SECONDS)  # by then the launcher has ended this one, unless it is alone in it
-    print(f"error: {' '.join(said.split())}", file=sys.stderr)
-    return code
 
 
 def _validation_line(error: ValidationError, schema: type[Settings]) -> str:

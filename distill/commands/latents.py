@@ -1,6 +1,6 @@
 """Writes a store of clean latents of pictures with captions, for `method=lcm_noised`:
 
-python scripts/launch.py scripts/make_latents.py experiment=lcm_lora_sdxl data=images data.images='laion/*.tar' \
+distill launch latents experiment=lcm_lora_sdxl data=images data.images='laion/*.tar' \
     data.store=STORE
 
 The pictures are listed first, into the store's folder. Every process, under a launcher or in a SLURM array, writes
@@ -13,22 +13,22 @@ from __future__ import annotations
 if __name__ == "__main__":  # before what is heavy is imported
     from distill.commands import run
 
-    run("make_latents")
+    run("latents")
 
 import logging
 import os
 
 import torch
 
+from distill.config.loading import ConfigError, checking
+from distill.config.settings import TrainSettings
 from distill.data.images import Accept, Listing, list_pictures
 from distill.data.index import NO_SOLVE, Plan
 from distill.data.progress import counted
 from distill.data.writer import work_split, write_store
 from distill.models.families import Teacher
-from distill.training.config import ConfigError, checking
 from distill.training.latents import LatentEncoder
 from distill.training.launched import launched_rank, only_one_process
-from distill.training.settings import TrainSettings
 from distill.training.teacher import compute_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import stored

@@ -1,6 +1,6 @@
-"""`python scripts/benchmark.py memory`: what the experiments hold, counted on networks without weights.
+"""`distill benchmark memory`: what the experiments hold, counted on networks without weights.
 
-Weights, gradients, optimizer state and average are those of `distill.training.planning`; activations are what lives at
+Weights, gradients, optimizer state and average are those of `distill.planning.estimates`; activations are what lives at
 once beside them in a turn of a step, of one sample at the resolution of the teacher, in bfloat16. A second table is of
 games: a student, its teacher and a discriminator, whose turns follow each other. Each row takes a minute.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distill.commands.train import others_of
+from distill.config.loading import CONFIGS, build, load
+from distill.config.settings import TrainSettings
 from distill.diffusion.random import Context, generator
 from distill.methods.base import Method
-from distill.training.config import CONFIGS, build, load
-from distill.training.counting import PUBLISHED, architecture, batch_of, cast, count, networks_of
-from distill.training.planning import Counted, Held, counted, frozen, held, most_samples, optimizer_bytes
-from distill.training.settings import TrainSettings
+from distill.planning.counting import PUBLISHED, architecture, batch_of, cast, count, networks_of
+from distill.planning.estimates import Counted, Held, counted, frozen, held, most_samples, optimizer_bytes
+from distill.training.assembly import others_of
 
 GIB = 2**30
 RANKS = 8
@@ -65,7 +65,8 @@ def walked(*overrides: str) -> Walked:
     networks |= {f"{name}_ema": networks[name] for name in method.trains if f"{name}_ema" in method.asks}
     cast(networks, method.trains, bf16=True, masters=True)
     batch = batch_of(built, len(method.reads().pick(range(built.teacher.schedule.T, -1, -1), generator("memory"))))
-    context, repeated = Context(cfg.seed, 0, batch.positions), {}
+    context = Context(cfg.seed, 0, batch.positions)
+    repeated: dict[str, Any] = {}
     plain, again = (
         max(
             count(turn, networks, batch, context, checkpointed=c, repeated=repeated).activations(1)

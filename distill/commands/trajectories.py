@@ -1,6 +1,6 @@
 """Writes a store of teacher trajectories:
 
-python scripts/launch.py scripts/make_trajectories.py experiment=lcm_lora_sd15 data.prompts=prompts.txt data.store=STORE
+distill launch trajectories experiment=lcm_lora_sd15 data.prompts=prompts.txt data.store=STORE
 
 Every process, under a launcher or in a SLURM array, writes shards of its own; killed at any moment and started again,
 each goes on. Settings are the `data` group of `configs/train.yaml`; `--cfg` prints them. `teacher=EXPORT` solves with
@@ -12,13 +12,15 @@ from __future__ import annotations
 if __name__ == "__main__":  # before what is heavy is imported
     from distill.commands import run
 
-    run("make_trajectories")
+    run("trajectories")
 
 import logging
 import os
 
 import torch
 
+from distill.config.loading import ConfigError, checking
+from distill.config.settings import TrainSettings
 from distill.data.index import Plan, kept_times
 from distill.data.prompts import read_prompts
 from distill.data.writer import work_split, write_store
@@ -26,9 +28,7 @@ from distill.diffusion.solver import make_times
 from distill.models.exported import open_export
 from distill.models.families import Teacher
 from distill.models.student import as_teacher
-from distill.training.config import ConfigError, checking
 from distill.training.launched import launched_rank, only_one_process
-from distill.training.settings import TrainSettings
 from distill.training.teacher import compute_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored

@@ -6,13 +6,15 @@ import importlib
 import inspect
 import os
 import sys
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from distill.config import signatures
+from distill.config.mistakes import rule, shown, suggest
 from distill.data.errors import short
-from distill.training import signatures
-from distill.training.mistakes import rule, shown, suggest
 
 TARGETS = (
     "distill.methods.",
@@ -23,6 +25,31 @@ TARGETS = (
     "torch.optim.",
 )
 """Where what settings may build is defined. A run's settings may be another person's: they must not call anything."""
+PLUGINS = "distill.plugins"
+"""The group of entry points by which an installed package says that settings may name what it defines."""
+OTHERS = "DISTILL_TARGETS"
+"""The environment variable that names further packages, for settings that were recorded in a run's folder."""
+
+
+def targets() -> tuple[str, ...]:
+    """Beginnings of the names that settings may have: this project's, plug-ins' and those that the user has named."""
+    return (*TARGETS, *(f"{name}." for name in [*_plugins(), *os.environ.get(OTHERS, "").split()]))
+
+
+@cache
+def _plugins() -> tuple[str, ...]:
+    return tuple(sorted({point.value.partition(":")[0] for point in entry_points(group=PLUGINS)}))
+
+
+def allow(path: object) -> None:
+    """Lets settings name what the package of `path` defines: the user has named it, not a file of somebody else.
+
+    Processes that this one starts inherit it. The standard library, much of which acts on its arguments, is left out.
+    """
+    package, _, name = str(path).partition(".")
+    closed = {*sys.stdlib_module_names, "distill", "torch"}
+    if name and package.isidentifier() and package not in closed and not str(path).startswith(targets()):
+        os.environ[OTHERS] = " ".join([*os.environ.get(OTHERS, "").split(), package])
 
 
 def check_component(node: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +105,7 @@ def _read_arguments(path: object) -> dict[str, Any] | None:
         found = signatures.parameters(module, name)
     except signatures.NoSuchName:
         raise ValueError(f"_target_ {short(repr(path))} does not exist") from None
-    if not f"{home}.".startswith(TARGETS):
+    if not f"{home}.".startswith(targets()):
         raise ValueError(f"_target_ {short(repr(path))} is no class or function of its own module")
     return found
 
@@ -90,7 +117,7 @@ def _target(path: object) -> Any:
         target = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         raise ValueError(f"_target_ {short(repr(path))} does not exist") from None
-    if not (inspect.isclass(target) or inspect.isfunction(target)) or not f"{target.__module__}.".startswith(TARGETS):
+    if not (inspect.isclass(target) or inspect.isfunction(target)) or not f"{target.__module__}.".startswith(targets()):
         raise ValueError(f"_target_ {short(repr(path))} is no class or function of its own module")
     return target
 
@@ -100,8 +127,10 @@ def _allowed_target(path: object) -> tuple[str, str]:
     module, _, name = str(path).rpartition(".")
     if path is None:
         raise ValueError("it has no _target_, which names what is to be built")
-    if not str(path).startswith(TARGETS):
-        raise ValueError(f"_target_ {short(repr(path))} is not one of {', '.join(f'{start}*' for start in TARGETS)}")
+    if not str(path).startswith(targets()):
+        allowed = ", ".join(f"{start}*" for start in targets())
+        hint = f"; {OTHERS}=PACKAGE allows those of a package that you trust" if "." in str(path) else ""
+        raise ValueError(f"_target_ {short(repr(path))} is not one of {allowed}{hint}")
     return module, name
 
 

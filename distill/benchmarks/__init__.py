@@ -1,0 +1,1 @@
+"""Timings and memory, as ratios of two things in one run."""

@@ -1,0 +1,278 @@
+"""Measures speed and memory, as ratios within one run (single timings mean little on shared machines):
+
+distill benchmark step --size toy      # a training step against the bare network passes that it needs
+distill benchmark step --size sd15
+distill benchmark deterministic        # a training step with and without the arithmetic that repeats itself
+distill benchmark lcm --size sd15      # LCM-LoRA's step here against that of the usual scripts
+distill benchmark memory               # what the experiments hold, counted without weights
+distill benchmark reader               # planned reads against a sequential read of the same bytes
+distill benchmark checksums            # what comparing all that is read with its checksums costs
+distill benchmark start                # from an index to the first batch, for 10^3, 10^5, 10^7 samples
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+
+from distill.benchmarks.common import SCHEDULE, machine, random_store, toy_unet
+from distill.data.index import ShardInfo, StoreIndex
+from distill.data.loader import make_loader
+from distill.data.reader import Store
+from distill.diffusion.prediction import Prediction
+from distill.diffusion.random import generator
+from distill.diffusion.trajectory import Batch
+from distill.methods.lcm import LCM
+from distill.models.denoiser import NetworkDenoiser
+from distill.models.full_size import build_unet, unet_config
+from distill.models.lora import add_lora
+from distill.training import arithmetic
+from distill.training.engine import Engine, TrainedNetwork
+
+T = TypeVar("T")
+SHAPES = {"toy": ((8, 8), 12), "sd15": ((32, 32), 77)}  # latents (h, w), text tokens
+
+
+def main() -> int:
+    """Of the command line: what is measured, and its options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    step = commands.add_parser("step")
+    step.add_argument("--size", choices=("toy", "sd15"), default="toy")
+    step.add_argument("--repeats", type=int, help="counted steps (toy: 40, sd15: 5)")
+    step.add_argument("--batch-size", type=int, help="samples a step (toy: 64, sd15: 1)")
+    step.set_defaults(run=lambda a: bench_step(a.size, a.repeats, a.batch_size))
+    step.add_argument("--deterministic", choices=("auto", "false"), default="auto")
+    repeats = commands.add_parser("deterministic")
+    repeats.add_argument("--size", choices=("toy", "sd15"), default="toy")
+    repeats.add_argument("--rounds", type=int, default=5, help="processes of each kind, in turn")
+    repeats.set_defaults(run=lambda a: bench_deterministic(a.size, a.rounds))
+    lcm = commands.add_parser("lcm")
+    lcm.add_argument("--size", choices=("toy", "sd15"), default="toy")
+    lcm.add_argument("--rounds", type=int, default=2, help="processes of each variant, in turn")
+    lcm.add_argument("--repeats", type=int, help="counted steps of each process (toy: 20, sd15: 3)")
+    lcm.set_defaults(run=lambda a: bench_lcm(a.size, a.rounds, a.repeats))
+    commands.add_parser("memory").set_defaults(run=lambda a: bench_memory())
+    reader = commands.add_parser("reader")
+    reader.add_argument("--samples", type=int, default=512)
+    reader.add_argument("--workers", type=int, default=1)
+    reader.set_defaults(run=lambda a: bench_reader(a.samples, a.workers))
+    commands.add_parser("checksums").set_defaults(run=lambda a: bench_checksums())
+    start = commands.add_parser("start")
+    start.add_argument("--samples", type=int, nargs="+", default=[10**3, 10**5, 10**7])
+    start.set_defaults(run=lambda a: bench_start(a.samples))
+    arguments = parser.parse_args()
+    deterministic = getattr(arguments, "deterministic", "auto") != "false" and "auto"
+    arithmetic.prepare(deterministic)
+    arithmetic.settle(deterministic)
+    arguments.run(arguments)
+    return 0
+
+
+def bench_lcm(size: str, rounds: int, repeats: int | None) -> None:
+    from distill.benchmarks import lcm_recipe
+
+    lcm_recipe.compare(size, rounds, repeats)
+
+
+def bench_memory() -> None:
+    from distill.benchmarks import memory
+
+    memory.table()
+    print()
+    memory.games()
+
+
+def bench_deterministic(size: str, rounds: int) -> None:
+    """The fastest median step of each kind: what disturbs a machine makes steps slower, never faster."""
+    own = {name: value for name, value in os.environ.items() if name not in arithmetic.VARIABLES}
+    seconds: dict[str, list[float]] = {"auto": [], "false": []}
+    for _ in range(rounds):
+        for chosen, found in seconds.items():
+            command = [sys.executable, "-m", "distill", "benchmark", "step", "--size", size, "--deterministic", chosen]
+            done = subprocess.run(command, env=own, stdout=subprocess.PIPE, text=True, check=True)
+            found.append(float(done.stdout.partition("training step")[2].split()[0]))
+    auto, false = min(seconds["auto"]), min(seconds["false"])
+    print(f"{size}, {rounds} processes of each kind, the fastest medians, {machine('cpu')}")
+    print(f"  deterministic=auto  {auto:9.4f} s")
+    print(f"  deterministic=false {false:9.4f} s")
+    print(f"  ratio               {auto / false:9.3f}")
+
+
+def bench_step(size: str, repeats: int | None, batch_size: int | None) -> None:
+    """Steps and bare passes in turn; the ratio is of medians."""
+    repeats, batch_size = repeats or {"toy": 40, "sd15": 5}[size], batch_size or {"toy": 64, "sd15": 1}[size]
+    unet = toy_unet() if size == "toy" else build_unet(unet_config("sd15"))
+    add_lora(unet, rank=64, alpha=64)
+    (h, w), tokens = SHAPES[size]
+    student = NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON)
+    method = LCM(SCHEDULE)
+    engine = Engine(kind="single").start()
+    engine.prepare({"student": student}, {"student": TrainedNetwork(partial(torch.optim.AdamW, lr=1e-4, fused=True))})
+    (turn,) = method.turns(0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(folder, unet.config, (h, w), tokens, samples=max(64, batch_size))
+        loader = make_loader(
+            store, method.reads, seed=0, global_batch_size=batch_size, micro_batch_size=batch_size, num_workers=1
+        )
+        batches = iter(loader)
+        fixed = next(batches).to(engine.device)
+        seconds: dict[str, list[float]] = {"step": [], "passes": [], "data": []}
+        for i in range(repeats + 2):
+            waited, batch = timed(partial(next, batches))
+            took, _ = timed(partial(engine.update, turn, [batch], i))
+            bare, _ = timed(partial(bare_passes, student, fixed))
+            if i >= 2:  # the first ones allocate
+                for name, value in (("step", waited + took), ("passes", bare), ("data", waited)):
+                    seconds[name].append(value)
+    unet.zero_grad(set_to_none=True)
+    step, passes, data = (median(seconds[name]) for name in ("step", "passes", "data"))
+    target = {"toy": 1.10, "sd15": 1.03}[size]
+    print(f"{size}, batch {batch_size}, latents {h} x {w}, {repeats} steps, medians, {machine(engine.device)}")
+    print(f"  training step       {step:9.4f} s   {batch_size / step:8.2f} samples/s")
+    print(f"  bare passes         {passes:9.4f} s   student forward and backward, target forward")
+    print(f"  ratio               {step / passes:9.3f}     target <= {target}")
+    print(f"  of it waiting data  {100 * data / step:9.2f} %")
+
+
+def bare_passes(student: NetworkDenoiser, batch: Batch) -> None:
+    """The network passes of an LCM-LoRA step on stored states, and nothing else."""
+    for p in student.module.parameters():
+        p.grad = None
+    step = batch.transition()
+    with torch.no_grad():
+        student(step.x_s, step.s, batch.conditioning)
+    student(step.x_t, step.t, batch.conditioning).x0.mean().backward()
+
+
+def bench_reader(samples: int, workers: int) -> None:
+    """LCM's two states of 41 at SDXL's sizes: what is read, how fast, and how fast the same bytes come in a row."""
+    method = LCM(SCHEDULE, skip=25)
+    config = {**unet_config("sd15"), "cross_attention_dim": 2048}
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(folder, config, (128, 128), 77, samples=samples, solver_steps=40)
+        shards = sorted(Path(folder).glob("shard-*.tar"))
+        whole = sum(shard.stat().st_size for shard in shards)
+        ratios, rates = [], []
+        for repeat in range(3):
+            loader = make_loader(
+                store, method.reads, seed=repeat, global_batch_size=8, micro_batch_size=8, num_workers=workers
+            )
+            batches = iter(loader)
+            next(batches)
+            before = bytes_read_by(store, method)
+            seconds, _ = timed(partial(list, islice(batches, samples // 8 - 1)))
+            sequential, _ = timed(partial(read_in_a_row, shards, before * (samples - 8)))
+            ratios.append(seconds / sequential)
+            rates.append((samples - 8) / seconds)
+            del batches
+        print(f"{samples} samples of 41 states [4, 128, 128] fp16 and text [77, 2048]; {machine('cpu')}")
+        print(f"  stored a sample            {whole / samples / 2**20:8.2f} MiB")
+        print(f"  read a sample, planned     {before / 2**20:8.2f} MiB")
+        print(f"  planned reads              {median(rates):8.1f} samples/s, {workers} worker(s), batches assembled")
+        print(f"  time against the same bytes read in a row {median(ratios):5.2f} x")
+
+
+def bench_checksums() -> None:
+    """LCM's two states of 51 of a sample, read with and without its checksums, in turn: what the difference is."""
+    method = LCM(SCHEDULE)
+    toy = {"cross_attention_dim": 64, "in_channels": 4}
+    for size, config, latent, tokens in (
+        ("toy", toy, (8, 8), 12),
+        ("sd15", unet_config("sd15"), (64, 64), 77),
+        ("sdxl", {**unet_config("sd15"), "cross_attention_dim": 2048}, (128, 128), 77),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            store = random_store(folder, config, latent, tokens, samples=64)
+            bare = Store(store.folder, without_checksums(store.index), store.unconditional)
+            picks = [method.reads().pick(store.index.times, generator("benchmark", i)) for i in range(64)]
+            seconds: dict[str, list[float]] = {"with": [], "without": []}
+            for _ in range(30):
+                for name, one in (("with", store), ("without", bare)):
+                    took, _ = timed(partial(one.read_many, list(enumerate(picks))))
+                    seconds[name].append(took / 64)
+            checked, plain = (1e3 * median(seconds[name]) for name in ("with", "without"))
+            print(f"{size:>5}: {checked:.3f} ms a sample, {plain:.3f} without checksums: {checked - plain:.3f} ms more")
+
+
+def without_checksums(index: StoreIndex) -> StoreIndex:
+    from dataclasses import replace
+
+    return replace(index, shards=tuple(replace(shard, crc32="") for shard in index.shards))
+
+
+def bytes_read_by(store: Store, method: LCM) -> float:
+    """Mean bytes that the reader plans to read of a sample."""
+    from distill.data.reader import plan_reads
+
+    times = store.index.times
+    picks = [method.reads().pick(times, generator("benchmark", i)) for i in range(64)]
+    return sum(span.end - span.begin for pick in picks for span in plan_reads(store.index.layout, pick)) / len(picks)
+
+
+def read_in_a_row(files: Sequence[Path], wanted: float) -> int:
+    left = int(wanted)
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+                left -= len(chunk)
+    return left
+
+
+def bench_start(counts: Sequence[int]) -> None:
+    """Synthetic indexes over one real shard's layout; the first batch's order is drawn, its bytes are not read."""
+    from distill.data.order import Order, Share
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(folder, unet_config("sd15"), (8, 8), 12, samples=100)
+        for count in counts:
+            data = grown(store.index, count).to_json()
+            path = Path(folder) / "grown.json"
+            path.write_bytes(data)
+
+            def first_batch(path: Path = path, count: int = count) -> list[int]:
+                index = StoreIndex.from_json(path.read_bytes())
+                order = Order(0, len(index))
+                return [order.index(p) for p in next(Share(64, 64).micro_batches())]
+
+            seconds, _ = timed(first_batch)
+            print(f"{count:>12,} samples: index {len(data) / 2**20:8.2f} MiB, {seconds:6.2f} s to the first batch")
+
+
+def grown(index: StoreIndex, count: int) -> StoreIndex:
+    """The same index, as if it had `count` samples in shards of 1,000."""
+    from dataclasses import replace
+
+    one = index.shards[0]
+    offsets = [int(x) for x in one.offsets.split()]
+    stride = offsets[1] - offsets[0]
+    many = " ".join(str(offsets[0] + i * stride) for i in range(1000))
+    size = offsets[0] + 1000 * stride + 10240
+    shards = [
+        ShardInfo(f"shard-{i:06d}.tar", min(1000, count - 1000 * i), size, one.sha256, many)
+        for i in range(-(-count // 1000))
+    ]
+    return replace(index, samples=count, samples_per_shard=1000, shards=tuple(shards))
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result

@@ -1,0 +1,213 @@
+"""Checks the machine, a line for each thing, with what to do about it: `distill doctor`
+
+    distill doctor                     # versions, devices, processes that compute together, the disk of this folder
+    distill doctor path=/scratch/me    # the disk at another place
+
+Exit code 0 if training can be begun, 1 if something has to be mended first.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+OK, NOTE, BAD = "ok", "note", "BAD"
+WRITTEN_BYTES = 64 << 20
+SECONDS = 120.0  # for two processes to start, meet and sum a tensor
+RANK = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+ones = torch.ones(1 << 20)
+dist.all_reduce(ones)
+assert ones[0] == dist.get_world_size()
+dist.destroy_process_group()
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one thing.
+
+    Args:
+        state: `ok`, `note` (works, and may not be what is wanted) or `BAD`.
+        remedy: what to do, if anything.
+    """
+
+    state: str
+    name: str
+    found: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.state:<5} {self.name:<10} {self.found}"
+        return f"{line}\n{'':<17}-> {self.remedy}" if self.remedy else line
+
+
+def main() -> int:
+    """Of the command line; returns the exit code."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return 0
+    unknown = [argument for argument in arguments if not argument.startswith("path=")]
+    if unknown:
+        print(f"error: unknown setting {unknown[0][:60]!r}: allowed is path=FOLDER", file=sys.stderr)
+        return 2
+    path = Path(arguments[-1].removeprefix("path=") if arguments else ".").expanduser()
+    worst = OK
+    for finding in findings(path):
+        print(finding, flush=True)
+        worst = BAD if BAD in (worst, finding.state) else worst
+    return 1 if worst == BAD else 0
+
+
+def findings(path: Path) -> Iterator[Finding]:
+    """Everything that is checked, quick things first; `path` is where runs would be written."""
+    yield Finding(OK, "python", f"{platform.python_version()} in {sys.prefix}")
+    yield from packages()
+    yield processors()
+    yield devices()
+    yield disk(path)
+    yield links(path)
+    yield scheduler()
+    yield ranks()
+
+
+def packages() -> Iterator[Finding]:
+    """The declared dependencies: those that are missing or out of their range, or one line with the main versions."""
+    wrong = []
+    for text in requires("distill") or ():
+        wanted = Requirement(text)
+        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            if not wanted.specifier.contains(version(wanted.name), prereleases=True):
+                wrong.append((f"{wanted.name} {version(wanted.name)}, needed is {wanted.specifier}", text))
+        except PackageNotFoundError:
+            wrong.append((f"{wanted.name} is not installed", text))
+    for said, text in wrong:
+        yield Finding(BAD, "packages", said, f"pip install '{text}'")
+    if not wrong:
+        names = ("torch", "accelerate", "deepspeed", "diffusers", "peft", "transformers")
+        yield Finding(OK, "packages", ", ".join(f"{name} {version(name)}" for name in names))
+
+
+def processors() -> Finding:
+    """How many cores this process may use, and how much memory the machine has."""
+    import psutil
+
+    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
+    found = f"{cores} cores, {memory.total / 2**30:.0f} GiB of memory, {memory.available / 2**30:.0f} free"
+    return Finding(OK, "processor", found)
+
+
+def devices() -> Finding:
+    """The GPUs that torch sees, or why it sees none."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        found = f"{len(names)} x {names[0]}, {memory:.0f} GiB each, CUDA {torch.version.cuda}"
+        return Finding(OK, "device", found)
+    if hidden := [name for name in ("CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU") if name in os.environ]:
+        said = f"{hidden[0]}={os.environ[hidden[0]]!r}"
+        return Finding(NOTE, "device", f"CPU: {said} hides GPUs", f"unset {hidden[0]} to use them")
+    driver = driver_version()
+    if driver is None:
+        return Finding(NOTE, "device", "CPU: no NVIDIA driver was found", "the toy trains here, larger teachers do not")
+    if torch.version.cuda is None:
+        return Finding(BAD, "device", f"a GPU with driver {driver}, and a torch for CPUs", "install a torch for CUDA")
+    found = f"a GPU with driver {driver}, which torch for CUDA {torch.version.cuda} cannot use"
+    return Finding(BAD, "device", found, "update the driver, or install a torch for an older CUDA")
+
+
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver; None without one."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+
+
+def disk(path: Path) -> Finding:
+    """How fast a file is written until it is on the disk, and how much fits."""
+    return tried("disk", path, _written)
+
+
+def links(path: Path) -> Finding:
+    """Whether files can have two names: stores are published faster with them, and are right without."""
+    return tried("hard links", path, _linked)
+
+
+def tried(name: str, path: Path, check: Callable[[Path], Finding]) -> Finding:
+    """What a check finds in a folder of its own at a path."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path, prefix=".doctor-") as folder:
+            return check(Path(folder))
+    except OSError as error:
+        remedy = "choose a folder that can be written to, path=FOLDER"
+        return Finding(BAD, name, f"{path}: {error.strerror}", remedy)
+
+
+def _written(folder: Path) -> Finding:
+    start = time.perf_counter()
+    with open(folder / "file", "wb") as file:
+        file.write(os.urandom(WRITTEN_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    speed, free = WRITTEN_BYTES / 2**20 / (time.perf_counter() - start), shutil.disk_usage(folder).free / 2**30
+    found = f"{speed:.0f} MiB/s written and synced, {free:.0f} GiB free at {folder.parent}"
+    if free < 10:
+        return Finding(NOTE, "disk", found, "checkpoints of SDXL take 2 to 40 GiB each: choose another place")
+    return Finding(OK, "disk", found)
+
+
+def _linked(folder: Path) -> Finding:
+    (folder / "a").touch()
+    try:
+        os.link(folder / "a", folder / "b")
+    except OSError as error:
+        return Finding(NOTE, "hard links", f"none at {folder.parent} ({error.strerror}): files are renamed instead")
+    return Finding(OK, "hard links", "can be made")
+
+
+def scheduler() -> Finding:
+    """Whether jobs can be submitted from here."""
+    if shutil.which("sbatch") is None:
+        return Finding(NOTE, "SLURM", "no sbatch here: `distill submit` needs a login node")
+    return Finding(OK, "SLURM", "sbatch is here")
+
+
+def ranks() -> Finding:
+    """Two processes that meet and sum a tensor, as those of a run do."""
+    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+        script = Path(folder) / "rank.py"
+        script.write_text(RANK)
+        command = [sys.executable, "-m", "distill", "launch", "--num_processes", "2", str(script)]
+        own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+        start = time.perf_counter()
+        try:
+            done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            remedy = "set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface that connects nodes"
+            return Finding(BAD, "processes", f"two have not met within {SECONDS:.0f} s", remedy)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no words"])[-1]
+        return Finding(
+            BAD, "processes", f"two have not met: {last[:200]}", "see the error; a firewall may be in the way"
+        )
+    return Finding(OK, "processes", f"two met and summed a tensor over gloo in {time.perf_counter() - start:.0f} s")

@@ -1,0 +1,1 @@
+"""Settings: how they are composed, checked and recorded."""

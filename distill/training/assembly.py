@@ -1,0 +1,399 @@
+"""A run, assembled from its settings: what is trained, on which data, and what saves, watches and shows it.
+
+    run = Run.assemble(settings)          # everything checked; no network is loaded
+    resumed = run.resume(watchdog)        # with the other ranks: networks, as the newest checkpoint has them
+    code = run.train(resumed, watchdog)   # the loop, to its end or to what stops it
+
+`train_run` does all three, and holds the lock of the run's folder meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.config.loading import ConfigError, build, checking
+from distill.config.settings import TrainSettings
+from distill.data.errors import ReadError
+from distill.data.loader import Loader, make_loader
+from distill.data.progress import Progress as Bar
+from distill.data.prompts import read_prompts
+from distill.data.reader import Store
+from distill.data.words import counted
+from distill.diffusion.trajectory import Batch
+from distill.methods.base import Method
+from distill.models.exported import Exported, open_export
+from distill.models.families import Teacher
+from distill.models.latent_reward import LatentReward
+from distill.models.schedulers import scheduler_settings
+from distill.training.checkpoint import Checkpoints
+from distill.training.ends import PREEMPTED, exit_code, say_end
+from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
+from distill.training.fitting import SAMPLES, STORE, as_begun, check_method, fitting_store, split_batch
+from distill.training.health import Health
+from distill.training.launched import launched_rank, launched_world_size, require_one_task
+from distill.training.lock import RunLock
+from distill.training.loop import Every, NoData, train
+from distill.training.preemption import Preemption
+from distill.training.run import (
+    checkpoints_of,
+    finished,
+    identity,
+    kept_files,
+    mark_finished,
+    open_run,
+    prepare_folder,
+    writing,
+)
+from distill.training.teacher import open_teacher
+from distill.training.tracking import (
+    SKIPPED,
+    Meter,
+    Progress,
+    Tracker,
+    cut_after,
+    note_skipped,
+    open_trackers,
+    read_metrics,
+)
+from distill.training.used import note_data
+from distill.training.validation import Validation, teacher_ends, validation_seeds
+from distill.training.watchdog import Watchdog, joining
+from distill.training.writing import WriteError
+
+log = logging.getLogger("distill")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run resumes: what saves it, the store with the samples that it began with, and the steps taken."""
+
+    checkpoints: Checkpoints
+    store: Store
+    step: int
+    restore: Callable[[], None]  # writes what has gone of the small files in the run's folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, checked as far as it can be before the first network is loaded; `assemble` makes it."""
+
+    cfg: TrainSettings
+    engine: Engine
+    micro_batch_size: int
+    teacher: str
+    method: Method
+    exports: dict[str, Exported]
+    student: Any
+    others: dict[str, Any]
+    health: Health
+    plans: dict[str, TrainedNetwork]
+    store: Store
+    preemption: Preemption
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.output_dir)
+
+    @classmethod
+    def assemble(cls, cfg: TrainSettings) -> Run:
+        """Raises ConfigError: one line about the first thing that the user has to mend."""
+        folder, first = Path(cfg.output_dir), launched_rank() == 0
+        engine: Engine = build(cfg.engine, on_skipped=partial(note_skipped, folder))
+        micro_batch_size = split_batch(cfg, launched_world_size())
+        with checking("preemption_signals: "):
+            preemption = Preemption(folder, writes=first, signals=cfg.preemption_signals)
+        teacher = open_teacher(cfg.model)
+        method: Method = build(cfg.method, schedule=teacher.schedule)
+        check_method(cfg, method)
+        with checking("the method's students: "):  # which an export will need a scheduler for
+            drawn = method.sampling
+            scheduler_settings(teacher.noise, drawn.sampler, drawn.spacing, steps=drawn.steps)
+        exports = exports_of(cfg, teacher)
+        cfg = settled(cfg, exports)
+        with checking():
+            rate = LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
+            return cls(
+                cfg=cfg,
+                engine=engine,
+                micro_batch_size=micro_batch_size,
+                teacher=f"{teacher.teacher_id} ({teacher.family.name})",
+                method=method,
+                exports=exports,
+                student=build(cfg.student),
+                others=others_of(cfg, method),
+                health=build(cfg.health, main=first),
+                plans={name: plan_of(cfg, method, rate, name) for name in method.trains},
+                store=fitting_store(cfg, teacher, method, exports),
+                preemption=preemption,
+            )
+
+    def resume(self, watchdog: Watchdog) -> Resumed:
+        """Joins the other ranks and prepares the networks, as the checkpoint has them that the run resumes from.
+
+        Raises:
+            ConfigError: a checkpoint, or a store, of another run.
+        """
+        cfg, engine = self.cfg, self.engine
+        restore = kept_files(self.folder) if launched_rank() == 0 else lambda: None
+        with joining(launched_rank(), launched_world_size()):
+            engine.start()
+        hashes = engine.from_main(hashes_of(self.exports) if engine.is_main else {})
+        recorded = cfg.model_dump(mode="json")
+        own = engine.from_main(identity(self.folder) if engine.is_main else "")
+        checkpoints = Checkpoints(
+            checkpoints_of(self.folder), cfg.checkpoints_total_limit, recorded, hashes, own, before=restore
+        )
+        with watchdog.over("the networks, or other ranks that load them"):
+            teacher = open_teacher(cfg.model, parts=("unet",))
+            networks = {
+                name: other.network(teacher, cfg.seed) for name, other in self.others.items()
+            }  # of it untouched
+            starts, teaches = self.exports.get("start"), self.exports.get("teacher")
+            networks |= self.student.networks(teacher, cfg.seed, "teacher" in self.method.asks, starts, teaches)
+            engine.prepare(networks, self.plans, helpers_of(cfg, self.method))
+        with watchdog.over("the checkpoint that the run resumes from"):
+            resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
+        step = resumed.step if resumed else 0
+        if step > cfg.max_train_steps:
+            raise ConfigError(
+                f"resume_from_checkpoint={cfg.resume_from_checkpoint} has taken {step} steps, and max_train_steps="
+                f"{cfg.max_train_steps} is less: set more"
+            )
+        store = as_begun(self.store, resumed.state if resumed else {})
+        checkpoints.state = {SAMPLES: len(store), STORE: store.index.identity}
+        return Resumed(checkpoints, store, step, restore)
+
+    def train(self, resumed: Resumed, watchdog: Watchdog) -> int:
+        """Takes the steps that are left; returns the exit code (`ends.exit_code`), whatever ends the run."""
+        cfg, engine = self.cfg, self.engine
+        tracker = self.tracker(resumed.step)
+        progress = Progress(cfg.max_train_steps, resumed.step, main=engine.is_main)
+        if engine.is_main:
+            self._say_header(resumed)
+        with watchdog.over("the validation's prompts and the teacher's own pictures of them"):
+            validate = self.validation(tracker)
+        began, failure = time.monotonic(), None
+        with self.preemption, closing(iter(self.loader(resumed))) as batches:
+            step, failure = self._steps(resumed, batches, progress, tracker, watchdog, validate)
+            code = exit_code(step, cfg.max_train_steps, self.health, failure)
+            if code == PREEMPTED:
+                self.preemption.mark(step)
+        progress.close()
+        with watchdog.over("the trackers, and the other ranks at the end"):
+            tracker.close()
+            engine.barrier()  # a launcher may end all ranks when the first is gone, and this one still sends
+        if engine.is_main and code == 0:
+            resumed.restore()
+            mark_finished(self.folder, step)
+        if engine.is_main and failure is None:
+            seconds, interrupted = time.monotonic() - began, self.preemption.interrupted
+            say_end(code, self.folder, step, cfg.max_train_steps, seconds, interrupted)
+        engine.close()
+        return code
+
+    def _steps(
+        self,
+        resumed: Resumed,
+        batches: Iterator[Batch],
+        progress: Progress,
+        tracker: Tracker,
+        watchdog: Watchdog,
+        validate: Callable[[int], Mapping[str, float]],
+    ) -> tuple[int, Exception | None]:
+        """The loop; returns the steps taken in all, and what has ended it before its time. On all ranks alike."""
+        cfg = self.cfg
+        try:
+            step = train(
+                self.method,
+                self.engine,
+                batches,
+                start_step=resumed.step,
+                max_train_steps=cfg.max_train_steps,
+                every=Every(cfg.log_every, cfg.checkpointing_steps, cfg.validation_steps),
+                meter=Meter(cfg.max_train_steps, cfg.global_batch_size, resumed.step),
+                progress=progress,
+                tracker=tracker,
+                checkpoints=resumed.checkpoints,
+                preemption=self.preemption,
+                watchdog=watchdog,
+                health=self.health,
+                validate=validate,
+            )
+        except NonFiniteError as error:
+            return resumed.step, NonFiniteError(f"{error}; {resumed.checkpoints.after_divergence(self.engine)}")
+        except NoData as ended:
+            return ended.step, ended.error
+        except WriteError as error:
+            return resumed.step, error
+        except FileNotFoundError as error:  # on this rank, in mid-run: no mistake in the settings
+            raise ReadError(f"a file is gone while the run goes on: {error}") from error
+        return step, None
+
+    def _say_header(self, resumed: Resumed) -> None:
+        """What is about to run, on the console: machine, teacher, data, what is trained, batch, steps, folder."""
+        cfg, engine = self.cfg, self.engine
+        precision = "float32" if engine.mixed_precision == "no" else engine.mixed_precision
+        log.info("engine=%s in %s on %d x %s", engine.name, precision, engine.world_size, engine.device_name)
+        log.info("teacher %s; store %s with %d samples", self.teacher, cfg.data.store, len(resumed.store))
+        trained = ", ".join(f"{name} {count:,} weights" for name, count in engine.trained_parameters().items())
+        log.info("%s trains %s", type(self.method).__name__, trained)
+        log.info(
+            "batch %d = %d a micro-batch x %d accumulated x %s; steps %d to %d; output_dir=%s",
+            cfg.global_batch_size,
+            self.micro_batch_size,
+            cfg.gradient_accumulation_steps,
+            counted(engine.world_size, "process", "processes"),
+            resumed.step + 1,
+            cfg.max_train_steps,
+            self.folder,
+        )
+
+    def loader(self, resumed: Resumed) -> Loader:
+        """This rank's batches from the step on where the run resumes."""
+        return make_loader(
+            resumed.store,
+            self.method.reads,
+            seed=self.cfg.seed,
+            global_batch_size=self.cfg.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            start_step=resumed.step,
+            num_workers=self.cfg.dataloader_num_workers,
+            prompts=self.method.needs_prompts,
+        )
+
+    def tracker(self, step: int) -> Tracker:
+        """Where metrics go; of those after `step`, from which the run resumes, nothing is kept."""
+        cfg, engine = self.cfg, self.engine
+        if engine.is_main:
+            cut_after(self.folder / SKIPPED, step)
+        self.health.recall(engine.from_main(read_metrics(self.folder, step)))
+        report_to = [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to
+        return open_trackers(report_to, self.folder, cfg.model_dump(mode="json"), resume_step=step, main=engine.is_main)
+
+    def validation(self, tracker: Tracker) -> Callable[[int], dict[str, float]]:
+        """Samples the validation's prompts, if there are any. Text encoders are needed once, and dropped."""
+        cfg, engine = self.cfg, self.engine
+        if cfg.validation_prompts is None:
+            return lambda step: {}
+        with checking("validation_prompts: "):
+            prompts = read_prompts(cfg.validation_prompts)
+        teacher = open_teacher(cfg.model, parts=("text", "vae"))
+        conditioning = teacher.encode(prompts)
+        ends = ends_of(cfg, engine, conditioning, self.folder)
+        del teacher.parts["text"]
+        conditioning |= {"guidance": torch.full((len(prompts),), cfg.validation_guidance)}
+        steps, seeds = cfg.validation_sampling_steps, cfg.validation_diversity_seeds
+        reward = build(cfg.validation_reward) if cfg.validation_reward is not None and engine.is_main else None
+        draws = Validation(teacher, prompts, conditioning, steps, cfg.seed, seeds, self.method.sampling, ends, reward)
+        return partial(draws, engine, tracker)
+
+
+def train_run(cfg: TrainSettings) -> int:
+    """Assembles, resumes and trains a run, with its folder locked; returns its exit code, and 0 if it has finished.
+
+    Raises:
+        ConfigError: what the user has to mend, one line.
+    """
+    folder, first = Path(cfg.output_dir), launched_rank() == 0
+    with checking():
+        require_one_task()
+        watchdog = Watchdog(cfg.watchdog_minutes, launched_rank())
+    if first:
+        prepare_folder(folder)
+    with watchdog, ExitStack() as held:
+        with watchdog.over("the teacher's configs, its hash, and the store's index"):
+            run = Run.assemble(cfg)
+        with writing(folder):
+            held.enter_context(RunLock(folder, takes=first))
+            open_run(run.cfg)
+        if finished(folder, cfg.max_train_steps):
+            log.info("%s has taken its %d steps already: nothing is done, or written", folder, cfg.max_train_steps)
+            return 0
+        if first:
+            note_data(folder, run.store)
+        with checking():
+            resumed = run.resume(watchdog)
+        return run.train(resumed, watchdog)
+
+
+def exports_of(cfg: TrainSettings, teacher: Teacher) -> dict[str, Exported]:
+    """The earlier students that this one starts from ("start") and learns from ("teacher"), where given."""
+    exports = {}
+    for name, folder in (("start", cfg.start), ("teacher", cfg.teacher)):
+        if folder is not None:
+            with checking(f"{name}: "):
+                exports[name] = open_export(folder)
+                if launched_rank() == 0:  # the hash reads all weights once
+                    exports[name].require_base(teacher.teacher_hash)
+    return exports
+
+
+def settled(cfg: TrainSettings, exports: Mapping[str, Exported]) -> TrainSettings:
+    """With what the student's settings leave to its start: so recorded, the run can be exported without that."""
+    if "start" not in exports:
+        return cfg
+    with checking("start: "):
+        found = build(cfg.student).settle(exports["start"])
+    return cfg.model_copy(update={"student": cfg.student | found})
+
+
+def hashes_of(exports: Mapping[str, Exported]) -> dict[str, str]:
+    """What a resumed run must find in the folders of its earlier students."""
+    return {f"SHA-256 of the weights of {name}": export.weights_hash for name, export in exports.items()}
+
+
+def others_of(cfg: TrainSettings, method: Method) -> dict[str, Any]:
+    """What makes each of the networks that the method trains beside the student."""
+    names = [name for name in method.trains if name != "student"]
+    if missing := [name for name in names if name not in cfg.networks]:
+        raise ConfigError(f"the method trains a {missing[0]}, which the settings do not describe: set networks=critics")
+    return {name: build(cfg.networks[name]) for name in names}
+
+
+def plan_of(cfg: TrainSettings, method: Method, rate: LearningRate, name: str) -> TrainedNetwork:
+    """How a network is trained; of those beside the student an average is kept only if the method asks for it."""
+    averaged = name == "student" or f"{name}_ema" in method.asks
+    schedule = partial(scheduled, cfg, method, rate, name)
+    return TrainedNetwork(build(cfg.optimizer), schedule, cfg.ema_decay if averaged else None)
+
+
+def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str, step: int) -> float:
+    """The factor of `learning_rate` at a step: the schedule's, times that of the method's own rate, if it has one."""
+    return rate(step) * (method.learning_rate(step, name) or cfg.learning_rate) / cfg.learning_rate
+
+
+def helpers_of(cfg: TrainSettings, method: Method) -> dict[str, torch.nn.Module]:
+    """What the method's losses call beside networks, of what they ask for: a reward and a distance of latents."""
+    helpers: dict[str, torch.nn.Module] = {}
+    if "reward" in method.asks and cfg.reward is not None:
+        teacher = open_teacher(cfg.model, parts=("vae",))
+        helpers["reward"] = LatentReward(teacher, build(cfg.reward), cfg.reward_batch_size)
+    if "perceptual" in method.asks and cfg.perceptual is not None:
+        helpers["perceptual"] = build(cfg.perceptual)
+    return helpers
+
+
+def ends_of(
+    cfg: TrainSettings, engine: Engine, conditioning: Mapping[str, torch.Tensor], folder: Path
+) -> torch.Tensor | None:
+    """Where the model itself gets to from the validation's noise, on the main rank; drawn once a run."""
+    if not cfg.validation_teacher_steps or not engine.is_main:
+        return None
+    guidance = cfg.data.guidance if isinstance(cfg.data.guidance, float) else cfg.validation_guidance
+    teacher = open_teacher(cfg.model, parts=("unet", "text")).to(engine.device)
+    seeds = validation_seeds(cfg.seed, len(next(iter(conditioning.values()))))
+    progress = Bar("the teacher's own pictures", len(seeds), "pictures")
+    there = {name: value.to(engine.device) for name, value in conditioning.items()}
+    kept = folder / "validation.safetensors"
+    return teacher_ends(teacher, there, seeds, cfg.validation_teacher_steps, guidance, kept, progress.update)

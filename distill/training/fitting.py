@@ -1,0 +1,167 @@
+"""Whether settings, method and store belong together: what does not is one line, before a network is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from distill.config.loading import ConfigError
+from distill.config.recorded import given_keys
+from distill.config.settings import TrainSettings
+from distill.data.errors import StoreError
+from distill.data.index import StoreIndex, StoreMismatch
+from distill.data.reader import Store, open_store
+from distill.methods.base import Method
+from distill.models.exported import Exported
+from distill.models.families import Teacher
+from distill.training.launched import launched_rank
+
+log = logging.getLogger("distill")
+
+SAMPLES, STORE = "samples", "store"  # in a checkpoint: how many the run began with, and of which store
+
+
+def check_method(cfg: TrainSettings, method: Method) -> None:
+    """The run's settings have to be what the method counts on."""
+    if method.steps not in (None, cfg.max_train_steps):
+        raise ConfigError(
+            f"the method's stages take {method.steps} steps, not max_train_steps={cfg.max_train_steps}: set "
+            "max_train_steps=null, which follows them, or other method.stages"
+        )
+    if cfg.ema_decay is None and any(f"{name}_ema" in method.asks for name in method.trains):
+        raise ConfigError("the method's target is the moving average of the student, and none is kept: set ema_decay")
+    if "reward" in method.asks and cfg.reward is None:
+        raise ConfigError("the method scores its answers, and there is no reward: set reward=clip or another")
+    if "perceptual" in method.asks and cfg.perceptual is None:
+        raise ConfigError("the method's distance is perceptual, and there is none: set perceptual=latent_lpips")
+    if cfg.global_batch_size < method.least_samples:
+        raise ConfigError(
+            f"the method compares samples of a step: global_batch_size={cfg.global_batch_size} must be at least "
+            f"{method.least_samples}"
+        )
+    check_read(cfg, method)
+
+
+def check_read(cfg: TrainSettings, method: Method) -> None:
+    """Refuses what is set and nothing of the run would read."""
+    stages = ", or method.stages of which one does" if method.steps else ""
+    for name in ("reward", "perceptual"):
+        if getattr(cfg, name) is not None and name not in method.asks:
+            raise ConfigError(
+                f"{name} is set, and the method uses none: leave it out, or set a method that does{stages}"
+            )
+    nodes = [cfg.student, *(cfg.networks[name] for name in method.trains if name in cfg.networks)]
+    has = {key for node in nodes for key in node}
+    given = given_keys()
+    unread = {
+        "reward_batch_size": cfg.reward is None and "the method uses no reward",
+        "lora_rank": "rank" not in has and "no network of this run has a LoRA",
+        "lora_alpha": "alpha" not in has and "no network of this run has a LoRA",
+        "lr_warmup_steps": cfg.lr_scheduler == "constant"
+        and cfg.lr_warmup_steps
+        and "lr_scheduler=constant has no warm-up",
+        "validation_reward": cfg.validation_prompts is None and "there are no validation_prompts",
+    }
+    for key, reason in unread.items():
+        if reason and key in given:
+            raise ConfigError(f"{key} is set, and has no effect: {reason}")
+    for key in given:
+        network = key.split(".")[1] if key.startswith("networks.") else None
+        if network is not None and network not in method.trains:
+            raise ConfigError(f"{key} is set, and the method trains no {network}: it trains {', '.join(method.trains)}")
+
+
+def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports: Mapping[str, Exported]) -> Store:
+    """The store, once it is known to be this teacher's and to hold what the method reads.
+
+    A method that asks no network to teach learns from the solves of the one that `teacher` names.
+    """
+    store = open_store(
+        cfg.data.store,
+        max_bad_fraction=cfg.data.max_bad_fraction,
+        verify_sha256=cfg.data.verify_on_first_read,
+        retry_seconds=cfg.data.read_retry_seconds,
+    )
+    try:
+        for step in method.starts:
+            method.reads(step).check(store.index.times)
+    except ValueError as error:
+        if store.index.kind == "pictures":
+            raise ConfigError(
+                f"a store of pictures has no teacher solves, method=lcm_noised needs none: {error}"
+            ) from None
+        raise
+    if launched_rank() == 0:  # the hash reads all weights once
+        solved = exports.get("teacher") if "teacher" not in method.asks else None
+        wanted = {
+            "schedule_fingerprint": teacher.schedule.fingerprint,
+            "teacher_hash": solved.weights_hash if solved else teacher.teacher_hash,
+            "guidance": cfg.data.guidance,
+            "resolution": teacher.resolution,
+        }
+        if store.index.kind == "trajectories":  # settings of the writer: what a person has set here must be so there
+            solve = {"solver": cfg.data.solver, "solver_steps": cfg.data.solver_steps}
+            wanted |= {name: value for name, value in solve.items() if f"data.{name}" in given_keys()}
+        try:
+            store.index.require(**wanted)
+        except StoreMismatch as error:
+            raise ConfigError(
+                f"{error}; {remedy(store.index, wanted, learns_from_export=solved is not None)}"
+            ) from None
+    return store
+
+
+def remedy(index: StoreIndex, wanted: Mapping[str, Any], learns_from_export: bool) -> str:
+    """What to type for a store that does not fit."""
+    if any(getattr(index, name) != wanted[name] for name in ("schedule_fingerprint", "teacher_hash")):
+        key = "teacher" if learns_from_export else "model.pretrained_model_name_or_path"
+        return f"set {key} to what solved it ({index.teacher_id}), or data.store to a new store for this one"
+    guidance = json.dumps(index.guidance).replace(" ", "")
+    settings = {
+        "data.guidance": ("guidance", guidance),
+        "data.solver": ("solver", index.solver),
+        "data.solver_steps": ("solver_steps", index.solver_steps),
+        "model.resolution": ("resolution", index.resolution),
+    }
+    differing = {name for name, value in wanted.items() if value not in (None, getattr(index, name))}
+    given = [f"{key}={value}" for key, (name, value) in settings.items() if name in differing]
+    return f"set {' '.join(given)}, or data.store to a new store for these settings"
+
+
+def as_begun(store: Store, state: Mapping[str, Any]) -> Store:
+    """The samples that a run began with, of a store that may have grown since: their number decides the order of data.
+
+    Raises:
+        StoreError: it is another store, or has fewer samples now.
+    """
+    if state.get(STORE, store.index.identity) != store.index.identity:
+        raise StoreError(
+            f"data.store={store.folder.url} is not the store that the run has learned from until now: set data.store "
+            "to that one, wherever it lies today, or choose another output_dir"
+        )
+    samples = state.get(SAMPLES, len(store))
+    if samples > len(store):
+        raise StoreError(
+            f"data.store={store.folder.url} has {len(store)} samples and had {samples} when the run began: "
+            "bring the old store back, or choose another output_dir"
+        )
+    if samples < len(store) and launched_rank() == 0:
+        log.info(
+            "the store has grown to %d samples: this run goes on with the first %d, which it began with; "
+            "a new output_dir uses them all",
+            *(len(store), samples),
+        )
+    return store.first(samples)
+
+
+def split_batch(cfg: TrainSettings, world_size: int) -> int:
+    """Samples of one micro-batch of one rank."""
+    parts = world_size * cfg.gradient_accumulation_steps
+    if cfg.global_batch_size % parts:
+        raise ConfigError(
+            f"global_batch_size={cfg.global_batch_size} must be a multiple of {parts}: "
+            f"{world_size} processes x gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
+        )
+    return cfg.global_batch_size // parts

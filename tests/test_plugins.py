@@ -1,0 +1,117 @@
+"""Code from elsewhere: a package of somebody's own gives a method, which trains, exports and samples."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.config import components
+from distill.config.components import OTHERS, check_component
+from distill.config.loading import ConfigError, load
+from distill.config.settings import TrainSettings
+
+ROOT = Path(__file__).parents[1]
+METHOD = '''
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from distill import Batch, Losses, Method, NoiseSchedule, Turn
+from distill.diffusion.losses import l2
+from distill.diffusion.trajectory import Pair, Reads
+
+
+class Mine(Method):
+    """x_T to x_0 in one jump."""
+
+    title = "Mine"
+
+    def __init__(self, schedule: NoiseSchedule, weight: float = 1.0) -> None:
+        self.schedule, self.weight = schedule, weight
+
+    def reads(self, step: int = 0) -> Reads:
+        return Pair(skip=self.schedule.T)
+
+    def turns(self, step: int) -> Iterable[Turn]:
+        return (Turn("student", self.loss),)
+
+    def loss(self, networks, batch: Batch, context) -> Losses:
+        step = batch.transition()
+        loss = self.weight * l2(networks["student"](step.x_t, step.t, batch.conditioning).x0, step.x_s).mean()
+        return Losses(loss, {"loss": loss.detach()})
+'''
+METADATA = "Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """As pip installs it: a module, and metadata with an entry point."""
+    site = tmp_path / "site"
+    (site / "elsewhere").mkdir(parents=True)
+    (site / "elsewhere/__init__.py").write_text(METHOD)
+    info = site / "elsewhere-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(METADATA)
+    (info / "entry_points.txt").write_text("[distill.plugins]\nelsewhere = elsewhere\n")
+    return site
+
+
+def ran(site: Path, folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{site}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+    command = [sys.executable, "-m", "distill", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_a_method_of_another_package_trains_exports_and_samples(package: Path, tmp_path: Path) -> None:
+    toy = ["experiment=quickstart", "engine=single", f"data.store={tmp_path}/store", "data.num_samples=8"]
+    toy += ["data.samples_per_shard=8", "data.solver_steps=10", "global_batch_size=4", "max_train_steps=2"]
+    toy += ["lr_warmup_steps=0", "dataloader_num_workers=0", "validation_prompts=null"]
+    (tmp_path / "configs/method").mkdir(parents=True)
+    (tmp_path / "configs/method/mine.yaml").write_text("_target_: elsewhere.Mine\nweight: 0.5\n")
+    for arguments in (
+        ["trajectories", *toy],
+        ["train", *toy, "method=mine", f"output_dir={tmp_path}/run"],
+        ["export", f"run={tmp_path}/run", f"output_dir={tmp_path}/lora", "card_prompts=[]"],
+        ["sample", f"run={tmp_path}/run", "prompts=[a]", "steps=[1]", f"output_dir={tmp_path}/pictures"],
+    ):
+        done = ran(package, tmp_path, *arguments)
+        assert done.returncode == 0, (arguments[0], done.stderr[-2000:])
+    assert "Method: Mine" in (tmp_path / "lora/README.md").read_text()
+    assert (tmp_path / "pictures/grid.png").is_file()
+
+
+def test_recorded_settings_name_no_package_that_nobody_has_allowed(package: Path, tmp_path: Path) -> None:
+    """The package is installed, and says nothing of itself: on a command line it is named, from a run's folder not."""
+    (package / "elsewhere-1.0.dist-info/entry_points.txt").unlink()
+    given = ["train", "experiment=quickstart", "method._target_=elsewhere.Mine", "~method.skip", "--cfg"]
+    given += ["~method.source", "~method.target", "~method.loss", "~method.huber_c"]
+    done = ran(package, tmp_path, *given)
+    assert done.returncode == 0 and "_target_: elsewhere.Mine" in done.stdout, done.stderr
+    (tmp_path / "settings.yaml").write_text(done.stdout)
+    recorded = ["train", f"settings={tmp_path}/settings.yaml", "--cfg"]
+    done = ran(package, tmp_path, *recorded)
+    assert done.returncode == 2 and "DISTILL_TARGETS=PACKAGE allows" in done.stderr and done.stderr.count("\n") == 1
+    assert ran(package, tmp_path, *recorded, DISTILL_TARGETS="elsewhere").returncode == 0
+
+
+def test_an_optimizer_of_another_package_is_checked_against_its_signature(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(package)
+    monkeypatch.setenv(OTHERS, "")
+    given = ["data.store=s", "optimizer._target_=transformers.optimization.Adafactor"]
+    with pytest.raises(ConfigError, match="Adafactor|unknown key|fused"):
+        components.check_component(dict(load("train", TrainSettings, [*given, "optimizer.fuse=true"]).optimizer))
+
+
+@pytest.mark.parametrize("path", ["os.system", "subprocess.Popen", "torch.load", "distill.commands.train.main", "x"])
+def test_what_acts_on_its_arguments_stays_out(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OTHERS, "")
+    with pytest.raises(ConfigError, match="is not one of distill.methods"):
+        load("train", TrainSettings, ["data.store=s", f"method._target_={path}"])
+    with pytest.raises(ValueError, match="is not one of"):
+        check_component({"_target_": path})
