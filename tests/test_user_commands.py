@@ -40,7 +40,7 @@ def run(*command: str, **environment: str) -> str:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("family, processes", [("sd15", 2), ("sdxl", 1)])
+@pytest.mark.parametrize("family, processes", [("sd15", 2), pytest.param("sdxl", 1, marks=pytest.mark.slow)])
 def test_four_commands_from_prompts_to_pictures(family: str, processes: int, tmp_path: Path) -> None:
     teacher = save_tiny(tmp_path / "teacher", family, prediction_type="v_prediction" if family == "sd15" else "epsilon")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")

@@ -281,6 +281,7 @@ def test_one_process_goes_on_where_two_under_zero_stopped(second: Any, folder: P
     assert [path.name for path in (tmp_path / name / "checkpoints").iterdir() if path.is_dir()] == ["step-00000003"]
 
 
+@pytest.mark.slow
 def test_four_processes_go_on_where_two_stopped_under_another_stage(second: Any, folder: Path) -> None:
     """From two of ZeRO-3 and DDP to four of ZeRO-2 and 3: as if one had gone on all the time."""
     stages = {"zero3-lcm": "zero2", "ddp-lora": "zero3"}
