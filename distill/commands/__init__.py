@@ -45,8 +45,7 @@ class Command:
     def run(self) -> int:
         """Runs it with the arguments of this process; `--help` is answered without loading it."""
         if self.settings is not None:
-            run_script(self.module, self.config, self.settings)
-            return 0
+            return run_script(self.module, self.config, self.settings)
         if sys.argv[1:] in (["-h"], ["--help"]):
             print(signatures.docstring(self.module))
             return 0

@@ -9,11 +9,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import yaml
 
+from distill.commands.multirun import FLAGS as MULTIRUN
+from distill.commands.multirun import multirun
 from distill.config import signatures
 from distill.config.composition import CONFIGS, add_config_dir, groups_of
 from distill.config.loading import Settings, check_components, given, keys_of
@@ -27,28 +30,58 @@ RANK_0_SECONDS = 10.0
 S = TypeVar("S", bound=Settings)
 
 
-def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S]) -> None:
+@dataclass(frozen=True)
+class Flags:
+    """What is not `key=value` on a command line.
+
+    Args:
+        rest: the settings.
+        shows: what is to be printed in the place of running: `help`, `cfg`, or nothing.
+        several: `-m`: the settings have several values.
+    """
+
+    rest: list[str]
+    shows: str
+    several: bool
+
+
+def flags_of(arguments: Sequence[str]) -> Flags:
+    """Takes flags and settings apart; `--config-dir DIR` acts from now on. Raises ConfigError."""
+    rest = with_config_dirs([*arguments])
+    shows, several = "", any(argument in MULTIRUN for argument in rest)
+    for at, argument in enumerate(rest):
+        if argument in ("--help", "-h"):
+            shows = "help"
+        elif argument in ("--cfg", "-c"):
+            shows = shows or "cfg"
+            if rest[at + 1 : at + 2] and rest[at + 1] in ("job", "all"):  # Hydra's word for what is printed here
+                rest[at + 1] = argument
+    taken = {"--help", "-h", "--cfg", "-c", *MULTIRUN}
+    return Flags([argument for argument in rest if argument not in taken], shows, several)
+
+
+def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S]) -> int:
     """What every command calls: settings from the command line, one line and exit code 2 for what the user can mend.
 
     `--cfg` prints the composed settings and stops; `settings=FILE` takes what it printed, instead of composing any.
-    `--help` says what the command does, and which settings there are.
+    `--help` says what the command does, and which settings there are; `-m` runs it with several values of settings.
 
     Args:
         main: what runs with the settings, or the module whose `main` does, which is imported once they are right.
     """
-    arguments = sys.argv[1:]
-    show = [a for a in arguments if a in ("--cfg", "--help", "-h")]
     try:
-        if set(show) - {"--cfg"}:
-            with_config_dirs(arguments)
-            print(help_of(main if isinstance(main, str) else main.__module__, config_name))
-            return
-        arguments = [a for a in with_config_dirs(arguments) if a not in show]
-        check_flags(arguments, keys_of(schema))
-        settings = given(arguments, config_name, schema)
-        if show:
+        flags = flags_of(sys.argv[1:])
+        module = main if isinstance(main, str) else main.__module__
+        if flags.shows == "help":
+            print(help_of(module, config_name))
+            return 0
+        check_flags(flags.rest, keys_of(schema))
+        if flags.several and not flags.shows:
+            return multirun(module.rpartition(".")[2], config_name, schema, flags.rest)
+        settings = given(flags.rest, config_name, schema)
+        if flags.shows:
             print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-            return
+            return 0
         # Nothing above loads torch: what has to be set before it is loaded is set here.
         with checking():
             settle()
@@ -59,6 +92,7 @@ def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S
         arithmetic.settle(deterministic)
         body(check_components(settings))
         sys.stdout.flush()
+        return 0
     except ReadError as error:
         sys.exit(fail(error, AGAIN))
     except NotWritten as error:
@@ -135,7 +169,9 @@ def help_of(module: str, config_name: str) -> str:
     groups = [f"  {group.key}: {', '.join(group.options)}" for group in groups_of(config_name).values()]
     parts = [
         signatures.docstring(module),
-        "Settings are given as key=value; --cfg prints those that a command would run with, and runs nothing.",
+        "Settings are given as key=value. --cfg prints those that the command would run with, and runs nothing; "
+        "--config-dir DIR finds files of your own there, as in ./configs; -m runs the command with every combination "
+        "of several values, key=a,b.",
         *(["Chosen by name:\n" + "\n".join(groups)] if groups else []),
         f"{file}:\n\n{file.read_text().rstrip()}",
     ]
