@@ -102,7 +102,9 @@ def watch(cfg: EvaluateSettings, run: Path, share: Share) -> None:
     rows = read_metrics(folder, sys.maxsize)
     kinds = [settings.report_to] if isinstance(settings.report_to, str) else settings.report_to
     last = max((int(row["step"]) for row in rows), default=0)
-    tracker = open_trackers(kinds, folder, settings.model_dump(mode="json"), resume_step=last)
+    tracker = open_trackers(
+        kinds, folder, settings.model_dump(mode="json"), resume_step=last, wandb=settings.wandb.model_dump()
+    )
     while True:
         over = finished(run, settings.max_train_steps)  # asked before looking: what is saved meanwhile is not missed
         judged = {int(row["step"]) for row in rows}

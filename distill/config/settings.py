@@ -152,6 +152,16 @@ def follow_stages(steps: Any, info: ValidationInfo) -> Any:
     return sum(lengths)
 
 
+class WandbSettings(Settings):
+    """Where wandb's runs go, for `report_to=[wandb]`; null and [] leave it to wandb and its environment variables."""
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+    mode: Literal["online", "offline", "disabled"] | None = None
+
+
 class TrainSettings(Settings):
     """All of `configs/train.yaml`, which `train.py` and `make_trajectories.py` share."""
 
@@ -197,6 +207,7 @@ class TrainSettings(Settings):
     validation_teacher_steps: Natural = 0
     validation_reward: Component | None = None
     report_to: list[Literal["jsonl", "wandb", "tensorboard"]] | Literal["jsonl", "wandb", "tensorboard"]
+    wandb: WandbSettings = WandbSettings()
     log_every: Positive
 
 

@@ -68,6 +68,8 @@ def check_read(cfg: TrainSettings, method: Method) -> None:
         if reason and key in given:
             raise ConfigError(f"{key} is set, and has no effect: {reason}")
     for key in given:
+        if key.startswith("wandb.") and "wandb" not in cfg.report_to:
+            raise ConfigError(f"{key} is set, and nothing is sent to wandb: set report_to=[wandb]")
         network = key.split(".")[1] if key.startswith("networks.") else None
         if network is not None and network not in method.trains:
             raise ConfigError(f"{key} is set, and the method trains no {network}: it trains {', '.join(method.trains)}")

@@ -81,6 +81,7 @@ FREE = frozenset(
         "watchdog_minutes",
         "deterministic",
         "report_to",
+        "wandb",
         "log_every",
         "data",
         "model",

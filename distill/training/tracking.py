@@ -57,14 +57,13 @@ def open_trackers(
     *,
     resume_step: int = 0,
     main: bool = True,
-    project: str = "distill",
-    wandb_mode: str | None = None,
+    wandb: Mapping[str, Any] | None = None,
 ) -> Trackers:
     """One tracker that hands on to metrics.jsonl, always, and to those named in `report_to`; on other ranks to none.
 
     Args:
         resume_step: steps that the run had taken where it now goes on (0: a new run). What was logged beyond is cut.
-        wandb_mode: `online`, `offline` or `disabled`; None leaves it to wandb (WANDB_MODE).
+        wandb: arguments of `WandbTracker`.
 
     Raises:
         ValueError: a name that is not one of `TRACKERS`.
@@ -75,9 +74,7 @@ def open_trackers(
         return Trackers([])
     trackers: list[Tracker] = [JsonlTracker(folder, resume_step)]
     if "wandb" in report_to:
-        trackers.append(
-            Background("wandb", lambda: WandbTracker(folder, config, project, wandb_mode), abandon=end_wandb)
-        )
+        trackers.append(Background("wandb", lambda: WandbTracker(folder, config, **(wandb or {})), abandon=end_wandb))
     if "tensorboard" in report_to:
         trackers.append(Background("tensorboard", lambda: TensorboardTracker(folder, resume_step)))
     return Trackers(trackers)
@@ -287,14 +284,30 @@ class Background:
 
 
 class WandbTracker:
-    """A wandb run whose id follows from the run folder, so that a requeued job finds its own. Blocks, and may raise."""
+    """A wandb run whose id follows from the run folder, so that a requeued job finds its own. Blocks, and may raise.
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], project: str, mode: str | None = None) -> None:
+    Args:
+        project, entity, group, tags, mode: wandb's own; None leaves them to its variables (WANDB_PROJECT, WANDB_MODE).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        project: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        mode: str | None = None,
+    ) -> None:
         import wandb
 
         self._wandb = wandb
         self._run = wandb.init(
-            project=project,
+            project=project or os.environ.get("WANDB_PROJECT") or "distill",
+            entity=entity,
+            group=group,
+            tags=list(tags) or None,
             name=Path(folder).name,
             id=run_id(folder),
             dir=str(folder),

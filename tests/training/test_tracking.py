@@ -116,7 +116,9 @@ class TestOpening:
 
         monkeypatch.setenv("WANDB_MODE", "offline")
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        tracker = open_trackers(["wandb", "tensorboard"], tmp_path / "run", {"learning_rate": 1e-4})
+        monkeypatch.setenv("WANDB_PROJECT", "of-the-variable")
+        own = {"group": "one-group", "tags": ["one-tag"]}
+        tracker = open_trackers(["wandb", "tensorboard"], tmp_path / "run", {"learning_rate": 1e-4}, wandb=own)
         tracker.log({"loss_here": 0.123456789}, 7)
         tracker.images("validation", to_pictures(torch.zeros(1, 3, 4, 4)), 7, ["red rings"])
         tracker.close()
@@ -124,6 +126,7 @@ class TestOpening:
         (record,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id(tmp_path / 'run')}.wandb")
         content = record.read_bytes()
         assert b"loss_here" in content and b"0.123456789" in content and b"red rings" in content
+        assert b"of-the-variable" in content and b"one-group" in content and b"one-tag" in content
         events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
         (scalar,) = events.Scalars("loss_here")
         assert (scalar.step, scalar.value) == (7, pytest.approx(0.123456789))
@@ -136,7 +139,7 @@ class TestOpening:
         monkeypatch.setenv("NETRC", str(tmp_path / "none"))
         for name in ("WANDB_API_KEY", "WANDB_MODE"):
             monkeypatch.delenv(name, raising=False)
-        tracker = open_trackers(["wandb"], tmp_path / "run", {}, wandb_mode="online")
+        tracker = open_trackers(["wandb"], tmp_path / "run", {}, wandb={"mode": "online"})
         for step in range(1, 4):
             tracker.log({"loss": 1.0}, step)
         tracker.close()
@@ -155,7 +158,7 @@ import signal, sys, time, psutil
 from pathlib import Path
 from distill.training.tracking import open_trackers
 
-tracker = open_trackers(["wandb"], Path(sys.argv[1]), {}, wandb_mode="offline")
+tracker = open_trackers(["wandb"], Path(sys.argv[1]), {}, wandb={"mode": "offline"})
 tracker.trackers[1].patience = 1.0
 tracker.log({"loss": 1.0}, 1)
 deadline = time.monotonic() + 60
