@@ -22,6 +22,7 @@ _PUBLIC = {
     **dict.fromkeys(("trajectories", "latents", "train", "export", "sample", "evaluate"), "distill.api"),
     "load_teacher": "distill.models.families",
     "open_store": "distill.data.reader",
+    "as_webdataset": "distill.data.as_webdataset",
     "Run": "distill.training.assembly",
     "Method": "distill.methods.base",
     "Losses": "distill.methods.base",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,19 @@ def test_a_breach_is_found(path: str, source: str) -> None:
 )
 def test_a_lawful_import_is_not(path: str, source: str) -> None:
     assert violations(Path(path), source) == []
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "hydra": "hydra-core", "open_clip": "open_clip_torch", "yaml": "pyyaml"}
+DISTRIBUTIONS |= {"pydantic_core": "pydantic"}  # which brings it, and whose own parts it is
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = {re.split(r"[<>=\[; ]", text)[0].lower() for text in requires("distill") or ()}
+    own = {"distill", *sys.stdlib_module_names}
+    found = {}
+    for path in sorted((ROOT / "distill").rglob("*.py")):
+        for line, name in imported(path.relative_to(ROOT), ast.parse(path.read_text())):
+            package = name.partition(".")[0]
+            if package not in own and DISTRIBUTIONS.get(package, package).lower() not in declared:
+                found[f"{path.relative_to(ROOT)}:{line}"] = package
+    assert found == {}

@@ -1,0 +1,54 @@
+"""A trajectory store as a WebDataset pipeline, for training loops of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import webdataset
+
+from distill.data.reader import open_store
+from distill.data.record import CONDITIONING, GUIDANCE, STATES, TIMES, StoreError, parse_json
+
+
+def as_webdataset(url: str, shuffle: int = 0, **options: Any) -> webdataset.WebDataset:
+    """The samples of a store as dictionaries, shard by shard in the order that they were written in.
+
+    Each has `__key__`, `index` and `prompt`; `states` [K, C, h, w] of the solve at `times` [K], noise first;
+    `guidance`, the w it was solved with; and `conditioning`, tensors without a batch dimension. Shards are cut over
+    ranks and loader workers as WebDataset does it (`nodesplitter`, `workersplitter`); checksums are not compared, which
+    `distill verify` does for all of a store. The order of `distill train`, which does not depend on the number of
+    ranks, is that of `distill.data.loader`.
+
+    Args:
+        url: a local folder.
+        shuffle: samples that are kept to draw the next one from, and whether the order of shards is drawn; 0 is none.
+        options: of `webdataset.WebDataset`.
+
+    Raises:
+        StoreError: no store there, unfinished, or not on this machine's file systems.
+    """
+    store = open_store(url)
+    if store.folder.local is None:
+        raise StoreError(f"{url} is remote, and WebDataset reads such with programs of its own: copy it, or mount it")
+    shards = [str(store.folder.local / shard.name) for shard in store.index.shards if shard.samples]
+    options = {"shardshuffle": len(shards) if shuffle else False, "empty_check": False, **options}
+    dataset = webdataset.WebDataset(shards, **options)
+    return (dataset.shuffle(shuffle) if shuffle else dataset).map(_decoded)
+
+
+def _decoded(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sample's two files hold, as tensors and texts; nothing in them is executed."""
+    tensors, facts = safetensors.torch.load(sample["safetensors"]), parse_json(sample["json"])
+    return {
+        "__key__": sample["__key__"],
+        "index": facts["index"],
+        "prompt": facts["prompt"],
+        "states": tensors[STATES],
+        "times": tensors[TIMES].long(),
+        "guidance": float(tensors[GUIDANCE]),
+        "conditioning": {
+            name.removeprefix(CONDITIONING): tensor for name, tensor in tensors.items() if name.startswith(CONDITIONING)
+        },
+    }
