@@ -122,7 +122,7 @@ DISTRIBUTIONS |= {"pydantic_core": "pydantic"}  # which brings it, and whose own
 
 
 def test_what_is_imported_is_declared() -> None:
-    lines = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0]
+    lines = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\ndev = ")[0]
     declared = {name.lower() for name in re.findall(r'"([\w-]+)', lines)}
     own = {"distill", *sys.stdlib_module_names}
     found = {}
