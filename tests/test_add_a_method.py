@@ -1,4 +1,4 @@
-"""README's "Add a method", done as it says: its file, its YAML, its command; and what comes out can be exported."""
+"""The page "Extending", "Add a method", done as it says: its file, YAML and command; what comes out can be exported."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SMALL += ["data.solver_steps=10", "max_train_steps=3", "lr_warmup_steps=0", "che
 SMALL += ["validation_prompts=null", "engine=single", "dataloader_num_workers=0"]
 
 
-def test_the_method_of_the_readme_trains_and_is_exported_with_its_title(tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().partition("## Add a method")[2].partition("\n## ")[0]
+def test_the_method_of_the_page_trains_and_is_exported_with_its_title(tmp_path: Path) -> None:
+    section = (ROOT / "docs/extending.md").read_text().partition("## Add a method")[2].partition("\n## ")[0]
     blocks = dict(re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL))
     for folder in ("distill", "configs", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
