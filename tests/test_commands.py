@@ -13,6 +13,8 @@ import pytest
 
 from distill.commands import COMMANDS
 from distill.commands.running import run_script
+from distill.config.describe import described
+from distill.config.overrides import fields_of, kinds_of
 from distill.config.settings import TrainSettings
 
 ROOT = Path(__file__).parents[1]
@@ -72,8 +74,24 @@ def test_a_mistake_shows_within_a_second_and_a_half(command: list[str]) -> None:
 def test_help_says_what_a_command_does_and_which_settings_there_are() -> None:
     command = [sys.executable, "scripts/train.py", "--help"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert said.startswith("Trains a few-step student") and "configs/train.yaml" in said and "max_train_steps: " in said
+    assert said.startswith("Trains a few-step student") and "  max_train_steps=4000" in said
     assert "engine: ddp, single, zero1" in said
+
+
+@pytest.mark.parametrize("name", WITH_SETTINGS)
+def test_every_setting_says_what_it_means(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.settings is not None
+    found = {one.key: one for one in described(command.config, command.settings)}
+    assert [key for key, one in found.items() if not one.said or not one.default] == []
+    flat = {key for key, hint in fields_of(command.settings).items() if kinds_of(hint) != {dict}}
+    assert {key for key in flat if key not in found} <= NOT_BY_DEFAULT, name
+    assert all(one.kind for key, one in found.items() if key in flat)
+
+
+NOT_BY_DEFAULT = {f"data.{key}" for key in ("images", "min_size", "max_aspect_ratio", "crop", "vae")}
+NOT_BY_DEFAULT |= {"cluster.device", "protocol.tuning_n", "chain.experiment", "chain.overrides", "chain.links"}
+"""Keys of files that a group does not choose by itself."""
 
 
 @pytest.mark.parametrize("flag", ["--cfg", "--help"])

@@ -18,7 +18,8 @@ import yaml
 from distill.commands.multirun import FLAGS as MULTIRUN
 from distill.commands.multirun import multirun
 from distill.config import signatures
-from distill.config.composition import CONFIGS, add_config_dir, groups_of
+from distill.config.composition import add_config_dir, groups_of
+from distill.config.describe import Described, described
 from distill.config.loading import Settings, check_components, given, keys_of
 from distill.config.mistakes import MAX_LINE, ConfigError, checking, first_line
 from distill.config.overrides import check_flags
@@ -73,7 +74,7 @@ def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S
         flags = flags_of(sys.argv[1:])
         module = main if isinstance(main, str) else main.__module__
         if flags.shows == "help":
-            print(help_of(module, config_name))
+            print(help_of(module, config_name, schema))
             return 0
         check_flags(flags.rest, keys_of(schema))
         if flags.several and not flags.shows:
@@ -163,19 +164,25 @@ def nobody_reads() -> int:
     return 128 + signal.SIGPIPE
 
 
-def help_of(module: str, config_name: str) -> str:
-    """What a command does, by its module's docstring, and its settings, by the file that describes them."""
-    file = CONFIGS / f"{config_name}.yaml"
+def help_of(module: str, config_name: str, schema: type[Settings]) -> str:
+    """What a command does, by its module's docstring; what can be chosen by name; and every setting."""
     groups = [f"  {group.key}: {', '.join(group.options)}" for group in groups_of(config_name).values()]
     parts = [
         signatures.docstring(module),
         "Settings are given as key=value. --cfg prints those that the command would run with, and runs nothing; "
         "--config-dir DIR finds files of your own there, as in ./configs; -m runs the command with every combination "
         "of several values, key=a,b.",
-        *(["Chosen by name:\n" + "\n".join(groups)] if groups else []),
-        f"{file}:\n\n{file.read_text().rstrip()}",
+        *(["Chosen by name (distill configs GROUP says more):\n" + "\n".join(groups)] if groups else []),
+        "Settings, with their defaults (???: to be given):\n" + "\n".join(map(_line, described(config_name, schema))),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _line(one: Described) -> str:
+    """A setting for people: the key and its default, and below them what it may be and what it means."""
+    said = " ".join(filter(None, [f"({one.kind})" if one.kind else "", one.said]))
+    head = f"  {one.key}={one.default}"
+    return f"{head:<38}{said}" if len(head) < 38 else f"{head}\n{'':<38}{said}"
 
 
 def fail(error: Exception, code: int = 2) -> int:
