@@ -41,7 +41,7 @@ from distill.training.watchdog import end_children
 log = logging.getLogger("distill")
 
 PREEMPTED = 75  # as of `distill train`: saved, and to be run again
-NAMES = {"make_trajectories": "trajectories", "make_latents": "latents"}
+NAMES = {"make_trajectories": "trajectories", "make_latents": "latents", "verify_shards": "verify"}
 """Of commands, by what the files of chains call them."""
 
 

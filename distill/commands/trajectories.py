@@ -68,7 +68,7 @@ def prompts_of(cfg: TrainSettings) -> list[str]:
     """Checks that the settings are whole, as far as it can be told without the teacher."""
     data = cfg.data
     if data.guidance is None:
-        raise ConfigError("data.guidance has no value: set data.guidance=W (data=images is for make_latents.py)")
+        raise ConfigError("data.guidance has no value: set data.guidance=W (data=images is for distill latents)")
     if data.num_samples is None:
         raise ConfigError("data.num_samples has no value: set data.num_samples=N")
     if data.prompts is None:

@@ -163,7 +163,7 @@ class WandbSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """All of `configs/train.yaml`, which `train.py` and `make_trajectories.py` share."""
+    """All of `configs/train.yaml`, which the commands that write stores and train share."""
 
     model: ModelSettings
     data: DataSettings

@@ -62,7 +62,7 @@ SETTINGS = {
     "samples": "data.num_samples",
     "samples_per_shard": "data.samples_per_shard",
     "batch_size": "data.batch_size",
-    "kind": "data (a store of pictures is made by make_latents.py with data=images)",
+    "kind": "data (a store of pictures is made by distill latents with data=images)",
     "pictures_sha256": "data.images, data.min_size, data.max_aspect_ratio and data.prompt_column",
     "crop": "data.crop",
     "vae_hash": "data.vae",

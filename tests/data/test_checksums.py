@@ -178,7 +178,7 @@ def test_a_store_without_checksums_opens_and_says_once_how_to_add_them(
 ) -> None:
     without_checksums(copy)
     store = open_store(str(copy))
-    assert caplog.text.count(f"verify_shards.py {copy} --add-checksums") == 1 and "3 of 3 shards" in caplog.text
+    assert caplog.text.count(f"distill verify {copy} --add-checksums") == 1 and "3 of 3 shards" in caplog.text
     assert torch.equal(store.read(5).states, states_of(PLAN, 5).half())
     status, said = verify(copy, "--add-checksums")
     assert status == 0 and "3 shards" in said
