@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import subprocess
@@ -167,3 +168,11 @@ def test_what_is_public_is_there_and_costs_nothing_until_it_is_used() -> None:
         getattr(distill, "trane")  # noqa: B009
     code = "import sys, distill; assert 'torch' not in sys.modules and 'hydra' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "before, now", [("training.config", "config.loading"), ("training.settings", "config.settings")]
+)
+def test_programs_of_before_find_what_they_import(before: str, now: str) -> None:
+    old, new = (importlib.import_module(f"distill.{name}") for name in (before, now))
+    assert old.__all__ and all(getattr(old, name) is getattr(new, name) for name in old.__all__)
