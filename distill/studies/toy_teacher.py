@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.diffusion.random import generator, seed_of
+from distill.evaluation.pipelines import load_pipeline
 from distill.toy import teacher as toy
 from distill.toy.judge import Judge, frechet_distance, load_judge, sharpness
 from distill.toy.reward import ToyReward
@@ -410,7 +411,7 @@ class Measure:
 @torch.no_grad()
 def evaluate(output: Path, count: int, tuning_count: int) -> None:
     """Tunes spacing and guidance for every number of steps on one seed, reports the best on three others."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(output / "teacher")
+    pipeline = load_pipeline(str(output / "teacher"), own_scheduler=True)
     measure = Measure(load_judge(output / "judge.safetensors"))
     seeds = (101, 102, 103)
     real = [render(balanced_labels(count), torch.Generator().manual_seed(seed)) for seed in seeds]

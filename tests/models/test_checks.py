@@ -170,6 +170,8 @@ BY_NAME = {  # classes of this project's own choice, which read tensors and conf
     "distill/models/families.py": {"cls", "UNet2DConditionModel", "AutoencoderKL", "CLIPTextConfig", "CLIPTokenizer"},
     "distill/models/rewards.py": {"CLIPModel", "AutoTokenizer"},
     "distill/commands/export.py": {"PeftModel", "UNet2DConditionModel"},  # of the export that was just written
+    "distill/studies/control.py": {"ControlNetModel"},  # these two have written what they read
+    "distill/studies/toy_teacher.py": {"AutoencoderKL"},
 }
 
 
