@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill.config.loading import RANK_0_SECONDS
+from distill.commands.running import RANK_0_SECONDS
 from distill.training.launched import LaunchError, require_one_task, settle
 from tests.faults.ranks import ROOT
 
