@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then
     processes=$gpus
-    while [ $((64 % processes)) -ne 0 ]; do processes=$((processes - 1)); done # the batch of 64 is dealt out evenly
+    while [ $((128 % processes)) -ne 0 ]; do processes=$((processes - 1)); done # the batch of 128 is dealt out evenly
 else
     processes=2
     export ACCELERATE_USE_CPU=true OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -24,4 +24,4 @@ echo "== 3/4 the LoRA as files -> $out/lora"
 python scripts/export.py run=$out/run output_dir=$out/lora
 echo "== 4/4 student and teacher judged -> $out/report/index.html"
 [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
-python scripts/evaluate.py student=$out/run output_dir=$out
+python scripts/evaluate.py student=$out/run output_dir=$out "steps=[1,2,4]" n=400 protocol.tuning_n=200

@@ -61,7 +61,7 @@ def test_the_wheel_holds_what_the_checkout_does(site: Path) -> None:
 
 def test_a_command_composes_its_settings_away_from_the_checkout(site: Path, tmp_path: Path) -> None:
     done = ran(tmp_path, site, "train", "experiment=quickstart", "--cfg")
-    assert done.returncode == 0 and "max_train_steps: 1300" in done.stdout and str(site) in done.stdout, done.stderr
+    assert done.returncode == 0 and "max_train_steps: 350" in done.stdout and str(site) in done.stdout, done.stderr
 
 
 def test_an_experiment_of_ones_own_needs_no_checkout(site: Path, tmp_path: Path) -> None:
