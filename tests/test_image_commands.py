@@ -116,7 +116,7 @@ MISTAKES = {
     "no solve to make": (
         "make_trajectories.py",
         [],
-        ["data.guidance has no value", "data=images is for make_latents.py"],
+        ["data.guidance has no value", "data=images is for distill latents"],
     ),
     "no number to make": ("make_trajectories.py", ["data.guidance=2"], ["data.num_samples has no value"]),
     "no solve to read": ("train.py", ["method=lcm"], ["no teacher solves", "method=lcm_noised", "no two of [0]"]),
