@@ -33,7 +33,7 @@ def submit(*settings: str) -> None:
         (["slurm.script=train", "slurm.nodes=2"], "engine=single is one process, and the job has 2: set engine=zero2"),
         (
             ["slurm.script=train", "engine=zero2", "slurm.nodes=3", "slurm.gpus_per_node=7"],
-            "global_batch_size=128 must be a multiple of 21: 21 processes x gradient_accumulation_steps=1",
+            "global_batch_size=64 must be a multiple of 21: 21 processes x gradient_accumulation_steps=1",
         ),
         (["data.prompts=null"], "data.prompts has no value: set data.prompts=FILE"),
     ],
