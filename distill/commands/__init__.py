@@ -73,10 +73,15 @@ COMMANDS = {
 
 
 def run(name: str) -> NoReturn:
-    """The command, as it is typed; one without settings reads its arguments by itself, and returns its exit code."""
+    """The command, as it is typed."""
+    run_command(name, COMMANDS[name])
+
+
+def run_command(name: str, command: Command) -> NoReturn:
+    """Runs a command and ends the process with its exit code; of an interrupted one a line says what is kept."""
     interrupts.catch()
     try:
-        sys.exit(COMMANDS[name].run())
+        sys.exit(command.run())
     except KeyboardInterrupt:
         interrupts.end(name)
     finally:

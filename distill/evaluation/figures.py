@@ -363,7 +363,7 @@ def training_figures(metrics_file: Path) -> dict[str, Figure]:
 
 def _trained(metrics_file: Path, more: Sequence[str] = ()) -> tuple[list[dict[str, float]], dict[str, list[str]]]:
     """The lines of a metrics.jsonl, and which of their scalars go into which panel."""
-    lines = [found for line in metrics_file.read_text(encoding="utf-8").splitlines() if (found := _scalars(line))]
+    lines = [found for line in metrics_file.read_text(encoding="utf-8").splitlines() if (found := scalars_of(line))]
     if not lines:
         raise ValueError(f"{metrics_file} holds no metrics")
     known = dict.fromkeys(name for line in lines for name in line)  # a validation's line has other names than a step's
@@ -374,7 +374,7 @@ def _trained(metrics_file: Path, more: Sequence[str] = ()) -> tuple[list[dict[st
     return lines, panels | {name: [name] for name in known if more and name.startswith("validation/")}
 
 
-def _scalars(line: str) -> dict[str, float]:
+def scalars_of(line: str) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl, which may be another person's; nothing of a line without a step."""
     try:
         row = json.loads(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from distill.evaluation import page
+from distill.evaluation.figures import scalars_of
 
 TAIL = 0.1  # share of a run's last steps, over which a noisy scalar is averaged
 SHOWN = ("loss", "grad_norm")
@@ -38,18 +38,11 @@ def runs_page(path: Path, title: str, runs: Mapping[str, Path], about: Mapping[s
 
 def scalars(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl` that are whole; none if there is no such file."""
-    found = []
     try:
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # torn, while it is being written
-            continue
-        found.append(row)
-    return found
+    return [found for line in lines if (found := scalars_of(line))]
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

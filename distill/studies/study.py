@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from distill.commands import Command, interrupts
+from distill.commands import Command, run_command
 from distill.config import signatures
 from distill.config.settings import (
     PlugInSettings,
@@ -43,11 +43,7 @@ def main() -> int:
 
 def run(name: str) -> NoReturn:
     """Runs a study with the settings of the command line."""
-    interrupts.catch()
-    try:
-        sys.exit(STUDIES[name].run())
-    except KeyboardInterrupt:
-        interrupts.end(name)
+    run_command(name, STUDIES[name])
 
 
 def summary(name: str) -> str:
