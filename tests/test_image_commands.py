@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from distill.data.images import Accept, Listing, list_pictures
-from distill.data.index import INDEX, Plan
+from distill.data.index import INDEX, StorePlan
 from distill.data.reader import open_store
 from distill.diffusion.random import generator
 from distill.models.families import Teacher, load_teacher
@@ -169,8 +169,8 @@ def listing(tmp_path_factory: pytest.TempPathFactory) -> Listing:
     return list_pictures(str(shard_of_pictures(folder / "in")), str(folder / "store"), Accept(24))
 
 
-def plan(crop: str) -> Plan:
-    return Plan(**{**vars(PICTURES), "crop": crop, "resolution": 24, "seed": 5, "dtype": "float32"})
+def plan(crop: str) -> StorePlan:
+    return StorePlan(**{**vars(PICTURES), "crop": crop, "resolution": 24, "seed": 5, "dtype": "float32"})
 
 
 def test_a_sample_is_what_diffusers_trains_on(teacher: Teacher, listing: Listing) -> None:

@@ -28,12 +28,12 @@ def settings(*overrides: str) -> PlanSettings:
 
 
 @pytest.fixture(scope="module")
-def run() -> plan_run.Run:
+def run() -> plan_run.PlannedRun:
     """The game of the toy on eight GPUs: two networks that are trained, and a teacher in the first one."""
     return plan_run.prepared(settings("experiment=lightning_toy", "cluster=a100-80gb-x8", "engine=zero2"))
 
 
-def changed(run: plan_run.Run, **changes: Any) -> plan_run.Run:
+def changed(run: plan_run.PlannedRun, **changes: Any) -> plan_run.PlannedRun:
     cluster = run.cfg.cluster.model_copy(update=changes.pop("cluster", {}))
     return replace(run, cfg=run.cfg.model_copy(update={"cluster": cluster, **changes}))
 
@@ -110,7 +110,7 @@ def test_every_cluster_is_the_size_its_name_says(cluster: str) -> None:
         assert found.gpus_per_node == 8 and cluster.split("-")[0] in found.gpu.lower()
 
 
-def test_a_game_counts_both_turns_and_what_they_ask(run: plan_run.Run) -> None:
+def test_a_game_counts_both_turns_and_what_they_ask(run: plan_run.PlannedRun) -> None:
     judged, drawn = run.costs("zero2", False)[0]
     assert (judged.updates, drawn.updates) == ("discriminator", "student")
     assert judged.evaluations == {"teacher": 4, "student": 1, "discriminator": 2}  # 32 steps in 8, at guidance 1
@@ -118,7 +118,7 @@ def test_a_game_counts_both_turns_and_what_they_ask(run: plan_run.Run) -> None:
     assert judged.with_gradient == {"discriminator": 2} and drawn.with_gradient == {"student": 1, "discriminator": 1}
 
 
-def test_zero_cuts_what_it_says_and_ddp_nothing(run: plan_run.Run) -> None:
+def test_zero_cuts_what_it_says_and_ddp_nothing(run: plan_run.PlannedRun) -> None:
     names = ("ddp", "zero1", "zero2", "zero3")
     ddp, one, two, three = (run.held(engine) for engine in names)
     assert one.optimizer == two.optimizer == three.optimizer == pytest.approx(ddp.optimizer / 8)
@@ -128,13 +128,13 @@ def test_zero_cuts_what_it_says_and_ddp_nothing(run: plan_run.Run) -> None:
     assert sent[3].gathered > 3 * sent[2].gathered > 0 == sent[0].gathered
 
 
-def test_networks_of_several_stages_are_cut_as_they_are_asked_for(run: plan_run.Run) -> None:
+def test_networks_of_several_stages_are_cut_as_they_are_asked_for(run: plan_run.PlannedRun) -> None:
     mixed = changed(run, engine={**run.cfg.engine, "stages": {"discriminator": 3}})
     assert run.held("zero3").weights < mixed.held("zero2").weights < run.held("zero2").weights
     assert mixed.held("zero3") == run.held("zero3")
 
 
-def test_what_does_not_fit_is_said_with_what_would(run: plan_run.Run) -> None:
+def test_what_does_not_fit_is_said_with_what_would(run: plan_run.PlannedRun) -> None:
     assert said(plan.verdict(run)) == "engine=zero2 fits."
     large = changed(run, global_batch_size=4096)
     room = sum(large.memory("ddp", c, large.samples) for c in (False, True)) / 2
@@ -148,19 +148,19 @@ def test_what_does_not_fit_is_said_with_what_would(run: plan_run.Run) -> None:
     assert "GPUs with more memory" in said(plan.verdict(none))
 
 
-def test_a_batch_that_does_not_divide_is_said_with_one_that_does(run: plan_run.Run) -> None:
+def test_a_batch_that_does_not_divide_is_said_with_one_that_does(run: plan_run.PlannedRun) -> None:
     odd = changed(run, global_batch_size=20)
     assert "global_batch_size=20 is no multiple of 8 GPUs x 1 micro-batches: take 16 or 24" in said(plan.verdict(odd))
     assert "24 samples a step" in said(plan.heading(odd))
 
 
-def test_a_measured_step_takes_the_place_of_the_estimate(run: plan_run.Run) -> None:
+def test_a_measured_step_takes_the_place_of_the_estimate(run: plan_run.PlannedRun) -> None:
     measured = changed(run, measured_step_seconds=9.0, max_train_steps=200)
     assert "A step: 9.000 s as measured; 7.1 samples/s" in said(plan.speed(measured))
     assert "200 steps: 0.50 h, 4.0 GPU hours" in said(plan.speed(measured))
 
 
-def test_twice_the_failures_and_rarer_checkpoints_lose_more(run: plan_run.Run) -> None:
+def test_twice_the_failures_and_rarer_checkpoints_lose_more(run: plan_run.PlannedRun) -> None:
     slow = changed(run, measured_step_seconds=60.0)
     worse = changed(slow, cluster={"node_mtbf_hours": 5.0})
     assert "% of the time is lost to saving and failures" in said(plan.verdict(worse))

@@ -234,7 +234,7 @@ def read_in_a_row(files: Sequence[Path], wanted: float) -> int:
 
 def bench_start(counts: Sequence[int]) -> None:
     """Synthetic indexes over one real shard's layout; the first batch's order is drawn, its bytes are not read."""
-    from distill.data.order import Order, Share
+    from distill.data.order import BatchShare, Order
 
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(folder, unet_config("sd15"), (8, 8), 12, samples=100)
@@ -246,7 +246,7 @@ def bench_start(counts: Sequence[int]) -> None:
             def first_batch(path: Path = path, count: int = count) -> list[int]:
                 index = StoreIndex.from_json(path.read_bytes())
                 order = Order(0, len(index))
-                return [order.index(p) for p in next(Share(64, 64).micro_batches())]
+                return [order.index(p) for p in next(BatchShare(64, 64).micro_batches())]
 
             seconds, _ = timed(first_batch)
             print(f"{count:>12,} samples: index {len(data) / 2**20:8.2f} MiB, {seconds:6.2f} s to the first batch")

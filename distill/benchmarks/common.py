@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distill.data.index import Plan
+from distill.data.index import StorePlan
 from distill.data.reader import Store, open_store
 from distill.data.writer import write_store
 from distill.diffusion.random import generator
@@ -28,7 +28,7 @@ def random_store(
     times = tuple(trailing_times(SCHEDULE.T, solver_steps))
     width = config["cross_attention_dim"]
     added = config.get("addition_embed_type") == "text_time"
-    plan = Plan(
+    plan = StorePlan(
         teacher_id="noise",
         teacher_hash="0" * 16,
         schedule_fingerprint=SCHEDULE.fingerprint,

@@ -59,7 +59,7 @@ def main(cfg: RunChainSettings) -> None:
     for link in chosen:
         if conflict := link.conflict():
             raise ConfigError(conflict)
-    with Relay() as relay:
+    with LinkRunner() as relay:
         for link in chosen:
             where = f"link {links.index(link) + 1} of {len(links)}: {link.name}"
             if link.done():
@@ -102,7 +102,7 @@ def time_left(links: Sequence[Link]) -> str:
     return "" if seconds is None else f"; about {tqdm.format_interval(int(seconds))} of training left in all"
 
 
-def take(link: Link, launch: str | None, relay: Relay) -> int:
+def take(link: Link, launch: str | None, relay: LinkRunner) -> int:
     """Runs or goes on with a link, and exports it; returns 0, or the exit code of what failed."""
     with locked(link) as lock:
         marker = link.folder / MARKER
@@ -154,7 +154,7 @@ def locked(link: Link) -> Iterator[IO[str]]:
         yield lock
 
 
-class Relay:
+class LinkRunner:
     """Runs commands while entered. SIGTERM and SIGUSR1 go on, as SIGTERM, to the one that runs: it saves and ends.
 
     So does Ctrl-C, which the terminal has sent to that one too; a second one ends both at once.
@@ -165,7 +165,7 @@ class Relay:
         self._interrupted: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Relay:
+    def __enter__(self) -> LinkRunner:
         self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGUSR1)}
         self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self

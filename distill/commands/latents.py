@@ -23,7 +23,7 @@ import torch
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import TrainSettings
 from distill.data.images import Accept, Listing, list_pictures
-from distill.data.index import NO_SOLVE, Plan
+from distill.data.index import NO_SOLVE, StorePlan
 from distill.data.progress import counted
 from distill.data.writer import work_split, write_store
 from distill.models.families import Teacher
@@ -65,12 +65,12 @@ def main(cfg: TrainSettings) -> None:
         )
 
 
-def plan_of(cfg: TrainSettings, teacher: Teacher, listing: Listing) -> Plan:
+def plan_of(cfg: TrainSettings, teacher: Teacher, listing: Listing) -> StorePlan:
     data, pictures = cfg.data, len(listing.pictures)
     if data.images is None or (data.num_samples or 0) > pictures:
         are = "is" if pictures == 1 else "are"
         raise ConfigError(f"data.num_samples={data.num_samples}, but there {are} {counted(pictures, 'picture')}")
-    return Plan(
+    return StorePlan(
         kind="pictures",
         teacher_id=teacher.teacher_id,
         teacher_hash=teacher.teacher_hash,

@@ -37,7 +37,7 @@ def main() -> int:
 def launch(arguments: list[str]) -> int:
     """Runs `accelerate launch` with these arguments; returns the exit code of the process that failed first, or 0."""
     logging.disable(logging.ERROR)  # the launchers' own words; what they raise is handled below
-    relay = Relay()
+    relay = SignalsToChildren()
     relay.listen()  # before seconds of imports
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import api
@@ -69,7 +69,7 @@ def launch(arguments: list[str]) -> int:
     return 0
 
 
-class Relay:
+class SignalsToChildren:
     """Hands signals on to what this process has started, which is to save and end; the second Ctrl-C ends it all."""
 
     def __init__(self) -> None:

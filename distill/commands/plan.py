@@ -22,7 +22,7 @@ from distill.planning.phases import (
     GB,
     GIB,
     TERA,
-    Run,
+    PlannedRun,
     averaged_over,
     bytes_sent,
     engine_of,
@@ -45,7 +45,7 @@ def main(cfg: PlanSettings) -> None:
         print("\n".join(part(run)), end="\n\n", flush=True)
 
 
-def heading(run: Run) -> Iterator[str]:
+def heading(run: PlannedRun) -> Iterator[str]:
     cfg, cluster = run.cfg, run.cfg.cluster
     split = f"{counted(run.samples, 'sample')} a {cluster.device}" + (
         f" x {cfg.gradient_accumulation_steps} micro-batches" if cfg.gradient_accumulation_steps > 1 else ""
@@ -55,7 +55,7 @@ def heading(run: Run) -> Iterator[str]:
     yield f"engine={run.engine}, mixed_precision={cfg.mixed_precision}, {batch}"
 
 
-def networks(run: Run) -> Iterator[str]:
+def networks(run: PlannedRun) -> Iterator[str]:
     yield from table(
         ["network", "weights, M", "trained, M"],
         [
@@ -65,7 +65,7 @@ def networks(run: Run) -> Iterator[str]:
     )
 
 
-def memory(run: Run) -> Iterator[str]:
+def memory(run: PlannedRun) -> Iterator[str]:
     room = usable(run.cfg.cluster)
     what = f"Memory of a {run.cfg.cluster.device}, GiB; {room / GIB:.1f} are usable"
     yield f"{what}. Activations of {counted(run.samples, 'sample')}, at their most."
@@ -90,7 +90,7 @@ def memory(run: Run) -> Iterator[str]:
     yield "Masters are float32 copies, step is what lives after the backward pass, when activations are gone."
 
 
-def communication(run: Run) -> Iterator[str]:
+def communication(run: PlannedRun) -> Iterator[str]:
     if run.ranks == 1:
         yield "Communication: none, there is one process"
         return
@@ -104,12 +104,12 @@ def communication(run: Run) -> Iterator[str]:
     yield from table(["engine", "gradients, GB", "weights, GB", "seconds"], rows)
 
 
-def bytes_reduced(run: Run, engine: str, phase: int) -> float:
+def bytes_reduced(run: PlannedRun, engine: str, phase: int) -> float:
     """Bytes of gradients among those that a GPU sends in a step."""
     return run.traffic(engine, run.cfg.gradient_checkpointing, phase).reduced
 
 
-def storage(run: Run) -> Iterator[str]:
+def storage(run: PlannedRun) -> Iterator[str]:
     cfg, cluster = run.cfg, run.cfg.cluster
     samples = cfg.data.num_samples
     read = max(read_bytes(run.layout, picked(run, phase)) for phase in run.phases)
@@ -124,7 +124,7 @@ def storage(run: Run) -> Iterator[str]:
     )
 
 
-def speed(run: Run) -> Iterator[str]:
+def speed(run: PlannedRun) -> Iterator[str]:
     cfg, cluster = run.cfg, run.cfg.cluster
     yield "Network evaluations a sample, and TFLOP (forward, backward and recomputed)"
     rows = []
@@ -144,7 +144,7 @@ def speed(run: Run) -> Iterator[str]:
     yield f"{counted(cfg.max_train_steps, 'step')}: {duration(run, hours)}, without saving and failures"
 
 
-def checkpoints(run: Run) -> Iterator[str]:
+def checkpoints(run: PlannedRun) -> Iterator[str]:
     cfg = run.cfg
     size, save, mtbf, restart = size_save_mtbf_restart(run)
     step = step_seconds(run, run.engine)
@@ -164,18 +164,18 @@ def checkpoints(run: Run) -> Iterator[str]:
     yield f"In all: {duration(run, hours)}"
 
 
-def duration(run: Run, hours: float) -> str:
+def duration(run: PlannedRun, hours: float) -> str:
     return f"{hours:.2f} h, {hours * run.ranks:.1f} {run.cfg.cluster.device} hours"
 
 
-def verdict(run: Run) -> Iterator[str]:
+def verdict(run: PlannedRun) -> Iterator[str]:
     """What does not fit, and what would."""
     said = list(problems(run))
     yield "What does not fit:" if said else f"engine={run.engine} fits."
     yield from (f"- {line}" for line in said)
 
 
-def problems(run: Run) -> Iterator[str]:
+def problems(run: PlannedRun) -> Iterator[str]:
     cfg, room = run.cfg, usable(run.cfg.cluster)
     parts = run.ranks * cfg.gradient_accumulation_steps
     if run.global_batch != cfg.global_batch_size:
@@ -203,7 +203,7 @@ def problems(run: Run) -> Iterator[str]:
     yield from rarely_saved(run, step)
 
 
-def rarely_saved(run: Run, step: float) -> Iterator[str]:
+def rarely_saved(run: PlannedRun, step: float) -> Iterator[str]:
     """Where another interval of checkpoints saves a fiftieth of the run and six minutes at least."""
     cfg, (_, save, mtbf, restart) = run.cfg, size_save_mtbf_restart(run)
     best = min(cfg.max_train_steps, max(1, round(best_interval(save, mtbf) / step)))
@@ -217,7 +217,7 @@ def rarely_saved(run: Run, step: float) -> Iterator[str]:
         )
 
 
-def advice(run: Run, room: float) -> str:
+def advice(run: PlannedRun, room: float) -> str:
     """The least change that fits: recomputing activations, cutting the states, smaller micro-batches."""
     checkpointed = run.cfg.gradient_checkpointing
     engines = [e for e in engines_of(run) if e != "single"] if run.ranks > 1 else ["single"]
@@ -239,7 +239,7 @@ def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
 
 
-def devices(run: Run) -> str:
+def devices(run: PlannedRun) -> str:
     return counted(run.ranks, run.cfg.cluster.device)
 
 

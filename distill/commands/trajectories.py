@@ -21,7 +21,7 @@ import torch
 
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import TrainSettings
-from distill.data.index import Plan, kept_times
+from distill.data.index import StorePlan, kept_times
 from distill.data.prompts import read_prompts
 from distill.data.writer import work_split, write_store
 from distill.diffusion.solver import make_times
@@ -77,10 +77,10 @@ def prompts_of(cfg: TrainSettings) -> list[str]:
         return read_prompts(data.prompts, data.prompt_column)
 
 
-def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> Plan:
+def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> StorePlan:
     data = cfg.data
     assert data.guidance is not None and data.num_samples is not None and data.prompts is not None  # prompts_of
-    return Plan(
+    return StorePlan(
         teacher_id=teacher.teacher_id,
         teacher_hash=teacher_hash,
         schedule_fingerprint=teacher.schedule.fingerprint,

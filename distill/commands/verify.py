@@ -26,7 +26,7 @@ from distill.data.progress import Progress
 from distill.data.reader import read_index, read_unconditional
 from distill.data.record import StoreError
 from distill.data.storage import Folder
-from distill.data.verify import Verdict, add_checksums, verify_shard
+from distill.data.verify import ShardReport, add_checksums, verify_shard
 from distill.data.words import counted
 
 
@@ -52,7 +52,7 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def verify(url: str, only: list[str], add: bool = False) -> list[Verdict]:
+def verify(url: str, only: list[str], add: bool = False) -> list[ShardReport]:
     """Verdicts on the shards of a store, in order, and on what the store lacks; `add` writes their checksums."""
     folder = Folder(url)
     index = read_index(folder)

@@ -75,7 +75,7 @@ class StoreMismatch(StoreError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class StorePlan:
     """Everything that decides a store's bytes, beside the teacher's weights and the machine's arithmetic.
 
     Args:
@@ -207,7 +207,7 @@ class Plan:
             raise StoreMismatch("the trajectory store does not fit this run: " + "; ".join(wrong))
 
 
-PLAN_FIELDS = tuple(f.name for f in fields(Plan))
+PLAN_FIELDS = tuple(f.name for f in fields(StorePlan))
 OF_PICTURES = ("kind", "pictures_sha256", "crop", "vae_hash")
 """Fields that only stores of pictures write down."""
 PROVENANCE = ("teacher_id", "teacher_hash", "schedule_fingerprint", "solver", "solver_steps", "spacing")
@@ -245,7 +245,7 @@ class ShardInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreIndex(Plan):
+class StoreIndex(StorePlan):
     """A plan, and what has been written of it: the shards that are whole, and what is in each sample."""
 
     layout: Layout
@@ -290,14 +290,14 @@ class StoreIndex(Plan):
         return index
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
+def plan_facts(plan: StorePlan) -> dict[str, Any]:
     """A plan as JSON holds it; of a store of trajectories, what it has always held."""
     names = PLAN_FIELDS if plan.kind == "pictures" else [name for name in PLAN_FIELDS if name not in OF_PICTURES]
     return {name: getattr(plan, name) for name in names}
 
 
 def plan_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the `Plan` that was written down as `facts`. Raises KeyError: one is missing."""
+    """The arguments of the `StorePlan` that was written down as `facts`. Raises KeyError: one is missing."""
     return {name: facts[name] for name in PLAN_FIELDS if name in facts or name not in OF_PICTURES}
 
 
@@ -381,7 +381,7 @@ def kept_times(grid: Sequence[int], keep: str | Sequence[int] = "all", segments:
     return tuple(sorted(set(wanted), reverse=True))
 
 
-def check_shard(shard: ShardInfo, plan: Plan, where: str) -> None:
+def check_shard(shard: ShardInfo, plan: StorePlan, where: str) -> None:
     """Checks what `where` says of a shard, as far as that goes without reading its offsets one by one.
 
     Raises:

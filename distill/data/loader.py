@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from distill.data.errors import ReadError
-from distill.data.order import Order, Share
+from distill.data.order import BatchShare, Order
 from distill.data.reader import Store
 from distill.data.record import BadSample, Sample
 from distill.diffusion.random import generator
@@ -53,7 +53,7 @@ def make_loader(
         ValueError: the stored times cannot serve the first step, or the global batch does not divide among the ranks.
     """
     reads(start_step).check(store.index.times)
-    share = Share(global_batch_size, micro_batch_size, rank, world_size)
+    share = BatchShare(global_batch_size, micro_batch_size, rank, world_size)
     return Loader(store, reads, seed, share, start_step, num_workers, prefetch_factor, prompts)
 
 
@@ -68,7 +68,7 @@ class Loader:
         store: Store,
         reads: Callable[[int], Reads],
         seed: int,
-        share: Share,
+        share: BatchShare,
         start_step: int,
         num_workers: int,
         prefetch_factor: int,
@@ -133,7 +133,7 @@ def _apart(worker: int) -> None:
 class _Places:
     """A batch sampler over positions; `one_more` adds the one that follows a micro-batch, for its prompt."""
 
-    def __init__(self, order: Order, share: Share, start_step: int, one_more: bool) -> None:
+    def __init__(self, order: Order, share: BatchShare, start_step: int, one_more: bool) -> None:
         self.order, self.share, self.start_step, self.one_more = order, share, start_step, one_more
 
     def __iter__(self) -> Iterator[list[Place]]:

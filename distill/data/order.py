@@ -40,7 +40,7 @@ def _permutation(seed: int, epoch: int, samples: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShare:
     """Which positions of every step are whose.
 
     A rank's are contiguous, and so are those of each of its micro-batches: of G = 8 on 2 ranks in micro-batches of 2,

@@ -32,7 +32,7 @@ MAX_PROBLEMS = 8
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ShardReport:
     """What was found in one shard: samples read, and what is wrong, if anything."""
 
     shard: str
@@ -42,7 +42,7 @@ class Verdict:
 
 def verify_shard(
     folder: Folder, index: StoreIndex, shard: ShardInfo, seen: Callable[[int], None] = lambda samples: None
-) -> Verdict:
+) -> ShardReport:
     """Checks a shard's size, sha256, tar structure and checksums, and every sample's schema, times, numbers and facts.
 
     One pass over the file, one sample in memory. `seen` is told of each sample.
@@ -60,7 +60,7 @@ def verify_shard(
 
 def add_checksums(
     folder: Folder, index: StoreIndex, shard: ShardInfo, seen: Callable[[int], None] = lambda samples: None
-) -> tuple[Verdict, ShardInfo]:
+) -> tuple[ShardReport, ShardInfo]:
     """Writes the checksums of a shard, new or again, once all of it is found to be what the index says.
 
     Returns what was found, and the shard as the index is to list it.
@@ -87,11 +87,11 @@ def _checksums_problem(folder: Folder, shard: ShardInfo, rows: bytes) -> str | N
 
 def _verified(
     folder: Folder, index: StoreIndex, shard: ShardInfo, seen: Callable[[int], None], rows: bytearray
-) -> Verdict:
+) -> ShardReport:
     """Reads a shard; the checksums of its samples are added to `rows`."""
     size = folder.sizes().get(shard.name)
     if size is None:
-        return Verdict(shard.name, 0, ("the shard is missing",))
+        return ShardReport(shard.name, 0, ("the shard is missing",))
     problems = [f"{size} bytes, {INDEX} says {shard.bytes}"] if size != shard.bytes else []
     good = 0
     with folder.open(shard.name, size) as raw:
@@ -111,7 +111,7 @@ def _verified(
             pass
     if file.sha256.hexdigest() != shard.sha256:
         problems.append(f"sha256 is {file.sha256.hexdigest()}, {INDEX} says {shard.sha256}")
-    return Verdict(shard.name, good, tuple(problems))
+    return ShardReport(shard.name, good, tuple(problems))
 
 
 class _Hashing:

@@ -33,10 +33,10 @@ from distill.data.index import (
     SCHEMA,
     SETTINGS,
     UNCONDITIONAL,
-    Plan,
     ShardInfo,
     StoreIndex,
     StoreMismatch,
+    StorePlan,
     check_shard,
     dump,
     load_facts,
@@ -69,7 +69,7 @@ Solve = Callable[[Sequence[int], Sequence[str]], Trajectory | Partly]
 
 def write_store(
     url: str,
-    plan: Plan,
+    plan: StorePlan,
     prompts: Sequence[str],
     unconditional: Conditioning,
     solve: Solve,
@@ -135,10 +135,10 @@ def _writing(url: str) -> Iterator[None]:
 
 def _write_shards(
     folder: Folder,
-    plan: Plan,
+    plan: StorePlan,
     prompts: Sequence[str],
     solve: Solve,
-    earlier: Sequence[Plan],
+    earlier: Sequence[StorePlan],
     rank: int,
     world_size: int,
 ) -> None:
@@ -208,7 +208,7 @@ class Notes:
     `earlier` are the plans of the same store with fewer samples, before it grew.
     """
 
-    def __init__(self, folder: Folder, plan: Plan, earlier: Sequence[Plan] = ()) -> None:
+    def __init__(self, folder: Folder, plan: StorePlan, earlier: Sequence[StorePlan] = ()) -> None:
         self.folder, self.plan, self.earlier = folder, plan, tuple(earlier)
         # By their digests, as notes of before stores could grow have them.
         self._plans = {plan.identity, *(one.digest() for one in (plan, *earlier))}
@@ -339,7 +339,7 @@ def work_split(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 
 def _records(
-    plan: Plan, shard: int, prompts: Sequence[str], solve: Solve
+    plan: StorePlan, shard: int, prompts: Sequence[str], solve: Solve
 ) -> Iterator[tuple[int, tuple[bytes, bytes] | str]]:
     """Place in its shard and (safetensors payload, JSON) of each sample, solved batch by batch; or why it has none."""
     samples = plan.shard_samples(shard)
@@ -359,7 +359,7 @@ def _records(
 
 
 def _encoded(
-    plan: Plan, shard: int, prompts: Sequence[str], indices: Sequence[int], made: Trajectory
+    plan: StorePlan, shard: int, prompts: Sequence[str], indices: Sequence[int], made: Trajectory
 ) -> Iterator[tuple[int, tuple[bytes, bytes]]]:
     states = made.states.detach().cpu().to(STATE_DTYPES[plan.dtype])
     conditioning = {name: x.detach().cpu() for name, x in made.conditioning.items()}
@@ -374,12 +374,12 @@ def _encoded(
         yield place, (payload, facts)
 
 
-def _facts(plan: Plan, key: str, i: int, prompt: str, seed: int, w: float) -> bytes:
+def _facts(plan: StorePlan, key: str, i: int, prompt: str, seed: int, w: float) -> bytes:
     provenance = {name: getattr(plan, name) for name in PROVENANCE}
     return describe(key=key, index=i, prompt=prompt, seed=seed, guidance=w, **provenance)
 
 
-def _check(trajectory: Trajectory, plan: Plan, key: str, B: int) -> None:
+def _check(trajectory: Trajectory, plan: StorePlan, key: str, B: int) -> None:
     """Refuses what does not fit the plan; `key` is the batch's first."""
     shape, K = tuple(trajectory.states.shape), len(plan.times)
     if len(shape) != 5 or shape[:2] != (B, K) or tuple(trajectory.times) != plan.times:
@@ -396,7 +396,7 @@ def _check(trajectory: Trajectory, plan: Plan, key: str, B: int) -> None:
         raise StoreError(f"batch at {key}: guidance {trajectory.guidance.tolist()}, the plan says {plan.guidance}")
 
 
-def _agree(folder: Folder, plan: Plan, prompts: Sequence[str]) -> list[Plan]:
+def _agree(folder: Folder, plan: StorePlan, prompts: Sequence[str]) -> list[StorePlan]:
     """Lays down the plan, or checks that the one already there is this one, or this one with fewer samples.
 
     Returns the plans that the store had when it had fewer.
@@ -405,7 +405,7 @@ def _agree(folder: Folder, plan: Plan, prompts: Sequence[str]) -> list[Plan]:
     where = f"{PLAN} of {folder.url}"
     facts = load_facts(folder.read(PLAN), where)
     with understanding(where):
-        begun = Plan(**plan_arguments(facts))
+        begun = StorePlan(**plan_arguments(facts))
         sizes = sorted({int(n) for n in facts.get("was", ())} | {begun.samples})
     earlier = [_smaller(plan, n, prompts) for n in sizes if n < plan.samples]
     # Captions of pictures are among what `pictures_sha256` is of, and more of them as the store grows.
@@ -430,13 +430,13 @@ def _agree(folder: Folder, plan: Plan, prompts: Sequence[str]) -> list[Plan]:
     return earlier
 
 
-def _smaller(plan: Plan, samples: int, prompts: Sequence[str]) -> Plan:
+def _smaller(plan: StorePlan, samples: int, prompts: Sequence[str]) -> StorePlan:
     """The plan as it was with fewer samples; the prompts of pictures are the captions of as many."""
     there = prompts[:samples] if plan.kind == "pictures" else prompts
     return replace(plan, samples=samples, prompts_sha256=_digest(there))
 
 
-def _shown(plan: Plan, name: str) -> str:
+def _shown(plan: StorePlan, name: str) -> str:
     value = getattr(plan, name)
     return short(repr(list(value) if isinstance(value, tuple) else value))
 

@@ -295,7 +295,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Described:
+class PipelineFacts:
     """What the configs of a pipeline folder say, checked.
 
     Args:
@@ -327,7 +327,7 @@ class Described:
             return getattr(diffusers, self.scheduler_class).from_config(dict(self.scheduler))
 
 
-def check_pipeline(path: str, folder: Path) -> Described:
+def check_pipeline(path: str, folder: Path) -> PipelineFacts:
     """Reads and checks a pipeline folder's configs: nothing in it is run, and no weights are opened.
 
     Every pipeline that is opened here is opened by it, and made of parts of the classes that it allows.
@@ -354,7 +354,7 @@ def check_pipeline(path: str, folder: Path) -> Described:
             f"{path} cannot be a teacher: its scheduler has rescale_betas_zero_snr with prediction_type epsilon, which "
             "says nothing about a picture at the noisiest time"
         )
-    return Described(path, folder, family, noise, index, unet, vae, scheduler, str(kind))
+    return PipelineFacts(path, folder, family, noise, index, unet, vae, scheduler, str(kind))
 
 
 def load_teacher(
@@ -413,7 +413,7 @@ def require_family(path: str, found: Family, wanted: str | None) -> None:
 
 def open_pipeline(
     path: str, revision: str | None = None, variant: str | None = None, unet: UNet2DConditionModel | None = None
-) -> tuple[Any, Described]:
+) -> tuple[Any, PipelineFacts]:
     """A plain diffusers pipeline in float32, a teacher's or an exported student's, and what its folder says.
 
     What `DiffusionPipeline.from_pretrained` gives, without a safety checker; but the folder has no say in what is run.
@@ -433,7 +433,7 @@ def open_pipeline(
     return teacher.pipeline(described.own_scheduler()), described
 
 
-def _open(path: str, parts: Sequence[str], revision: str | None, variant: str | None) -> tuple[Teacher, Described]:
+def _open(path: str, parts: Sequence[str], revision: str | None, variant: str | None) -> tuple[Teacher, PipelineFacts]:
     """A teacher without its parts."""
     for part in parts:
         if part not in PARTS:
@@ -524,7 +524,7 @@ def _identity(path: str, folder: Path, revision: str | None) -> str:
     return f"{path}@{revision}" if revision else path
 
 
-def _load_part(part: str, described: Described, dtype: torch.dtype, variant: str | None) -> Any:
+def _load_part(part: str, described: PipelineFacts, dtype: torch.dtype, variant: str | None) -> Any:
     folder = described.folder
     if part == "text":
         towers = tuple(_load_tower(folder, *names, dtype, variant) for names in described.family.towers)
@@ -578,7 +578,7 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _fits(described: Described, towers: Sequence[TextTower]) -> None:
+def _fits(described: PipelineFacts, towers: Sequence[TextTower]) -> None:
     """Raises ValueError where the text encoders make something else than the UNet reads."""
     unet, widths = described.unet, [tower.encoder.config.hidden_size for tower in towers]
     if isinstance(reads := unet.get("cross_attention_dim"), int) and reads != sum(widths):

@@ -55,7 +55,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A run on networks without weights.
 
     Args:
@@ -180,7 +180,7 @@ class Run:
 # ---- what is counted ----------------------------------------------------------------------------------------------
 
 
-def prepared(cfg: PlanSettings) -> Run:
+def prepared(cfg: PlanSettings) -> PlannedRun:
     """Builds the networks without weights and walks through every turn that differs; raises ConfigError."""
     if cfg.teacher is not None and cfg.teacher not in TAUGHT:
         raise ConfigError(f"teacher={cfg.teacher}: a plan reads no export; allowed: {', '.join(TAUGHT)}, null")
@@ -208,7 +208,7 @@ def prepared(cfg: PlanSettings) -> Run:
     walker = Walker(cfg, method, phases, {**made, **averages}, [batch_of(built, n, WALKED) for n in picked])
     with checking():
         walks = walker.walks(engine)
-    return Run(
+    return PlannedRun(
         cfg=cfg,
         method=method,
         engine=engine,
@@ -336,34 +336,34 @@ def usable(cluster: ClusterSettings) -> float:
     return GIB * cluster.memory_gib * cluster.usable
 
 
-def engines_of(run: Run) -> list[str]:
+def engines_of(run: PlannedRun) -> list[str]:
     """Those to compare, the run's own among them."""
     possible = ["ddp", "zero1", "zero2", "zero3"] if run.ranks > 1 else ["single"]
     return possible if run.engine in possible else [*possible, run.engine]
 
 
-def averaged_over(run: Run, value: Callable[[int], float]) -> float:
+def averaged_over(run: PlannedRun, value: Callable[[int], float]) -> float:
     """The mean of a phase's value over the steps of the run."""
     return sum(phase.steps * value(i) for i, phase in enumerate(run.phases)) / run.cfg.max_train_steps
 
 
-def bytes_sent(run: Run, engine: str, phase: int) -> float:
+def bytes_sent(run: PlannedRun, engine: str, phase: int) -> float:
     found = run.traffic(engine, run.cfg.gradient_checkpointing, phase)
     return found.reduced + found.gathered
 
 
-def sent_seconds(run: Run, engine: str) -> float:
+def sent_seconds(run: PlannedRun, engine: str) -> float:
     checkpointed, cluster = run.cfg.gradient_checkpointing, run.cfg.cluster
     return averaged_over(run, lambda phase: run.traffic(engine, checkpointed, phase).seconds(cluster))
 
 
-def rate_of(run: Run) -> float:
+def rate_of(run: PlannedRun) -> float:
     """FLOP/s that a GPU reaches."""
     cluster = run.cfg.cluster
     return TERA * cluster.mfu * (cluster.tflops if run.bf16 else cluster.tflops_float32)
 
 
-def step_seconds(run: Run, engine: str) -> float:
+def step_seconds(run: PlannedRun, engine: str) -> float:
     """Of a step: measured, or computation and then communication."""
     if run.cfg.measured_step_seconds is not None:
         return run.cfg.measured_step_seconds
@@ -371,7 +371,7 @@ def step_seconds(run: Run, engine: str) -> float:
     return samples * averaged_over(run, run.flops) / rate_of(run) + sent_seconds(run, engine)
 
 
-def size_save_mtbf_restart(run: Run) -> tuple[float, float, float, float]:
+def size_save_mtbf_restart(run: PlannedRun) -> tuple[float, float, float, float]:
     """Bytes of a checkpoint, and in seconds: to save it, between failures of the job, from one to the next step."""
     cluster, size = run.cfg.cluster, run.checkpoint(run.engine)
     read = GB * cluster.read_gb_s * cluster.nodes
@@ -380,6 +380,6 @@ def size_save_mtbf_restart(run: Run) -> tuple[float, float, float, float]:
     return size, save, 3600 * cluster.node_mtbf_hours / cluster.nodes, restart
 
 
-def picked(run: Run, phase: Phase) -> tuple[int, ...]:
+def picked(run: PlannedRun, phase: Phase) -> tuple[int, ...]:
     """Places of the states that a sample of this phase reads, for example."""
     return run.method.reads(phase.first).pick(run.times, generator("plan"))

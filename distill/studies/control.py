@@ -117,7 +117,7 @@ def encoded(vae: Any, images: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class UseSection:
     """A section of the report: its rows are drawn in `ways`, after `others`, pictures that are only judged.
 
     `given` names the pictures that the pipeline is given.
@@ -131,7 +131,7 @@ class Part:
     others: Mapping[str, Tensor]
 
 
-def control_part(cfg: ToyControlSettings, pipeline: Any, controlnet: Path) -> Part:
+def control_part(cfg: ToyControlSettings, pipeline: Any, controlnet: Path) -> UseSection:
     """Drawing under masks, and with masks of no weight: the floor."""
     scene = draw_scene(balanced_labels(cfg.n), generator("toy control", cfg.seed, "controls"))
     ways = [floor(cfg, 0.0), Way([teacher(cfg)], {}, 0.0), Way([teacher(cfg)], {}, 1.0)]
@@ -141,10 +141,10 @@ def control_part(cfg: ToyControlSettings, pipeline: Any, controlnet: Path) -> Pa
         pipeline, controlnet=ControlNetModel.from_pretrained(controlnet)
     )
     use = the_use(cfg, under, under_control, as_control(coverage(scene)), scene)
-    return Part("Under a control", "control", "control", use, ways, {BEST: best(pipeline, scene)})
+    return UseSection("Under a control", "control", "control", use, ways, {BEST: best(pipeline, scene)})
 
 
-def restyle_part(cfg: ToyControlSettings, pipeline: Any) -> Part:
+def restyle_part(cfg: ToyControlSettings, pipeline: Any) -> UseSection:
     """Pictures of every caption, drawn again in the next colour: their layout can be kept. The floor: from noise."""
     labels = balanced_labels(cfg.n)
     before, wanted = (  # the same draws, so the same layout
@@ -159,7 +159,7 @@ def restyle_part(cfg: ToyControlSettings, pipeline: Any) -> Part:
     image_to_image = StableDiffusionXLImg2ImgPipeline.from_pipe(pipeline)
     use = the_use(cfg, image_to_image, from_picture, (source + 1) / 2, before)
     others = {BEST: best(pipeline, wanted), "sources, as they are": source}
-    return Part("From a picture", "restyle", "source", use, ways, others)
+    return UseSection("From a picture", "restyle", "source", use, ways, others)
 
 
 @torch.no_grad()
@@ -185,7 +185,7 @@ def the_use(cfg: ToyControlSettings, pipeline: Any, arguments: Arguments, images
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def write_report(output: Path, cfg: ToyControlSettings, parts: Sequence[Part]) -> None:
+def write_report(output: Path, cfg: ToyControlSettings, parts: Sequence[UseSection]) -> None:
     """report.md, report.json and a grid for each part, in `output`."""
     results: dict[str, list[Row]] = {}
     sections = ["# A few-step LoRA in other pipelines", protocol(cfg)]
@@ -205,7 +205,7 @@ def starts(row: Row) -> int:
     return start_time(row["spacing"], 1000, row["steps"], row["strength"])
 
 
-def draw_part(path: Path, part: Part, rows: Sequence[Row]) -> None:
+def draw_part(path: Path, part: UseSection, rows: Sequence[Row]) -> None:
     places = [9 * i % len(part.use.images) for i in range(GRID_COLUMNS)]  # prompts in turn: 9 apart, all differs
     groups: dict[Any, list[GridRow]] = {0: [GridRow(part.given, "", part.use.images[places] * 2 - 1)]}
     for way, row in zip(part.ways, rows, strict=True):

@@ -42,7 +42,7 @@ GRID_COLUMNS = 10
 
 
 @dataclass(frozen=True)
-class Student:
+class TrainedLink:
     """A link of the chain for each seed, named by how it was trained and its number of steps; "m" has one in all."""
 
     kind: str
@@ -56,8 +56,8 @@ class Student:
         return Setting("student", "ddim", self.steps)
 
 
-STUDENTS = [Student(kind, steps) for steps in (8, 4, 2, 1) for kind in "mevc" if kind != "c" or steps == 1]
-Comparisons = dict[tuple[Student, int], Comparison]
+STUDENTS = [TrainedLink(kind, steps) for steps in (8, 4, 2, 1) for kind in "mevc" if kind != "c" or steps == 1]
+Comparisons = dict[tuple[TrainedLink, int], Comparison]
 
 
 def main(cfg: ShowSettings) -> None:
@@ -80,7 +80,7 @@ def run_chain(output: Path, overrides: list[str]) -> None:
         sys.exit(f"error: the chain ended with exit code {code}: {shlex.join(command)}")
 
 
-def comparison_of(output: Path, student: Student, seed: int, plan: Plan, scorer: JudgeScorer) -> Comparison:
+def comparison_of(output: Path, student: TrainedLink, seed: int, plan: Plan, scorer: JudgeScorer) -> Comparison:
     """The export of a link beside the teacher; all share what is known of the teacher."""
     teacher = load_teacher(teacher_folder(), parts=("unet", "text", "vae"))
     export = open_export(output / "links" / student.link(seed) / "export")
@@ -110,10 +110,10 @@ def table(comparisons: Comparisons, cfg: ShowSettings) -> list[Row]:
 
 def differences(comparisons: Comparisons, scorer: JudgeScorer, cfg: ShowSettings) -> list[Row]:
     """Each game's metrics less those of as much time of mean squared error, and one game's less the other's."""
-    pairs = [(s, Student("e", s.steps)) for s in STUDENTS if s.kind in "vc"]
-    pairs += [(Student("c", 1), Student("v", 1))]
+    pairs = [(s, TrainedLink("e", s.steps)) for s in STUDENTS if s.kind in "vc"]
+    pairs += [(TrainedLink("c", 1), TrainedLink("v", 1))]
 
-    def apart(a: Student, b: Student, seed: int) -> Row:
+    def apart(a: TrainedLink, b: TrainedLink, seed: int) -> Row:
         return difference(scorer, *(comparisons[s, seed].measured(s.setting) for s in (a, b)))
 
     return [

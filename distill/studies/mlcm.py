@@ -47,7 +47,7 @@ GRID_COLUMNS = 10
 
 
 @dataclass(frozen=True)
-class Student:
+class ComparedStudent:
     """One line of the table: a method's runs at a checkpoint, and how they are sampled from."""
 
     title: str
@@ -76,11 +76,11 @@ def main(cfg: ShowMLCMSettings) -> None:
 
     border, end = settings.method["stages"][0]["iterations"], settings.max_train_steps
     students = [
-        Student("LCM-LoRA", "lcm", end, "lcm", "lcm"),
-        Student("MLCM, stage 1, chain", "mlcm", border, "ddim", "milestones"),
-        Student("MLCM, stage 1, re-noising", "mlcm", border, "lcm", "milestones"),
-        Student("MLCM, chain", "mlcm", end, "ddim", "milestones"),
-        Student("MLCM, re-noising", "mlcm", end, "lcm", "milestones"),
+        ComparedStudent("LCM-LoRA", "lcm", end, "lcm", "lcm"),
+        ComparedStudent("MLCM, stage 1, chain", "mlcm", border, "ddim", "milestones"),
+        ComparedStudent("MLCM, stage 1, re-noising", "mlcm", border, "lcm", "milestones"),
+        ComparedStudent("MLCM, chain", "mlcm", end, "ddim", "milestones"),
+        ComparedStudent("MLCM, re-noising", "mlcm", end, "lcm", "milestones"),
     ]
     guidance = settings.data.guidance
     assert isinstance(guidance, float)
@@ -129,7 +129,7 @@ def comparison_of(output: Path, run: Path, step: int, plan: Plan, scorer: JudgeS
 Comparisons = dict[tuple[str, int, int], Comparison]
 
 
-def table(students: list[Student], comparisons: Comparisons, cfg: ShowMLCMSettings) -> list[Row]:
+def table(students: list[ComparedStudent], comparisons: Comparisons, cfg: ShowMLCMSettings) -> list[Row]:
     """The teacher's rows, then every student's at every number of steps, over seeds."""
     one = next(iter(comparisons.values()))
     tuned = one.tune()
@@ -144,7 +144,7 @@ def table(students: list[Student], comparisons: Comparisons, cfg: ShowMLCMSettin
 
 
 def differences(
-    students: list[Student], comparisons: Comparisons, scorer: JudgeScorer, cfg: ShowMLCMSettings
+    students: list[ComparedStudent], comparisons: Comparisons, scorer: JudgeScorer, cfg: ShowMLCMSettings
 ) -> list[Row]:
     """At all numbers of steps, one student's metrics less another's of the same seed; errors are of the differences."""
     named = {student.title: student for student in students}
@@ -189,7 +189,7 @@ and ± is the standard error of the difference."""
 
 
 @torch.no_grad()
-def picture(path: Path, cfg: ShowMLCMSettings, students: list[Student], comparisons: Comparisons) -> None:
+def picture(path: Path, cfg: ShowMLCMSettings, students: list[ComparedStudent], comparisons: Comparisons) -> None:
     places, seed = range(GRID_COLUMNS), cfg.seeds[0]
     one = next(iter(comparisons.values()))
     groups = [[GridRow("teacher, 50 steps", "", one.pictures(one.plan.reference(), places))]]

@@ -56,9 +56,11 @@ def main(cfg: PlugInSettings) -> None:
     beside_style = bench(cfg, teacher_folder(), {"student": cfg.lora, "style": style_lora}, UPRIGHT)
     on_teacher = bench(cfg, teacher_folder(), {"student": cfg.lora}, NIGHT)
     parts = [
-        Part("On a fine-tuned model", "fine_tune", on_fine_tune, fine_tune_lines(cfg)),
-        Part("The same LoRA on its own teacher, which lacks the style", "teacher", on_teacher, [teacher_line(cfg)]),
-        Part("Beside a style LoRA", "style_lora", beside_style, style_lines(cfg)),
+        PlugInSection("On a fine-tuned model", "fine_tune", on_fine_tune, fine_tune_lines(cfg)),
+        PlugInSection(
+            "The same LoRA on its own teacher, which lacks the style", "teacher", on_teacher, [teacher_line(cfg)]
+        ),
+        PlugInSection("Beside a style LoRA", "style_lora", beside_style, style_lines(cfg)),
     ]
     write_report(output, cfg, parts)
 
@@ -136,7 +138,7 @@ def styled_latents(cfg: PlugInSettings, vae: Any, style: Style) -> tuple[Tensor,
 
 
 @dataclass(frozen=True)
-class Part:
+class PlugInSection:
     """A section of the report: its rows are drawn from `lines`."""
 
     title: str
@@ -208,7 +210,7 @@ def check_lora(folder: str, steps: Sequence[int]) -> None:
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def write_report(output: Path, cfg: PlugInSettings, parts: Sequence[Part]) -> None:
+def write_report(output: Path, cfg: PlugInSettings, parts: Sequence[PlugInSection]) -> None:
     """report.md, report.json and a grid for each part, in `output`."""
     results: dict[str, list[Row]] = {}
     sections = ["# A few-step LoRA, plugged in", protocol(cfg)]
@@ -223,7 +225,7 @@ def write_report(output: Path, cfg: PlugInSettings, parts: Sequence[Part]) -> No
     print("\n\n".join(sections))
 
 
-def draw_part(path: Path, part: Part, rows: Sequence[Row]) -> None:
+def draw_part(path: Path, part: PlugInSection, rows: Sequence[Row]) -> None:
     places = [9 * i % part.bench.n for i in range(GRID_COLUMNS)]  # prompts in turn: 9 apart, they differ in every way
     groups: dict[Any, list[GridRow]] = {}
     for line, row in zip(part.lines, rows, strict=True):

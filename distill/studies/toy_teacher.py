@@ -372,7 +372,7 @@ class Row:
     sharpness: float
 
 
-class Measure:
+class ToyScorer:
     """Scores pictures of balanced captions against 10,000 real ones."""
 
     def __init__(self, judge: Judge) -> None:
@@ -412,7 +412,7 @@ class Measure:
 def evaluate(output: Path, count: int, tuning_count: int) -> None:
     """Tunes spacing and guidance for every number of steps on one seed, reports the best on three others."""
     pipeline = load_pipeline(str(output / "teacher"), own_scheduler=True)
-    measure = Measure(load_judge(output / "judge.safetensors"))
+    measure = ToyScorer(load_judge(output / "judge.safetensors"))
     seeds = (101, 102, 103)
     real = [render(balanced_labels(count), torch.Generator().manual_seed(seed)) for seed in seeds]
     rows = [measure("real", real), measure("VAE", [reconstruct(pipeline.vae, pictures) for pictures in real])]

@@ -24,7 +24,7 @@ from distill.config.loading import ConfigError, build, checking
 from distill.config.settings import TrainSettings
 from distill.data.errors import ReadError
 from distill.data.loader import Loader, make_loader
-from distill.data.progress import Progress as Bar
+from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
 from distill.data.reader import Store
 from distill.data.words import counted
@@ -41,7 +41,7 @@ from distill.training.fitting import SAMPLES, STORE, as_begun, check_method, fit
 from distill.training.health import Health
 from distill.training.launched import launched_rank, launched_world_size, require_one_task
 from distill.training.lock import RunLock
-from distill.training.loop import Every, NoData, train
+from distill.training.loop import Every, NoData, Observers, train
 from distill.training.preemption import Preemption
 from distill.training.run import (
     checkpoints_of,
@@ -57,8 +57,8 @@ from distill.training.teacher import open_teacher
 from distill.training.tracking import (
     SKIPPED,
     Meter,
-    Progress,
     Tracker,
+    TrainingProgress,
     cut_after,
     note_skipped,
     open_trackers,
@@ -73,7 +73,7 @@ log = logging.getLogger("distill")
 
 
 @dataclass(frozen=True)
-class Resumed:
+class ResumedRun:
     """Where a run resumes: what saves it, the store with the samples that it began with, and the steps taken."""
 
     checkpoints: Checkpoints
@@ -136,7 +136,7 @@ class Run:
                 preemption=preemption,
             )
 
-    def resume(self, watchdog: Watchdog) -> Resumed:
+    def resume(self, watchdog: Watchdog) -> ResumedRun:
         """Joins the other ranks and prepares the networks, as the checkpoint has them that the run resumes from.
 
         Raises:
@@ -170,20 +170,22 @@ class Run:
             )
         store = as_begun(self.store, resumed.state if resumed else {})
         checkpoints.state = {SAMPLES: len(store), STORE: store.index.identity}
-        return Resumed(checkpoints, store, step, restore)
+        return ResumedRun(checkpoints, store, step, restore)
 
-    def train(self, resumed: Resumed, watchdog: Watchdog) -> int:
+    def train(self, resumed: ResumedRun, watchdog: Watchdog) -> int:
         """Takes the steps that are left; returns the exit code (`ends.exit_code`), whatever ends the run."""
         cfg, engine = self.cfg, self.engine
         tracker = self.tracker(resumed.step)
-        progress = Progress(cfg.max_train_steps, resumed.step, main=engine.is_main)
+        progress = TrainingProgress(cfg.max_train_steps, resumed.step, main=engine.is_main)
         if engine.is_main:
             self._say_header(resumed)
         with watchdog.over("the validation's prompts and the teacher's own pictures of them"):
             validate = self.validation(tracker)
         began, failure = time.monotonic(), None
+        meter = Meter(cfg.max_train_steps, cfg.global_batch_size, resumed.step)
+        observers = Observers(meter, progress, tracker, self.health, validate)
         with self.preemption, closing(iter(self.loader(resumed))) as batches:
-            step, failure = self._steps(resumed, batches, progress, tracker, watchdog, validate)
+            step, failure = self._steps(resumed, batches, observers, watchdog)
             code = exit_code(step, cfg.max_train_steps, self.health, failure)
             if code == PREEMPTED:
                 self.preemption.mark(step)
@@ -201,13 +203,7 @@ class Run:
         return code
 
     def _steps(
-        self,
-        resumed: Resumed,
-        batches: Iterator[Batch],
-        progress: Progress,
-        tracker: Tracker,
-        watchdog: Watchdog,
-        validate: Callable[[int], Mapping[str, float]],
+        self, resumed: ResumedRun, batches: Iterator[Batch], observers: Observers, watchdog: Watchdog
     ) -> tuple[int, Exception | None]:
         """The loop; returns the steps taken in all, and what has ended it before its time. On all ranks alike."""
         cfg = self.cfg
@@ -219,14 +215,10 @@ class Run:
                 start_step=resumed.step,
                 max_train_steps=cfg.max_train_steps,
                 every=Every(cfg.log_every, cfg.checkpointing_steps, cfg.validation_steps),
-                meter=Meter(cfg.max_train_steps, cfg.global_batch_size, resumed.step),
-                progress=progress,
-                tracker=tracker,
+                observers=observers,
                 checkpoints=resumed.checkpoints,
                 preemption=self.preemption,
                 watchdog=watchdog,
-                health=self.health,
-                validate=validate,
             )
         except NonFiniteError as error:
             return resumed.step, NonFiniteError(f"{error}; {resumed.checkpoints.after_divergence(self.engine)}")
@@ -238,7 +230,7 @@ class Run:
             raise ReadError(f"a file is gone while the run goes on: {error}") from error
         return step, None
 
-    def _say_header(self, resumed: Resumed) -> None:
+    def _say_header(self, resumed: ResumedRun) -> None:
         """What is about to run, on the console: machine, teacher, data, what is trained, batch, steps, folder."""
         cfg, engine = self.cfg, self.engine
         precision = "float32" if engine.mixed_precision == "no" else engine.mixed_precision
@@ -257,7 +249,7 @@ class Run:
             self.folder,
         )
 
-    def loader(self, resumed: Resumed) -> Loader:
+    def loader(self, resumed: ResumedRun) -> Loader:
         """This rank's batches from the step on where the run resumes."""
         return make_loader(
             resumed.store,
@@ -400,7 +392,7 @@ def ends_of(
     guidance = cfg.data.guidance if isinstance(cfg.data.guidance, float) else cfg.validation_guidance
     teacher = open_teacher(cfg.model, parts=("unet", "text")).to(engine.device)
     seeds = validation_seeds(cfg.seed, len(next(iter(conditioning.values()))))
-    progress = Bar("the teacher's own pictures", len(seeds), "pictures")
+    progress = Progress("the teacher's own pictures", len(seeds), "pictures")
     there = {name: value.to(engine.device) for name, value in conditioning.items()}
     kept = folder / "validation.safetensors"
     return teacher_ends(teacher, there, seeds, cfg.validation_teacher_steps, guidance, kept, progress.update)

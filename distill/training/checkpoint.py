@@ -68,7 +68,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Resumed:
+class ResumePoint:
     """Where a run goes on: `step` optimizer steps were taken, and `state` is what `save` was given then."""
 
     step: int
@@ -230,7 +230,7 @@ class Checkpoints:
         """(step, folder) of the checkpoints that were completed, newest first."""
         return _found(self.folder)
 
-    def resume(self, engine: Engine, where: str | int | None) -> Resumed | None:
+    def resume(self, engine: Engine, where: str | int | None) -> ResumePoint | None:
         """Loads a checkpoint into a prepared engine; None if the run starts at step 0.
 
         Args:
@@ -282,7 +282,7 @@ class Checkpoints:
         named = isinstance(where, str) and where != LATEST and not where.isdigit()
         return not named and manifest.get("run", "") != self.run
 
-    def _load(self, engine: Engine, folder: Path, manifest: Mapping[str, Any]) -> Resumed:
+    def _load(self, engine: Engine, folder: Path, manifest: Mapping[str, Any]) -> ResumePoint:
         problem = engine.misfit(manifest["engine"])
         if problem and (setting := self._setting_that_differs(manifest.get("config", {}))):
             problem = f"{setting} ({problem})"
@@ -304,7 +304,7 @@ class Checkpoints:
             log.info("resumed from %s at step %d", folder, step)
         engine.barrier()
         self._current = step if (self.folder / folder.name).is_dir() else None
-        return Resumed(step, manifest["state"], folder)
+        return ResumePoint(step, manifest["state"], folder)
 
     def _setting_that_differs(self, saved: Mapping[str, Any]) -> str | None:
         """What decides the shape of what is trained, and was another when it was saved."""

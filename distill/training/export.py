@@ -25,6 +25,7 @@ from distill.data.storage import sync_folder
 from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
+from distill.models.denoiser import NetworkDenoiser
 from distill.models.exported import FACTS
 from distill.models.families import Teacher, load_teacher
 from distill.models.files import share
@@ -148,20 +149,47 @@ def write_student(
     model = settings.model
     teacher = load_teacher(model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant)
     network = student.networks(teacher, keep_teacher=False)["student"]  # without its start: that is in its weights
+    ema = use_ema and settings.ema_decay is not None
+    export = _export_of(run, settings, teacher, network, name, wanted, dtype, step, ema, guidance)
+    with checking():
+        if lora := [f for f in wanted if f in LORA_FORMATS]:
+            student.export_lora(folder, teacher, weights, lora, dtype, name)
+        if len(lora) < len(wanted):
+            student.finish(teacher, weights)
+            if guidance is not None:
+                build_in_guidance(teacher.unet, guidance)
+            _write_network(folder, export, teacher, network.prediction, dtype)
+    (folder / FACTS).write_text(json.dumps(export.facts(), indent=1) + "\n")
+    return export
+
+
+def _export_of(
+    run: str | Path,
+    settings: TrainSettings,
+    teacher: Teacher,
+    network: NetworkDenoiser,
+    name: str,
+    formats: tuple[str, ...],
+    dtype: torch.dtype,
+    step: int,
+    ema: bool,
+    guidance: float | None,
+) -> Export:
+    """What is to be exported, for `distill.json` and the card. Raises ConfigError for a guidance that does not fit."""
     method = build(settings.method, schedule=teacher.schedule)
     data = data_of(run, settings)
     learned = learned_guidance(method, data.guidance if data else set_guidance(settings))
     takes_guidance = network.guidance_embedding_dim is not None
-    _check_guidance(guidance, learned, takes_guidance, wanted)
-    export = Export(
+    _check_guidance(guidance, learned, takes_guidance, formats)
+    return Export(
         name=name,
-        formats=wanted,
+        formats=formats,
         dtype=str(dtype).removeprefix("torch."),
-        base_model=teacher.teacher_id.removesuffix(f"@{model.revision}"),
+        base_model=teacher.teacher_id.removesuffix(f"@{settings.model.revision}"),
         base_hash=teacher.teacher_hash,
         family=teacher.family.name,
         step=step,
-        ema=use_ema and settings.ema_decay is not None,
+        ema=ema,
         guidance=learned,
         told_guidance=takes_guidance and guidance is None,
         built_in_guidance=guidance,
@@ -174,16 +202,6 @@ def write_student(
         data=data,
         settings=settings,
     )
-    with checking():
-        if lora := [f for f in wanted if f in LORA_FORMATS]:
-            student.export_lora(folder, teacher, weights, lora, dtype, name)
-        if len(lora) < len(wanted):
-            student.finish(teacher, weights)
-            if guidance is not None:
-                build_in_guidance(teacher.unet, guidance)
-            _write_network(folder, export, teacher, network.prediction, dtype)
-    (folder / FACTS).write_text(json.dumps(export.facts(), indent=1) + "\n")
-    return export
 
 
 def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: Prediction, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from distill.data.images import Listing, shown
-from distill.data.index import Plan
+from distill.data.index import StorePlan
 from distill.data.pictures import BadPicture, Square, cut_square
 from distill.data.writer import Partly
 from distill.diffusion.random import generator, seed_of
@@ -30,7 +30,7 @@ class LatentEncoder:
     """
 
     teacher: Teacher
-    plan: Plan
+    plan: StorePlan
     listing: Listing
     device: torch.device | str
 

@@ -14,7 +14,7 @@ from distill.training.checkpoint import Checkpoints
 from distill.training.engine import Engine
 from distill.training.health import Health
 from distill.training.preemption import Preemption
-from distill.training.tracking import Meter, Progress, Tracker
+from distill.training.tracking import Meter, Tracker, TrainingProgress
 from distill.training.watchdog import Watchdog
 from distill.training.writing import WriteError
 
@@ -28,6 +28,37 @@ class Every:
     log: int
     checkpoint: int
     validate: int
+
+
+@dataclass(frozen=True)
+class Observers:
+    """What sees a run go by. Nothing that is computed depends on them; `health` may end the run.
+
+    Attributes:
+        meter: times steps; `progress`: shows them on the console; `tracker`: writes scalars and images.
+        health: reads alarms from scalars.
+        validate: called with the number of steps taken, on all ranks; what it returns is logged.
+    """
+
+    meter: Meter
+    progress: TrainingProgress
+    tracker: Tracker
+    health: Health
+    validate: Callable[[int], Mapping[str, float]]
+
+    def step_taken(self) -> None:
+        self.meter.step()
+        self.progress.step()
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        scalars = {**scalars, **self.meter.read()}
+        self.tracker.log(scalars | self.health.read(scalars, step), step)
+        self.progress.show(step, scalars)
+
+    def validate_and_log(self, step: int) -> None:
+        if found := self.validate(step):
+            self.tracker.log({**found, **self.health.read(found, step)}, step)
+            self.progress.show_validation(step, found)
 
 
 class NoData(Exception):
@@ -49,21 +80,17 @@ def train(
     start_step: int,
     max_train_steps: int,
     every: Every,
-    meter: Meter,
-    progress: Progress,
-    tracker: Tracker,
+    observers: Observers,
     checkpoints: Checkpoints,
     preemption: Preemption,
     watchdog: Watchdog,
-    health: Health,
-    validate: Callable[[int], Mapping[str, float]],
 ) -> int:
     """Takes optimizer steps until `max_train_steps`, a signal or an alarm that ends the run; returns the steps in all.
 
     A step runs every turn of the method, each on the same micro-batches; its number is what metrics, checkpoints and
-    schedules count. What `validate` returns is logged. While updates are being skipped, a checkpoint that is due waits
-    for the next one that is taken. One that cannot be written is a warning, and the next one is tried. The checkpoint
-    that the run ends with, or is stopped with, is saved in any case, and must be.
+    schedules count. While updates are being skipped, a checkpoint that is due waits for the next one that is taken.
+    One that cannot be written is a warning, and the next one is tried. The checkpoint that the run ends with, or is
+    stopped with, is saved in any case, and must be.
 
     Raises:
         WriteError: the last checkpoint could not be written.
@@ -72,29 +99,24 @@ def train(
     """
     step = start_step
     stop = due = False
-    while step < max_train_steps and not stop and not health.ends_run:
-        with meter.waiting(), watchdog.over("a batch from the loader"):
+    while step < max_train_steps and not stop and not observers.health.ends_run:
+        with observers.meter.waiting(), watchdog.over("a batch from the loader"):
             micro_batches, problem = _fetched(batches, engine.gradient_accumulation_steps)
         with watchdog.over("a batch from the loader of another rank"):
-            failed = engine.any(problem is not None)
-        if failed:
-            error = _agreed(engine, problem)
+            problem = _agreed(engine, problem)
+        if problem is not None:
             if step > start_step:
                 with watchdog.over(f"the checkpoint of step {step}"):
                     _save(checkpoints, engine, step, must=True)
-            raise NoData(error, step)
+            raise NoData(problem, step)
         with watchdog.over(f"step {step + 1}: its computation, or other ranks in it"):
             scalars = _turns(method, engine, micro_batches, step)
             stop = engine.any(preemption.requested)
         step += 1
-        meter.step()
-        progress.step()
-
         last = step == max_train_steps
+        observers.step_taken()
         if last or stop or step % every.log == 0:
-            scalars |= meter.read()
-            tracker.log(scalars | health.read(scalars, step), step)
-            progress.show(step, scalars)
+            observers.log(scalars, step)
         with watchdog.over(f"the checkpoint of step {step}"):
             due = due or step % every.checkpoint == 0
             if last or stop or (due and engine.is_healthy()):
@@ -104,10 +126,8 @@ def train(
                 log.warning("no checkpoint of step %d: it waits until an update is taken again", step)
         with watchdog.over(f"the validation of step {step}"):
             if last or (step % every.validate == 0 and not stop):
-                if found := validate(step):
-                    tracker.log({**found, **health.read(found, step)}, step)
-                    progress.show_validation(step, found)
-        if health.ends_run:
+                observers.validate_and_log(step)
+        if observers.health.ends_run:
             _save(checkpoints, engine, step, must=True)
     return step
 
@@ -120,8 +140,10 @@ def _fetched(batches: Iterator[Batch], count: int) -> tuple[list[Batch], StoreEr
         return [], error
 
 
-def _agreed(engine: Engine, problem: StoreError | ReadError | None) -> StoreError | ReadError:
-    """One of the ranks' problems, the same on all: damage before what the next try may mend."""
+def _agreed(engine: Engine, problem: StoreError | ReadError | None) -> StoreError | ReadError | None:
+    """One of the ranks' problems, the same on all (None without one): damage before what a next try may mend."""
+    if not engine.any(problem is not None):
+        return None
     found = [other for other in engine.gathered(problem) if other is not None]
     return next((error for error in found if isinstance(error, StoreError)), found[0])
 

@@ -445,7 +445,7 @@ class _BarSafe(logging.StreamHandler):  # type: ignore[type-arg]
         tqdm.write(self.format(record), file=self.stream)
 
 
-class Progress:
+class TrainingProgress:
     """Shows where a run is: a bar on a terminal, elsewhere (and always in SLURM) a log line for each `show`."""
 
     def __init__(self, total: int, done: int = 0, stream: TextIO | None = None, main: bool = True) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.data.index import Plan
+from distill.data.index import StorePlan
 from distill.data.record import STATE_DTYPES
 from distill.diffusion.guidance import guided
 from distill.diffusion.prediction import Conditioning
@@ -27,7 +27,7 @@ class TrajectorySolver:
     """
 
     teacher: Teacher
-    plan: Plan
+    plan: StorePlan
     device: torch.device | str
 
     @torch.no_grad()

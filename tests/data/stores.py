@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.data.index import INDEX, Plan, StoreIndex
+from distill.data.index import INDEX, StoreIndex, StorePlan
 from distill.data.writer import Partly, Solve, write_store
 from distill.diffusion.random import generator, seed_of
 from distill.diffusion.trajectory import Trajectory
@@ -21,7 +21,7 @@ from tests.data.dying import Touches
 PROMPTS = ["a red square", "ein grüner Kreis", '"quotes", commas\tand tabs', "", "a long prompt " * 60]
 UNCONDITIONAL = {"encoder_hidden_states": torch.full((1, 7, 6), -1.0, dtype=torch.float16)}
 
-PLAN = Plan(
+PLAN = StorePlan(
     teacher_id="tests/teacher",
     teacher_hash="0123abcd",
     schedule_fingerprint="fedc9876",
@@ -56,7 +56,7 @@ BAD = (1, 4, 5, 6, 7, 10)
 """Of the pictures: one of the first shard, all of the second, the last one of the third."""
 
 
-def states_of(plan: Plan, i: int, shape: tuple[int, ...] = (4, 8, 8)) -> Tensor:
+def states_of(plan: StorePlan, i: int, shape: tuple[int, ...] = (4, 8, 8)) -> Tensor:
     """The states of sample i before they are rounded for storage, [K, C, h, w]."""
     return torch.randn(len(plan.times), *shape, generator=generator(plan.seed, "states", i))
 
@@ -65,7 +65,7 @@ def embedding_of(prompt: str) -> Tensor:
     return torch.randn(7, 6, generator=generator("embedding", prompt)).half()
 
 
-def teacher(plan: Plan, shape: tuple[int, ...] = (4, 8, 8), solved: list[int] | None = None) -> Solve:
+def teacher(plan: StorePlan, shape: tuple[int, ...] = (4, 8, 8), solved: list[int] | None = None) -> Solve:
     """A solve function; it notes the samples it was asked for in `solved`."""
 
     def solve(indices: Sequence[int], prompts: Sequence[str]) -> Trajectory:
@@ -85,7 +85,7 @@ def teacher(plan: Plan, shape: tuple[int, ...] = (4, 8, 8), solved: list[int] | 
     return solve
 
 
-def skipping(plan: Plan, bad: Collection[int]) -> Solve:
+def skipping(plan: StorePlan, bad: Collection[int]) -> Solve:
     """The teacher above, of a store of pictures some of which cannot be read."""
 
     def solve(indices: Sequence[int], prompts: Sequence[str]) -> Partly:
@@ -96,7 +96,7 @@ def skipping(plan: Plan, bad: Collection[int]) -> Solve:
     return solve
 
 
-def write(url: str | Path, plan: Plan = PLAN, **arguments: Any) -> str:
+def write(url: str | Path, plan: StorePlan = PLAN, **arguments: Any) -> str:
     """Writes a store with the teacher above and gives back its URL."""
     solve = arguments.pop("solve", None) or teacher(plan)
     prompts = arguments.pop("prompts", PROMPTS)

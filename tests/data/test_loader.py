@@ -13,7 +13,7 @@ import torch
 from distill.data.errors import ReadError
 from distill.data.index import INDEX
 from distill.data.loader import Loader, make_loader
-from distill.data.order import Order, Share
+from distill.data.order import BatchShare, Order
 from distill.data.reader import Store, open_store
 from distill.data.record import BadSample, make_key
 from distill.diffusion.random import generator
@@ -71,7 +71,7 @@ def test_orders_are_uniform() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_shares_partition_every_step(world_size: int, micro_batch: int) -> None:
-    shares = [Share(8, micro_batch, rank, world_size) for rank in range(world_size)]
+    shares = [BatchShare(8, micro_batch, rank, world_size) for rank in range(world_size)]
     for step in range(3):
         taken = [p for share in shares for i in range(share.accumulation) for p in share.positions(step, i)]
         assert taken == list(range(8 * step, 8 * step + 8))
@@ -94,12 +94,12 @@ def test_pictures_are_read_once_an_epoch_around_empty_places(pictures_url: str) 
 @pytest.mark.parametrize("batches", [(8, 3, 0, 1), (8, 4, 0, 4), (0, 1, 0, 1), (8, 0, 0, 1)])
 def test_batches_that_do_not_divide(batches: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match=f"global_batch_size {batches[0]} must be a multiple of .* {batches[1]} x"):
-        Share(*batches)
+        BatchShare(*batches)
 
 
 def test_a_rank_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match="rank must be within 0 ... 1, got 2"):
-        Share(8, 2, 2, 2)
+        BatchShare(8, 2, 2, 2)
 
 
 def test_a_batch_holds_what_is_stored(store_url: str) -> None:

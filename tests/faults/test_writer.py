@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from distill.data.index import Plan
+from distill.data.index import StorePlan
 from distill.data.reader import open_store
 from distill.diffusion.trajectory import Trajectory
 from tests.data.dying import in_child
@@ -145,7 +145,7 @@ def test_two_stores_are_never_one(tmp_path: Path, no_fsync: None, fault: Fault) 
     fault(20, "two stores written to one folder at once").tried(bits_different=0)
 
 
-def refused_or_written(folder: Path, plan: Plan) -> None:
+def refused_or_written(folder: Path, plan: StorePlan) -> None:
     try:
         write(folder, plan)
     except ValueError as error:

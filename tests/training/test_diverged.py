@@ -19,9 +19,9 @@ from distill.methods.base import Losses, Turn
 from distill.training.checkpoint import CheckpointError, Checkpoints
 from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
 from distill.training.health import Health
-from distill.training.loop import Every, train
+from distill.training.loop import Every, Observers, train
 from distill.training.preemption import Preemption
-from distill.training.tracking import Meter, Progress, Trackers
+from distill.training.tracking import Meter, Trackers, TrainingProgress
 from distill.training.watchdog import Watchdog
 from tests.training.test_checkpoint import Line, line
 
@@ -79,14 +79,16 @@ def looped(
             start_step=start,
             max_train_steps=steps,
             every=Every(log=1, checkpoint=every, validate=1000),
-            meter=Meter(steps, 2, start),
-            progress=Progress(steps, start, main=False),
-            tracker=Trackers([]),
+            observers=Observers(
+                Meter(steps, 2, start),
+                TrainingProgress(steps, start, main=False),
+                Trackers([]),
+                Health(),
+                lambda step: {},
+            ),
             checkpoints=checkpoints,
             preemption=preemption,
             watchdog=Watchdog(None),
-            health=Health(),
-            validate=lambda step: {},
         )
     engine.release()
     return checkpoints, engine, taken

@@ -19,9 +19,9 @@ from distill.models.families import load_teacher
 from distill.training.checkpoint import Checkpoints
 from distill.training.engine import Engine, TrainedNetwork
 from distill.training.health import Health
-from distill.training.loop import Every, train
+from distill.training.loop import Every, Observers, train
 from distill.training.preemption import Preemption
-from distill.training.tracking import JsonlTracker, Meter, Progress, open_trackers, read_metrics
+from distill.training.tracking import JsonlTracker, Meter, TrainingProgress, open_trackers, read_metrics
 from distill.training.validation import Validation, diversity
 from distill.training.watchdog import Watchdog
 from tests.tiny import save_tiny, tiny_conditioning, tiny_unet
@@ -232,14 +232,12 @@ def test_a_discriminator_that_does_not_learn_is_said_to_guess(stop: bool, tmp_pa
             start_step=start,
             max_train_steps=steps,
             every=Every(log=1, checkpoint=100, validate=100),
-            meter=Meter(steps, 8, start),
-            progress=Progress(steps, start, main=False),
-            tracker=tracker,
+            observers=Observers(
+                Meter(steps, 8, start), TrainingProgress(steps, start, main=False), tracker, health, lambda step: {}
+            ),
             checkpoints=checkpoints,
             preemption=Preemption(tmp_path),
             watchdog=Watchdog(None),
-            health=health,
-            validate=lambda step: {},
         )
         tracker.close()
         engine.release()

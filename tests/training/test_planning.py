@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.data.index import Plan
+from distill.data.index import StorePlan
 from distill.data.reader import open_store
 from distill.data.record import Layout, describe
 from distill.data.writer import write_store
@@ -147,7 +147,7 @@ def test_a_stored_sample_has_the_planned_size(tmp_path: Path) -> None:
         return Trajectory(torch.zeros(len(indices), 5, 4, 32, 32), times, many, torch.ones(len(indices)), (0,) * 4)
 
     facts = {"teacher_id": "t", "teacher_hash": "0" * 16, "schedule_fingerprint": "0" * 16, "spacing": "trailing"}
-    plan = Plan(
+    plan = StorePlan(
         **facts,
         solver="ddim",
         solver_steps=4,

@@ -25,7 +25,7 @@ from distill.training.tracking import (
     Background,
     JsonlTracker,
     Meter,
-    Progress,
+    TrainingProgress,
     describe,
     open_trackers,
     run_id,
@@ -307,7 +307,7 @@ def test_a_bar_is_for_terminals_and_never_for_slurm(
         monkeypatch.setitem(os.environ, "SLURM_JOB_ID", "17")
     out = stream()
     assert wants_bar(out) == bar
-    progress = Progress(10, stream=out)
+    progress = TrainingProgress(10, stream=out)
     progress.step()
     progress.close()
     assert ("1/10" in out.getvalue()) == bar
@@ -327,7 +327,7 @@ def plain_logging() -> Any:
 def test_ranks_other_than_the_first_say_only_what_is_wrong(rank: int, plain_logging: None) -> None:
     out = io.StringIO()
     setup_logging(rank, out)
-    Progress(200, stream=out, main=rank == 0).show(50, {"loss": 0.5})
+    TrainingProgress(200, stream=out, main=rank == 0).show(50, {"loss": 0.5})
     logging.getLogger("distill.data").warning("shard cut")
     logging.getLogger("somebody.else").info("chatter")
     lines = out.getvalue().splitlines()
@@ -356,7 +356,7 @@ def test_a_validation_is_a_line_of_its_own(caplog: pytest.LogCaptureFixture) -> 
     caplog.set_level(logging.INFO, "distill")
     found = {"validation/diversity": 0.51234, "validation/teacher_consistency": 0.01}
     for main in (True, False):
-        Progress(200, stream=io.StringIO(), main=main).show_validation(50, found)
+        TrainingProgress(200, stream=io.StringIO(), main=main).show_validation(50, found)
     (record,) = caplog.records
     assert record.getMessage() == "step 50/200 validation  diversity 0.5123  teacher_consistency 0.01"
 
