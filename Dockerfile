@@ -23,7 +23,7 @@ RUN python3 -c 'import venv, ensurepip' || { \
 COPY constraints.txt /opt/constraints.txt
 COPY --from=build /wheel /opt/wheel
 RUN python3 -m venv /opt/distill \
-    && /opt/distill/bin/pip install --no-cache-dir -c /opt/constraints.txt /opt/wheel/*.whl
+    && /opt/distill/bin/pip install --no-cache-dir -c /opt/constraints.txt "$(echo /opt/wheel/*.whl)[all]"
 ENV PATH=/opt/distill/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

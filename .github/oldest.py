@@ -2,9 +2,10 @@
 
     pip install tomli packaging             # Python 3.11 and later need no tomli
     python .github/oldest.py > oldest.txt
-    pip install -r oldest.txt -e '.[dev]'
+    pip install -r oldest.txt -e '.[all,dev]'
 
-The packages are those of [project.dependencies]; what they depend on themselves is left to pip.
+The packages are those of [project.dependencies] and of the extras that users install (not `dev`); what they depend on
+themselves is left to pip.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def declared(file: Path = PYPROJECT) -> list[str]:
-    """The requirements of [project.dependencies], as they are written there."""
-    return list(tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"])
+    """The requirements of [project.dependencies] and of the users' extras, as they are written there."""
+    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    further = [text for name, texts in extras.items() if name not in ("all", "dev") for text in texts]
+    return [*project["dependencies"], *further]
 
 
 def oldest(requirements: Iterable[str]) -> list[str]:

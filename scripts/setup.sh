@@ -43,7 +43,7 @@ install() {
         cp constraints.txt .venv/constraints.txt
     fi
     echo "installing the pinned packages (a few minutes, several GB the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[dev]'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[all,dev]'
     echo "$wanted" >.venv/.installed
 }
 

@@ -122,9 +122,10 @@ def test_what_the_workflow_runs_is_there() -> None:
 
 
 def test_the_oldest_versions_are_the_declared_bounds() -> None:
-    written = re.findall(r'^    "([\w.-]+)>=([\w.]+)', text("pyproject.toml").partition("scripts]")[0], re.MULTILINE)
+    lines = text("pyproject.toml").partition("\ndev = ")[0]
+    written = re.findall(r'"([\w.-]+)>=([\w.]+)[^"]*"', lines.partition("\ndependencies = ")[2])
     assert OLDEST["oldest"](OLDEST["declared"]()) == [f"{name}=={version}" for name, version in written]
-    assert len(written) == len(PYPROJECT["project"]["dependencies"])
+    assert {"torch", "deepspeed", "wandb"} <= {name for name, _ in written}
 
 
 def test_a_bound_is_pinned_with_its_extras_and_marker() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -85,22 +86,37 @@ def findings(path: Path) -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """The declared dependencies: those that are missing or out of their range, or one line with the main versions."""
-    wrong = []
+    """Required packages that are missing, installed ones out of their range, and extras that are not installed."""
+    wrong, lacking = [], set()
     for text in requires("distill") or ():
         wanted = Requirement(text)
-        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+        extras = extras_of(wanted)
+        if wanted.name == "distill" or (wanted.marker and not any(map(wanted.marker.evaluate, extras))):
             continue
         try:
-            if not wanted.specifier.contains(version(wanted.name), prereleases=True):
-                wrong.append((f"{wanted.name} {version(wanted.name)}, needed is {wanted.specifier}", text))
+            found = version(wanted.name)
         except PackageNotFoundError:
+            if extras != [{"extra": ""}]:
+                lacking |= {extra["extra"] for extra in extras}
+                continue
             wrong.append((f"{wanted.name} is not installed", text))
+        else:
+            if not wanted.specifier.contains(found, prereleases=True):
+                wrong.append((f"{wanted.name} {found}, needed is {wanted.specifier}", text))
     for said, text in wrong:
-        yield Finding(BAD, "packages", said, f"pip install '{text}'")
+        yield Finding(BAD, "packages", said, f"pip install '{text.partition(';')[0].strip()}'")
     if not wrong:
-        names = ("torch", "accelerate", "deepspeed", "diffusers", "peft", "transformers")
+        names = ("torch", "accelerate", "diffusers", "peft", "transformers")
         yield Finding(OK, "packages", ", ".join(f"{name} {version(name)}" for name in names))
+    if lacking := lacking - {"dev"}:
+        remedy = f"pip install 'distill[{','.join(sorted(lacking))}]', for what needs them"
+        yield Finding(NOTE, "extras", f"not installed: {', '.join(sorted(lacking))}", remedy)
+
+
+def extras_of(wanted: Requirement) -> list[dict[str, str]]:
+    """The extras of a requirement, as its marker reads them; of what is always needed the empty one."""
+    named = re.findall(r"extra == \"([\w-]+)\"", str(wanted.marker or ""))
+    return [{"extra": name} for name in named] or [{"extra": ""}]
 
 
 def processors() -> Finding:

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from distill.config.loading import ConfigError, checking, load
+from distill.config.packages import require
 from distill.config.settings import EvaluateSettings, TrainSettings
 from distill.data.reader import open_store
 from distill.evaluation.cache import Cache
@@ -38,7 +39,6 @@ from distill.evaluation.captions import read_captions
 from distill.evaluation.compare import Comparison, Plan, Scorer, seeds_of
 from distill.evaluation.measures import DRAWN, MEASURES
 from distill.evaluation.proof import plain_pipeline_agrees
-from distill.evaluation.protocol import Protocol, build_scorer
 from distill.evaluation.report import RunFacts, format_table, write_report
 from distill.evaluation.shares import Share
 from distill.evaluation.stored import HeldOut
@@ -230,6 +230,9 @@ def scorer_of(cfg: EvaluateSettings, teacher: Teacher, kept: Path, device: str) 
         if n < JUDGED:
             raise ConfigError(f"n={n}: the judge's Fréchet distance takes at least {JUDGED} pictures")
         return JudgeScorer(load_judge().to(device))
+    require(f"protocol={of.name}", "torchvision", "torchmetrics", "open_clip")
+    from distill.evaluation.protocol import Protocol, build_scorer  # which imports them
+
     protocol = Protocol(
         name=of.name,
         used_by=of.used_by,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from distill.config.describe import Described, described
 from distill.config.loading import Settings, check_components, given, keys_of
 from distill.config.mistakes import MAX_LINE, ConfigError, checking, first_line
 from distill.config.overrides import check_flags
+from distill.config.packages import install_line, is_installed
 from distill.data.errors import AGAIN, NOT_WRITTEN, NotWritten, ReadError, StoreError, short
 from distill.training import arithmetic
 from distill.training.launched import follow_launcher, launched_rank, settle
@@ -145,8 +145,8 @@ def surroundings_line(error: OSError | ImportError) -> str | None:
         if error.name is None:
             return first_line(error)  # a library that says what it lacks
         package = error.name.partition(".")[0]
-        installed = importlib.util.find_spec(package) is not None
-        return None if installed else f"the package {package} is not installed: pip install {package}"
+        missing = f"the package {package} is not installed: {install_line(package)}"
+        return None if is_installed(package) else missing
     if error.errno is None:
         return short(error, MAX_LINE)  # libraries' own words about files and networks
     known = error.errno in _PASSING or (error.errno in _MENDABLE and error.filename is not None)

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from distill.config.loading import ConfigError, checking
@@ -168,7 +168,7 @@ def draw_pictures(
             for prompt, seed, image in zip(chunk, seeds, images, strict=True):
                 name = f"{len(pictures):05d}.png"
                 with checking():
-                    written.save(under + name, partial(save_image, image))
+                    written.save(under + name, partial(save_picture, image))
                 pictures.append({"file": name, "prompt": prompt, "seed": seed, "steps": steps, **facts})
             shown += images[: max(0, GRID_COLUMNS - len(shown))].float().cpu()
         listed = json.dumps(pictures, indent=1) + "\n"
@@ -180,6 +180,12 @@ def draw_pictures(
         cell = max(CELL, min(LARGEST_CELL, *rows[0].images.shape[-2:]))
         written.save("grid.png", lambda path: draw_grid(path, prompts[:GRID_COLUMNS], [rows], cell))
     print(f"{cfg.output_dir}/grid.png" + (f" shows the first {GRID_COLUMNS}" if len(prompts) > GRID_COLUMNS else ""))
+
+
+def save_picture(image: Tensor, path: Path) -> None:
+    """A picture [3, H, W] in [0, 1] as a file of 8 bits."""
+    values = (image.float() * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+    Image.fromarray(values.permute(1, 2, 0).cpu().numpy()).save(path)
 
 
 def write_text(text: str, path: Path) -> None:

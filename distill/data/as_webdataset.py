@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
-import webdataset
 
 from distill.data.reader import open_store
 from distill.data.record import CONDITIONING, GUIDANCE, STATES, TIMES, StoreError, parse_json
+
+if TYPE_CHECKING:
+    import webdataset
 
 
 def as_webdataset(url: str, shuffle: int = 0, **options: Any) -> webdataset.WebDataset:
@@ -28,7 +30,12 @@ def as_webdataset(url: str, shuffle: int = 0, **options: Any) -> webdataset.WebD
 
     Raises:
         StoreError: no store there, unfinished, or not on this machine's file systems.
+        ImportError: webdataset is not installed; the line says what to type.
     """
+    try:
+        import webdataset
+    except ImportError:
+        raise ImportError("distill.as_webdataset needs webdataset: pip install 'distill[webdataset]'") from None
     store = open_store(url)
     if store.folder.local is None:
         raise StoreError(f"{url} is remote, and WebDataset reads such with programs of its own: copy it, or mount it")

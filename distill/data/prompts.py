@@ -190,7 +190,7 @@ def _parquet(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"prompts in {path}: reading Parquet needs pyarrow (pip install pyarrow)") from None
+        raise ValueError(f"prompts in {path}: reading Parquet needs pyarrow (pip install 'distill[parquet]')") from None
     try:
         table = pyarrow.parquet.ParquetFile(stream)
         names = table.schema_arrow.names

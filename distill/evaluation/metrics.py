@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import open_clip
 import torch
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
@@ -165,6 +164,8 @@ def load_open_clip(architecture: str, weights: str) -> Any:
         FileNotFoundError: none of them is there.
         ValueError: weights of another model, a pickle that holds code, or a model with other colours than CLIP's.
     """
+    import open_clip  # seconds to import: only where it is needed
+
     known = open_clip.list_pretrained_tags_by_model(architecture)
     if Path(weights).is_file():
         model = fill(open_clip.create_model(architecture, load_weights=False), load_weights(weights), weights)
@@ -182,6 +183,8 @@ def load_open_clip(architecture: str, weights: str) -> Any:
 
 
 def _fetched(architecture: str, tag: str | None) -> Any:
+    import open_clip
+
     try:
         return open_clip.create_model(architecture, pretrained=tag, weights_only=True)
     except (RuntimeError, OSError, HFValidationError) as error:  # what open_clip and the hub client raise
@@ -191,6 +194,8 @@ def _fetched(architecture: str, tag: str | None) -> Any:
 
 def _image_size(model: Any) -> int:
     """Of the square that the model is shown."""
+    import open_clip
+
     shown = open_clip.get_model_preprocess_cfg(model)
     if (tuple(shown["mean"]), tuple(shown["std"])) != (MEAN, STD):
         raise ValueError(

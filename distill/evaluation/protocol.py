@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -281,6 +280,8 @@ def _frechet(sources: Sources, key: str, what: str, prepare: Prepare) -> Metric:
 
 
 def _clip_score(sources: Sources) -> Metric:
+    import open_clip  # seconds to import: only where it is needed
+
     protocol = sources.protocol
     if protocol.clip is None or protocol.clip_weights is None:
         raise ValueError(

@@ -37,7 +37,7 @@ from distill.models.schedulers import scheduler_settings
 from distill.training.checkpoint import Checkpoints
 from distill.training.ends import PREEMPTED, exit_code, say_end
 from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
-from distill.training.fitting import SAMPLES, STORE, as_begun, check_method, fitting_store, split_batch
+from distill.training.fitting import SAMPLES, STORE, as_begun, check_method, check_packages, fitting_store, split_batch
 from distill.training.health import Health
 from distill.training.launched import launched_rank, launched_world_size, require_one_task
 from distill.training.lock import RunLock
@@ -106,6 +106,7 @@ class Run:
     @classmethod
     def assemble(cls, cfg: TrainSettings) -> Run:
         """Raises ConfigError: one line about the first thing that the user has to mend."""
+        check_packages(cfg)
         folder, first = Path(cfg.output_dir), launched_rank() == 0
         engine: Engine = build(cfg.engine, on_skipped=partial(note_skipped, folder))
         micro_batch_size = split_batch(cfg, launched_world_size())

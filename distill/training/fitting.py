@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distill.config.loading import ConfigError
+from distill.config.packages import EXTRAS, require
 from distill.config.recorded import given_keys
 from distill.config.settings import TrainSettings
 from distill.data.errors import StoreError
@@ -21,6 +22,15 @@ from distill.training.launched import launched_rank
 log = logging.getLogger("distill")
 
 SAMPLES, STORE = "samples", "store"  # in a checkpoint: how many the run began with, and of which store
+
+
+def check_packages(cfg: TrainSettings) -> None:
+    """Raises ConfigError for a setting whose package is not installed."""
+    if cfg.engine.get("deepspeed") is not None:
+        require("an engine with ZeRO (engine=zero1, zero2 or zero3; engine=ddp does without)", "deepspeed")
+    for name in [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to:
+        if name in EXTRAS:
+            require(f"report_to={name}", name)
 
 
 def check_method(cfg: TrainSettings, method: Method) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import diffusers
+import numpy as np
 import psutil
 import torch
 import transformers
@@ -359,10 +360,8 @@ class TensorboardTracker:
             self._writer.add_scalar(name, value, step)
 
     def images(self, name: str, images: Sequence[Image.Image], step: int, captions: Sequence[str] = ()) -> None:
-        from torchvision.transforms.functional import pil_to_tensor
-
         for i, image in enumerate(images):
-            self._writer.add_image(f"{name}/{i:02d}", pil_to_tensor(image), step)
+            self._writer.add_image(f"{name}/{i:02d}", np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
