@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from distill.commands import evaluate
 from distill.config.loading import ConfigError, load
 from distill.config.settings import EvaluateSettings
-from distill.evaluation.compare import Plan, Setting
+from distill.evaluation.compare import ComparisonPlan, Setting
 from distill.evaluation.students import load_student, parse_sampler, with_student
 from distill.methods.sampling import Sampling
 from distill.models.families import load_teacher
@@ -173,7 +173,7 @@ def test_samplers_take_the_spacing_that_is_meant() -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_the_teacher_is_drawn_at_each_student_s_cost(folder: Path, guidance: float) -> None:
     student = load_student(folder / "lora", load_teacher(folder / "teacher"))
-    plan = Plan(guidance, steps=(1, 3, 8), guidances=(guidance,), spacings=("trailing",))
+    plan = ComparisonPlan(guidance, steps=(1, 3, 8), guidances=(guidance,), spacings=("trailing",))
     full = with_student(plan, student, [Sampling()], [1.0, 2.0])
     of_student = [full.student(steps) for steps in plan.steps] + [s for s in full.more if s.model == "student"]
     assert {s.nfe for s in of_student} == {1, 3, 8, 2, 6, 16}

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from distill.commands import sample
+from distill.commands.owned_files import MANIFEST, Written
 from distill.config.loading import ConfigError, load
 from distill.config.settings import SampleSettings
 from distill.evaluation.figures import CELL, GAP, HEADER, LABEL_WIDTH
-from distill.evaluation.written import MANIFEST, Written
 from tests.tiny import save_tiny
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from distill.config.loading import ConfigError, load
 from distill.config.settings import ShowMLCMSettings
-from distill.evaluation.seeds import over_seeds
 from distill.studies.mlcm import METRICS, main
+from distill.studies.seeds import over_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
 

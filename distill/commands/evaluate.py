@@ -34,16 +34,14 @@ from distill.config.loading import ConfigError, checking, load
 from distill.config.packages import require
 from distill.config.settings import EvaluateSettings, TrainSettings
 from distill.data.reader import open_store
-from distill.evaluation.cache import Cache
-from distill.evaluation.captions import read_captions
-from distill.evaluation.compare import Comparison, Plan, Scorer, seeds_of
+from distill.evaluation.blocks import Cache, WorkShare
+from distill.evaluation.compare import Comparison, ComparisonPlan, Scorer, seeds_of
 from distill.evaluation.measures import DRAWN, MEASURES
-from distill.evaluation.proof import plain_pipeline_agrees
+from distill.evaluation.pipelines import plain_pipeline_agrees
 from distill.evaluation.report import RunFacts, format_table, write_report
-from distill.evaluation.shares import Share
+from distill.evaluation.side_by_side import flat
 from distill.evaluation.stored import HeldOut
 from distill.evaluation.students import LoadedStudent, load_student, parse_sampler, with_student
-from distill.evaluation.together import flat
 from distill.evaluation.toy import JudgeScorer
 from distill.models.exported import FACTS
 from distill.models.families import Teacher, load_teacher
@@ -73,7 +71,7 @@ class Source:
 
 def main(cfg: EvaluateSettings) -> None:
     with checking():
-        share = Share.launched()
+        share = WorkShare.launched()
     setup_logging(share.rank)
     if cfg.watch is not None:
         return watch(cfg, Path(cfg.watch), share)
@@ -89,7 +87,7 @@ def main(cfg: EvaluateSettings) -> None:
             raise ConfigError(str(error)) from None
 
 
-def watch(cfg: EvaluateSettings, run: Path, share: Share) -> None:
+def watch(cfg: EvaluateSettings, run: Path, share: WorkShare) -> None:
     """Judges each new checkpoint of a run, beside it, until it is done and all are; marks the best.
 
     What it finds goes to RUN/evaluation/, to trackers of the run's kinds there.
@@ -130,7 +128,7 @@ def judge(cfg: EvaluateSettings, run: Path, step: int) -> dict[str, float] | Non
             return None
         source = Source(exported, run, read_run(run).model_dump(mode="json"))
         with checking():
-            comparison = build(cfg, source, Share())
+            comparison = build(cfg, source, WorkShare())
         judged = [comparison.row(comparison.plan.student(steps)) for steps in comparison.plan.steps]
     log.info("step %d\n%s", step, format_table(judged))
     return {f"{name}/{row['steps']}": row[name] for row in judged for name in DRAWN if name in row}
@@ -165,7 +163,7 @@ def find_student(student: str, scratch: Path) -> Source:
     return Source(folder, None, {})
 
 
-def build(cfg: EvaluateSettings, source: Source | None, share: Share) -> Comparison:
+def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Comparison:
     """All that is loaded."""
     device = f"cuda:{share.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     log.info("loading the teacher, the student and what scores them")
@@ -231,7 +229,7 @@ def scorer_of(cfg: EvaluateSettings, teacher: Teacher, kept: Path, device: str) 
             raise ConfigError(f"n={n}: the judge's Fréchet distance takes at least {JUDGED} pictures")
         return JudgeScorer(load_judge().to(device))
     require(f"protocol={of.name}", "torchvision", "torchmetrics", "open_clip")
-    from distill.evaluation.protocol import Protocol, build_scorer  # which imports them
+    from distill.evaluation.protocol import Protocol, build_scorer, read_captions  # which imports them
 
     protocol = Protocol(
         name=of.name,
@@ -249,10 +247,10 @@ def scorer_of(cfg: EvaluateSettings, teacher: Teacher, kept: Path, device: str) 
     return build_scorer(protocol, read_captions(of.prompts, n), cfg.weights.model_dump(), kept, device)
 
 
-def plan_of(cfg: EvaluateSettings, source: Source | None, student: LoadedStudent | None) -> Plan:
+def plan_of(cfg: EvaluateSettings, source: Source | None, student: LoadedStudent | None) -> ComparisonPlan:
     of, guidance = cfg.protocol, teacher_guidance(cfg, source)
     own = None if student is None else student.sampling.steps
-    plan = Plan(
+    plan = ComparisonPlan(
         guidance=guidance,
         n=cfg.n or of.n,
         tuning_n=of.tuning_n,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import ReportSettings
-from distill.evaluation.together import write_together
+from distill.evaluation.side_by_side import write_side_by_side
 
 
 def main(cfg: ReportSettings) -> None:
@@ -22,5 +22,5 @@ def main(cfg: ReportSettings) -> None:
     if len(reports) < len(cfg.evaluations):
         raise ConfigError(f"evaluations are named by their folders, and two are called alike: {', '.join(reports)}")
     with checking():
-        write_together(Path(cfg.output_dir) / "report", reports)
+        write_side_by_side(Path(cfg.output_dir) / "report", reports)
     print(f"report: {cfg.output_dir}/report/index.html")

@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from distill.commands.owned_files import Written
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import ModelSettings, SampleSettings
 from distill.data.prompts import read_prompts
@@ -51,14 +52,13 @@ from distill.evaluation.sweeps import (
     Models,
     Right,
     Sweep,
-    Way,
+    SweepSetting,
     guidance_sweep,
     lora_sweep,
     run_sweep,
     steps_sweep,
 )
 from distill.evaluation.toy import captions_right
-from distill.evaluation.written import Written
 from distill.methods.sampling import Sampling
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
@@ -235,7 +235,7 @@ def load_teacher(cfg: SampleSettings, pipeline: Any, model: ModelSettings) -> An
 def chosen_sweep(cfg: SampleSettings, models: Models) -> Sweep:
     known = models.undistilled is not None
     negative_prompt = None if cfg.sweep == "guidance" else cfg.negative_prompt
-    reference = Way(False, cfg.teacher_steps, cfg.teacher_guidance, negative_prompt) if known else None
+    reference = SweepSetting(False, cfg.teacher_steps, cfg.teacher_guidance, negative_prompt) if known else None
     guidance = one_guidance(cfg, models.student, student=True)
     steps = cfg.steps if isinstance(cfg.steps, list) else [cfg.steps] if cfg.steps else None
     if cfg.sweep == "guidance":

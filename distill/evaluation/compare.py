@@ -23,8 +23,8 @@ from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
 from distill.diffusion.samplers import check_pair
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
-from distill.evaluation.cache import Cache
-from distill.evaluation.shares import Share
+from distill.evaluation.blocks import Cache, WorkShare
+from distill.evaluation.statistics import mean_with_error
 from distill.methods.sampling import sample, starting_noise
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 Advance = Callable[[int], None]
 
 
-class Teacher(Protocol):
+class TeacherParts(Protocol):
     """What surrounds the denoisers; `distill.models.families.Teacher` is one."""
 
     @property
@@ -164,7 +164,7 @@ class Counting:
 
 @torch.no_grad()
 def generate(
-    teacher: Teacher,
+    teacher: TeacherParts,
     denoiser: Denoiser,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -198,7 +198,7 @@ def generate(
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """What is compared with what.
 
     Args:
@@ -256,13 +256,13 @@ class Comparison:
         stored: solves that rows are held against as well.
     """
 
-    teacher: Teacher
+    teacher: TeacherParts
     denoisers: Mapping[str, Denoiser]
     hashes: Mapping[str, str]
     scorer: Scorer
-    plan: Plan
+    plan: ComparisonPlan
     cache: Cache
-    share: Share = Share()
+    share: WorkShare = WorkShare()
     stored: StoredSolves | None = None
 
     def rows(self) -> list[Row]:
@@ -463,11 +463,6 @@ def require_one_protocol(rows: Iterable[Row]) -> None:
     """Raises ValueError for rows of several protocols: their numbers do not compare."""
     if len(found := [name for name in by_protocol(rows) if name]) > 1:
         raise ValueError(f"rows of different protocols cannot share a table: {' | '.join(found)}")
-
-
-def mean_with_error(values: Tensor) -> tuple[float, float]:
-    """The mean of values [n], and its standard error."""
-    return float(values.mean()), float(values.std()) / len(values) ** 0.5
 
 
 def seeds_of(split: str, n: int) -> list[int]:

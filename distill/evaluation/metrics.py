@@ -17,9 +17,8 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from distill.evaluation.compare import mean_with_error
-from distill.evaluation.frechet import frechet_to_statistics_with_error
 from distill.evaluation.reference import Statistics
+from distill.evaluation.statistics import frechet_to_statistics_with_error, mean_with_error
 from distill.models.rewards import MEAN, STD, HpsReward, Pixels, Reward, fill, load_weights
 
 Prepare = Callable[[Tensor], Tensor]

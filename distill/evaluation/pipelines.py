@@ -184,3 +184,37 @@ def draw(
         output_type="pt",
         **times,
     ).images
+
+
+def plain_pipeline_agrees(
+    pretrained_model_name_or_path: str,
+    lora: str | Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    expected: Tensor,
+    guidance: float = 1.0,
+) -> float:
+    """The greatest difference of any pixel between our sampler's pictures and those of diffusers' own pipeline: the
+    proof that exported files are right.
+
+    `expected` [B, 3, H, W] in [-1, 1] are ours; the pipeline draws with the scheduler that the export asks for, or with
+    LCMScheduler, after `load_lora_weights(lora)` or with the UNet of an exported network. `guidance` is for one that
+    takes it as an input.
+
+    Raises:
+        ValueError: not one prompt and seed a picture, or pictures of another size.
+    """
+    if not len(prompts) == len(seeds) == len(expected):
+        raise ValueError(
+            f"{len(expected)} pictures need as many prompts and seeds, got {len(prompts)} and {len(seeds)}"
+        )
+    pipeline = load_pipeline(str(pretrained_model_name_or_path), lora)
+    sampling = sampling_of(lora)
+    if sampling is None:
+        use_sampler(pipeline, "lcm", "lcm")
+    times = timesteps_of(pipeline, "lcm" if sampling is None else sampling.spacing, steps)
+    drawn = draw(pipeline, prompts, seeds, steps, guidance, timesteps=times) * 2 - 1
+    if drawn.shape != expected.shape:
+        raise ValueError(f"the pipeline draws {tuple(drawn.shape)}, expected are {tuple(expected.shape)}")
+    return float((drawn.float().cpu() - expected.cpu()).abs().max())

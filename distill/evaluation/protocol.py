@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from distill.data.prompts import find_files, read_prompts
+from distill.data.texts import coco_captions, parsed
 from distill.data.words import counted
-from distill.evaluation.cache import key_of, weights_hash
-from distill.evaluation.captions import Captions
+from distill.evaluation.blocks import key_of, network_hash
 from distill.evaluation.inception import FEATURES, SIDE, load_inception, patch, to_bytes, whole
 from distill.evaluation.metrics import (
     Aesthetic,
@@ -38,6 +39,44 @@ from distill.models.rewards import load_clip_reward, load_hps_reward, load_image
 log = logging.getLogger(__name__)
 AESTHETIC_CLIP = "ViT-L-14-quickgelu"
 AESTHETIC_WIDTH = 768
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Prompts in their order and, if it is known, the name of the picture that each describes."""
+
+    prompts: Sequence[str]
+    pictures: Sequence[str] | None = None
+
+
+def read_captions(source: str, n: int) -> Captions:
+    """The first n prompts of a source.
+
+    Args:
+        source: a `.json` in the layout of COCO's captions: `annotations` with `image_id` and `caption`, and `images`
+            with `id` and `file_name`. Taken is the first caption of each picture, in the order of the file. Or
+            whatever `distill.data.prompts.read_prompts` reads: text, JSON, JSONL, tables.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: fewer than n, or a file that is not understood.
+    """
+    found = _read(source)
+    if len(found.prompts) < n:
+        raise ValueError(f"prompts in {source}: there are {len(found.prompts)}, the protocol takes {n}")
+    return Captions(found.prompts[:n], None if found.pictures is None else found.pictures[:n])
+
+
+def _read(source: str) -> Captions:
+    if source.lower().endswith(".json") and len(files := find_files(source)) == 1:
+        with files[0] as stream:
+            try:
+                content = parsed(stream.read())
+                if isinstance(content, dict) and "annotations" in content:
+                    return Captions(*coco_captions(content))
+            except ValueError as error:
+                raise ValueError(f"prompts in {source}: {error}") from None
+    return Captions(read_prompts(source))
 
 
 @dataclass(frozen=True)
@@ -222,7 +261,7 @@ class Sources:
 
     def named(self, what: str, module: nn.Module) -> tuple[str, nn.Module]:
         """A module where it is to run, and what it is called: `what` and its weights' hash."""
-        return f"{what} {weights_hash(module)}", module.to(self.device)
+        return f"{what} {network_hash(module)}", module.to(self.device)
 
 
 def build_scorer(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distill.diffusion.samplers import usual_spacing
 from distill.diffusion.solver import make_times
-from distill.evaluation.compare import Plan, Setting
+from distill.evaluation.compare import ComparisonPlan, Setting
 from distill.evaluation.pipelines import sampling_of
 from distill.methods.sampling import Sampling
 from distill.models.denoiser import NetworkDenoiser
@@ -67,7 +67,9 @@ def parse_sampler(text: str, own: Sampling) -> Sampling:
     return Sampling(sampler, spacing or usual, own.steps)
 
 
-def with_student(plan: Plan, student: LoadedStudent, samplings: Sequence[Sampling], guidances: Sequence[float]) -> Plan:
+def with_student(
+    plan: ComparisonPlan, student: LoadedStudent, samplings: Sequence[Sampling], guidances: Sequence[float]
+) -> ComparisonPlan:
     """The plan with rows of the student by every sampler and guidance; the first of each are its usual ones.
 
     Raises:
@@ -92,7 +94,7 @@ def with_student(plan: Plan, student: LoadedStudent, samplings: Sequence[Samplin
     return replace(plan, more=(*plan.more, *settings[len(plan.steps) :], *_at_equal_cost(plan, settings)))
 
 
-def _at_equal_cost(plan: Plan, students: Sequence[Setting]) -> Iterator[Setting]:
+def _at_equal_cost(plan: ComparisonPlan, students: Sequence[Setting]) -> Iterator[Setting]:
     """The teacher in as many network evaluations as each student takes, where the plan has no such row of it.
 
     Guided steps take two: an odd number of evaluations is one of steps without guidance.

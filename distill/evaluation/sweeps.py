@@ -21,8 +21,8 @@ from distill.data.words import counted as said
 from distill.evaluation.figures import CELL, GridRow, draw_grid
 from distill.evaluation.measures import MEASURES
 from distill.evaluation.pipelines import draw, use_adapters, use_sampler
-from distill.evaluation.pixels import laplacian_energy, rmse
 from distill.evaluation.report import format_table
+from distill.evaluation.statistics import laplacian_energy, rmse
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
 GUIDANCES = (1.0, 1.5, 2.0, 4.0)
@@ -51,8 +51,8 @@ Right = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to draw: the student with LCM's sampler, or the undistilled model with its own. Guidance 1 is none."""
+class SweepSetting:
+    """One way to sample: the student with LCM's sampler, or the undistilled model with its own. Guidance 1 is none."""
 
     student: bool
     steps: int
@@ -77,25 +77,29 @@ class Sweep:
 
     name: str
     columns: tuple[str, ...]
-    lines: Mapping[str, tuple[Way, ...]]
-    reference: Way | None
+    lines: Mapping[str, tuple[SweepSetting, ...]]
+    reference: SweepSetting | None
 
-    def ways(self) -> list[Way]:
+    def ways(self) -> list[SweepSetting]:
         """All of them once, the reference first."""
         first = [self.reference] if self.reference else []
         return list(dict.fromkeys([*first, *(way for line in self.lines.values() for way in line)]))
 
 
-def steps_sweep(steps: Sequence[int], guidance: float, negative_prompt: str | None, reference: Way | None) -> Sweep:
+def steps_sweep(
+    steps: Sequence[int], guidance: float, negative_prompt: str | None, reference: SweepSetting | None
+) -> Sweep:
     """The student at several numbers of steps, and the reference beside them."""
-    ways = [Way(True, n, guidance, negative_prompt) for n in steps]
+    ways = [SweepSetting(True, n, guidance, negative_prompt) for n in steps]
     last = [reference] if reference else []
     return Sweep("steps", tuple(_columns([*ways, *last])), {"": (*ways, *last)}, reference)
 
 
-def guidance_sweep(guidances: Sequence[float], negative_prompt: str, steps: int, reference: Way | None) -> Sweep:
+def guidance_sweep(
+    guidances: Sequence[float], negative_prompt: str, steps: int, reference: SweepSetting | None
+) -> Sweep:
     """The student at several guidances, with and without a negative prompt."""
-    without = tuple(Way(True, steps, w) for w in guidances)
+    without = tuple(SweepSetting(True, steps, w) for w in guidances)
     lines = {
         "": without,
         f"not: {negative_prompt}": tuple(replace(way, negative_prompt=negative_prompt) for way in without),
@@ -103,16 +107,16 @@ def guidance_sweep(guidances: Sequence[float], negative_prompt: str, steps: int,
     return Sweep("guidance", tuple(f"w = {w:g}" for w in guidances), lines, reference)
 
 
-def lora_sweep(steps: Sequence[int], guidance: float, reference: Way) -> Sweep:
+def lora_sweep(steps: Sequence[int], guidance: float, reference: SweepSetting) -> Sweep:
     """With the LoRA and without it at the same numbers of steps; without it all else is the reference's."""
     lines = {
-        "with the LoRA": tuple(Way(True, n, guidance, reference.negative_prompt) for n in steps),
+        "with the LoRA": tuple(SweepSetting(True, n, guidance, reference.negative_prompt) for n in steps),
         "without": tuple(replace(reference, steps=n) for n in steps),
     }
     return Sweep("lora", tuple(_columns(lines["with the LoRA"])), lines, reference)
 
 
-def _columns(ways: Sequence[Way]) -> Iterator[str]:
+def _columns(ways: Sequence[SweepSetting]) -> Iterator[str]:
     for way in ways:
         yield ("" if way.student else "undistilled, ") + f"{way.steps} {'step' if way.steps == 1 else 'steps'}"
 
@@ -143,7 +147,7 @@ class Models:
             use_sampler(pipeline, "lcm", "lcm")
         return cls(pipeline, undistilled, {True: pipeline.scheduler, False: own}, adapters)
 
-    def ready(self, way: Way) -> Any:
+    def ready(self, way: SweepSetting) -> Any:
         """The pipeline that draws `way`, its scheduler and LoRA set for it.
 
         Raises:
@@ -186,13 +190,13 @@ def run_sweep(
         raise ValueError(f"need prompts and one seed for each, got {len(prompts)} and {len(seeds)}")
     ways = sweep.ways()
     places = sorted({i * len(prompts) // SHOWN for i in range(SHOWN)})
-    measured: dict[Way, list[Row]] = {way: [] for way in ways}
-    shown: dict[Way, list[Tensor]] = {way: [] for way in ways}
+    measured: dict[SweepSetting, list[Row]] = {way: [] for way in ways}
+    shown: dict[SweepSetting, list[Tensor]] = {way: [] for way in ways}
     _warm_up(models, next(way for way in ways if way.student), prompts[0], resolution)
     advance = Progress(f"sweep over {sweep.name}", len(prompts) * sum(way.work for way in ways), "units").update
     for start in range(0, len(prompts), batch_size):
         chunk = slice(start, start + batch_size)
-        images: dict[Way, Tensor] = {}
+        images: dict[SweepSetting, Tensor] = {}
         for way in ways:
             images[way], row = _draw(models, way, prompts[chunk], seeds[chunk], resolution)
             measured[way].append(row | _measure(images, way, sweep.reference, prompts[chunk], right))
@@ -218,13 +222,13 @@ def counted(network: nn.Module) -> Iterator[Counter[str]]:
         hook.remove()
 
 
-def _warm_up(models: Models, way: Way, prompt: str, resolution: int | None) -> None:
+def _warm_up(models: Models, way: SweepSetting, prompt: str, resolution: int | None) -> None:
     """The first call of a pipeline takes longer than others."""
     draw(models.ready(way), [prompt], [0], 1, way.guidance, resolution)
 
 
 def _draw(
-    models: Models, way: Way, prompts: Sequence[str], seeds: Sequence[int], resolution: int | None
+    models: Models, way: SweepSetting, prompts: Sequence[str], seeds: Sequence[int], resolution: int | None
 ) -> tuple[Tensor, Row]:
     """Pictures [B, 3, H, W] in [0, 1] and what they cost in all."""
     pipeline = models.ready(way)
@@ -236,7 +240,11 @@ def _draw(
 
 
 def _measure(
-    images: Mapping[Way, Tensor], way: Way, reference: Way | None, prompts: Sequence[str], right: Right | None
+    images: Mapping[SweepSetting, Tensor],
+    way: SweepSetting,
+    reference: SweepSetting | None,
+    prompts: Sequence[str],
+    right: Right | None,
 ) -> dict[str, Tensor]:
     """What is measured of each picture of a batch, [B] each."""
     measured = {"energy": laplacian_energy(images[way])}
@@ -250,7 +258,7 @@ def _measure(
     return measured
 
 
-def _row(way: Way, models: Models, batches: Sequence[Row]) -> Row:
+def _row(way: SweepSetting, models: Models, batches: Sequence[Row]) -> Row:
     n = sum(batch["n"] for batch in batches)
     row: Row = {
         "model": "student" if way.student else "undistilled",
@@ -271,7 +279,9 @@ def _row(way: Way, models: Models, batches: Sequence[Row]) -> Row:
     return row
 
 
-def _write_grid(path: Path, sweep: Sweep, prompts: Sequence[str], shown: Mapping[Way, Sequence[Tensor]]) -> None:
+def _write_grid(
+    path: Path, sweep: Sweep, prompts: Sequence[str], shown: Mapping[SweepSetting, Sequence[Tensor]]
+) -> None:
     groups = [
         [
             GridRow(prompt, title, torch.stack([shown[way][place] for way in ways]) * 2 - 1)

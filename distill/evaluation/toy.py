@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.random import generator
-from distill.evaluation.cache import weights_hash
-from distill.evaluation.compare import mean_with_error
-from distill.evaluation.frechet import frechet_difference_with_error, frechet_with_error
-from distill.evaluation.pixels import laplacian_energy
+from distill.evaluation.blocks import network_hash
+from distill.evaluation.statistics import (
+    frechet_difference_with_error,
+    frechet_with_error,
+    laplacian_energy,
+    mean_with_error,
+)
 from distill.toy.judge import Judge
 from distill.toy.world import CAPTIONS, balanced_labels, labels_of, render
 
@@ -35,7 +38,7 @@ class JudgeScorer:
 
     def __init__(self, judge: Judge, real: Callable[[Tensor, torch.Generator], Tensor] = render) -> None:
         self.judge, self.real = judge, real
-        self.name = f"toy judge {weights_hash(judge)}"
+        self.name = f"toy judge {network_hash(judge)}"
         self._real: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def prompts(self, split: str, n: int) -> list[str]:

@@ -27,14 +27,22 @@ from distill.diffusion.matching import denoising_loss
 from distill.diffusion.prediction import Conditioning, Denoiser
 from distill.diffusion.random import generator, seed_of
 from distill.diffusion.schedule import NoiseSchedule
-from distill.evaluation.cache import Cache
+from distill.evaluation.blocks import Cache
 from distill.evaluation.compare import Row, Setting
 from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.pipelines import load_pipeline
 from distill.evaluation.report import format_table
 from distill.evaluation.toy import JudgeScorer
-from distill.evaluation.uses import COLUMNS, Arguments, Use, Way, from_picture, start_time, under_control
 from distill.models.schedulers import noise_of
+from distill.studies.control_bench import (
+    COLUMNS,
+    Arguments,
+    ControlBench,
+    ControlRow,
+    from_picture,
+    start_time,
+    under_control,
+)
 from distill.studies.plug_in import STUDENT, check_lora, few_steps, frozen_teacher, student, trained
 from distill.studies.toy_teacher import descend, reconstruct, set_rate
 from distill.toy.control import as_control, build_controlnet, controlled
@@ -126,17 +134,20 @@ class UseSection:
     title: str
     name: str
     given: str
-    use: Use
-    ways: Sequence[Way]
+    use: ControlBench
+    ways: Sequence[ControlRow]
     others: Mapping[str, Tensor]
 
 
 def control_part(cfg: ToyControlSettings, pipeline: Any, controlnet: Path) -> UseSection:
     """Drawing under masks, and with masks of no weight: the floor."""
     scene = draw_scene(balanced_labels(cfg.n), generator("toy control", cfg.seed, "controls"))
-    ways = [floor(cfg, 0.0), Way([teacher(cfg)], {}, 0.0), Way([teacher(cfg)], {}, 1.0)]
+    ways = [floor(cfg, 0.0), ControlRow([teacher(cfg)], {}, 0.0), ControlRow([teacher(cfg)], {}, 1.0)]
     for steps in cfg.steps:
-        ways += [Way(few_steps(cfg, "teacher", steps), {}, 1.0), Way([student(cfg, "student", steps)], STUDENT, 1.0)]
+        ways += [
+            ControlRow(few_steps(cfg, "teacher", steps), {}, 1.0),
+            ControlRow([student(cfg, "student", steps)], STUDENT, 1.0),
+        ]
     under = StableDiffusionXLControlNetPipeline.from_pipe(
         pipeline, controlnet=ControlNetModel.from_pretrained(controlnet)
     )
@@ -152,10 +163,13 @@ def restyle_part(cfg: ToyControlSettings, pipeline: Any) -> UseSection:
         for which in ((labels - len(PATTERNS)) % len(CAPTIONS), labels)
     )
     source = paint(before)
-    ways = [floor(cfg, 1.0), Way([teacher(cfg)], {}, cfg.strength)]
+    ways = [floor(cfg, 1.0), ControlRow([teacher(cfg)], {}, cfg.strength)]
     for steps in cfg.steps:
         tried = [Setting("teacher", "ddim", steps, w) for w in cfg.guidances]  # leading times would start far too late
-        ways += [Way(tried, {}, cfg.strength), Way([student(cfg, "student", steps)], STUDENT, cfg.strength)]
+        ways += [
+            ControlRow(tried, {}, cfg.strength),
+            ControlRow([student(cfg, "student", steps)], STUDENT, cfg.strength),
+        ]
     image_to_image = StableDiffusionXLImg2ImgPipeline.from_pipe(pipeline)
     use = the_use(cfg, image_to_image, from_picture, (source + 1) / 2, before)
     others = {BEST: best(pipeline, wanted), "sources, as they are": source}
@@ -172,14 +186,14 @@ def teacher(cfg: ToyControlSettings) -> Setting:
     return Setting("teacher", "ddim", cfg.teacher_steps, cfg.guidance)
 
 
-def floor(cfg: ToyControlSettings, strength: float) -> Way:
-    return Way([student(cfg, "student", max(cfg.steps))], STUDENT, strength)
+def floor(cfg: ToyControlSettings, strength: float) -> ControlRow:
+    return ControlRow([student(cfg, "student", max(cfg.steps))], STUDENT, strength)
 
 
-def the_use(cfg: ToyControlSettings, pipeline: Any, arguments: Arguments, images: Tensor, scene: Scene) -> Use:
+def the_use(cfg: ToyControlSettings, pipeline: Any, arguments: Arguments, images: Tensor, scene: Scene) -> ControlBench:
     pipeline.set_progress_bar_config(disable=True)
     cache = Cache(Path(cfg.output_dir) / "evaluation")
-    return Use(pipeline, arguments, images, coverage(scene), JudgeScorer(load_judge()), cache, cfg.batch_size)
+    return ControlBench(pipeline, arguments, images, coverage(scene), JudgeScorer(load_judge()), cache, cfg.batch_size)
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 
 from distill.config.settings import ShowSettings
-from distill.evaluation.cache import Cache
-from distill.evaluation.compare import Comparison, Plan, Row, Setting
+from distill.evaluation.blocks import Cache
+from distill.evaluation.compare import Comparison, ComparisonPlan, Row, Setting
 from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.report import COLUMNS, format_table
-from distill.evaluation.seeds import difference, over_seeds
 from distill.evaluation.toy import JudgeScorer
 from distill.models.exported import open_export
 from distill.models.families import load_teacher
 from distill.models.student import FullStudent
+from distill.studies.seeds import difference, over_seeds
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.training.tracking import setup_logging
@@ -64,7 +64,7 @@ def main(cfg: ShowSettings) -> None:
     setup_logging()
     output = Path(cfg.output_dir)
     run_chain(output, cfg.overrides)
-    plan = Plan(2.0, cfg.n, cfg.tuning_n, (8, 4, 2, 1), tuple(cfg.guidances), batch_size=cfg.batch_size)
+    plan = ComparisonPlan(2.0, cfg.n, cfg.tuning_n, (8, 4, 2, 1), tuple(cfg.guidances), batch_size=cfg.batch_size)
     scorer = JudgeScorer(load_judge())
     comparisons = {(s, seed): comparison_of(output, s, seed, plan, scorer) for s in STUDENTS for seed in cfg.seeds}
     rows, apart = table(comparisons, cfg), differences(comparisons, scorer, cfg)
@@ -80,7 +80,9 @@ def run_chain(output: Path, overrides: list[str]) -> None:
         sys.exit(f"error: the chain ended with exit code {code}: {shlex.join(command)}")
 
 
-def comparison_of(output: Path, student: TrainedLink, seed: int, plan: Plan, scorer: JudgeScorer) -> Comparison:
+def comparison_of(
+    output: Path, student: TrainedLink, seed: int, plan: ComparisonPlan, scorer: JudgeScorer
+) -> Comparison:
     """The export of a link beside the teacher; all share what is known of the teacher."""
     teacher = load_teacher(teacher_folder(), parts=("unet", "text", "vae"))
     export = open_export(output / "links" / student.link(seed) / "export")

@@ -22,15 +22,15 @@ from distill.config.loading import checking, load
 from distill.config.settings import ShowMLCMSettings, TrainSettings
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
-from distill.evaluation.cache import Cache
-from distill.evaluation.compare import Comparison, Plan, Row, Setting
+from distill.evaluation.blocks import Cache
+from distill.evaluation.compare import Comparison, ComparisonPlan, Row, Setting
 from distill.evaluation.figures import GridRow, draw_grid, draw_lines
 from distill.evaluation.report import COLUMNS, format_table
-from distill.evaluation.seeds import difference, over_seeds
 from distill.evaluation.toy import JudgeScorer
 from distill.models.families import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
 from distill.models.lora import ADAPTER, load_lora
+from distill.studies.seeds import difference, over_seeds
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.training.export import export_run
@@ -84,7 +84,9 @@ def main(cfg: ShowMLCMSettings) -> None:
     ]
     guidance = settings.data.guidance
     assert isinstance(guidance, float)
-    plan = Plan(guidance, cfg.n, cfg.tuning_n, tuple(cfg.steps), tuple(cfg.guidances), batch_size=cfg.batch_size)
+    plan = ComparisonPlan(
+        guidance, cfg.n, cfg.tuning_n, tuple(cfg.steps), tuple(cfg.guidances), batch_size=cfg.batch_size
+    )
     scorer = JudgeScorer(load_judge())
     comparisons = {
         (student.method, student.step, seed): comparison_of(
@@ -105,7 +107,7 @@ def launch(name: str, *overrides: str) -> None:
     subprocess.run(command, check=True)
 
 
-def comparison_of(output: Path, run: Path, step: int, plan: Plan, scorer: JudgeScorer) -> Comparison:
+def comparison_of(output: Path, run: Path, step: int, plan: ComparisonPlan, scorer: JudgeScorer) -> Comparison:
     """The exported student of a run's checkpoint beside the teacher; all share what is known of the teacher."""
     lora = output / "exports" / f"{run.name}-{step}"
     if not lora.exists():

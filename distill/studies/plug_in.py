@@ -22,15 +22,15 @@ from distill.config.loading import ConfigError
 from distill.config.settings import PlugInSettings, ToyControlSettings
 from distill.data.progress import Progress
 from distill.diffusion.random import generator
-from distill.evaluation.cache import Cache
+from distill.evaluation.blocks import Cache
 from distill.evaluation.compare import Row, Setting
 from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.pipelines import load_pipeline, sampling_of
-from distill.evaluation.plug_in import Bench, Line, columns
 from distill.evaluation.report import format_table
 from distill.evaluation.toy import JudgeScorer
 from distill.methods.sampling import Sampling
 from distill.models.lora import add_lora, save_lora
+from distill.studies.plug_in_bench import Bench, Line, columns
 from distill.studies.toy_teacher import denoising_loss, descend, set_rate
 from distill.toy.judge import load_judge
 from distill.toy.styles import NIGHT, UPRIGHT, Style

@@ -20,10 +20,11 @@ from distill.config.loading import ConfigError, build
 from distill.config.settings import ScoreRewardSettings, TrainSettings
 from distill.data.progress import Progress
 from distill.diffusion.random import generator
-from distill.evaluation.compare import WORK, Advance, Row, Setting, generate, mean_with_error, seeds_of
+from distill.evaluation.compare import WORK, Advance, Row, Setting, generate, seeds_of
 from distill.evaluation.figures import draw_lines
 from distill.evaluation.measures import MEASURES
 from distill.evaluation.report import format_table
+from distill.evaluation.statistics import mean_with_error
 from distill.evaluation.toy import JudgeScorer
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.families import load_teacher

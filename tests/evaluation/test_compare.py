@@ -10,7 +10,7 @@ import torch
 
 from distill.diffusion.guidance import guided
 from distill.diffusion.prediction import Conditioning, Denoised
-from distill.evaluation.cache import Cache, weights_hash
+from distill.evaluation.blocks import Cache, network_hash
 from distill.evaluation.compare import DECODING, FIRST_SEED, Setting, generate, seeds_of
 from tests.analytic import gaussian, gaussian_flow
 from tests.evaluation.world import MEANS, SCHEDULE, SD, SHAPE, GaussianDenoiser, PixelScorer, Surroundings, comparison
@@ -208,11 +208,11 @@ def test_the_cache_knows_facts_apart(tmp_path: Path) -> None:
 
 def test_the_hash_sees_every_weight() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).to(torch.bfloat16)
-    before = weights_hash(network)
-    assert before == weights_hash(network)
+    before = network_hash(network)
+    assert before == network_hash(network)
     for tensor in network.state_dict().values():
         tensor.view(-1)[-1:] += 1
-        assert weights_hash(network) != before
+        assert network_hash(network) != before
         tensor.view(-1)[-1:] -= 1
 
 

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from distill.evaluation.frechet import frechet_distance, frechet_to_statistics_with_error, frechet_with_error
 from distill.evaluation.inception import patch, resized, to_bytes
 from distill.evaluation.metrics import (
     Aesthetic,
@@ -33,8 +32,9 @@ from distill.evaluation.reference import (
     statistics_of,
     write_statistics,
 )
+from distill.evaluation.statistics import frechet_distance, frechet_to_statistics_with_error, frechet_with_error
 from distill.models.rewards import Pixels
-from tests.evaluation.test_frechet import draws, whitened
+from tests.evaluation.test_statistics import draws, whitened
 
 PROMPTS = ["a red boat", "two owls at night, in a forest far away", ""]
 ARCHITECTURE = "tiny-metrics"

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from distill.diffusion.samplers import SCHEDULERS
 from distill.evaluation.compare import Setting, generate
-from distill.evaluation.pipelines import draw, load_pipeline, timesteps_of, use_sampler
-from distill.evaluation.proof import plain_pipeline_agrees
+from distill.evaluation.pipelines import draw, load_pipeline, plain_pipeline_agrees, timesteps_of, use_sampler
 from distill.models.families import Teacher, load_teacher
 from distill.models.lora import ADAPTER, add_lora, save_lora
 from tests.tiny import FAMILIES, save_tiny

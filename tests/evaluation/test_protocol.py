@@ -13,11 +13,18 @@ from torch import Tensor
 
 from distill.config.loading import CONFIGS, load
 from distill.config.settings import EvaluateSettings
-from distill.evaluation.captions import Captions, read_captions
 from distill.evaluation.compare import by_protocol
 from distill.evaluation.inception import FEATURES, Inception, resized
 from distill.evaluation.metrics import ScoreMetric
-from distill.evaluation.protocol import METRICS, MetricScorer, Protocol, Reference, build_scorer
+from distill.evaluation.protocol import (
+    METRICS,
+    Captions,
+    MetricScorer,
+    Protocol,
+    Reference,
+    build_scorer,
+    read_captions,
+)
 from distill.evaluation.reference import Statistics
 from distill.evaluation.report import format_table, write_report
 from tests.evaluation.test_metrics import pictures, quarters, save

@@ -19,14 +19,14 @@ from distill.config.loading import ConfigError, load
 from distill.config.settings import ModelSettings, SampleSettings
 from distill.evaluation.figures import CELL, GAP, HEADER, LABEL_WIDTH
 from distill.evaluation.pipelines import draw, is_student, load_pipeline
-from distill.evaluation.sweeps import Models, Sweep, Way, guidance_sweep, lora_sweep, run_sweep, steps_sweep
+from distill.evaluation.sweeps import Models, Sweep, SweepSetting, guidance_sweep, lora_sweep, run_sweep, steps_sweep
 from distill.models.lora import add_lora, save_lora
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS, balanced_labels, render
 from tests.tiny import FAMILIES, save_tiny, tiny_pipeline, tiny_unet
 
 PROMPTS, SEEDS = ["a cat", "two dogs", "snow"], [5, 6, 7]
-REFERENCE = Way(False, 4, 3.0)
+REFERENCE = SweepSetting(False, 4, 3.0)
 OWN_SCHEDULERS = {"sd15": PNDMScheduler, "sdxl": HeunDiscreteScheduler}  # the undistilled models'
 
 
@@ -79,7 +79,7 @@ def plain(teacher: str, lora: str | None, steps: int, guidance: float) -> Tensor
 def test_switched_to_and_fro_each_model_draws_what_it_draws_alone(files: tuple[str, str, str], models: Models) -> None:
     """The LoRA off is the teacher to the bit, in its own scheduler with its own settings; on again, the student."""
     _, teacher, lora = files
-    student, undistilled = Way(True, 3), Way(False, 4, 2.5)
+    student, undistilled = SweepSetting(True, 3), SweepSetting(False, 4, 2.5)
     for way, alone in ((student, plain(teacher, lora, 3, 1.0)), (undistilled, plain(teacher, None, 4, 2.5))) * 2:
         drawn = draw(models.ready(way), PROMPTS[:2], SEEDS[:2], way.steps, way.guidance)
         assert torch.equal(drawn, alone)
@@ -168,7 +168,7 @@ def test_a_whole_network_has_its_teacher_beside_it(whole: Any, tmp_path: Path) -
 def test_a_student_keeps_the_settings_of_its_own_sampler(whole: Any, tmp_path: Path) -> None:
     whole.scheduler = LCMScheduler.from_config(whole.scheduler.config, original_inference_steps=20)
     models = Models.of(whole, load_pipeline(save_tiny(tmp_path / "teacher")))
-    assert models.ready(Way(True, 2)).scheduler.config.original_inference_steps == 20
+    assert models.ready(SweepSetting(True, 2)).scheduler.config.original_inference_steps == 20
 
 
 def test_an_undistilled_model_that_is_not_there_is_one_clear_line(whole: Any) -> None:

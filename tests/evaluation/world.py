@@ -11,9 +11,9 @@ from torch import Tensor
 
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
 from distill.diffusion.schedule import NoiseSchedule
-from distill.evaluation.cache import Cache
-from distill.evaluation.compare import Comparison, Plan
-from distill.evaluation.frechet import frechet_with_error
+from distill.evaluation.blocks import Cache
+from distill.evaluation.compare import Comparison, ComparisonPlan
+from distill.evaluation.statistics import frechet_with_error
 from tests.analytic import gaussian
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -98,6 +98,6 @@ def comparison(
         denoisers={"teacher": GaussianDenoiser(), "student": student or GaussianDenoiser()},
         hashes={"teacher": "t", "student": student_hash},
         scorer=scorer or PixelScorer(),
-        plan=Plan(**settings | plan),  # type: ignore[arg-type]
+        plan=ComparisonPlan(**settings | plan),  # type: ignore[arg-type]
         cache=Cache(folder),
     )

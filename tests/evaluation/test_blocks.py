@@ -9,9 +9,8 @@ from threading import Thread
 import pytest
 import torch
 
-from distill.evaluation.cache import Cache
+from distill.evaluation.blocks import Cache, WorkShare
 from distill.evaluation.compare import Comparison
-from distill.evaluation.shares import Share
 from tests.evaluation.world import PixelScorer, comparison
 
 BLOCK = 10  # of 64 pictures and of 32: the last blocks are smaller
@@ -19,7 +18,7 @@ BLOCK = 10  # of 64 pictures and of 32: the last blocks are smaller
 
 def shared(folder: Path, rank: int, world_size: int, **arguments: object) -> Comparison:
     study = comparison(folder, block_size=BLOCK, batch_size=4, **arguments)  # type: ignore[arg-type]
-    return replace(study, share=Share(rank, world_size), cache=Cache(folder, writes=rank == 0))
+    return replace(study, share=WorkShare(rank, world_size), cache=Cache(folder, writes=rank == 0))
 
 
 def evaluations(study: Comparison) -> int:
@@ -77,19 +76,19 @@ def test_a_process_that_is_gone_is_one_clear_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "share"),
     [
-        ({}, Share(0, 1, 0)),
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Share(3, 8, 1)),
-        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}, Share(2, 4, 0)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Share(0, 1, 0)),  # a batch script, no step of srun's
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "RANK": "5", "WORLD_SIZE": "6"}, Share(5, 6, 0)),
+        ({}, WorkShare(0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, WorkShare(3, 8, 1)),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}, WorkShare(2, 4, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, WorkShare(0, 1, 0)),  # a batch script, no step of srun's
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "RANK": "5", "WORLD_SIZE": "6"}, WorkShare(5, 6, 0)),
     ],
 )
-def test_who_this_process_is(environment: dict[str, str], share: Share) -> None:
-    assert Share.launched(environment) == share
+def test_who_this_process_is(environment: dict[str, str], share: WorkShare) -> None:
+    assert WorkShare.launched(environment) == share
 
 
 def test_pieces_are_dealt_out_whole() -> None:
-    dealt = [list(Share(rank, 3).own(range(10))) for rank in range(3)]
+    dealt = [list(WorkShare(rank, 3).own(range(10))) for rank in range(3)]
     assert dealt == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
     with pytest.raises(ValueError, match="^rank must be within 0 ... 1, got 2$"):
-        Share(2, 2)
+        WorkShare(2, 2)

@@ -20,10 +20,10 @@ from torch import Tensor
 from distill.diffusion.schedule import add_noise
 from distill.diffusion.solver import lcm_times
 from distill.evaluation.pipelines import load_pipeline, use_adapters, use_sampler
-from distill.evaluation.uses import asked_steps, start_time
 from distill.methods.sampling import sample, starting_noise
 from distill.models.families import Teacher
 from distill.models.lora import ADAPTER, save_lora
+from distill.studies.control_bench import asked_steps, start_time
 from distill.toy.control import controlled
 from tests.evaluation.test_proof import PROMPTS, SEEDS, trained_student
 from tests.tiny import FAMILIES, TOKENS, UNETS, save_tiny

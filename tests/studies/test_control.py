@@ -13,11 +13,11 @@ from distill.config.loading import ConfigError, load
 from distill.config.settings import ToyControlSettings
 from distill.evaluation.compare import Setting
 from distill.evaluation.pipelines import load_pipeline
-from distill.evaluation.uses import Way
 from distill.studies import control as toy_control
+from distill.studies.control_bench import ControlRow
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import balanced_labels, draw_scene, paint
-from tests.evaluation.test_plug_in import random_lora
+from tests.studies.test_plug_in import random_lora
 
 TINY = ["n=100", "steps=[1]", "teacher_steps=2", "guidances=[1]", "control_steps=2", "pictures=100"]
 TINY += ["train_batch_size=8"]
@@ -70,6 +70,6 @@ def test_weak_image_to_image_gives_the_picture_back(tmp_path: Path) -> None:
     assert torch.allclose(part.use.images * 2 - 1, source, atol=1e-6)
     setting, places = Setting("teacher", "ddim", 1, 1.0), [0, 7, 51]
     row = {"model": "teacher", "sampler": "ddim", "steps": 1, "guidance": 1.0, "spacing": "trailing", "embedded": False}
-    drawn = part.use.pictures(row, Way([setting], {}, 0.02), places)
+    drawn = part.use.pictures(row, ControlRow([setting], {}, 0.02), places)
     assert (drawn - source[places]).abs().mean() < 0.1
     assert (drawn - source[places].roll(1, 0)).abs().mean() > 0.3

@@ -7,7 +7,8 @@ from statistics import mean, stdev
 
 from torch import Tensor
 
-from distill.evaluation.compare import Row, mean_with_error
+from distill.evaluation.compare import Row
+from distill.evaluation.statistics import mean_with_error
 from distill.evaluation.toy import JudgeScorer
 
 

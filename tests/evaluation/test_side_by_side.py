@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from distill.evaluation.together import write_together
+from distill.evaluation.side_by_side import write_side_by_side
 
 TEACHER = {"model": "teacher", "sampler": "ddim", "steps": 50, "frechet": 0.2, "protocol": "toy, N = 100"}
 STUDENT = {"model": "student", "sampler": "lcm", "steps": 4, "frechet": 0.3, "protocol": "toy, N = 100"}
@@ -30,7 +30,7 @@ def test_a_teacher_they_share_is_one_row_and_settings_that_differ_are_told(tmp_p
         "a": report(tmp_path / "a", [TEACHER, STUDENT], 0.1),
         "b": report(tmp_path / "b", [TEACHER, worse], 0.2),
     }
-    write_together(tmp_path / "both", reports)
+    write_side_by_side(tmp_path / "both", reports)
     rows = json.loads((tmp_path / "both" / "metrics.json").read_text())
     assert [(row["evaluation"], row["frechet"]) for row in rows] == [("—", 0.2), ("a", 0.3), ("b", 0.5)]
     text = (tmp_path / "both" / "report.md").read_text()
@@ -42,14 +42,14 @@ def test_a_teacher_they_share_is_one_row_and_settings_that_differ_are_told(tmp_p
 def test_protocols_do_not_share_a_table(tmp_path: Path) -> None:
     other = STUDENT | {"protocol": "coco2017-5k, N = 5000", "clip_score": 33.0}
     reports = {"a": report(tmp_path / "a", [STUDENT], 0.1), "b": report(tmp_path / "b", [other], 0.1)}
-    write_together(tmp_path / "both", reports)
+    write_side_by_side(tmp_path / "both", reports)
     told = (tmp_path / "both" / "index.html").read_text()
     assert told.count("<table>") == 2 and told.count("<h2>Protocol: ") == 2
 
 
 def test_a_folder_without_a_report_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none: no report there \(distill evaluate writes"):
-        write_together(tmp_path / "both", {"none": tmp_path / "none"})
+        write_side_by_side(tmp_path / "both", {"none": tmp_path / "none"})
     assert not (tmp_path / "both").exists()
 
 
@@ -88,7 +88,7 @@ class Markup(HTMLParser):
 @pytest.mark.filterwarnings("error")
 def test_names_of_strangers_are_text_on_every_page(tmp_path: Path) -> None:
     usual = {name: report(tmp_path / name, [TEACHER, STUDENT], rate) for name, rate in (("a", 0.1), ("b", 0.2))}
-    write_together(tmp_path / "usual", usual)
+    write_side_by_side(tmp_path / "usual", usual)
     expected = Markup((tmp_path / "usual" / "index.html").read_text())
     rows = [
         {**TEACHER, "protocol": HOSTILE[0]},
@@ -97,7 +97,7 @@ def test_names_of_strangers_are_text_on_every_page(tmp_path: Path) -> None:
     strange = {name: report(tmp_path / f"{n}", rows, n) for n, name in enumerate(HOSTILE)}
     for n, name in enumerate(HOSTILE):
         (tmp_path / f"{n}" / "config.yaml").write_text(json.dumps({name: name, "n": n}))
-    write_together(tmp_path / "all", strange)
+    write_side_by_side(tmp_path / "all", strange)
     page, text = ((tmp_path / "all" / name).read_text() for name in ("index.html", "report.md"))
     found = Markup(page)
     assert found.tags <= expected.tags and found.acts == expected.acts == set()
@@ -128,5 +128,5 @@ def test_a_report_that_is_none_is_one_clear_line(tmp_path: Path, name: str, cont
     reports = {"a": report(tmp_path / "a", [STUDENT], 0.1), "b": report(tmp_path / "b", [STUDENT], 0.2)}
     (tmp_path / "b" / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"b/{name}: (not|.*aliases)") as error:
-        write_together(tmp_path / "both", reports)
+        write_side_by_side(tmp_path / "both", reports)
     assert "\n" not in str(error.value)

@@ -20,7 +20,7 @@ from distill.evaluation.report import COLUMNS, CONFIG, format_table, markdown
 TITLE = "Students compared"
 
 
-def write_together(folder: Path, reports: Mapping[str, Path]) -> None:
+def write_side_by_side(folder: Path, reports: Mapping[str, Path]) -> None:
     """index.html, report.md, metrics.json and the reports' grids (NAME.png) in `folder`.
 
     Args:

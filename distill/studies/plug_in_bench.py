@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.data.progress import Progress
 from distill.diffusion.random import generator
 from distill.evaluation import report
-from distill.evaluation.cache import Cache, weights_hash
+from distill.evaluation.blocks import Cache, network_hash
 from distill.evaluation.compare import WORK, Row, Setting, seeds_of
 from distill.evaluation.pipelines import draw, timesteps_of, use_adapters, use_sampler
 from distill.evaluation.toy import JudgeScorer
@@ -84,7 +84,7 @@ class Bench:
     def _facts(self, setting: Setting, adapters: Mapping[str, float]) -> dict[str, Any]:
         """What a row depends on; the model's name is for people."""
         facts = asdict(setting) | {"adapters": dict(adapters), "style": self.style.name, "n": self.n}
-        return facts | {"model": weights_hash(self.pipeline.unet), "scorer": self.scorer.name}
+        return facts | {"model": network_hash(self.pipeline.unet), "scorer": self.scorer.name}
 
     def _measured(self, setting: Setting, adapters: Mapping[str, float], progress: Progress) -> Row:
         batches = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.evaluation.frechet import frechet_difference_with_error, frechet_distance, frechet_with_error
+from distill.evaluation.statistics import frechet_difference_with_error, frechet_distance, frechet_with_error
 
 
 def draws(n: int, width: int, seed: int = 0) -> Tensor:

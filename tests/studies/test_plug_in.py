@@ -13,16 +13,16 @@ from diffusers import StableDiffusionXLPipeline
 
 from distill.config.loading import ConfigError, load
 from distill.config.settings import PlugInSettings
-from distill.evaluation.cache import Cache
+from distill.evaluation.blocks import Cache
 from distill.evaluation.compare import Setting
 from distill.evaluation.pipelines import load_pipeline
-from distill.evaluation.plug_in import Bench, Line
 from distill.evaluation.toy import JudgeScorer
 from distill.methods.sampling import Sampling
 from distill.models.exported import FACTS
 from distill.models.families import load_teacher
 from distill.models.lora import add_lora, save_lora
 from distill.studies import plug_in
+from distill.studies.plug_in_bench import Bench, Line
 from distill.toy.judge import load_judge
 from distill.toy.styles import UPRIGHT
 from distill.toy.teacher import teacher_folder

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.data.progress import Progress
 from distill.diffusion.solver import make_times
-from distill.evaluation.cache import Cache, weights_hash
+from distill.evaluation.blocks import Cache, network_hash
 from distill.evaluation.compare import WORK, Row, Setting, seeds_of
 from distill.evaluation.measures import MEASURES
 from distill.evaluation.pipelines import timesteps_of, use_adapters, use_sampler
@@ -72,7 +72,7 @@ def start_time(spacing: str, T: int, steps: int, strength: float) -> int:
 
 
 @dataclass(frozen=True)
-class Way:
+class ControlRow:
     """A row to be: the best of some settings by Fréchet distance, with these LoRAs on (name: weight)."""
 
     settings: Sequence[Setting]
@@ -81,7 +81,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Use:
+class ControlBench:
     """A pipeline that is given pictures, and how what it draws is judged.
 
     Args:
@@ -100,7 +100,7 @@ class Use:
     cache: Cache
     batch_size: int
 
-    def rows(self, what: str, ways: Sequence[Way]) -> list[Row]:
+    def rows(self, what: str, ways: Sequence[ControlRow]) -> list[Row]:
         """A row for each way: its best setting, chosen on the very pictures that are reported.
 
         It holds the setting, strength, nfe and what `judged` says.
@@ -108,13 +108,13 @@ class Use:
         todo = [s for way in ways for s in way.settings if self._facts(way, s) not in self.cache]
         progress = Progress(what, len(self.images) * sum(setting.work for setting in todo), WORK)
 
-        def row(way: Way, setting: Setting) -> Row:
+        def row(way: ControlRow, setting: Setting) -> Row:
             found = self.cache.value(self._facts(way, setting), lambda: self._measured(way, setting, progress))
             return asdict(setting) | {"strength": way.strength, "nfe": setting.nfe} | found
 
         return [min((row(way, s) for s in way.settings), key=lambda found: found["frechet"]) for way in ways]
 
-    def pictures(self, row: Row, way: Way, places: Sequence[int]) -> Tensor:
+    def pictures(self, row: Row, way: ControlRow, places: Sequence[int]) -> Tensor:
         """Pictures of a row, drawn again: [len(places), 3, 32, 32] in [-1, 1]."""
         return self._drawn(way, setting_of(row), places)
 
@@ -130,9 +130,9 @@ class Use:
     def _prompts(self) -> list[str]:
         return self.scorer.prompts("report", len(self.images))
 
-    def _facts(self, way: Way, setting: Setting) -> dict[str, Any]:
+    def _facts(self, way: ControlRow, setting: Setting) -> dict[str, Any]:
         """What a row depends on; the model's name is for people."""
-        parts = {name: weights_hash(self.pipeline.components[name]) for name in self._networks()}
+        parts = {name: network_hash(self.pipeline.components[name]) for name in self._networks()}
         given = hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
         facts = asdict(setting) | {"adapters": dict(way.adapters), "model": parts, "given": given}
         return facts | {"arguments": self.arguments(setting.steps, way.strength), "scorer": self.scorer.name}
@@ -140,14 +140,14 @@ class Use:
     def _networks(self) -> list[str]:
         return [name for name in ("unet", "controlnet") if name in self.pipeline.components]
 
-    def _measured(self, way: Way, setting: Setting, progress: Progress) -> Row:
+    def _measured(self, way: ControlRow, setting: Setting, progress: Progress) -> Row:
         batches = []
         for places in torch.arange(len(self.images)).split(self.batch_size):
             batches.append(self._drawn(way, setting, places.tolist()))
             progress.update(setting.work * len(places))
         return self.judged(torch.cat(batches))
 
-    def _drawn(self, way: Way, setting: Setting, places: Sequence[int]) -> Tensor:
+    def _drawn(self, way: ControlRow, setting: Setting, places: Sequence[int]) -> Tensor:
         use_adapters(self.pipeline, way.adapters)
         use_sampler(self.pipeline, setting.sampler, setting.spacing)
         prompts, seeds = self._prompts(), seeds_of("report", len(self.images))

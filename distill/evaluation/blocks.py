@@ -1,6 +1,7 @@
-"""Finished pieces of an evaluation, kept so that one that was killed goes on where it was.
+"""The blocks of an evaluation: which of them this process makes, and a folder that keeps those that are finished.
 
-Several processes may share a folder: tensors appear in it whole or not at all, and one process writes the lines.
+Several processes meet in one folder, and none talks to another: tensors appear in it whole or not at all, and one
+process writes the lines. An evaluation that was killed resumes from the folder.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -24,6 +26,43 @@ from distill.models.files import save_file
 
 log = logging.getLogger(__name__)
 POLL_SECONDS, SAY_SECONDS, PATIENCE_SECONDS = 0.2, 30.0, 2 * 3600.0
+
+T = TypeVar("T")
+
+# What a launcher tells each process: its rank, how many there are. SLURM's are those of a step, which `srun` starts.
+_LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+
+
+@dataclass(frozen=True)
+class WorkShare:
+    """Which pieces of work are this process's: every `world_size`-th, from its rank on.
+
+    What the pieces are must not depend on `world_size`: then what they amount to does not either.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be within 0 ... {self.world_size - 1}, got {self.rank}")
+
+    @classmethod
+    def launched(cls, environment: Mapping[str, str] = os.environ) -> WorkShare:
+        """What torchrun, accelerate or srun says of this process; all of the work where there is no launcher.
+
+        Raises:
+            ValueError: what it says makes no sense.
+        """
+        for names in _LAUNCHERS:
+            if all(name in environment for name in names[:2]):
+                return cls(*(int(environment.get(name, 0)) for name in names))
+        return cls()
+
+    def own(self, pieces: Sequence[T]) -> Sequence[T]:
+        """This process's among all pieces."""
+        return pieces[self.rank :: self.world_size]
 
 
 class Cache:
@@ -121,7 +160,7 @@ def key_of(facts: Mapping[str, Any]) -> str:
 
 
 @torch.no_grad()
-def weights_hash(module: nn.Module) -> str:
+def network_hash(module: nn.Module) -> str:
     """16 hex digits over a network's parameters and buffers, their names and shapes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
