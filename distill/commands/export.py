@@ -30,6 +30,7 @@ from distill.evaluation.report import COLUMNS, format_table
 from distill.models.families import load_unet
 from distill.models.folder import find_pipeline
 from distill.training.card import SAMPLES, sample_steps, write_card
+from distill.training.comfyui import write_workflows
 from distill.training.export import Export, check_formats, published, push, require_login, write_student
 from distill.training.run import read_run
 from distill.training.tracking import setup_logging
@@ -55,6 +56,7 @@ def main(cfg: ExportSettings) -> None:
         export = write_student(folder, cfg.run, name, cfg.checkpoint, cfg.use_ema, cfg.formats, dtype, cfg.guidance)
         if prompts:
             draw_samples(folder, export, prompts)
+        write_workflows(folder, export)
         write_card(folder, export, metrics, cfg.push_to_hub)
     for path in sorted(p for p in final.rglob("*") if p.is_file()):
         print(f"{path.stat().st_size / 2**20:9.2f} MiB  {path}")

@@ -51,6 +51,19 @@ def unet_config(name: str) -> dict[str, Any]:
     return dict(_UNETS[name])
 
 
+def published_name(config: Mapping[str, Any]) -> str | None:
+    """Which of them has the sizes of a UNet's config; None for another network. A fine-tune has those of its base."""
+    for name, known in _UNETS.items():
+        if all(_plain(config.get(key)) == _plain(value) for key, value in known.items() if key != "sample_size"):
+            return name
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Lists in the place of tuples, however deep."""
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
 def build_unet(
     config: Mapping[str, Any],
     device: torch.device | str = "cpu",

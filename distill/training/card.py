@@ -17,7 +17,8 @@ from distill.data.words import counted
 from distill.diffusion.prediction import Prediction
 from distill.models.formats import LORA_FORMATS
 from distill.models.schedulers import as_code, scheduler_settings, timesteps_for
-from distill.training.clients import clients_of
+from distill.training.clients import CHECKPOINT, LORA, NETWORK, clients_of
+from distill.training.comfyui import why_none, workflows_of
 from distill.training.export import Export
 
 log = logging.getLogger(__name__)
@@ -227,7 +228,19 @@ def _other_programs(export: Export) -> list[str]:
             "ComfyUI and most other programs leave out the network's input of guidance, without a word, and then "
             "generate other pictures: export it for them with `guidance=W`, which builds one W in."
         )
-    return [*texts, "\n".join(lines)]
+    return [*texts, "\n".join(lines), *_workflows(export)]
+
+
+def _workflows(export: Export) -> list[str]:
+    """Where ComfyUI's workflows are, or why there are none."""
+    if not {LORA, NETWORK, CHECKPOINT} & set(export.formats):
+        return []
+    if reason := why_none(export):
+        return [f"No workflow for ComfyUI is written: {reason}."]
+    lines = ["Workflows for ComfyUI, which its window opens; the file is copied to where ComfyUI looks for it:", ""]
+    for one in workflows_of(export):
+        lines.append(f"- {_code_span(one.path)}, with {_code_span(one.source)} as {_code_span(one.target)}")
+    return ["\n".join(lines)]
 
 
 def _menu(name: str) -> str:

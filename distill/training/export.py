@@ -30,6 +30,7 @@ from distill.models.exported import FACTS
 from distill.models.families import Teacher, load_teacher
 from distill.models.files import share
 from distill.models.formats import LORA_FORMATS, save_pipeline, save_unet
+from distill.models.full_size import published_name
 from distill.models.kohya import checkpoint_metadata
 from distill.models.schedulers import make_scheduler
 from distill.models.single_file import save_single_file
@@ -60,6 +61,7 @@ class Export:
         method, paper, tag: what the method is called, where it was published, and under what the hub lists it.
         data: what the run learned from, as its store said; None if that is not known any more.
         settings: of the run.
+        architecture: what `distill.models.full_size` calls the teacher's network; None for one of other sizes.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Export:
     tag: str
     data: UsedData | None
     settings: TrainSettings
+    architecture: str | None = None
 
     @property
     def guidance_scale(self) -> float:
@@ -201,6 +204,7 @@ def _export_of(
         tag=method.tag or type(method).__name__.lower(),
         data=data,
         settings=settings,
+        architecture=published_name(teacher.unet.config),
     )
 
 
