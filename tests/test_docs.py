@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import yaml
 
 import distill
 from distill.commands import COMMANDS
+from distill.diffusion.samplers import SAMPLERS
 from distill.studies.study import STUDIES
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,35 @@ def tree(text: str) -> Iterator[tuple[Path, str]]:
         name, _, said = line.strip().partition(" ")
         above[(len(line) - len(line.lstrip())) // 2 :] = [name]
         yield ROOT / "".join(above), said.strip()
+
+
+# ---- tables of records ----------------------------------------------------------------------------------------------
+
+
+def sampler_table() -> str:
+    lines = [
+        "| `sampler` | | `spacing` | evaluations of 4 steps | diffusers | `data.solver` |",
+        "|---|---|---|--:|---|---|",
+    ]
+    for sampler in SAMPLERS.values():
+        schedulers = {f"`{scheduler[0]}`": None for scheduler in sampler.schedulers.values() if scheduler}
+        cells = [
+            f"`{sampler.name}`",
+            sampler.title,
+            ", ".join(f"`{spacing}`" for spacing in sampler.schedulers),
+            str(sampler.evaluations(4)),
+            ", ".join(schedulers),
+            "yes" if sampler.solves else "no",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(("page", "name", "table"), [("exports.md", "samplers", sampler_table)])
+def test_a_table_of_records_is_theirs(page: str, name: str, table: Callable[[], str]) -> None:
+    """What stands between the marks is what the code knows; where it is not, the failure shows what to paste."""
+    found = re.findall(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    assert found == [table() + "\n"]
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------

@@ -5,16 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from distill.config import components
 from distill.config.components import OTHERS, check_component
 from distill.config.loading import ConfigError, load
-from distill.config.settings import TrainSettings
+from distill.config.settings import SampleSettings, TrainSettings
+from distill.diffusion.noise import Noise
+from distill.diffusion.registry import import_plugins
+from distill.diffusion.samplers import SAMPLERS
+from distill.diffusion.schedule import NoiseSchedule
+from distill.evaluation.compare import Setting
+from distill.methods.sampling import sample
+from distill.models.schedulers import scheduler_settings
+from tests.analytic import three_peaks
 
 ROOT = Path(__file__).parents[1]
+SCHEDULE = NoiseSchedule.scaled_linear()
 METHOD = '''
 from __future__ import annotations
 
@@ -106,6 +117,52 @@ def test_an_optimizer_of_another_package_is_checked_against_its_signature(
     given = ["data.store=s", "optimizer._target_=transformers.optimization.Adafactor"]
     with pytest.raises(ConfigError, match="Adafactor|unknown key|fused"):
         components.check_component(dict(load("train", TrainSettings, [*given, "optimizer.fuse=true"]).optimizer))
+
+
+SAMPLER = """
+from distill.diffusion.samplers import SAMPLERS, Sampler
+
+
+def halfway(denoiser, schedule, x, times, conditioning, generators):
+    for t, s in zip(times, times[1:]):
+        x = x / 2
+        yield s, x
+
+
+SAMPLERS.register(Sampler("halfway", "for a test", "elsewhere.halfway", {"trailing": None}, solves=True))
+"""
+
+
+@pytest.fixture
+def plugged(package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The package is installed and says nothing yet; what it registers is forgotten afterwards."""
+    monkeypatch.syspath_prepend(package)
+    import_plugins.cache_clear()
+    yield package / "elsewhere/__init__.py"
+    import_plugins.cache_clear()
+    SAMPLERS._records.pop("halfway", None)
+    sys.modules.pop("elsewhere", None)
+
+
+def test_a_sampler_of_another_package_is_known_by_its_name(plugged: Path) -> None:
+    plugged.write_text(SAMPLER)
+    given = ["model=toy", "prompts=[a]", "output_dir=pictures"]
+    assert load("sample", SampleSettings, [*given, "sampler=halfway", "spacing=trailing"]).sampler == "halfway"
+    assert load("train", TrainSettings, ["data.store=s", "data.solver=halfway"]).data.solver == "halfway"
+    noise = torch.full((1, 2, 2, 2), 8.0)
+    pictures = sample(three_peaks(SCHEDULE), SCHEDULE, noise, [1000, 500, 0], {}, "halfway")
+    assert torch.equal(pictures, noise / 4)
+    assert Setting("student", "halfway", 3).nfe == 3
+    with pytest.raises(ValueError, match="^sampler 'halfway' has no scheduler in diffusers at spacing 'trailing'$"):
+        scheduler_settings(Noise(), "halfway", "trailing")
+    with pytest.raises(ConfigError, match="sampler 'half' is not known; allowed: lcm, .*, dpmpp_2m, halfway$"):
+        load("sample", SampleSettings, [*given, "sampler=half"])
+
+
+def test_a_plug_in_that_cannot_be_imported_is_one_line(plugged: Path) -> None:
+    plugged.write_text("import no_such_package")
+    with pytest.raises(ValueError, match=r"^the plug-in elsewhere \(elsewhere\) cannot be imported: ModuleNotFound"):
+        SAMPLERS.find("halfway")
 
 
 @pytest.mark.parametrize("path", ["os.system", "subprocess.Popen", "torch.load", "distill.commands.train.main", "x"])

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from distill.config import signatures
 from distill.config.mistakes import rule, shown, suggest
 from distill.data.errors import short
+from distill.diffusion.registry import PLUGINS
 
 TARGETS = (
     "distill.methods.",
@@ -25,8 +26,6 @@ TARGETS = (
     "torch.optim.",
 )
 """Where what settings may build is defined. A run's settings may be another person's: they must not call anything."""
-PLUGINS = "distill.plugins"
-"""The group of entry points by which an installed package says that settings may name what it defines."""
 OTHERS = "DISTILL_TARGETS"
 """The environment variable that names further packages, for settings that were recorded in a run's folder."""
 

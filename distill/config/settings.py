@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from distill.config.loading import Settings, check_component, suggest
-from distill.diffusion.samplers import check_pair, check_sampler, check_spacing, usual_spacing
+from distill.diffusion.samplers import check_pair, check_sampler, check_solver, check_spacing, usual_spacing
 
 
 def check_number(value: Any) -> Any:
@@ -90,6 +90,7 @@ def check_sampling(text: str) -> str:
 
 Sampler = Annotated[str, AfterValidator(check_named(check_sampler))]
 Spacing = Annotated[str, AfterValidator(check_named(check_spacing))]
+Solver = Annotated[str, AfterValidator(check_named(check_solver))]
 
 
 class ModelSettings(Settings):
@@ -127,7 +128,7 @@ class DataSettings(Settings):
     vae: FilePath | None = None
     num_samples: Positive | None = 2000
     samples_per_shard: Positive = 100
-    solver: Literal["ddim", "heun", "dpmpp_2m"] = "ddim"
+    solver: Solver = "ddim"
     solver_steps: Positive = 50
     guidance: (
         Annotated[Number, Field(ge=0)] | tuple[Annotated[Number, Field(ge=0)], Annotated[Number, Field(ge=0)]] | None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from distill.diffusion.prediction import Denoised
-from distill.diffusion.schedule import NoiseSchedule, wide
+from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
+from distill.diffusion.random import starting_noise
+from distill.diffusion.schedule import NoiseSchedule, add_noise, wide
 from distill.diffusion.solver import ddim_step
 
 
@@ -21,6 +25,32 @@ def boundary_scalings(
     c_skip, c_out = sigma_data**2 / (r**2 + sigma_data**2), r / (r**2 + sigma_data**2).sqrt()
     shape = (-1, *[1] * (like.ndim - 1))
     return c_skip.reshape(shape), c_out.reshape(shape)
+
+
+def multistep(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Sequence[int],
+    conditioning: Conditioning,
+    generators: Sequence[torch.Generator],
+) -> Iterator[tuple[int, Tensor]]:
+    """Multistep latent consistency sampling (LCM, algorithm 3), number for number diffusers' `LCMScheduler`: jumps to
+    clean data, and noises it again to the next time.
+
+    Raises:
+        ValueError: more than one step, and not one generator for each sample.
+    """
+    if len(times) > 2 and len(generators) != len(x):
+        raise ValueError(f"{len(x)} pictures need a generator each for their fresh noise, got {len(generators)}")
+    for t, following in pairwise(times):
+        t_batch = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        c_skip, c_out = boundary_scalings(t_batch, x)
+        x0 = c_skip * x + c_out * denoiser(x, t_batch, conditioning).x0
+        x = x0
+        if following > 0:
+            x = add_noise(schedule, x0, starting_noise(generators, tuple(x.shape[1:])).to(x), following)
+        yield following, x
 
 
 def jump(schedule: NoiseSchedule, denoised: Denoised, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ ranks with the same global batch draw the same numbers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,11 @@ def seed_of(*parts: int | str) -> int:
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator for `seed_of(*parts)`: the same numbers on every machine, whatever its accelerator."""
     return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def starting_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """x_T [B, C, h, w], the first numbers of each of B generators."""
+    return torch.cat([torch.randn((1, *shape), generator=g, device=g.device) for g in generators])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
+from distill.diffusion.registry import resolved
+from distill.diffusion.samplers import SPACINGS, find_solver
 from distill.diffusion.schedule import NoiseSchedule, wide
 
 
@@ -35,33 +37,45 @@ def solve(
     Args:
         x: [B, C, h, w] at times[0].
         times: strictly falling, within 0 ... T.
-        solver: one of `SOLVERS`.
+        solver: one of `distill.diffusion.samplers.solvers`.
 
     Raises:
         ValueError: unknown solver, or times that do not fall or leave the schedule.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is not known; allowed: {', '.join(SOLVERS)}")
+    found = find_solver(solver)
     check_times(schedule, times)
     yield times[0], wide(x)
-    yield from SOLVERS[solver](denoiser, schedule, wide(x), times, conditioning)
+    yield from found.generate()(denoiser, schedule, x, times, conditioning, ())
 
 
-def _ddim(
-    denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, times: Sequence[int], c: Conditioning
+def ddim(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Sequence[int],
+    c: Conditioning,
+    generators: Sequence[torch.Generator] = (),
 ) -> Iterator[tuple[int, Tensor]]:
+    """Song et al. 2021, eq. 12 with eta 0."""
+    x = wide(x)
     for t, s in pairwise(times):
         x = ddim_step(schedule, denoiser(x, _batch(t, x), c), s)
         yield s, x
 
 
-def _heun(
-    denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, times: Sequence[int], c: Conditioning
+def heun(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Sequence[int],
+    c: Conditioning,
+    generators: Sequence[torch.Generator] = (),
 ) -> Iterator[tuple[int, Tensor]]:
     """Trapezoidal rule in u = sigma/alpha, where d(x/alpha)/du = eps.
 
     Euler's step to clean data, and from the pure noise (u infinite) in which a zero-terminal-SNR schedule ends.
     """
+    x = wide(x)
     for t, s in pairwise(times):
         here = denoiser(x, _batch(t, x), c)
         x_s = ddim_step(schedule, here, s)
@@ -73,10 +87,16 @@ def _heun(
         yield s, x
 
 
-def _dpmpp_2m(
-    denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, times: Sequence[int], c: Conditioning
+def dpmpp_2m(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Sequence[int],
+    c: Conditioning,
+    generators: Sequence[torch.Generator] = (),
 ) -> Iterator[tuple[int, Tensor]]:
     """Multistep in lambda = log(alpha/sigma), x0 extrapolated from the last two; first and last steps are DDIM's."""
+    x = wide(x)
     lam = [(schedule.alpha(t, x) / schedule.sigma(t, x)).log() for t in times]  # infinite at t = 0
     before = None
     for i, (t, s) in enumerate(pairwise(times)):
@@ -91,7 +111,16 @@ def _dpmpp_2m(
         yield s, x
 
 
-SOLVERS = {"ddim": _ddim, "heun": _heun, "dpmpp_2m": _dpmpp_2m}
+def euler(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Sequence[int],
+    c: Conditioning,
+    generators: Sequence[torch.Generator] = (),
+) -> Iterator[tuple[int, Tensor]]:
+    """DDIM from sigma(times[0]) x, as diffusers' `EulerDiscreteScheduler` starts its trailing times."""
+    return ddim(denoiser, schedule, schedule.sigma(times[0], x) * x, times, c)
 
 
 def trailing_times(T: int, steps: int) -> list[int]:
@@ -133,8 +162,6 @@ MLCM_MILESTONES = {  # in eighths of T
     8: (8, 7, 6, 5, 4, 3, 2, 1),
 }
 
-TIMES = {"trailing": trailing_times, "leading": leading_times, "lcm": lcm_times, "milestones": milestone_times}
-
 
 def make_times(spacing: str, T: int, steps: int) -> list[int]:
     """Falling times of a named spacing, ending at 0.
@@ -142,9 +169,7 @@ def make_times(spacing: str, T: int, steps: int) -> list[int]:
     Raises:
         ValueError: unknown spacing, or more steps than times.
     """
-    if spacing not in TIMES:
-        raise ValueError(f"spacing {spacing!r} is not known; allowed: {', '.join(TIMES)}")
-    return TIMES[spacing](T, steps)
+    return resolved(SPACINGS.find(spacing).times)(T, steps)
 
 
 def check_times(schedule: NoiseSchedule, times: Sequence[int]) -> None:

@@ -20,12 +20,13 @@ from distill.data.words import counted
 from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
-from distill.diffusion.samplers import check_pair
+from distill.diffusion.random import starting_noise
+from distill.diffusion.samplers import SAMPLERS, check_pair
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
 from distill.evaluation.blocks import Cache, WorkShare
 from distill.evaluation.statistics import mean_with_error
-from distill.methods.sampling import sample, starting_noise
+from distill.methods.sampling import sample
 
 log = logging.getLogger(__name__)
 FIRST_SEED = {"report": 10_000_000, "tuning": 20_000_000, "stored": 30_000_000}
@@ -125,8 +126,8 @@ class Setting:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations a picture: guided steps count twice, Heun's steps (but the last) too."""
-        calls = 2 * self.steps - 1 if self.sampler == "heun" else self.steps
+        """Network evaluations a picture: the sampler's, which guidance doubles."""
+        calls = SAMPLERS[self.sampler].evaluations(self.steps)
         return calls if self.guidance == 1 or self.embedded else 2 * calls
 
     @property

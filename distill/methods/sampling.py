@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.diffusion.consistency import boundary_scalings
 from distill.diffusion.prediction import Conditioning, Denoiser
-from distill.diffusion.samplers import check_pair, check_sampler
-from distill.diffusion.schedule import NoiseSchedule, add_noise
-from distill.diffusion.solver import check_times, make_times, solve
+from distill.diffusion.samplers import SAMPLERS, check_pair
+from distill.diffusion.schedule import NoiseSchedule
+from distill.diffusion.solver import check_times, make_times
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,6 @@ class Sampling:
         return make_times(self.spacing, T, self.steps or usual_steps)
 
 
-def starting_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    """x_T [B, C, h, w], the first thing drawn from each of B generators."""
-    return torch.cat([torch.randn((1, *shape), generator=g, device=g.device) for g in generators])
-
-
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -60,46 +54,16 @@ def sample(
     Args:
         denoiser: guided already, if it is to be.
         times: falling, ending at 0; one network call for each but the last (two, for Heun).
-        sampler: `lcm` (jump to clean data, noise again to the next time); one of the ODE solvers; or `euler`, which is
-            `ddim` from sigma(times[0]) x, as diffusers' `EulerDiscreteScheduler` starts its trailing times.
-        generators: one a picture, for the fresh noise of `lcm`.
+        sampler: one of `distill.diffusion.samplers.SAMPLERS`.
+        generators: one a picture, for samplers that add fresh noise.
 
     Raises:
         ValueError: unknown sampler, or times that do not fall to 0.
     """
-    check_sampler(sampler)
+    generate = SAMPLERS.find(sampler).generate()
     if times[-1] != 0:
         raise ValueError(f"sampling times must end at 0, got {list(times)}")
     check_times(schedule, times)
-    if sampler == "lcm":
-        return multistep_consistency(denoiser, schedule, x, times, conditioning, generators)
-    if sampler == "euler":
-        x, sampler = schedule.sigma(times[0], x) * x, "ddim"
-    for _, state in solve(denoiser, schedule, x, times, conditioning, sampler):
+    for _, state in generate(denoiser, schedule, x, times, conditioning, generators):
         x = state
-    return x
-
-
-def multistep_consistency(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    x: Tensor,
-    times: Sequence[int],
-    conditioning: Conditioning,
-    generators: Sequence[torch.Generator],
-) -> Tensor:
-    """Multistep latent consistency sampling (LCM, algorithm 3), number for number diffusers' `LCMScheduler`.
-
-    Raises:
-        ValueError: more than one step, and not one generator for each picture.
-    """
-    if len(times) > 2 and len(generators) != len(x):
-        raise ValueError(f"{len(x)} pictures need a generator each for their fresh noise, got {len(generators)}")
-    for t, following in zip(times[:-1], times[1:], strict=True):
-        t_batch = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        c_skip, c_out = boundary_scalings(t_batch, x)
-        x0 = c_skip * x + c_out * denoiser(x, t_batch, conditioning).x0
-        x = x0
-        if following > 0:
-            x = add_noise(schedule, x0, starting_noise(generators, tuple(x.shape[1:])).to(x), following)
     return x

@@ -15,7 +15,7 @@ import diffusers
 
 from distill.diffusion.noise import Noise, read_noise
 from distill.diffusion.prediction import Prediction
-from distill.diffusion.samplers import EVEN, SCHEDULERS, ZERO_SNR, check_pair
+from distill.diffusion.samplers import SAMPLERS, check_pair
 from distill.diffusion.solver import make_times
 
 
@@ -45,13 +45,17 @@ def scheduler_settings(
             diffusers generates on this noise.
     """
     check_pair(sampler, spacing)
-    if noise.rescale_betas_zero_snr and sampler not in ZERO_SNR:
+    known = SAMPLERS[sampler]
+    if noise.rescale_betas_zero_snr and not known.zero_snr:
+        allowed = ", ".join(other.name for other in SAMPLERS.values() if other.zero_snr)
         raise ValueError(
-            f"sampler {sampler!r} has no scheduler in diffusers for noise of zero terminal SNR; "
-            f"allowed: {', '.join(ZERO_SNR)}"
+            f"sampler {sampler!r} has no scheduler in diffusers for noise of zero terminal SNR; allowed: {allowed}"
         )
-    known = steps is not None and noise.num_train_timesteps % steps == 0
-    name, settings = (EVEN if known else {}).get((sampler, spacing)) or SCHEDULERS[sampler, spacing]
+    even = steps is not None and noise.num_train_timesteps % steps == 0
+    found = (known.even.get(spacing) if even else None) or known.schedulers[spacing]
+    if found is None:
+        raise ValueError(f"sampler {sampler!r} has no scheduler in diffusers at spacing {spacing!r}")
+    name, settings = found
     said = {} if prediction is None else {"prediction_type": prediction.value}
     return getattr(diffusers, name), noise.settings() | said | dict(settings)
 

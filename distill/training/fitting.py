@@ -114,7 +114,7 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports:
             "resolution": teacher.resolution,
         }
         if store.index.kind == "trajectories":  # settings of the writer: what a person has set here must be so there
-            solve = {"solver": cfg.data.solver, "solver_steps": cfg.data.solver_steps}
+            solve: dict[str, str | int] = {"solver": cfg.data.solver, "solver_steps": cfg.data.solver_steps}
             wanted |= {name: value for name, value in solve.items() if f"data.{name}" in given_keys()}
         try:
             store.index.require(**wanted)

@@ -16,10 +16,10 @@ from distill.data.storage import replace_whole
 from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Denoiser
-from distill.diffusion.random import seed_of
+from distill.diffusion.random import seed_of, starting_noise
 from distill.diffusion.solver import make_times
 from distill.methods.base import Method
-from distill.methods.sampling import Sampling, sample, starting_noise
+from distill.methods.sampling import Sampling, sample
 from distill.models.families import Teacher
 from distill.models.files import save_file
 from distill.models.rewards import Reward

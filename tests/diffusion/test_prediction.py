@@ -7,8 +7,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from distill.diffusion.prediction import Denoised, Prediction, from_denoised, to_denoised
+from distill.diffusion.samplers import solvers
 from distill.diffusion.schedule import NoiseSchedule, add_noise
-from distill.diffusion.solver import SOLVERS, solve
+from distill.diffusion.solver import solve
 from tests.analytic import denoiser_of, network_of, three_peaks
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -56,7 +57,7 @@ def test_velocity_is_that_of_diffusers() -> None:
     )
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers())
 def test_nothing_above_the_wall_asks_what_a_network_predicts(solver: str) -> None:
     """One field behind three kinds of network: the same solve."""
     field, x = three_peaks(SCHEDULE), torch.randn(8, 1, 1, 1, dtype=torch.float64)

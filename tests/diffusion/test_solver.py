@@ -10,8 +10,9 @@ from torch import Tensor
 
 from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Conditioning, Denoised, Prediction, to_denoised
+from distill.diffusion.samplers import solvers
 from distill.diffusion.schedule import NoiseSchedule, add_noise
-from distill.diffusion.solver import SOLVERS, ddim_step, leading_times, solve, trailing_times
+from distill.diffusion.solver import ddim_step, leading_times, solve, trailing_times
 from tests.analytic import Mixture, gaussian, gaussian_flow, network_of, quantile_flow, three_peaks
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -129,7 +130,7 @@ def test_unit_variance_data_turns_by_an_angle() -> None:
     torch.testing.assert_close(states(teacher, x, times.tolist(), "ddim"), expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers())
 @pytest.mark.parametrize("times", [[1000, 0], [1000, 999, 500, 1, 0], [730, 20, 10, 0]], ids=str)
 def test_a_single_point_is_found_exactly_by_any_step(solver: str, times: list[int]) -> None:
     point = torch.randn(4, 2, 2, dtype=torch.float64)
@@ -181,7 +182,7 @@ def test_second_order_pays_on_the_way_to_data_too(solver: str) -> None:
     assert error[solver] < 0.7 * error["ddim"]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers())
 def test_pure_noise_is_a_place_to_start_from(solver: str) -> None:
     """Zero terminal SNR: alpha(T) = 0, where sigma/alpha is infinite."""
     schedule = NoiseSchedule.of(Noise(rescale_betas_zero_snr=True))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.diffusion.samplers import SCHEDULERS
+from distill.diffusion.samplers import pairs
 from distill.evaluation.compare import Setting, generate
 from distill.evaluation.pipelines import draw, load_pipeline, plain_pipeline_agrees, timesteps_of, use_sampler
 from distill.models.families import Teacher, load_teacher
@@ -55,7 +55,7 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])
-@pytest.mark.parametrize(("sampler", "spacing"), sorted(SCHEDULERS))
+@pytest.mark.parametrize(("sampler", "spacing"), sorted(pairs()))
 def test_a_plain_pipeline_generates_the_same_by_every_sampler_at_all_its_times(
     student: tuple[Teacher, Any], sampler: str, spacing: str, steps: int
 ) -> None:

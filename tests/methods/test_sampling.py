@@ -7,11 +7,13 @@ import torch
 from diffusers import LCMScheduler
 from torch import Tensor
 
+from distill.diffusion.consistency import multistep
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser, Prediction
-from distill.diffusion.samplers import SAMPLERS
+from distill.diffusion.random import starting_noise
+from distill.diffusion.samplers import SAMPLERS, solvers
 from distill.diffusion.schedule import NoiseSchedule, add_noise
-from distill.diffusion.solver import SOLVERS, lcm_times, solve, trailing_times
-from distill.methods.sampling import Sampling, multistep_consistency, sample, starting_noise
+from distill.diffusion.solver import lcm_times, solve, trailing_times
+from distill.methods.sampling import Sampling, sample
 from tests.analytic import exact_student, gaussian, network_of, three_peaks
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -102,7 +104,7 @@ def test_network_calls(sampler: str, steps: int) -> None:
     assert network.times[0] == 1000 and min(network.times) > 0
 
 
-@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("sampler", solvers())
 def test_an_ode_sampler_is_the_end_of_the_solve(sampler: str) -> None:
     teacher, x, times = three_peaks(SCHEDULE), torch.randn(4, 1, 1, 1), trailing_times(1000, 5)
     *_, (_, end) = solve(teacher, SCHEDULE, x, times, {}, sampler)
@@ -161,5 +163,5 @@ def test_refuses_an_unknown_sampler_by_name() -> None:
 def test_refuses_to_share_fresh_noise_between_pictures(given: int) -> None:
     x = starting_noise(generators(2), SHAPE)
     with pytest.raises(ValueError, match=f"^2 pictures need a generator each for their fresh noise, got {given}$"):
-        multistep_consistency(three_peaks(SCHEDULE), SCHEDULE, x, [1000, 500, 0], {}, generators(given))
-    multistep_consistency(three_peaks(SCHEDULE), SCHEDULE, x, [1000, 0], {}, [])  # one step makes none
+        list(multistep(three_peaks(SCHEDULE), SCHEDULE, x, [1000, 500, 0], {}, generators(given)))
+    assert len(list(multistep(three_peaks(SCHEDULE), SCHEDULE, x, [1000, 0], {}, []))) == 1  # one step makes none

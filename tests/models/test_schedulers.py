@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, get_args
+import re
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 from torch import Tensor
 
-from distill.config.settings import DataSettings
 from distill.diffusion.noise import RESCALES, Noise
 from distill.diffusion.prediction import Prediction
-from distill.diffusion.samplers import MOST_STEPS, SAMPLERS, SCHEDULERS, SPACINGS, ZERO_SNR, check_pair
+from distill.diffusion.random import starting_noise
+from distill.diffusion.samplers import SAMPLERS, SPACINGS, Sampler, check_pair, pairs, solvers
 from distill.diffusion.schedule import NoiseSchedule
-from distill.diffusion.solver import SOLVERS, TIMES, make_times
-from distill.methods.sampling import Sampling, sample, starting_noise
+from distill.diffusion.solver import make_times
+from distill.methods.sampling import Sampling, sample
 from distill.models.schedulers import as_code, make_scheduler, noise_of, scheduler_settings, timesteps_for
 from tests.analytic import network_of, three_peaks
 from tests.diffusion.test_noise import made
 
-PAIRS = sorted(SCHEDULERS)
+PAIRS = sorted(pairs())
+ZERO_SNR = [sampler.name for sampler in SAMPLERS.values() if sampler.zero_snr]
 STEPS = (1, 2, 3, 4, 6, 8)
 SHORT = {"num_train_timesteps": 96, "beta_start": 0.001, "beta_end": 0.09}
 ZERO = Noise(rescale_betas_zero_snr=True, prediction_type="v_prediction")
@@ -166,19 +169,34 @@ def test_asking_for_times_leaves_the_scheduler_as_it_is() -> None:
 
 
 def test_the_table_is_of_the_samplers_and_spacings_that_there_are() -> None:
-    assert {*SAMPLERS} == {"lcm", "euler", *SOLVERS} and {*SPACINGS} == {*TIMES}
     assert {sampler for sampler, _ in PAIRS} == {*SAMPLERS} and {spacing for _, spacing in PAIRS} == {*SPACINGS}
-    assert {*get_args(DataSettings.model_fields["solver"].annotation)} == {*SOLVERS}
-    for spacing, most in MOST_STEPS.items():
-        assert len(make_times(spacing, 1000, most)) == most + 1
+    assert all(callable(sampler.generate()) for sampler in SAMPLERS.values())
+    for spacing in SPACINGS.values():
+        most = spacing.most_steps or 1000
+        assert len(make_times(spacing.name, 1000, most)) == most + 1
         with pytest.raises(ValueError, match=f"steps must be within 1 ... {most}"):
-            make_times(spacing, 1000, most + 1)
+            make_times(spacing.name, 1000, most + 1)
+
+
+def test_the_comments_of_the_settings_name_the_solvers_and_the_samplers() -> None:
+    configs = Path(__file__).parents[2] / "configs"
+    (line,) = re.findall(r"^solver: .*# (.*)", (configs / "data/trajectories.yaml").read_text(), re.MULTILINE)
+    assert re.split(r", | or ", line) == solvers()
+    text = (configs / "sample.yaml").read_text()
+    for key, known in (("sampler", SAMPLERS), ("spacing", SPACINGS)):
+        (line,) = re.findall(rf"^{key}: .*# (.*?);", text, re.MULTILINE)
+        assert re.split(r", | or ", line) == list(known)
+
+
+def test_a_name_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="^there is a sampler 'ddim' already: register it under another name$"):
+        SAMPLERS.register(Sampler("ddim", "another", "distill.diffusion.solver.ddim", {}))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_a_pair_is_valid_or_an_error_when_it_is_set(sampler: str, spacing: str) -> None:
-    if (sampler, spacing) in SCHEDULERS:
+    if (sampler, spacing) in PAIRS:
         check_pair(sampler, spacing)
         assert Sampling(sampler, spacing, 2).times(1000, 50)[-1] == 0
     else:

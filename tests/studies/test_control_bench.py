@@ -17,10 +17,11 @@ from diffusers import (
 )
 from torch import Tensor
 
+from distill.diffusion.random import starting_noise
 from distill.diffusion.schedule import add_noise
 from distill.diffusion.solver import lcm_times
 from distill.evaluation.pipelines import load_pipeline, use_adapters, use_sampler
-from distill.methods.sampling import sample, starting_noise
+from distill.methods.sampling import sample
 from distill.models.families import Teacher
 from distill.models.lora import ADAPTER, save_lora
 from distill.studies.control_bench import asked_steps, start_time

@@ -28,8 +28,9 @@ from distill.commands.export import main
 from distill.config.loading import ConfigError, build, load
 from distill.config.settings import ExportSettings, ModelSettings, TrainSettings
 from distill.diffusion.prediction import Prediction
+from distill.diffusion.random import starting_noise
 from distill.evaluation.pipelines import load_pipeline, sampling_of, use_sampler
-from distill.methods.sampling import Sampling, sample, starting_noise
+from distill.methods.sampling import Sampling, sample
 from distill.models.exported import open_export, read_export
 from distill.models.families import load_teacher
 from distill.models.folder import stored_tensors, weights_hash

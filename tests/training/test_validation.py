@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from distill.diffusion.random import starting_noise
 from distill.diffusion.solver import lcm_times, trailing_times
-from distill.methods.sampling import Sampling, sample, starting_noise
+from distill.methods.sampling import Sampling, sample
 from distill.models.families import load_teacher
 from distill.training.engine import Engine, TrainedNetwork
 from distill.training.tracking import to_pictures
