@@ -24,6 +24,7 @@ NEEDED = {
     "evaluate": ["protocol=toy", "output_dir=e"],
     "export": ["run=r", "output_dir=e"],
     "plan": ["cluster=laptop", "experiment=quickstart"],
+    "quickstart": ["output_dir=q"],
     "report": ["evaluations=[a,b]", "output_dir=e"],
     "chain": ["chain=lcm_toy"],
     "sample": ["prompts=[a]", "output_dir=p"],

@@ -20,6 +20,7 @@ from distill.config.settings import (
     EvaluateSettings,
     ExportSettings,
     PlanSettings,
+    QuickstartSettings,
     ReportSettings,
     RunChainSettings,
     SampleSettings,
@@ -53,6 +54,7 @@ class Command:
 
 
 COMMANDS = {
+    "quickstart": Command("distill.commands.quickstart", "quickstart", QuickstartSettings),
     "trajectories": Command("distill.commands.trajectories", "train", TrainSettings),
     "latents": Command("distill.commands.latents", "train", TrainSettings),
     "train": Command("distill.commands.train", "train", TrainSettings),

@@ -69,7 +69,7 @@ def _check_size(argument: str) -> None:
 
 def check_flags(arguments: Sequence[str], known: Sequence[str]) -> None:
     """Raises ConfigError for `--key=value` and `--key value`, as other scripts take them: it says what to type."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):  # without arguments one is longer
         if not argument.startswith("-"):
             continue
         name, equals, value = argument.lstrip("-").partition("=")

@@ -523,6 +523,18 @@ class RunChainSettings(Settings):
     list: Flag | Literal["commands"]
 
 
+class QuickstartSettings(Settings):
+    """`configs/quickstart.yaml`: the bundled toy teacher, from nothing to a report."""
+
+    output_dir: FilePath
+    processes: Positive | None
+    overrides: list[str]
+    prompts: Annotated[list[str], Field(min_length=1)]
+    steps: Annotated[list[Positive], Field(min_length=1)]
+    n: Annotated[int, Field(ge=100, strict=True)]
+    tuning_n: Natural
+
+
 def like(pattern: str, what: str) -> BeforeValidator:
     """Refuses what does not match, whole, and says what would."""
 

@@ -83,7 +83,7 @@ class Link:
 
     def done(self) -> bool:
         """Whether there is nothing left to do: it is made, and exported as it is."""
-        return self.made() and (not self.trains or self._exported())
+        return self.made() and (not self.trains or exported(self.export, self.folder, self.formats or ()))
 
     def steps(self) -> tuple[int, int]:
         """Steps of the newest checkpoint (shards that are written), and in all; 1 for a link that only looks."""
@@ -172,14 +172,16 @@ class Link:
         except StoreError:
             return None
 
-    def _exported(self) -> bool:
-        try:
-            facts = json.loads((self.export / FACTS).read_text())
-            whole = all((self.export / path).stat().st_size == size for path, size in facts["files"].items())
-            newest = facts["step"] == int((self.folder / "DONE").read_text())
-        except (OSError, ValueError, KeyError):
-            return False
-        return whole and newest and set(self.formats or ()) <= set(facts["formats"])
+
+def exported(export: Path, run: Path, formats: Sequence[str] = ()) -> bool:
+    """Whether a finished run's last step is exported to a folder, whole and in these formats at least."""
+    try:
+        facts = json.loads((export / FACTS).read_text())
+        whole = all((export / path).stat().st_size == size for path, size in facts["files"].items())
+        newest = facts["step"] == int((run / "DONE").read_text())
+    except (OSError, ValueError, KeyError):
+        return False
+    return whole and newest and set(formats) <= set(facts["formats"])
 
 
 def export_of(folder: Path) -> Path:
