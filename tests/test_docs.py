@@ -14,6 +14,7 @@ import yaml
 import distill
 from distill.commands import COMMANDS
 from distill.diffusion.samplers import SAMPLERS
+from distill.evaluation.metrics import METRICS
 from distill.studies.study import STUDIES
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +115,23 @@ def sampler_table() -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize(("page", "name", "table"), [("exports.md", "samplers", sampler_table)])
+def metric_table() -> str:
+    lines = ["| metric | column | better | | paper | weights |", "|---|---|---|---|---|---|"]
+    for metric in METRICS.values():
+        if metric.load or metric.paper:
+            optional = [f"{name} (optional)" for name in metric.optional_weights]
+            weights = ", ".join([*metric.weights, *optional])
+            better = metric.better or "—"
+            lines.append(
+                f"| `{metric.name}` | {metric.heading} | {better} | {metric.unit} | {metric.paper} | {weights} |"
+            )
+    return "\n".join(lines)
+
+
+TABLES = [("exports.md", "samplers", sampler_table), ("evaluation.md", "metrics", metric_table)]
+
+
+@pytest.mark.parametrize(("page", "name", "table"), TABLES)
 def test_a_table_of_records_is_theirs(page: str, name: str, table: Callable[[], str]) -> None:
     """What stands between the marks is what the code knows; where it is not, the failure shows what to paste."""
     found = re.findall(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", (ROOT / "docs" / page).read_text(), re.DOTALL)

@@ -24,7 +24,7 @@ from distill.models.formats import save_unet
 from distill.models.lora import add_lora, save_lora
 from distill.training.checkpoint import _digest, _write_manifest, best_of
 from distill.training.run import mark_finished
-from tests.evaluation.test_metrics import TINY
+from tests.evaluation.test_scores import TINY
 from tests.tiny import save_tiny
 from tests.training.test_export import a_run
 

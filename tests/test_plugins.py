@@ -11,15 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.commands import evaluate
 from distill.config import components
 from distill.config.components import OTHERS, check_component
 from distill.config.loading import ConfigError, load
-from distill.config.settings import SampleSettings, TrainSettings
+from distill.config.settings import EvaluateSettings, SampleSettings, TrainSettings
 from distill.diffusion.noise import Noise
 from distill.diffusion.registry import import_plugins
 from distill.diffusion.samplers import SAMPLERS
 from distill.diffusion.schedule import NoiseSchedule
 from distill.evaluation.compare import Setting
+from distill.evaluation.metrics import METRICS, drawn
+from distill.evaluation.protocol import Captions, Protocol, build_scorer
+from distill.evaluation.report import format_table
 from distill.methods.sampling import sample
 from distill.models.schedulers import scheduler_settings
 from tests.analytic import three_peaks
@@ -141,6 +145,7 @@ def plugged(package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield package / "elsewhere/__init__.py"
     import_plugins.cache_clear()
     SAMPLERS._records.pop("halfway", None)
+    METRICS._records.pop("redness", None)
     sys.modules.pop("elsewhere", None)
 
 
@@ -157,6 +162,46 @@ def test_a_sampler_of_another_package_is_known_by_its_name(plugged: Path) -> Non
         scheduler_settings(Noise(), "halfway", "trailing")
     with pytest.raises(ConfigError, match="sampler 'half' is not known; allowed: lcm, .*, dpmpp_2m, halfway$"):
         load("sample", SampleSettings, [*given, "sampler=half"])
+
+
+METRIC = """
+import torch
+
+from distill.evaluation.metrics import METRICS, Metric
+
+
+class Redness:
+    name = "redness 1"
+
+    def measure(self, images, prompts):
+        return {"redness": images[:, 0].flatten(1).mean(1).double()}
+
+    def summarise(self, measured):
+        return {"redness": float(measured["redness"].mean())}
+
+
+def load(sources):
+    assert sources.path("redness") == "file"
+    return Redness()
+
+
+METRICS.register(Metric("redness", "redness", 1, "higher", load="elsewhere.load", weights=("redness",)))
+"""
+
+
+def test_a_metric_of_another_package_is_measured_and_has_its_column(plugged: Path, tmp_path: Path) -> None:
+    plugged.write_text(METRIC)
+    given = ["protocol=coco2014-10k", "protocol.prompts=p", "protocol.metrics=[redness]", "weights.redness=file"]
+    cfg = load("evaluate", EvaluateSettings, [*given, "output_dir=o"])
+    evaluate.check_metrics(cfg)
+    with pytest.raises(ConfigError, match="^weights.rednes is of no metric.*'redness'.*; allowed: inception, "):
+        evaluate.check_metrics(cfg.model_copy(update={"weights": {"rednes": "file"}}))
+    protocol = Protocol("mine", "nobody", 2, 8, None, False, None, None, None, "", ("redness",))
+    scorer = build_scorer(protocol, Captions(["a", "b"]), cfg.weights, tmp_path, "cpu")
+    measured = scorer.measure(torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1).expand(2, 3, 8, 8), ["a", "b"])
+    row = {"model": "student"} | scorer.summarise(measured, "report")
+    assert row["redness"] == pytest.approx(0.75, abs=0.01)
+    assert format_table([row]).splitlines()[0] == "| model   | redness ↑ |" and "redness" in drawn()
 
 
 def test_a_plug_in_that_cannot_be_imported_is_one_line(plugged: Path) -> None:

@@ -30,13 +30,14 @@ from typing import Any
 
 import torch
 
-from distill.config.loading import ConfigError, checking, load
+from distill.config.loading import ConfigError, checking, load, suggest
 from distill.config.packages import require
 from distill.config.settings import EvaluateSettings, TrainSettings
 from distill.data.reader import open_store
+from distill.diffusion.registry import import_plugins
 from distill.evaluation.blocks import Cache, WorkShare
 from distill.evaluation.compare import Comparison, ComparisonPlan, Scorer, seeds_of
-from distill.evaluation.measures import DRAWN, MEASURES
+from distill.evaluation.metrics import METRICS, drawn, find_metric, known_weights
 from distill.evaluation.pipelines import plain_pipeline_agrees
 from distill.evaluation.report import RunFacts, format_table, write_report
 from distill.evaluation.side_by_side import flat
@@ -73,6 +74,7 @@ def main(cfg: EvaluateSettings) -> None:
     with checking():
         share = WorkShare.launched()
     setup_logging(share.rank)
+    check_metrics(cfg)
     if cfg.watch is not None:
         return watch(cfg, Path(cfg.watch), share)
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,8 +96,11 @@ def watch(cfg: EvaluateSettings, run: Path, share: WorkShare) -> None:
     """
     if share.world_size > 1 or cfg.student is not None:
         raise ConfigError("watch=RUN is for one process, and takes the place of student=")
-    if cfg.watch_metric not in DRAWN:
-        raise ConfigError(f"watch_metric={cfg.watch_metric} is not known; allowed: {', '.join(DRAWN)}")
+    if cfg.watch_metric not in drawn():
+        with checking():
+            import_plugins()
+    if cfg.watch_metric not in drawn():
+        raise ConfigError(f"watch_metric={cfg.watch_metric} is not known; allowed: {', '.join(drawn())}")
     settings, folder = read_run(run), run / "evaluation"
     rows = read_metrics(folder, sys.maxsize)
     kinds = [settings.report_to] if isinstance(settings.report_to, str) else settings.report_to
@@ -131,7 +136,7 @@ def judge(cfg: EvaluateSettings, run: Path, step: int) -> dict[str, float] | Non
             comparison = build(cfg, source, WorkShare())
         judged = [comparison.row(comparison.plan.student(steps)) for steps in comparison.plan.steps]
     log.info("step %d\n%s", step, format_table(judged))
-    return {f"{name}/{row['steps']}": row[name] for row in judged for name in DRAWN if name in row}
+    return {f"{name}/{row['steps']}": row[name] for row in judged for name in drawn() if name in row}
 
 
 def mark(run: Path, rows: Sequence[Mapping[str, float]], metric: str) -> None:
@@ -141,7 +146,7 @@ def mark(run: Path, rows: Sequence[Mapping[str, float]], metric: str) -> None:
         raise ConfigError(f"watch_metric={metric} is not among what is measured: {', '.join(rows[-1])}")
     key = max(keys, key=lambda name: int(name.rpartition("/")[2]))
     there = [row for row in rows if key in row]
-    best = (max if MEASURES[metric].better == "higher" else min)(there, key=lambda row: row[key])
+    best = (max if METRICS[metric].better == "higher" else min)(there, key=lambda row: row[key])
     mark_best(checkpoints_of(run), int(best["step"]))
     log.info("best by %s: step %d, %.4g", key, best["step"], best[key])
 
@@ -229,7 +234,7 @@ def scorer_of(cfg: EvaluateSettings, teacher: Teacher, kept: Path, device: str) 
             raise ConfigError(f"n={n}: the judge's Fréchet distance takes at least {JUDGED} pictures")
         return JudgeScorer(load_judge().to(device))
     require(f"protocol={of.name}", "torchvision", "torchmetrics", "open_clip")
-    from distill.evaluation.protocol import Protocol, build_scorer, read_captions  # which imports them
+    from distill.evaluation.protocol import Protocol, build_scorer, read_captions
 
     protocol = Protocol(
         name=of.name,
@@ -244,7 +249,19 @@ def scorer_of(cfg: EvaluateSettings, teacher: Teacher, kept: Path, device: str) 
         clip_prefix=of.clip_prefix,
         metrics=tuple(of.metrics),
     )
-    return build_scorer(protocol, read_captions(of.prompts, n), cfg.weights.model_dump(), kept, device)
+    return build_scorer(protocol, read_captions(of.prompts, n), cfg.weights, kept, device)
+
+
+def check_metrics(cfg: EvaluateSettings) -> None:
+    """Raises ConfigError for a metric that is not known, or weights that none is loaded from."""
+    if cfg.protocol.prompts is None:  # the toy's judge is none of them
+        return
+    with checking():
+        for name in cfg.protocol.metrics:
+            find_metric(name)
+    if unknown := [name for name in cfg.weights if name not in known_weights()]:
+        said = f"weights.{unknown[0]} is of no metric{suggest(unknown[0], known_weights())}"
+        raise ConfigError(f"{said}; allowed: {', '.join(known_weights())}")
 
 
 def plan_of(cfg: EvaluateSettings, source: Source | None, student: LoadedStudent | None) -> ComparisonPlan:

@@ -26,7 +26,7 @@ from distill.data.prompts import read_prompts
 from distill.diffusion.prediction import Prediction
 from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.pipelines import draw, load_pipeline, timesteps_of, use_sampler
-from distill.evaluation.report import COLUMNS, format_table
+from distill.evaluation.report import all_columns, format_table
 from distill.models.families import load_unet
 from distill.models.folder import find_pipeline
 from distill.training.card import SAMPLES, sample_steps, write_card
@@ -82,7 +82,8 @@ def table_of(path: Path) -> str:
         rows = json.loads(path.read_text())
     except ValueError:
         rows = None
-    if not isinstance(rows, list) or not any(isinstance(row, dict) and COLUMNS.keys() & row.keys() for row in rows):
+    known = all_columns().keys()
+    if not isinstance(rows, list) or not any(isinstance(row, dict) and known & row.keys() for row in rows):
         raise ConfigError(f"metrics={path} must be a metrics.json of distill evaluate, a list of rows")
     return format_table(rows)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import ReportSettings
+from distill.diffusion.registry import import_plugins
 from distill.evaluation.side_by_side import write_side_by_side
 
 
@@ -22,5 +23,6 @@ def main(cfg: ReportSettings) -> None:
     if len(reports) < len(cfg.evaluations):
         raise ConfigError(f"evaluations are named by their folders, and two are called alike: {', '.join(reports)}")
     with checking():
+        import_plugins()  # whose metrics the reports may have
         write_side_by_side(Path(cfg.output_dir) / "report", reports)
     print(f"report: {cfg.output_dir}/report/index.html")

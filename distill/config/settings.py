@@ -370,22 +370,11 @@ class ProtocolSettings(Settings):
     tuning_guidances: list[Annotated[Number, Field(ge=0)]]
 
 
-class WeightsSettings(Settings):
-    """What metrics are loaded from: files or hub ids."""
-
-    inception: FilePath | None
-    clip: FilePath | None
-    aesthetic: FilePath | None
-    aesthetic_clip: FilePath | None
-    image_reward: FilePath | None
-    bert_tokenizer: FilePath | None
-    hps: FilePath | None
-    pickscore: FilePath | None
-    pickscore_tokenizer: FilePath | None
-
-
 class EvaluateSettings(Settings):
-    """`configs/evaluate.yaml`: a student beside its teacher, or a teacher alone, by a protocol."""
+    """`configs/evaluate.yaml`: a student beside its teacher, or a teacher alone, by a protocol.
+
+    `weights` are what metrics are loaded from, files or hub ids, by the names that `distill.evaluation.metrics` has.
+    """
 
     protocol: ProtocolSettings
     model: EvaluatedModelSettings
@@ -401,7 +390,7 @@ class EvaluateSettings(Settings):
     n: Positive | None
     store: FilePath | None
     store_samples: Positive
-    weights: WeightsSettings
+    weights: dict[str, FilePath | None]
     dtype: Literal["float16", "bfloat16", "float32"]
     batch_size: Positive
     block_size: Positive

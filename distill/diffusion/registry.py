@@ -12,6 +12,10 @@ PLUGINS = "distill.plugins"
 """The group of entry points that name the modules of other packages; importing such a module registers its records."""
 
 
+class UnknownName(ValueError):
+    """There is no record of that name."""
+
+
 class Named(Protocol):
     """What a registry holds."""
 
@@ -51,12 +55,13 @@ class Registry(Mapping[str, R], Generic[R]):
         """The record of a name. Where it is not one of this package's, the modules of plug-ins are imported first.
 
         Raises:
-            ValueError: there is none of that name, or a plug-in cannot be imported.
+            UnknownName: there is none of that name.
+            ValueError: a plug-in cannot be imported.
         """
         if name not in self._records:
             import_plugins()
         if name not in self._records:
-            raise ValueError(f"{self.what} {name!r} is not known; allowed: {', '.join(self._records)}")
+            raise UnknownName(f"{self.what} {name!r} is not known; allowed: {', '.join(self._records)}")
         return self._records[name]
 
     def __getitem__(self, name: str) -> R:

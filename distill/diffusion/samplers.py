@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill.diffusion.registry import Registry, resolved
+from distill.diffusion.registry import Registry, UnknownName, resolved
 
 Scheduler = tuple[str, Mapping[str, Any]]
 """A class of diffusers, and its settings beside the noise's own keys."""
@@ -174,7 +174,7 @@ def find_solver(name: str) -> Sampler:
     """Raises ValueError for a name that is not one of `solvers`."""
     try:
         found = SAMPLERS.find(name)
-    except ValueError:
+    except UnknownName:
         found = None
     if found is None or not found.solves:
         raise ValueError(f"solver {name!r} is not known; allowed: {', '.join(solvers())}")

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distill.data.words import counted
-from distill.evaluation.measures import DRAWN, MEASURES
+from distill.evaluation.metrics import METRICS, drawn
 
 CELL, GAP, LABEL_WIDTH, HEADER = 96, 4, 230, 44  # pixels
 TITLE_LINE = 18  # pixels
@@ -121,7 +121,7 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], real: Mapping[str
     for column, name in enumerate(metrics):
         for axis, x in zip(axes[:, column], ("steps", "nfe"), strict=True):
             _draw_metric(axis, rows, name, x, real)
-        axes[0, column].set_title(MEASURES[name].curve, fontsize=11)
+        axes[0, column].set_title(METRICS[name].curve, fontsize=11)
     _legend_below(figure)
     figure.savefig(path, dpi=110)
 
@@ -133,15 +133,15 @@ def curve_figures(rows: Sequence[Mapping[str, Any]], real: Mapping[str, float] |
         figure = Figure(figsize=(4.6, 3.5), layout="constrained")
         axis = figure.subplots()
         _draw_metric(axis, rows, name, "steps", real)
-        axis.set_title(MEASURES[name].curve, fontsize=11)
+        axis.set_title(METRICS[name].curve, fontsize=11)
         _legend_below(figure, 8)
-        figures[MEASURES[name].title or MEASURES[name].heading] = figure
+        figures[METRICS[name].curve_title] = figure
     return figures
 
 
 def measured_in(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The metrics that rows have numbers of: one that was left out has no curve."""
-    return [name for name in DRAWN if any(_is_number(row.get(name)) for row in rows)]
+    return [name for name in drawn() if any(_is_number(row.get(name)) for row in rows)]
 
 
 def _is_number(value: Any) -> bool:
@@ -159,7 +159,7 @@ def _draw_metric(
     _draw_levels(axis, name, full, real)
     _powers_of_two(axis, {row[x] for row in rest})
     axis.set_xlabel("steps" if x == "steps" else "network evaluations per picture")
-    _open(axis, MEASURES[name].logarithmic)
+    _open(axis, METRICS[name].logarithmic)
 
 
 def plain(text: str) -> str:
@@ -219,7 +219,7 @@ def line_figures(lines: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequ
         axis = figure.subplots()
         _draw_rows(axis, lines, name, "steps")
         _legend_below(figure, 8)
-        figures[MEASURES[name].title or MEASURES[name].heading] = figure
+        figures[METRICS[name].curve_title] = figure
     return figures
 
 
@@ -230,8 +230,8 @@ def _draw_rows(axis: Axes, lines: Mapping[str, Sequence[Mapping[str, Any]]], nam
     if x == "steps":
         _powers_of_two(axis, {row[x] for rows in lines.values() for row in rows})
     axis.set_xlabel("steps" if x == "steps" else "training step")
-    axis.set_title(MEASURES[name].curve, fontsize=11)
-    _open(axis, MEASURES[name].logarithmic)
+    axis.set_title(METRICS[name].curve, fontsize=11)
+    _open(axis, METRICS[name].logarithmic)
 
 
 def _powers_of_two(axis: Axes, values: Iterable[int]) -> None:

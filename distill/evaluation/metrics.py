@@ -1,227 +1,271 @@
-"""The metrics of published protocols. A metric measures each picture, and then sums up what it found in all of them.
+"""What is measured of images: a record for each metric, from which follows whatever else knows it.
 
-Fréchet distances are torchmetrics' over features that are given, in float64; their errors are ours. All else is a score
-a picture: CLIP's, the aesthetic one, and preference rewards, through open_clip and `distill.models.rewards`.
+Protocols, weights, tables, curves, the choice of a best checkpoint and the documentation's table read the records. A
+metric of a protocol is an entry of `METRICS` and the function that it names.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-import torch
-from huggingface_hub.errors import HFValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill.evaluation.reference import Statistics
-from distill.evaluation.statistics import frechet_to_statistics_with_error, mean_with_error
-from distill.models.rewards import MEAN, STD, HpsReward, Pixels, Reward, fill, load_weights
+from distill.diffusion.registry import Registry, UnknownName, resolved
 
-Prepare = Callable[[Tensor], Tensor]
+ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+LEGEND = "↑ higher is better, ↓ lower is better."
 
 
-class Metric(Protocol):
-    """One metric of pictures, or several that are measured together."""
+class Measurer(Protocol):
+    """What measures images for a metric."""
 
     @property
     def name(self) -> str:
         """Which it is and which weights it has."""
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Of each of the pictures [B, 3, H, W] in [0, 1], what `summarise` needs: tensors [B, ...] on the CPU."""
+        """Of each of the images [B, 3, H, W] in [0, 1], what `summarise` needs: tensors [B, ...] on the CPU."""
 
     def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of all pictures together: values by name, standard errors as `NAME_se`."""
+        """Of all images together: values by name, standard errors as `NAME_se`."""
 
 
 @dataclass(frozen=True)
-class FrechetMetric:
-    """Fréchet distance of a network's features from those of real pictures (Heusel et al. 2017).
+class Metric:
+    """A number that a row of an evaluation may have.
 
     Args:
-        key: under which its value stands in rows.
-        name: which network, which preparation.
-        network: what `prepare` makes of pictures -> features [B, F].
-        real: makes or finds the statistics of real pictures; called when pictures are summed up.
+        name: its key in rows, and in the `metrics` of a protocol.
+        heading: of its column.
+        decimals: with which it is written.
+        better: which way is better; None where neither is, which has no curve.
+        unit: what the number says.
+        title: of its curves; "" is the heading.
+        logarithmic: whether the axis of its curves is.
+        paper: where it was published.
+        load: dotted name of a function that makes the `Measurer` of a `distill.evaluation.protocol.Sources`. It raises
+            FileNotFoundError, with the reason, where the metric cannot be measured. "" for a number that no protocol
+            asks for by name: the toy's judge measures it, or every row has it, or a study.
+        weights, optional_weights: the names of `weights.NAME=` without which it is left out, and with which it may be
+            changed.
+        needs_reference: whether it compares with real images.
+        brief: how an image's row of the report's grid says it; "" is not at all.
     """
 
-    key: str
     name: str
-    network: Callable[[Tensor], Tensor]
-    prepare: Prepare
-    real: Callable[[], Statistics]
+    heading: str
+    decimals: int
+    better: Literal["higher", "lower"] | None
+    unit: str = ""
+    title: str = ""
+    logarithmic: bool = False
+    paper: str = ""
+    load: str = ""
+    weights: tuple[str, ...] = ()
+    optional_weights: tuple[str, ...] = ()
+    needs_reference: bool = False
+    brief: str = ""
 
-    @torch.no_grad()
-    def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {f"{self.key}_features": self.network(self.prepare(images)).float().cpu()}
+    @property
+    def pattern(self) -> str:
+        """The format of its numbers."""
+        return f"{{:.{self.decimals}f}}"
 
-    def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
-        """The distance, its standard error, and how many real pictures it is from.
+    @property
+    def column(self) -> tuple[str, str]:
+        """Heading and format, as tables take them."""
+        return self.heading + ARROWS[self.better], self.pattern
 
-        Raises ValueError: no more pictures than features.
-        """
-        features, real = measured[f"{self.key}_features"], self._real
-        _, error = frechet_to_statistics_with_error(features, real.mean, real.covariance)
-        return {self.key: fid(features, real), f"{self.key}_se": error, f"{self.key}_n_real": real.n}
+    @property
+    def curve_title(self) -> str:
+        return self.title or self.heading
 
-    @cached_property
-    def _real(self) -> Statistics:
-        return self.real()
+    @property
+    def curve(self) -> str:
+        """The title of its curves, with the way that is better."""
+        return self.curve_title + ARROWS[self.better]
 
-
-class _AsGiven(nn.Module):
-    """In the place of torchmetrics' network, for what are features already."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-def fid(features: Tensor, real: Statistics) -> float:
-    """torchmetrics' Fréchet inception distance of features [n, F] from a data set's, in float64."""
-    from torchmetrics.image.fid import FrechetInceptionDistance  # seconds to import: only where it is needed
-
-    metric = FrechetInceptionDistance(_AsGiven(features.shape[1]))
-    metric.real_features_sum = real.n * real.mean
-    metric.real_features_cov_sum = (real.n - 1) * real.covariance + real.n * torch.outer(real.mean, real.mean)
-    metric.real_features_num_samples = torch.tensor(real.n)
-    metric.update(features.double(), real=False)
-    return float(metric.compute())
+    def loader(self) -> Callable[[Any], Measurer]:
+        """The function that makes its `Measurer`, imported only now."""
+        return resolved(self.load)
 
 
-@dataclass(frozen=True)
-class ScoreMetric:
-    """The mean over pictures of a score that each has.
+_SCORES = "distill.evaluation.scores"
+_HEUSEL = "Heusel et al. 2017, arXiv 1706.08500"
+_TOY = "the toy's judge"
 
-    Args:
-        key: under which its value stands in rows.
-        name: which model.
-        score: pictures [B, 3, H, W] in [0, 1] and their prompts -> [B].
-    """
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    [
+        Metric(
+            "caption_accuracy",
+            "captions right",
+            3,
+            "higher",
+            unit="share of images in which the judge reads the prompt",
+            paper=_TOY,
+            brief="captions {:.0%}",
+        ),
+        Metric(
+            "frechet",
+            "Fréchet",
+            3,
+            "lower",
+            unit="distance between the judge's features of images and of as many real ones",
+            title="Fréchet distance",
+            logarithmic=True,
+            paper=_TOY,
+            brief="Fréchet {:.2f}",
+        ),
+        Metric("sharpness", "sharpness", 2, None, unit="high-frequency energy, relative to real images", paper=_TOY),
+        Metric(
+            "diversity",
+            "diversity",
+            2,
+            None,
+            unit="variance of features between images of a caption, relative to real ones",
+            paper=_TOY,
+        ),
+        Metric(
+            "fid",
+            "FID",
+            2,
+            "lower",
+            unit="Fréchet distance of Inception's features from those of real images",
+            logarithmic=True,
+            paper=_HEUSEL,
+            load=f"{_SCORES}.load_fid",
+            weights=("inception",),
+            needs_reference=True,
+        ),
+        Metric(
+            "fid_patch",
+            "FID-patch",
+            2,
+            "lower",
+            unit="FID of the middle 299 x 299 pixels",
+            logarithmic=True,
+            paper="Lin et al. 2024, arXiv 2402.13929",
+            load=f"{_SCORES}.load_fid_patch",
+            weights=("inception",),
+            needs_reference=True,
+        ),
+        Metric(
+            "clip_score",
+            "CLIP score",
+            2,
+            "higher",
+            unit="100 cos between image and prompt",
+            paper="Hessel et al. 2021, arXiv 2104.08718",
+            load=f"{_SCORES}.load_clip_score",
+            optional_weights=("clip",),
+        ),
+        Metric(
+            "aesthetic",
+            "aesthetic",
+            2,
+            "higher",
+            unit="about 1 to 10",
+            title="aesthetic score",
+            paper="LAION's aesthetic predictor",
+            load=f"{_SCORES}.load_aesthetic",
+            weights=("aesthetic",),
+            optional_weights=("aesthetic_clip",),
+        ),
+        Metric(
+            "image_reward",
+            "ImageReward",
+            3,
+            "higher",
+            unit="about -2 to 2",
+            paper="Xu et al. 2023, arXiv 2304.05977",
+            load=f"{_SCORES}.load_image_reward_score",
+            weights=("image_reward",),
+            optional_weights=("bert_tokenizer",),
+        ),
+        Metric(
+            "hps",
+            "HPS",
+            2,
+            "higher",
+            unit="100 cos, about 20 to 30",
+            paper="Wu et al. 2023, arXiv 2306.09341",
+            load=f"{_SCORES}.load_hps_score",
+            weights=("hps",),
+        ),
+        Metric(
+            "pickscore",
+            "PickScore",
+            2,
+            "higher",
+            unit="100 cos, about 20",
+            paper="Kirstain et al. 2023, arXiv 2305.01569",
+            load=f"{_SCORES}.load_pickscore",
+            weights=("pickscore",),
+            optional_weights=("pickscore_tokenizer",),
+        ),
+        Metric("reward", "reward", 2, "higher", unit="what a student is trained for"),
+        Metric(
+            "teacher_consistency",
+            "from teacher",
+            4,
+            "lower",
+            unit="mean squared difference, per latent element",
+            title="distance from the teacher",
+            logarithmic=True,
+        ),
+        Metric(
+            "stored_consistency",
+            "from stored ends",
+            4,
+            "lower",
+            unit="mean squared difference, per latent element",
+            title="distance from stored ends",
+            logarithmic=True,
+        ),
+        Metric(
+            "stored_cosine",
+            "cosine with them",
+            4,
+            "higher",
+            unit="of latents as vectors",
+            title="cosine with stored ends",
+        ),
+        Metric("difference", "RMSE from reference", 4, "lower", unit="of pixels in [0, 1]"),
+        Metric("style", "style", 3, "higher", unit="share of images in the style"),
+        Metric("follows", "follows", 3, "higher", unit="correlation with the control"),
+    ],
+)
 
-    key: str
-    name: str
-    score: Reward
 
-    @torch.no_grad()
-    def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {f"{self.key}_scores": self.score(images, prompts).double().cpu()}
-
-    def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
-        mean, error = mean_with_error(measured[f"{self.key}_scores"])
-        return {self.key: mean, f"{self.key}_se": error}
+def drawn() -> list[str]:
+    """The names of the metrics that have curves, and by which a best one can be chosen."""
+    return [metric.name for metric in METRICS.values() if metric.better is not None]
 
 
-class ClipScore(nn.Module):
-    """100 cos(image, text) of an open_clip model (Hessel et al. 2021, arXiv 2104.08718, without its clipping at 0).
-
-    Args:
-        prefix: put before each prompt.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, prefix: str = "") -> None:
-        super().__init__()
-        self.reward, self.prefix = HpsReward(model, tokenizer, scale=100.0), prefix
-
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.reward(images, [self.prefix + prompt for prompt in prompts])
+def protocol_metrics() -> list[str]:
+    """The names of the metrics that a protocol may ask for."""
+    return [metric.name for metric in METRICS.values() if metric.load]
 
 
-class Aesthetic(nn.Module):
-    """LAION's aesthetic score, about 1 to 10: linear layers on a CLIP image embedding of length 1; prompts go unread.
-
-    Args:
-        model: open_clip's ViT-L-14 with OpenAI's weights.
-        head: from the embedding's width to 1.
-    """
-
-    def __init__(self, model: Any, head: nn.Module) -> None:
-        super().__init__()
-        self.model, self.head = model, head
-        self.pixels = Pixels(_image_size(model))
-        self.requires_grad_(False).eval()
-
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        embedding = self.model.encode_image(self.pixels(images), normalize=True)  # [B, D]
-        return self.head(embedding.float())[:, 0]
+def known_weights() -> list[str]:
+    """The names that `weights.NAME=` may have."""
+    names = (name for metric in METRICS.values() for name in (*metric.weights, *metric.optional_weights))
+    return list(dict.fromkeys(names))
 
 
-def load_open_clip(architecture: str, weights: str) -> Any:
-    """An open_clip model.
-
-    Args:
-        weights: a file, a hub id, or the name that open_clip knows published weights by, which it fetches.
+def find_metric(name: str) -> Metric:
+    """A metric that a protocol may ask for.
 
     Raises:
-        FileNotFoundError: none of them is there.
-        ValueError: weights of another model, a pickle that holds code, or a model with other colours than CLIP's.
+        ValueError: there is none of that name.
     """
-    import open_clip  # seconds to import: only where it is needed
-
-    known = open_clip.list_pretrained_tags_by_model(architecture)
-    if Path(weights).is_file():
-        model = fill(open_clip.create_model(architecture, load_weights=False), load_weights(weights), weights)
-    elif weights in known:
-        model = _fetched(architecture, weights)
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
-        model = _fetched(f"hf-hub:{weights}", None)
-    else:
-        names = ", ".join(known) or "none"
-        raise FileNotFoundError(
-            f"no file {weights!r}, and open_clip has no {architecture} of that name; known: {names}"
-        )
-    _image_size(model)
-    return model.eval().requires_grad_(False)
-
-
-def _fetched(architecture: str, tag: str | None) -> Any:
-    import open_clip
-
     try:
-        return open_clip.create_model(architecture, pretrained=tag, weights_only=True)
-    except (RuntimeError, OSError, HFValidationError) as error:  # what open_clip and the hub client raise
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"open_clip cannot fetch {architecture} {tag or ''}: {reason}") from None
-
-
-def _image_size(model: Any) -> int:
-    """Of the square that the model is shown."""
-    import open_clip
-
-    shown = open_clip.get_model_preprocess_cfg(model)
-    if (tuple(shown["mean"]), tuple(shown["std"])) != (MEAN, STD):
-        raise ValueError(
-            f"an open_clip model whose colours are normalised by {shown['mean']}, {shown['std']}: not CLIP's"
-        )
-    return shown["size"][0]
-
-
-def load_aesthetic_head(path: str, width: int) -> nn.Sequential:
-    """LAION's head: its version 2 (five linear layers, with nothing but dropout between them) or 1 (a single one).
-
-    Raises:
-        ValueError: no such head for embeddings of this width; or what `load_weights` raises.
-    """
-    weights = load_weights(path)
-    names = sorted((name for name in weights if name.endswith("weight")), key=lambda name: [*map(int, _numbers(name))])
-    if any(weights[name].ndim != 2 for name in names) or not names:
-        raise ValueError(f"{path} holds no linear layers: {', '.join(sorted(weights)[:3])}")
-    layers = nn.Sequential(*(nn.Linear(weights[name].shape[1], weights[name].shape[0]) for name in names))
-    widths = [width, *(weights[name].shape[0] for name in names)]
-    if [weights[name].shape[1] for name in names] != widths[:-1] or widths[-1] != 1:
-        raise ValueError(f"{path} does not lead from {width} features to 1: {[list(weights[n].shape) for n in names]}")
-    renamed: dict[str, Tensor] = {}
-    for i, name in enumerate(names):
-        renamed |= {f"{i}.weight": weights[name], f"{i}.bias": weights[name.removesuffix("weight") + "bias"]}
-    return fill(layers, renamed, path)
-
-
-def _numbers(name: str) -> list[str]:
-    return [part for part in name.split(".") if part.isdigit()]
+        found = METRICS.find(name)
+    except UnknownName:
+        found = None
+    if found is None or not found.load:
+        raise ValueError(f"metric {name!r} is not known; allowed: {', '.join(protocol_metrics())}")
+    return found

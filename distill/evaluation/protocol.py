@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,30 +15,19 @@ from distill.data.prompts import find_files, read_prompts
 from distill.data.texts import coco_captions, parsed
 from distill.data.words import counted
 from distill.evaluation.blocks import key_of, network_hash
-from distill.evaluation.inception import FEATURES, SIDE, load_inception, patch, to_bytes, whole
-from distill.evaluation.metrics import (
-    Aesthetic,
-    ClipScore,
-    FrechetMetric,
-    Metric,
-    Prepare,
-    ScoreMetric,
-    load_aesthetic_head,
-    load_open_clip,
-)
+from distill.evaluation.inception import load_inception, to_bytes
+from distill.evaluation.metrics import METRICS, Measurer, find_metric
 from distill.evaluation.reference import (
     Pictures,
+    Prepare,
     Statistics,
     find_pictures,
     read_statistics,
     statistics_of,
     write_statistics,
 )
-from distill.models.rewards import load_clip_reward, load_hps_reward, load_image_reward
 
 log = logging.getLogger(__name__)
-AESTHETIC_CLIP = "ViT-L-14-quickgelu"
-AESTHETIC_WIDTH = 768
 
 
 @dataclass(frozen=True)
@@ -187,7 +176,7 @@ class MetricScorer:
 
     of: Protocol
     captions: Captions
-    metrics: Sequence[Metric]
+    metrics: Sequence[Measurer]
     left_out: Mapping[str, str]
     against: str
     device: torch.device | str = "cpu"
@@ -277,88 +266,13 @@ def build_scorer(
         ValueError: a metric that is not known, or weights that are not what they are given as.
     """
     sources = Sources(protocol, captions, weights, kept, device)
-    metrics: list[Metric] = []
+    metrics: dict[str, Measurer] = {}
     left_out: dict[str, str] = {}
     for name in protocol.metrics:
-        if name not in METRICS:
-            raise ValueError(f"metric {name!r} is not known; allowed: {', '.join(METRICS)}")
         try:
-            metrics.append(METRICS[name](sources))
+            metrics[name] = find_metric(name).loader()(sources)
         except FileNotFoundError as error:
             left_out[name] = str(error)
             log.warning("%s is left out: %s", name, error)
-    held = any(isinstance(metric, FrechetMetric) for metric in metrics)
-    against = sources.reference.identity if held else ""
-    return MetricScorer(protocol, captions, metrics, left_out, against, device)
-
-
-def _fid(sources: Sources) -> Metric:
-    shown_at = sources.protocol.shown_at
-    shown = "" if shown_at is None else f" at {shown_at} px"
-    return _frechet(sources, "fid", f"FID{shown}", partial(whole, shown_at=shown_at))
-
-
-def _fid_patch(sources: Sources) -> Metric:
-    if sources.protocol.side < SIDE:
-        raise FileNotFoundError(f"pictures of {sources.protocol.side} px have no patch of {SIDE} px")
-    return _frechet(sources, "fid_patch", "FID-patch", patch)
-
-
-def _frechet(sources: Sources, key: str, what: str, prepare: Prepare) -> Metric:
-    if sources.protocol.n <= FEATURES:
-        raise FileNotFoundError(
-            f"over {FEATURES} features it takes more than {FEATURES} pictures, n={sources.protocol.n}"
-        )
-    reference, (name, inception) = sources.reference, sources.inception
-
-    def network(images: Tensor) -> Tensor:
-        return inception(images.to(sources.device))
-
-    real = partial(reference.statistics, key, f"{what} {name}", prepare, network)
-    return FrechetMetric(key, f"{what} {name}", network, prepare, real)
-
-
-def _clip_score(sources: Sources) -> Metric:
-    import open_clip  # seconds to import: only where it is needed
-
-    protocol = sources.protocol
-    if protocol.clip is None or protocol.clip_weights is None:
-        raise ValueError(
-            f"the protocol {protocol.name} names no model of the CLIP score: set protocol.clip, clip_weights"
-        )
-    model = load_open_clip(protocol.clip, sources.weights.get("clip") or protocol.clip_weights)
-    score = ClipScore(model, open_clip.get_tokenizer(protocol.clip), protocol.clip_prefix)
-    return ScoreMetric("clip_score", *sources.named(f"CLIP {protocol.clip}", score))
-
-
-def _aesthetic(sources: Sources) -> Metric:
-    head = load_aesthetic_head(sources.path("aesthetic"), AESTHETIC_WIDTH)
-    model = load_open_clip(AESTHETIC_CLIP, sources.weights.get("aesthetic_clip") or "openai")
-    return ScoreMetric("aesthetic", *sources.named("aesthetic", Aesthetic(model, head)))
-
-
-def _image_reward(sources: Sources) -> Metric:
-    tokenizer = sources.weights.get("bert_tokenizer") or "bert-base-uncased"
-    reward = load_image_reward(sources.path("image_reward"), tokenizer)
-    return ScoreMetric("image_reward", *sources.named("ImageReward", reward))
-
-
-def _hps(sources: Sources) -> Metric:
-    return ScoreMetric("hps", *sources.named("HPSv2", load_hps_reward(sources.path("hps"))))
-
-
-def _pickscore(sources: Sources) -> Metric:
-    reward = load_clip_reward(sources.path("pickscore"), sources.weights.get("pickscore_tokenizer"))
-    return ScoreMetric("pickscore", *sources.named("PickScore", reward))
-
-
-METRICS: Mapping[str, Callable[[Sources], Metric]] = {
-    "fid": _fid,
-    "fid_patch": _fid_patch,
-    "clip_score": _clip_score,
-    "aesthetic": _aesthetic,
-    "image_reward": _image_reward,
-    "hps": _hps,
-    "pickscore": _pickscore,
-}
-"""What loads each metric. It raises FileNotFoundError if the metric cannot be measured here, and says why."""
+    against = sources.reference.identity if any(METRICS[name].needs_reference for name in metrics) else ""
+    return MetricScorer(protocol, captions, list(metrics.values()), left_out, against, device)

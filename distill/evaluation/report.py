@@ -29,16 +29,15 @@ from distill.evaluation.figures import (
     series_of,
     training_figures,
 )
-from distill.evaluation.measures import LEGEND, MEASURES
+from distill.evaluation.metrics import LEGEND, METRICS
 
-COLUMNS = {  # row key: heading, format
+SETTINGS = {  # row key: heading, format
     "model": ("model", "{}"),
     "sampler": ("sampler", "{}"),
     "spacing": ("times", "{}"),
     "steps": ("steps", "{}"),
     "guidance": ("w", "{:g}"),
     "nfe": ("NFE", "{}"),
-    **{key: measure.column for key, measure in MEASURES.items()},
 }
 GRID_COLUMNS = 10
 TUNED_TEACHER = f"{NAMES['teacher']}, {TUNED}"  # in the grid it is "teacher": its settings are in the table
@@ -49,15 +48,22 @@ IN_DIFFUSERS = "In a plain diffusers pipeline"
 NOT_THE_EXPERIMENTS = "What is not as in its experiment:"
 
 
-def format_table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]] = COLUMNS) -> str:
+def all_columns() -> dict[str, tuple[str, str]]:
+    """Heading and format of what rows hold, by its key: how they were made, and every metric."""
+    return SETTINGS | {metric.name: metric.column for metric in METRICS.values()}
+
+
+def format_table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]] | None = None) -> str:
     """The rows as a Markdown table, aligned so that a terminal shows it well too; errors are standard errors.
 
-    `columns` maps a row's keys to headings and formats; a column that no row has is left out.
+    `columns` maps a row's keys to headings and formats, and is by default `all_columns()`; a column that no row has is
+    left out.
 
     Raises:
         ValueError: rows of several protocols, whose numbers do not compare.
     """
     require_one_protocol(rows)
+    columns = all_columns() if columns is None else columns
     keys = [key for key in columns if any(key in row for row in rows)]
     cells = [[markdown(columns[key][0]) for key in keys]] + [
         [_cell(row, key, columns[key][1]) for key in keys] for row in rows
@@ -140,7 +146,7 @@ def write_report(
     (folder / "report.md").write_text(_markdown(comparison, rows, about, reproduce, real, run, agreement) + "\n")
     parts = [
         page.text(about),
-        page.section("Results", page.table(rows, COLUMNS), page.text(_protocol(comparison, real), code=True)),
+        page.section("Results", page.table(rows, all_columns()), page.text(_protocol(comparison, real), code=True)),
         page.section("Quality against steps", page.curves(curve_figures(rows, real))),
         page.section("Pictures", page.text(SAME_NOISE), page.grid(columns, groups)),
         *([] if run is None else _of_run(run)),
@@ -214,8 +220,8 @@ def _grid(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[
 
 
 def _detail(row: Row) -> str:
-    words = {"caption_accuracy": "captions {:.0%}", "frechet": "Fréchet {:.2f}"}
-    return "   ".join(words[name].format(row[name]) for name in words if name in row)
+    found = (metric for metric in METRICS.values() if metric.brief and metric.name in row)
+    return "   ".join(metric.brief.format(row[metric.name]) for metric in found)
 
 
 def _protocol(comparison: Comparison, real: Mapping[str, float] | None) -> str:
@@ -242,7 +248,7 @@ def _protocol(comparison: Comparison, real: Mapping[str, float] | None) -> str:
     text += "".join(f"- {note}\n" for note in (*scorer.notes, *(comparison.stored.notes if comparison.stored else ())))
     text += "".join(f"- Left out: {name}, {reason}\n" for name, reason in scorer.left_out.items())
     if real:
-        measures = {key: MEASURES[key] for key in real if key in MEASURES}
+        measures = {key: METRICS[key] for key in real if key in METRICS}
         scores = ", ".join(f"{measure.heading} {measure.pattern.format(real[k])}" for k, measure in measures.items())
         text += f"- As many other real pictures score: {scores}.\n"
     return text.strip()

@@ -14,8 +14,8 @@ from PIL import Image
 from distill.evaluation import page
 from distill.evaluation.compare import Row, by_protocol
 from distill.evaluation.figures import line_figures, line_of, measured_in, series_of
-from distill.evaluation.measures import LEGEND, MEASURES
-from distill.evaluation.report import COLUMNS, CONFIG, format_table, markdown
+from distill.evaluation.metrics import LEGEND, METRICS
+from distill.evaluation.report import CONFIG, all_columns, format_table, markdown
 
 TITLE = "Students compared"
 
@@ -34,7 +34,7 @@ def write_side_by_side(folder: Path, reports: Mapping[str, Path]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     together = _together(rows)
     parts, text = [page.text(_about(reports))], [f"# {TITLE}", markdown(_about(reports))]
-    columns = {"evaluation": ("evaluation", "{}")} | COLUMNS
+    columns = {"evaluation": ("evaluation", "{}")} | all_columns()
     for protocol, of_one in by_protocol(together).items():
         figures = line_figures(_lines(of_one), measured_in(of_one))
         parts += [page.section(f"Protocol: {protocol}", page.table(of_one, columns), page.curves(figures))]
@@ -67,9 +67,9 @@ def _rows(there: Path) -> list[Row]:
 
 def _checked(row: Row) -> Row:
     """Raises TypeError or KeyError for what is no row."""
-    texts, numbers = ("model", "sampler", "spacing", "protocol"), ["steps", "guidance", "nfe", "n", *MEASURES]
+    texts, numbers = ("model", "sampler", "spacing", "protocol"), ["steps", "guidance", "nfe", "n", *METRICS]
     kinds: dict[str, Any] = dict.fromkeys(texts, str)
-    kinds |= dict.fromkeys([*numbers, *(f"{name}_se" for name in MEASURES)], (int, float))
+    kinds |= dict.fromkeys([*numbers, *(f"{name}_se" for name in METRICS)], (int, float))
     for name in ("model", "sampler", "steps"):
         row[name]
     for name, kind in kinds.items():

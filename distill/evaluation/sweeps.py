@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distill.data.progress import Progress
 from distill.data.words import counted as said
 from distill.evaluation.figures import CELL, GridRow, draw_grid
-from distill.evaluation.measures import MEASURES
+from distill.evaluation.metrics import METRICS
 from distill.evaluation.pipelines import draw, use_adapters, use_sampler
 from distill.evaluation.report import format_table
 from distill.evaluation.statistics import laplacian_energy, rmse
@@ -39,10 +39,10 @@ COLUMNS = {  # row key: heading, format
     "negative_prompt": ("negative prompt", "{}"),
     "nfe": ("NFE", "{:g}"),
     "seconds": ("s a picture", "{:.3g}"),
-    "difference": MEASURES["difference"].column,
+    "difference": METRICS["difference"].column,
     "energy": ("HF energy", "{:.4f}"),
     "negative_change": ("RMSE by negative prompt", "{}"),
-    "caption_accuracy": MEASURES["caption_accuracy"].column,
+    "caption_accuracy": METRICS["caption_accuracy"].column,
 }
 
 Row = dict[str, Any]

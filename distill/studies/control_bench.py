@@ -17,7 +17,7 @@ from distill.data.progress import Progress
 from distill.diffusion.solver import make_times
 from distill.evaluation.blocks import Cache, network_hash
 from distill.evaluation.compare import WORK, Row, Setting, seeds_of
-from distill.evaluation.measures import MEASURES
+from distill.evaluation.metrics import METRICS
 from distill.evaluation.pipelines import timesteps_of, use_adapters, use_sampler
 from distill.evaluation.report import setting_of
 from distill.evaluation.toy import JudgeScorer
@@ -32,9 +32,9 @@ COLUMNS = {  # row key: heading, format
     "from": ("from t", "{}"),
     "guidance": ("w", "{:g}"),
     "nfe": ("NFE", "{}"),
-    "caption_accuracy": MEASURES["caption_accuracy"].column,
-    "follows": MEASURES["follows"].column,
-    "frechet": MEASURES["frechet"].column,
+    "caption_accuracy": METRICS["caption_accuracy"].column,
+    "follows": METRICS["follows"].column,
+    "frechet": METRICS["frechet"].column,
 }
 
 Arguments = Callable[[int, float], dict[str, Any]]

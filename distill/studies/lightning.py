@@ -23,7 +23,7 @@ from distill.config.settings import ShowSettings
 from distill.evaluation.blocks import Cache
 from distill.evaluation.compare import Comparison, ComparisonPlan, Row, Setting
 from distill.evaluation.figures import GridRow, draw_grid
-from distill.evaluation.report import COLUMNS, format_table
+from distill.evaluation.report import all_columns, format_table
 from distill.evaluation.toy import JudgeScorer
 from distill.models.exported import open_export
 from distill.models.families import load_teacher
@@ -130,7 +130,7 @@ def differences(comparisons: Comparisons, scorer: JudgeScorer, cfg: ShowSettings
 
 def write(output: Path, cfg: ShowSettings, rows: list[Row], apart: list[Row]) -> None:
     title = {"title": ("", "{}")}
-    columns = COLUMNS | {"sharpness": ("sharpness", "{:.3f}")}
+    columns = all_columns() | {"sharpness": ("sharpness", "{:.3f}")}
     text = format_table(rows, title | {k: columns[k] for k in ("steps", "nfe", *METRICS)})
     paired = format_table(apart, title | {k: columns[k] for k in ("steps", *PAIRED)})
     print(f"{text}\n\n{paired}")

@@ -25,7 +25,7 @@ from distill.diffusion.solver import make_times
 from distill.evaluation.blocks import Cache
 from distill.evaluation.compare import Comparison, ComparisonPlan, Row, Setting
 from distill.evaluation.figures import GridRow, draw_grid, draw_lines
-from distill.evaluation.report import COLUMNS, format_table
+from distill.evaluation.report import all_columns, format_table
 from distill.evaluation.toy import JudgeScorer
 from distill.models.families import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
@@ -171,8 +171,8 @@ def differences(
 
 def write(output: Path, cfg: ShowMLCMSettings, rows: list[Row], apart: list[Row]) -> None:
     title = {"title": ("", "{}")}
-    text = format_table(rows, title | {k: COLUMNS[k] for k in ("steps", "nfe", *METRICS)})
-    paired = format_table(apart, title | {k: COLUMNS[k] for k in ("steps", *PAIRED)})
+    text = format_table(rows, title | {k: all_columns()[k] for k in ("steps", "nfe", *METRICS)})
+    paired = format_table(apart, title | {k: all_columns()[k] for k in ("steps", *PAIRED)})
     print(f"{text}\n\n{paired}")
     about = f"""n = {cfg.n} pictures a row and seed, {len(cfg.seeds)} training seeds. ± is the standard error of the
 mean, over pictures or over seeds, whichever is greater. Teacher consistency: mean squared difference of the final

@@ -22,7 +22,7 @@ from distill.toy.world import labels_of
 
 OWN = {"weight": ("style's weight", "{:g}")}
 ORDER = "model weight sampler spacing steps guidance nfe caption_accuracy style frechet".split()
-COLUMNS = {key: (report.COLUMNS | OWN)[key] for key in ORDER}  # row key: heading, format
+COLUMNS = {key: (report.all_columns() | OWN)[key] for key in ORDER}  # row key: heading, format
 
 
 @dataclass(frozen=True)

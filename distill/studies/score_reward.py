@@ -22,7 +22,7 @@ from distill.data.progress import Progress
 from distill.diffusion.random import generator
 from distill.evaluation.compare import WORK, Advance, Row, Setting, generate, seeds_of
 from distill.evaluation.figures import draw_lines
-from distill.evaluation.measures import MEASURES
+from distill.evaluation.metrics import METRICS
 from distill.evaluation.report import format_table
 from distill.evaluation.statistics import mean_with_error
 from distill.evaluation.toy import JudgeScorer
@@ -38,9 +38,9 @@ from distill.training.tracking import setup_logging
 COLUMNS = {  # row key: heading, format
     "run": ("run", "{}"),
     "step": ("step", "{}"),
-    "reward": MEASURES["reward"].column,
-    "caption_accuracy": MEASURES["caption_accuracy"].column,
-    "frechet": MEASURES["frechet"].column,
+    "reward": METRICS["reward"].column,
+    "caption_accuracy": METRICS["caption_accuracy"].column,
+    "frechet": METRICS["frechet"].column,
     "sharpness": ("sharpness", "{:.3f}"),
 }
 PANELS = ("reward", "frechet", "caption_accuracy")

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from distill.config.loading import CONFIGS, load
 from distill.config.settings import EvaluateSettings
 from distill.evaluation.compare import by_protocol
 from distill.evaluation.inception import FEATURES, Inception, resized
-from distill.evaluation.metrics import ScoreMetric
+from distill.evaluation.metrics import METRICS, known_weights, protocol_metrics
 from distill.evaluation.protocol import (
-    METRICS,
     Captions,
     MetricScorer,
     Protocol,
@@ -27,7 +27,8 @@ from distill.evaluation.protocol import (
 )
 from distill.evaluation.reference import Statistics
 from distill.evaluation.report import format_table, write_report
-from tests.evaluation.test_metrics import pictures, quarters, save
+from distill.evaluation.scores import ScoreMetric
+from tests.evaluation.test_scores import pictures, quarters, save
 from tests.evaluation.world import comparison
 
 PROTOCOL = Protocol(
@@ -160,11 +161,16 @@ def test_the_report_says_it_too(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_left_out_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     everything = replace(
-        PROTOCOL, metrics=tuple(METRICS), n=FEATURES + 1, side=512, clip="ViT-g-14", clip_weights="laion2b_s12b_b42k"
+        PROTOCOL,
+        metrics=tuple(protocol_metrics()),
+        n=FEATURES + 1,
+        side=512,
+        clip="ViT-g-14",
+        clip_weights="laion2b_s12b_b42k",
     )
     found = build_scorer(everything, CAPTIONS, NO_WEIGHTS, tmp_path, "cpu")
-    assert list(found.left_out) == list(METRICS) and not found.metrics
-    assert all(caplog.text.count(f"{name} is left out: ") == 1 for name in METRICS)
+    assert list(found.left_out) == protocol_metrics() and not found.metrics
+    assert all(caplog.text.count(f"{name} is left out: ") == 1 for name in protocol_metrics())
     assert found.left_out["fid"].startswith("no real pictures: set protocol.reference=")
     assert found.left_out["clip_score"].startswith("open_clip cannot fetch ViT-g-14 laion2b_s12b_b42k")
     assert found.left_out["hps"] == "no weights: set weights.hps=FILE"
@@ -251,10 +257,20 @@ class Published:
 def test_protocols_by_name(name: str, published: Published) -> None:
     cfg = load("evaluate", EvaluateSettings, [f"protocol={name}", "protocol.prompts=p.json", "output_dir=o"])
     assert cfg.protocol.name == name and cfg.protocol.n == published.n and cfg.protocol.clip == published.clip
-    assert published.metrics <= set(cfg.protocol.metrics) <= set(METRICS) and cfg.protocol.tuning_n == 0
+    assert published.metrics <= set(cfg.protocol.metrics) <= set(protocol_metrics()) and cfg.protocol.tuning_n == 0
 
 
 def test_every_protocol_is_tested() -> None:
     found = {path.stem for path in (CONFIGS / "protocol").glob("*.yaml")}
     assert found == {"toy", "coco2014-30k", "coco2014-10k", "coco2017-5k"}
     assert load("evaluate", EvaluateSettings, ["output_dir=o"]).protocol.metrics == ["judge"]
+
+
+def test_the_weights_that_can_be_set_are_those_of_the_metrics() -> None:
+    settings = yaml.safe_load((Path(__file__).parents[2] / "configs/evaluate.yaml").read_text())
+    assert sorted(settings["weights"]) == sorted(known_weights())
+
+
+def test_each_metric_of_a_protocol_has_a_loader_and_a_paper() -> None:
+    for name in protocol_metrics():
+        assert callable(METRICS[name].loader()) and METRICS[name].paper and METRICS[name].better

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from distill.config.loading import ConfigError, load, read_settings
-from distill.config.settings import SampleSettings, TrainSettings, WeightsSettings
+from distill.config.settings import EvaluateSettings, SampleSettings, TrainSettings
+from distill.evaluation.metrics import known_weights
 
 GIVEN = ["output_dir=runs/a", "data.store=store"]
 ODD = [
@@ -170,8 +171,8 @@ def test_the_home_folder_is_filled_in_for_every_path(monkeypatch: pytest.MonkeyP
     ]
     values += [found["model"]["pretrained_model_name_or_path"], found["reward"]["path"]]
     assert values == ["/home/some one/x y"] * (len(PATHS) + 1)
-    weights = WeightsSettings.model_validate(dict.fromkeys(WeightsSettings.model_fields, "~/w"))
-    assert set(weights.model_dump().values()) == {"/home/some one/w"}
+    given = [f"weights.{name}=~/w" for name in known_weights()]
+    assert set(load("evaluate", EvaluateSettings, [*given, "output_dir=o"]).weights.values()) == {"/home/some one/w"}
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/~x/store", "runs/a", "./~x", "organisation/name", "/a/../b", "~"])

@@ -15,15 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distill.evaluation.inception import patch, resized, to_bytes
-from distill.evaluation.metrics import (
-    Aesthetic,
-    ClipScore,
-    FrechetMetric,
-    ScoreMetric,
-    fid,
-    load_aesthetic_head,
-    load_open_clip,
-)
 from distill.evaluation.reference import (
     Statistics,
     decoded,
@@ -31,6 +22,15 @@ from distill.evaluation.reference import (
     read_statistics,
     statistics_of,
     write_statistics,
+)
+from distill.evaluation.scores import (
+    Aesthetic,
+    ClipScore,
+    FrechetMetric,
+    ScoreMetric,
+    fid,
+    load_aesthetic_head,
+    load_open_clip,
 )
 from distill.evaluation.statistics import frechet_distance, frechet_to_statistics_with_error, frechet_with_error
 from distill.models.rewards import Pixels
