@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -43,10 +44,14 @@ class Command:
     config: str = ""
     settings: type[Settings] | None = None
 
-    def run(self) -> int:
-        """Runs it with the arguments of this process; `--help` is answered without loading it."""
+    def run(self, typed: Sequence[str]) -> int:
+        """Runs it with the arguments of this process; `--help` is answered without loading it.
+
+        Args:
+            typed: what starts it, for what it may start itself: `["train"]`, or `["launch", …, "train"]`.
+        """
         if self.settings is not None:
-            return run_script(self.module, self.config, self.settings)
+            return run_script(self.module, self.config, self.settings, typed)
         if sys.argv[1:] in (["-h"], ["--help"]):
             print(signatures.docstring(self.module))
             return 0
@@ -76,15 +81,15 @@ COMMANDS = {
 
 def run(name: str) -> NoReturn:
     """The command, as it is typed."""
-    run_command(name, COMMANDS[name])
+    run_command([name], COMMANDS[name])
 
 
-def run_command(name: str, command: Command) -> NoReturn:
+def run_command(typed: Sequence[str], command: Command) -> NoReturn:
     """Runs a command and ends the process with its exit code; of an interrupted one a line says what is kept."""
     interrupts.catch()
     try:
-        sys.exit(command.run())
+        sys.exit(command.run(typed))
     except KeyboardInterrupt:
-        interrupts.end(name)
+        interrupts.end(typed[-1])
     finally:
         gc.freeze()  # or the interpreter spends seconds on looking for cycles among what ends with it

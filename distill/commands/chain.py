@@ -17,30 +17,24 @@ if __name__ == "__main__":  # before what is heavy is imported
 
 import fcntl
 import logging
-import os
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 from tqdm import tqdm
 
+from distill.commands.relay import PREEMPTED, Relay
 from distill.config.loading import ConfigError
 from distill.config.settings import RunChainSettings
 from distill.training.chain import Link, links_of, one_of, seconds_left
-from distill.training.preemption import INTERRUPTED, MARKER, SAME_SECONDS
+from distill.training.preemption import INTERRUPTED, MARKER
 from distill.training.tracking import setup_logging
-from distill.training.watchdog import end_children
 
 log = logging.getLogger("distill")
 
-PREEMPTED = 75  # as of `distill train`: saved, and to be run again
 NAMES = {"make_trajectories": "trajectories", "make_latents": "latents", "verify_shards": "verify"}
 """Of commands, by what the files of chains call them."""
 
@@ -59,7 +53,7 @@ def main(cfg: RunChainSettings) -> None:
     for link in chosen:
         if conflict := link.conflict():
             raise ConfigError(conflict)
-    with LinkRunner() as relay:
+    with Relay() as relay:
         for link in chosen:
             where = f"link {links.index(link) + 1} of {len(links)}: {link.name}"
             if link.done():
@@ -102,18 +96,18 @@ def time_left(links: Sequence[Link]) -> str:
     return "" if seconds is None else f"; about {tqdm.format_interval(int(seconds))} of training left in all"
 
 
-def take(link: Link, launch: str | None, relay: LinkRunner) -> int:
+def take(link: Link, launch: str | None, relay: Relay) -> int:
     """Runs or goes on with a link, and exports it; returns 0, or the exit code of what failed."""
     with locked(link) as lock:
         marker = link.folder / MARKER
         before = modified(marker)
-        if not link.made() and (code := relay.run(command(link, launch), lock)):
+        if not link.made() and (code := relay.run(command(link, launch), [lock.fileno()])):
             # A launcher has exit codes of its own: what tells is the mark that a run leaves when it was asked to stop.
             return PREEMPTED if modified(marker) not in (None, before) else code
         if link.reads:
             link.mark()
         if link.trains and not link.done():
-            return relay.run([sys.executable, "-m", "distill", "export", *link.export_arguments()], lock)
+            return relay.run([sys.executable, "-m", "distill", "export", *link.export_arguments()], [lock.fileno()])
     return 0
 
 
@@ -152,49 +146,3 @@ def locked(link: Link) -> Iterator[IO[str]]:
         except BlockingIOError:
             raise ConfigError(f"link {link.name} is being run in {link.folder} by another process") from None
         yield lock
-
-
-class LinkRunner:
-    """Runs commands while entered. SIGTERM and SIGUSR1 go on, as SIGTERM, to the one that runs: it saves and ends.
-
-    So does Ctrl-C, which the terminal has sent to that one too; a second one ends both at once.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._interrupted: float | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> LinkRunner:
-        self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def run(self, command: Sequence[str], lock: IO[str]) -> int:
-        """The exit code of a command, which holds the lock too; once a signal has come, nothing new is started."""
-        if self._asked:
-            return PREEMPTED
-        self._process = subprocess.Popen(command, pass_fds=[lock.fileno()])
-        if self._asked:  # between the two lines above
-            self._process.terminate()
-        code = self._process.wait()
-        return code if code >= 0 else 128 - code  # as shells say it
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        now = time.monotonic()
-        if self._interrupted is not None and now - self._interrupted > SAME_SECONDS:
-            end_children()
-            os._exit(INTERRUPTED)
-        self._interrupted = self._interrupted or now
-        if self._process is not None:
-            self._process.send_signal(signal.SIGINT)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        if self._process is not None:
-            self._process.terminate()

@@ -1,101 +1,143 @@
 """Sweeps: `distill train -m learning_rate=1e-4,2e-4 lora_rank=8,64 output_dir=runs/sweep`.
 
 Every combination of the values runs as a command of its own, one after another, in a folder of its own below
-`output_dir`; a sweep that is run again leaves what is finished and resumes the rest. `range(1,4)`, `choice(a,b)` and
-`a,b` give values; quotes around a value keep its commas. At the end `output_dir/index.html` compares the runs.
+`output_dir`; a sweep that is run again leaves what is finished and resumes the rest. A run that fails does not keep the
+others from theirs. At the end `output_dir/index.html` compares the runs, and `failed` beside one says how it ended.
+With `hydra/sweeper=optuna` each run's values follow from the results of those before (`distill/commands/search.py`).
 """
 
 from __future__ import annotations
 
-import itertools
+import fcntl
 import os
-import re
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
-from distill.config.loading import Settings, load
+from distill.commands.relay import PREEMPTED, Relay
+from distill.config.loading import Settings
 from distill.config.mistakes import ConfigError
-from distill.config.overrides import parse
+from distill.config.sweeps import SweptRun, combinations, swept_of
+from distill.training.preemption import INTERRUPTED
 
 FLAGS = ("-m", "--multirun")
-MOST = 1000  # combinations; more are a mistake
-STOPPED = (2, 75, 130)  # a mistake, and what a person has asked for: what follows would end likewise
+PAGE = "index.html"
+STOPPED = (PREEMPTED, INTERRUPTED)
+"""Exit codes of a run that somebody has stopped, and the sweep with it."""
+Start = Callable[[SweptRun], int]
+"""Runs one run, and returns its exit code."""
 
 
-def multirun(name: str, config: str, settings: type[Settings], arguments: Sequence[str]) -> int:
+def multirun(
+    command: Sequence[str], config: str, settings: type[Settings], arguments: Sequence[str], start: Start | None = None
+) -> int:
     """Runs a command with every combination of what its arguments sweep over; returns the first exit code but 0.
 
+    Args:
+        command: what is typed before the settings, such as `["train"]`.
+        start: how a run is started; by itself, as a process.
+
     Raises:
-        ConfigError: nothing is swept over, or the command writes no folder.
+        ConfigError: nothing is swept over, or the settings of a run are wrong; nothing has been started.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("-m starts processes of its own: leave the launcher out, or use distill submit -m")
-    if "output_dir" not in settings.model_fields:
-        raise ConfigError(f"-m is for commands that write a folder of their own, and {name} has no output_dir")
-    if any(argument.startswith("output_dir=") and len(values_of(argument)) > 1 for argument in arguments):
-        raise ConfigError("output_dir is the folder of the whole sweep: give one")
-    combinations = combined(arguments)
-    if len(combinations) < 2:
-        raise ConfigError("-m is set, and nothing has several values: key=a,b or key=range(1,4)")
-    checked = [load(config, settings, [*overrides]) for overrides, _ in combinations]  # before the first one starts
-    base = Path(checked[0].output_dir)  # type: ignore[attr-defined]
-    folders = {label(chosen): base / label(chosen) for _, chosen in combinations}
-    code = 0
-    for number, (overrides, chosen) in enumerate(combinations, 1):
-        print(f"run {number} of {len(combinations)}: {label(chosen)}", flush=True)
-        command = [sys.executable, "-m", "distill", name, *overrides, f"output_dir={folders[label(chosen)]}"]
-        ended = subprocess.run(command).returncode
-        code = code or ended
-        if ended in STOPPED or ended < 0:
-            print(f"the sweep ends here, with exit code {ended}; the same command resumes it", file=sys.stderr)
-            break
-    compare(base, folders, {label(chosen): chosen for _, chosen in combinations})
-    return code if code >= 0 else 128 - code
+    swept = swept_of(config, settings, arguments)
+    if swept.search is not None:
+        from distill.commands.search import search  # and with it what a search alone needs
+
+        return search(command, config, settings, swept, start)
+    runs = combinations(config, settings, swept)
+    with SweepRunner(command, runs[0].folder.parent, start) as sweep:
+        for number, run in enumerate(runs, 1):
+            print(f"run {number} of {len(runs)}: {run.name}", flush=True)
+            sweep.run(run)
+            if sweep.stopped:
+                break
+    compare(sweep.base, runs, sweep.codes)
+    return sweep.code()
 
 
-def compare(base: Path, folders: dict[str, Path], chosen: dict[str, dict[str, str]]) -> None:
-    """Writes the page of a sweep of runs that train; other commands have pages of their own."""
-    if not any((folder / "metrics.jsonl").is_file() for folder in folders.values()):
+class SweepRunner:
+    """Runs of one command, one after another. While it is entered, nobody else runs a sweep in its folder.
+
+    Attributes:
+        codes: exit codes of the runs that have ended, by their names.
+        stopped: whether somebody has stopped a run, and with it the sweep.
+    """
+
+    def __init__(self, command: Sequence[str], base: Path, start: Start | None = None) -> None:
+        self.command, self.base = command, base
+        self.codes: dict[str, int] = {}
+        self.stopped = False
+        self._start = start
+
+    def __enter__(self) -> SweepRunner:
+        self._held = ExitStack()
+        self._files = self._held.enter_context(locked(self.base))
+        self._relay = self._held.enter_context(Relay())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
+
+    def run(self, run: SweptRun) -> int:
+        """Runs one, and returns its exit code."""
+        typed = [sys.executable, "-m", "distill", *self.command, *run.overrides]
+        code = self._start(run) if self._start else self._relay.run(typed, self._files)
+        self.codes[run.name] = code
+        self.stopped = code in STOPPED or self._relay.asked
+        return code
+
+    def code(self) -> int:
+        """The exit code of the sweep, that of the first run that failed; which did is said on standard error."""
+        failed = {name: code for name, code in self.codes.items() if code and code not in STOPPED}
+        for name, code in failed.items():
+            print(f"error: {name} ended with exit code {code}, see above", file=sys.stderr)
+        if self.stopped:
+            print("the sweep was stopped; the same command resumes it", file=sys.stderr)
+        return next((code for code in (*failed.values(), *self.codes.values()) if code), 0)
+
+
+def compare(
+    base: Path, runs: Sequence[SweptRun], codes: Mapping[str, int], more: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
+    """Writes the page of a sweep of runs that train; other commands have pages of their own.
+
+    Args:
+        codes: exit codes of those that have ended, by their names; others have not been started.
+        more: further columns of the page, by the runs' names.
+    """
+    if not any((run.folder / "metrics.jsonl").is_file() for run in runs):
         return
     from distill.evaluation.runs import runs_page  # matplotlib, which a sweep starts without
 
-    runs_page(base / "index.html", base.name, folders, chosen)
-    print(f"comparison: {base / 'index.html'}")
+    about = {
+        run.name: {**run.chosen, "ended": how_it_ended(codes.get(run.name)), **(more or {}).get(run.name, {})}
+        for run in runs
+    }
+    runs_page(base / PAGE, base.name, {run.name: run.folder for run in runs}, about)
+    print(f"comparison: {base / PAGE}")
 
 
-def combined(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
-    """The overrides of every run, `output_dir` left to be added, and of these those that differ between runs."""
-    several = {argument: values_of(argument) for argument in arguments if not argument.startswith("~")}
-    swept = {argument: values for argument, values in several.items() if len(values) > 1}
-    count = 1
-    for values in swept.values():
-        count *= len(values)
-    if count > MOST:
-        raise ConfigError(f"the sweep has {count} combinations: at most {MOST} are allowed")
-    fixed = [argument for argument in arguments if argument not in swept]
-    keys = [parse(argument).key for argument in swept]
-    found = []
-    for combination in itertools.product(*swept.values()):
-        chosen = dict(zip(keys, combination, strict=True))
-        found.append(([*fixed, *(f"{key}={value}" for key, value in chosen.items())], chosen))
-    return found
+def how_it_ended(code: int | None) -> str:
+    """For the page."""
+    words = {None: "not started", 0: "finished", PREEMPTED: "stopped, saved", INTERRUPTED: "interrupted"}
+    return words.get(code, f"failed, exit code {code}")
 
 
-def values_of(argument: str) -> list[str]:
-    """What an argument sweeps over, as it would be typed; what is no sweep is one value."""
-    one = parse(argument)
-    try:
-        override = OverridesParser.create().parse_override(f"x={one.value}")
-    except (HydraException, ValueError, RecursionError):  # a text with other characters: taken as it is
-        return [one.value]
-    return list(map(str, override.sweep_string_iterator())) if override.is_sweep_override() else [one.value]
+@contextmanager
+def locked(base: Path) -> Iterator[list[int]]:
+    """Nobody else runs the sweep meanwhile; a run inherits the lock's file, and holds it if this process is killed.
 
-
-def label(chosen: dict[str, str]) -> str:
-    """A run's folder: what makes it different, in letters that every file system has."""
-    return re.sub(r"[^\w=.,+-]+", "-", ",".join(f"{key}={value}" for key, value in chosen.items()))[:200]
+    Raises:
+        ConfigError: somebody does.
+    """
+    base.mkdir(parents=True, exist_ok=True)
+    with (base / ".sweep.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"the sweep in {base} is being run by another process") from None
+        yield [lock.fileno()]

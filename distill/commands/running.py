@@ -61,14 +61,18 @@ def flags_of(arguments: Sequence[str]) -> Flags:
     return Flags([argument for argument in rest if argument not in taken], shows, several)
 
 
-def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S]) -> int:
+def run_script(
+    main: Callable[[S], int | None] | str, config_name: str, schema: type[S], command: Sequence[str] = ()
+) -> int:
     """What every command calls: settings from the command line, one line and exit code 2 for what the user can mend.
 
     `--cfg` prints the composed settings and stops; `settings=FILE` takes what it printed, instead of composing any.
     `--help` says what the command does, and which settings there are; `-m` runs it with several values of settings.
 
     Args:
-        main: what runs with the settings, or the module whose `main` does, which is imported once they are right.
+        main: what runs with the settings, or the module whose `main` does, which is imported once they are right. Where
+            it returns a number, that is the exit code.
+        command: what is typed before the settings, for the runs of a sweep.
     """
     try:
         flags = flags_of(sys.argv[1:])
@@ -78,7 +82,7 @@ def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S
             return 0
         check_flags(flags.rest, keys_of(schema))
         if flags.several and not flags.shows:
-            return multirun(module.rpartition(".")[2], config_name, schema, flags.rest)
+            return multirun(command, config_name, schema, flags.rest)
         settings = given(flags.rest, config_name, schema)
         if flags.shows:
             print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
@@ -89,11 +93,11 @@ def run_script(main: Callable[[S], None] | str, config_name: str, schema: type[S
         follow_launcher()
         deterministic: arithmetic.Deterministic = getattr(settings, "deterministic", "auto")
         arithmetic.prepare(deterministic)
-        body: Callable[[S], None] = importlib.import_module(main).main if isinstance(main, str) else main
+        body: Callable[[S], int | None] = importlib.import_module(main).main if isinstance(main, str) else main
         arithmetic.settle(deterministic)
-        body(check_components(settings))
+        code = body(check_components(settings))
         sys.stdout.flush()
-        return 0
+        return code or 0
     except ReadError as error:
         sys.exit(fail(error, AGAIN))
     except NotWritten as error:

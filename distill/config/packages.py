@@ -9,6 +9,7 @@ from distill.config.mistakes import ConfigError
 EXTRAS = {
     "deepspeed": "deepspeed",
     "open_clip": "evaluation",
+    "optuna": "sweeps",
     "pyarrow": "parquet",
     "tensorboard": "tensorboard",
     "torchmetrics": "evaluation",

@@ -13,6 +13,7 @@ from distill.evaluation.figures import scalars_of
 
 TAIL = 0.1  # share of a run's last steps, over which a noisy scalar is averaged
 SHOWN = ("loss", "grad_norm")
+NAMED = 12  # curves that a legend has room for
 
 
 def runs_page(path: Path, title: str, runs: Mapping[str, Path], about: Mapping[str, Mapping[str, str]]) -> None:
@@ -31,7 +32,10 @@ def runs_page(path: Path, title: str, runs: Mapping[str, Path], about: Mapping[s
             f"Losses are means over the last {TAIL:.0%} of a run's steps; what validation measured is of its end."
         ),
         page.table(rows, columns),
-        page.section("Curves", page.curves({name: curve(name, metrics) for name in SHOWN})),
+        page.section(
+            "Curves" if len(runs) <= NAMED else f"Curves of {len(runs)} runs, more than a legend names",
+            page.curves({name: curve(name, metrics) for name in SHOWN}),
+        ),
     ]
     page.write_page(path, title, parts)
 
@@ -49,7 +53,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Steps taken, the last losses, and the last of each scalar that validation has measured."""
     if not rows:
         return {"steps": 0}
-    last = max(row["step"] for row in rows)
+    last = int(max(row["step"] for row in rows))
     found: dict[str, Any] = {"steps": last}
     for name in SHOWN:
         tail = [row[name] for row in rows if name in row and row["step"] > last * (1 - TAIL)]
@@ -79,6 +83,6 @@ def curve(name: str, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figu
         axis.set_yscale("log")
     axis.set_xlabel("step")
     axis.set_title(name, fontsize=11)
-    if axis.lines:
+    if 0 < len(axis.lines) <= NAMED:
         figure.legend(loc="outside lower center", fontsize=8, ncols=1, frameon=False)
     return figure

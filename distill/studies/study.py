@@ -43,7 +43,7 @@ def main() -> int:
 
 def run(name: str) -> NoReturn:
     """Runs a study with the settings of the command line."""
-    run_command(name, STUDIES[name])
+    run_command(["study", name], STUDIES[name])
 
 
 def summary(name: str) -> str:
