@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from distill.commands import COMMANDS
-from distill.commands.multirun import SweepRunner, multirun
+from distill.commands.multirun import multirun
+from distill.commands.sweep_runs import SweepRunner
 from distill.config.loading import ConfigError, Settings
 from distill.config.settings import SampleSettings, TrainSettings
 from distill.config.sweeps import SweptRun, distinct, label, runs_of, swept_of
@@ -161,7 +162,7 @@ def test_runs_of_the_toy_are_compared_and_not_repeated(
 def test_a_sweep_that_is_stopped_saves_its_run_and_is_resumed(
     store: Path, tmp_path: Path, train: Callable[[SweptRun], int]
 ) -> None:
-    sweep = [*TINY, f"data.store={store}", "max_train_steps=12", "seed=1,2", f"output_dir={tmp_path}/sweep"]
+    sweep = [*TINY, f"data.store={store}", "max_train_steps=8", "seed=1,2", f"output_dir={tmp_path}/sweep"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-m", "distill", "train", "-m", *sweep], env=environment) as running:
         metrics, end = tmp_path / "sweep/seed=1/metrics.jsonl", time.monotonic() + 120
@@ -172,12 +173,12 @@ def test_a_sweep_that_is_stopped_saves_its_run_and_is_resumed(
         running.send_signal(signal.SIGTERM)
         assert running.wait(120) == 75
     saved = int((tmp_path / "sweep/seed=1/PREEMPTED").read_text())
-    assert 0 < saved < 12 and not (tmp_path / "sweep/seed=2").exists()
+    assert 0 < saved < 8 and not (tmp_path / "sweep/seed=2").exists()
     page = (tmp_path / "sweep/index.html").read_text()
     assert ">stopped, saved</td>" in page and ">not started</td>" in page
     assert multirun(["train"], "train", TrainSettings, sweep, train) == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 12
+    assert steps == sorted(set(steps)) and steps[-1] == 8
     assert (tmp_path / "sweep/seed=2/DONE").is_file()
 
 

@@ -44,7 +44,7 @@ class Command:
     config: str = ""
     settings: type[Settings] | None = None
 
-    def run(self, typed: Sequence[str]) -> int:
+    def run(self, typed: Sequence[str] = ()) -> int:
         """Runs it with the arguments of this process; `--help` is answered without loading it.
 
         Args:

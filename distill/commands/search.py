@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from distill.commands.multirun import Start, SweepRunner, compare
+from distill.commands.sweep_runs import Start, SweepRunner, compare
 from distill.config.loading import Settings
 from distill.config.mistakes import ConfigError
 from distill.config.packages import require
