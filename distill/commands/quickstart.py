@@ -30,7 +30,8 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
-from distill.commands.chain import PREEMPTED, LinkRunner, command
+from distill.commands.chain import command
+from distill.commands.relay import PREEMPTED, Relay
 from distill.config.loading import ConfigError, load
 from distill.config.packages import install_line, is_installed
 from distill.config.settings import ChainSettings, EvaluateSettings, LinkSettings, QuickstartSettings, TrainSettings
@@ -74,8 +75,8 @@ def main(cfg: QuickstartSettings) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     parts = parts_of(cfg)
-    with alone(Path(cfg.output_dir)) as lock, LinkRunner() as runner:
-        code = run_parts(parts, lambda command: runner.run(command, lock))
+    with alone(Path(cfg.output_dir)) as lock, Relay() as runner:
+        code = run_parts(parts, lambda command: runner.run(command, [lock.fileno()]))
     if code:
         sys.exit(code)
     log.info("%s has it all: lora is the student, report/index.html says how good it is", cfg.output_dir)
