@@ -20,7 +20,19 @@ from distill.studies.study import STUDIES
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
-NAMED = ("experiment", "chain", "method", "protocol", "cluster", "engine", "reward", "networks", "student", "data")
+NAMED = (
+    "experiment",
+    "chain",
+    "method",
+    "protocol",
+    "cluster",
+    "engine",
+    "reward",
+    "networks",
+    "student",
+    "data",
+    "tracking",
+)
 PATHS = re.compile(r"student=(?=[\w./]*/)")  # of an evaluation: a folder
 PLACEHOLDERS = {"mine", "NAME", "MINE", "regression"}  # files that a page tells to write
 

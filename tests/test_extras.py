@@ -82,7 +82,7 @@ for path in sorted(path for room in rooms for path in (root / room).glob("*.py")
 found = {
     "store": ended("trajectories", *toy),
     "zero2": ended("train", *toy, "engine=zero2", "output_dir=zero2"),
-    "wandb": ended("train", *toy, "report_to=[wandb]", "output_dir=wandb"),
+    "wandb": ended("train", *toy, "tracking=wandb", "output_dir=wandb"),
     "train": ended("train", *toy, "output_dir=run"),
     "sample": ended("sample", "run=run", "prompts=[a]", "steps=[1]", "output_dir=pictures"),
     "coco": ended("evaluate", "student=run", "protocol=coco2017-5k", "protocol.prompts=a.txt", "output_dir=coco"),

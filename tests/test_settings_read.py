@@ -37,7 +37,10 @@ def checked(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> TrainSettings:
         ("experiment=quickstart lr_scheduler=constant lr_warmup_steps=5", "lr_warmup_steps is set, .*has no warm-up"),
         ("experiment=quickstart networks.discriminator.conditional=true", "the method trains no discriminator"),
         ("experiment=quickstart networks.fake_score.rank=4", "the method trains no fake_score: it trains student"),
-        ("experiment=quickstart wandb.project=x", "nothing is sent to wandb: set report_to=.wandb."),
+        (
+            "experiment=quickstart tracking.wandb.project=x",
+            "wandb is set, and nothing is sent there: set tracking=wandb",
+        ),
         ("experiment=mlcm_sdxl method=mlcm_reward", "there is no reward: set reward=clip"),
         ("experiment=mlcm_sdxl max_train_steps=5", "stages take 14000 steps, not max_train_steps=5: .*=null"),
         ("experiment=quickstart max_train_steps=null", "max_train_steps: null is for a method with stages"),

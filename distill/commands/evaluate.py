@@ -103,11 +103,8 @@ def watch(cfg: EvaluateSettings, run: Path, share: WorkShare) -> None:
         raise ConfigError(f"watch_metric={cfg.watch_metric} is not known; allowed: {', '.join(drawn())}")
     settings, folder = read_run(run), run / "evaluation"
     rows = read_metrics(folder, sys.maxsize)
-    kinds = [settings.report_to] if isinstance(settings.report_to, str) else settings.report_to
     last = max((int(row["step"]) for row in rows), default=0)
-    tracker = open_trackers(
-        kinds, folder, settings.model_dump(mode="json"), resume_step=last, wandb=settings.wandb.model_dump()
-    )
+    tracker = open_trackers(settings.tracking, folder, settings.model_dump(mode="json"), resume_step=last)
     while True:
         over = finished(run, settings.max_train_steps)  # asked before looking: what is saved meanwhile is not missed
         judged = {int(row["step"]) for row in rows}

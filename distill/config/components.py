@@ -23,6 +23,7 @@ TARGETS = (
     "distill.toy.",
     "distill.training.engine.",
     "distill.training.health.",
+    "distill.training.tracking.",
     "torch.optim.",
 )
 """Where what settings may build is defined. A run's settings may be another person's: they must not call anything."""

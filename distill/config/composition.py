@@ -31,6 +31,12 @@ CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "confi
 CONFIG_DIRS = "DISTILL_CONFIG_DIR"
 """The environment variable that names folders of further files, as `--config-dir` does, for commands started by it."""
 
+MOVED = {
+    "report_to": "set tracking=wandb, tensorboard or wandb_tensorboard; metrics.jsonl is always written",
+    "wandb": "set tracking=wandb tracking.wandb.project=... (entity, group, tags, mode)",
+}
+"""Keys of before, each with what to type now."""
+
 OmegaConf.register_new_resolver("toy", lambda name: str(_bundled(name)), replace=True)
 
 
@@ -183,6 +189,8 @@ def _check_known(key: str, fields: Mapping[str, Any], known: Sequence[str]) -> N
     """Raises ConfigError for a key that no such settings have. Those of components are their targets' to know."""
     inside = [name for name, hint in fields.items() if kinds_of(hint) & {dict, list} and re.match(rf"{name}[.\[]", key)]
     whole = any(name.startswith(f"{key}.") for name in fields)
+    if moved := next((line for name, line in MOVED.items() if re.match(rf"{name}(\.|$)", key)), None):
+        raise ConfigError(f"{key} is set elsewhere now: {moved}")
     if key not in fields and not inside and not whole:
         raise ConfigError(f"unknown key {short(repr(key))}{suggest(key, known)}")
 

@@ -41,7 +41,7 @@ FAMILIAR = {
     "use_ema": "ema_decay",
     "save_steps": "checkpointing_steps",
     "logging_steps": "log_every",
-    "tracker": "report_to",
+    "tracker": "tracking",
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
     "prompt": "prompts",

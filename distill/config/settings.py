@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from distill.config.loading import Settings, check_component, suggest
@@ -153,18 +153,39 @@ def follow_stages(steps: Any, info: ValidationInfo) -> Any:
     return sum(lengths)
 
 
-class WandbSettings(Settings):
-    """Where wandb's runs go, for `report_to=[wandb]`; null and [] leave it to wandb and its environment variables."""
+def check_trackers(trackers: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for settings of a tracker that is not chosen, or what `check_component` raises."""
+    for name, node in trackers.items():
+        if not isinstance(node, dict) or "_target_" not in node:
+            raise ValueError(f"{name} is set, and nothing is sent there: set tracking={name} as well")
+        check_component(node)
+    return trackers
 
-    project: str | None = None
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = []
-    mode: Literal["online", "offline", "disabled"] | None = None
+
+TRACKERS_BEFORE = {
+    "wandb": "distill.training.tracking.WandbTracker",
+    "tensorboard": "distill.training.tracking.TensorboardTracker",
+}
+
+
+def trackers_of_before(settings: Any) -> Any:
+    """Settings with `tracking` in the place of `report_to` and `wandb`, by which runs of before have recorded it."""
+    if not isinstance(settings, dict) or not settings.keys() & {"report_to", "wandb"}:
+        return settings
+    kept = {key: value for key, value in settings.items() if key not in ("report_to", "wandb")}
+    said, own = settings.get("report_to") or [], settings.get("wandb") or {}
+    names = [said] if isinstance(said, str) else said
+    if unknown := [name for name in names if name not in ("jsonl", *TRACKERS_BEFORE)]:
+        raise ValueError(f"report_to: {unknown[0]!r} is not known; allowed: jsonl, {', '.join(TRACKERS_BEFORE)}")
+    found = {name: {"_target_": TRACKERS_BEFORE[name]} for name in names if name in TRACKERS_BEFORE}
+    found |= {"wandb": found["wandb"] | own} if "wandb" in found else {}
+    return kept | {"tracking": kept.get("tracking", {}) | found}
 
 
 class TrainSettings(Settings):
     """All of `configs/train.yaml`, which the commands that write stores and train share."""
+
+    _before = model_validator(mode="before")(trackers_of_before)
 
     model: ModelSettings
     data: DataSettings
@@ -207,8 +228,7 @@ class TrainSettings(Settings):
     validation_diversity_seeds: Several = 0
     validation_teacher_steps: Natural = 0
     validation_reward: Component | None = None
-    report_to: list[Literal["jsonl", "wandb", "tensorboard"]] | Literal["jsonl", "wandb", "tensorboard"]
-    wandb: WandbSettings = WandbSettings()
+    tracking: Annotated[dict[str, Any], AfterValidator(check_trackers)] = {}
     log_every: Positive
 
 

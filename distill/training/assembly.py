@@ -271,15 +271,8 @@ class Run:
         if engine.is_main:
             cut_after(self.folder / SKIPPED, step)
         self.health.recall(engine.from_main(read_metrics(self.folder, step)))
-        report_to = [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to
-        return open_trackers(
-            report_to,
-            self.folder,
-            cfg.model_dump(mode="json"),
-            resume_step=step,
-            main=engine.is_main,
-            wandb=cfg.wandb.model_dump(),
-        )
+        settings = cfg.model_dump(mode="json")
+        return open_trackers(cfg.tracking, self.folder, settings, resume_step=step, main=engine.is_main)
 
     def validation(self, tracker: Tracker) -> Callable[[int], dict[str, float]]:
         """Samples the validation's prompts, if there are any. Text encoders are needed once, and dropped."""

@@ -7,8 +7,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.utils import get_object
+
 from distill.config.loading import ConfigError
-from distill.config.packages import EXTRAS, require
+from distill.config.packages import require
 from distill.config.recorded import given_keys
 from distill.config.settings import TrainSettings
 from distill.data.errors import StoreError
@@ -28,9 +30,9 @@ def check_packages(cfg: TrainSettings) -> None:
     """Raises ConfigError for a setting whose package is not installed."""
     if cfg.engine.get("deepspeed") is not None:
         require("an engine with ZeRO (engine=zero1, zero2 or zero3; engine=ddp does without)", "deepspeed")
-    for name in [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to:
-        if name in EXTRAS:
-            require(f"report_to={name}", name)
+    for name, node in cfg.tracking.items():
+        if package := getattr(get_object(node["_target_"]), "package", None):
+            require(f"tracking={name}", package)
 
 
 def check_method(cfg: TrainSettings, method: Method) -> None:
@@ -78,8 +80,6 @@ def check_read(cfg: TrainSettings, method: Method) -> None:
         if reason and key in given:
             raise ConfigError(f"{key} is set, and has no effect: {reason}")
     for key in given:
-        if key.startswith("wandb.") and "wandb" not in cfg.report_to:
-            raise ConfigError(f"{key} is set, and nothing is sent to wandb: set report_to=[wandb]")
         network = key.split(".")[1] if key.startswith("networks.") else None
         if network is not None and network not in method.trains:
             raise ConfigError(f"{key} is set, and the method trains no {network}: it trains {', '.join(method.trains)}")

@@ -80,7 +80,8 @@ FREE = frozenset(
         "preemption_signals",
         "watchdog_minutes",
         "deterministic",
-        "report_to",
+        "tracking",
+        "report_to",  # these two were its place
         "wandb",
         "log_every",
         "data",

@@ -19,14 +19,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 import diffusers
 import numpy as np
 import psutil
 import torch
 import transformers
+from hydra.utils import get_object
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -37,7 +40,6 @@ from distill.training.engine import Skipped
 logger = logging.getLogger(__name__)
 
 Scalars = Mapping[str, float]
-TRACKERS = ("jsonl", "wandb", "tensorboard")
 SKIPPED = "skipped_batches.jsonl"
 
 
@@ -52,32 +54,30 @@ class Tracker(Protocol):
 
 
 def open_trackers(
-    report_to: Sequence[str],
+    tracking: Mapping[str, Mapping[str, Any]],
     folder: Path,
     config: Mapping[str, Any],
     *,
     resume_step: int = 0,
     main: bool = True,
-    wandb: Mapping[str, Any] | None = None,
 ) -> Trackers:
-    """One tracker that hands on to metrics.jsonl, always, and to those named in `report_to`; on other ranks to none.
+    """One tracker that hands on to metrics.jsonl, always, and to those of `tracking`; on other ranks to none.
 
     Args:
-        resume_step: steps that the run had taken where it now goes on (0: a new run). What was logged beyond is cut.
-        wandb: arguments of `WandbTracker`.
-
-    Raises:
-        ValueError: a name that is not one of `TRACKERS`.
+        tracking: nodes with a `_target_` by name. Of `folder`, `config` and `resume_step` each gets those that it
+            takes. A target may have `abandon()`, which is called where it does not end, see `Background`.
+        config: the run's settings.
+        resume_step: steps that the run had taken where it resumes (0: a new run). What was logged beyond is cut.
     """
-    if unknown := [name for name in report_to if name not in TRACKERS]:
-        raise ValueError(f"report_to: {unknown[0]!r} is not known; allowed: {', '.join(TRACKERS)}")
     if not main:
         return Trackers([])
+    facts = {"folder": folder, "config": config, "resume_step": resume_step}
     trackers: list[Tracker] = [JsonlTracker(folder, resume_step)]
-    if "wandb" in report_to:
-        trackers.append(Background("wandb", lambda: WandbTracker(folder, config, **(wandb or {})), abandon=end_wandb))
-    if "tensorboard" in report_to:
-        trackers.append(Background("tensorboard", lambda: TensorboardTracker(folder, resume_step)))
+    for name, node in tracking.items():
+        target = get_object(node["_target_"])
+        taken = {key: value for key, value in facts.items() if key in signature(target).parameters}
+        start = partial(target, **{key: value for key, value in node.items() if key != "_target_"}, **taken)
+        trackers.append(Background(name, start, abandon=getattr(target, "abandon", lambda: None)))
     return Trackers(trackers)
 
 
@@ -289,7 +289,11 @@ class WandbTracker:
 
     Args:
         project, entity, group, tags, mode: wandb's own; None leaves them to its variables (WANDB_PROJECT, WANDB_MODE).
+        resume: whether wandb resumes a run of this id: where there is one ("allow"), or has to be ("must"), or not at
+            all ("never").
     """
+
+    package = "wandb"
 
     def __init__(
         self,
@@ -299,7 +303,8 @@ class WandbTracker:
         entity: str | None = None,
         group: str | None = None,
         tags: Sequence[str] = (),
-        mode: str | None = None,
+        mode: Literal["online", "offline", "disabled"] | None = None,
+        resume: Literal["allow", "must", "never"] = "allow",
     ) -> None:
         import wandb
 
@@ -313,8 +318,8 @@ class WandbTracker:
             id=run_id(folder),
             dir=str(folder),
             config=dict(config),
-            mode=mode,  # type: ignore[arg-type]
-            resume="allow",
+            mode=mode,
+            resume=resume,
             settings=wandb.Settings(console="off", silent=True, init_timeout=60),
         )
         # wandb's own step may not fall, which a run resumed from an earlier checkpoint needs
@@ -332,12 +337,12 @@ class WandbTracker:
     def close(self) -> None:
         self._run.finish()
 
-
-def end_wandb() -> None:
-    """Kills the service process that wandb started for us: its exit hook would wait for it for ever."""
-    for process in psutil.Process().children():
-        if process.name().startswith("wandb-core"):
-            process.kill()
+    @staticmethod
+    def abandon() -> None:
+        """Kills the service process that wandb started for us: its exit hook would wait for it for ever."""
+        for process in psutil.Process().children():
+            if process.name().startswith("wandb-core"):
+                process.kill()
 
 
 def run_id(folder: Path) -> str:
@@ -349,6 +354,8 @@ def run_id(folder: Path) -> str:
 
 class TensorboardTracker:
     """Event files under tensorboard/ in the run folder; events beyond `resume_step` are marked as gone."""
+
+    package = "tensorboard"
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -55,7 +55,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "EMA decay of one": (["ema_decay=1"], ["ema_decay=1", "less than 1"]),
     "negative guidance": (["data.guidance=-1"], ["data.guidance", "greater than or equal to 0"]),
     "unknown choice": (["lr_scheduler=cosin"], ["lr_scheduler='cosin'", "cosine"]),
-    "unknown tracker": (["report_to=[jsonl,mlflow]"], ["report_to", "mlflow", "wandb"]),
+    "unknown tracker": (["tracking=mlflow"], ["tracking", "mlflow", "wandb"]),
     "unknown experiment": (["experiment=lcm_lora_sd51"], ["experiment=lcm_lora_sd51", "lcm_lora_sd15"]),
     "unknown method": (["method=lcd"], ["method=lcd", "lcm"]),
     "unknown engine": (["engine=zero4"], ["engine=zero4", "zero2"]),

@@ -149,7 +149,7 @@ def test_wandb_that_is_offline_unreachable_or_killed(
     environment["WANDB_BASE_URL"] = "http://127.0.0.1:9"  # nobody listens there
     faults = [{"do": "kill wandb", "rank": 0, "step": 5}] if kills else []
     start = time.monotonic()
-    ended = runs.run(run, faults=faults, more=["report_to=[wandb]"], environment=environment)
+    ended = runs.run(run, faults=faults, more=["tracking=wandb"], environment=environment)
     assert ended.codes == [0], ended.said[-4000:]
     lost, differ = runs.difference(run)
     assert (lost, differ) == (0, 0)

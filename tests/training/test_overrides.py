@@ -114,7 +114,7 @@ def test_quotes_around_the_whole_are_left_out_and_keys_are_filled_in(written: st
 def test_no_words_of_another_program_are_said_of_any_value() -> None:
     rng, taken = random.Random(0), 0
     alphabet = "ab1,.:;=()[]{}'\"\\#$%&@!?*|<>~` \té実🙂-+e"
-    others = ["max_train_steps", "learning_rate", "data.keep", "report_to", "method.skip", "method"]
+    others = ["max_train_steps", "learning_rate", "data.keep", "preemption_signals", "method.skip", "method"]
     for _ in range(80):
         texts = {key: "".join(rng.choices(alphabet, k=rng.randint(1, 12))) for key in [*TEXTS, rng.choice(others)]}
         for given in ({key: texts[key] for key in TEXTS}, {key: texts[key] for key in texts if key in others}):

@@ -20,6 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
+from distill.config.loading import ConfigError, load, validated
+from distill.config.settings import TrainSettings
 from distill.training.tracking import (
     LINE,
     Background,
@@ -33,6 +35,28 @@ from distill.training.tracking import (
     to_pictures,
     wants_bar,
 )
+
+NODES: dict[str, Any] = {
+    "wandb": {"_target_": "distill.training.tracking.WandbTracker"},
+    "tensorboard": {"_target_": "distill.training.tracking.TensorboardTracker"},
+}
+
+
+class FileTracker:
+    """A tracker as somebody else may write one."""
+
+    def __init__(self, folder: Path, resume_step: int, name: str) -> None:
+        self.file = open(folder / name, "w")
+        self.file.write(f"from {resume_step}\n")
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        self.file.write(f"{step} {scalars}\n")
+
+    def images(self, name: str, images: Sequence[Image.Image], step: int, captions: Sequence[str] = ()) -> None: ...
+
+    def close(self) -> None:
+        self.file.write("closed\n")
+        self.file.close()
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -92,18 +116,48 @@ def test_pictures_span_black_to_white_and_clip() -> None:
 
 
 class TestOpening:
-    def test_an_unknown_name_is_one_clear_line(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="^report_to: 'mlflow' is not known; allowed: jsonl, wandb, tensorboard$"):
-            open_trackers(["jsonl", "mlflow"], tmp_path, {})
+    def test_settings_of_before_are_read_as_trackers(self) -> None:
+        recorded = load("train", TrainSettings, ["data.store=s"]).model_dump(mode="json")
+        del recorded["tracking"]
+        own = {"project": "p", "entity": None, "group": None, "tags": ["t"], "mode": None}
+        for said, names in (("jsonl", []), (["jsonl", "wandb"], ["wandb"]), (["wandb", "tensorboard"], None)):
+            found = validated(recorded | {"report_to": said, "wandb": own}, TrainSettings).tracking
+            assert list(found) == (["wandb", "tensorboard"] if names is None else names)
+            assert "wandb" not in found or found["wandb"] == {"_target_": NODES["wandb"]["_target_"]} | own
+        with pytest.raises(ConfigError, match="report_to: 'mlflow' is not known; allowed: jsonl, wandb, tensorboard"):
+            validated(recorded | {"report_to": ["mlflow"]}, TrainSettings)
+
+    def test_keys_of_before_are_one_line_that_says_what_to_type(self) -> None:
+        for given in ("report_to=[wandb]", "wandb.project=x"):
+            with pytest.raises(ConfigError, match="is set elsewhere now: set tracking=wandb"):
+                load("train", TrainSettings, ["data.store=s", given])
+        with pytest.raises(ConfigError, match="wandb is set, and nothing is sent there: set tracking=wandb as well"):
+            load("train", TrainSettings, ["data.store=s", "tracking.wandb.project=x"])
+
+    def test_the_files_of_the_group_are_checked_against_the_trackers(self) -> None:
+        for name, wanted in (("none", []), ("wandb", ["wandb"]), ("wandb_tensorboard", ["wandb", "tensorboard"])):
+            assert list(load("train", TrainSettings, ["data.store=s", f"tracking={name}"]).tracking) == wanted
+        given = ["data.store=s", "tracking=wandb", "tracking.wandb.tags=[a,b]", "tracking.wandb.resume=must"]
+        assert load("train", TrainSettings, given).tracking["wandb"]["tags"] == ["a", "b"]
+        with pytest.raises(ConfigError, match="mode"):
+            load("train", TrainSettings, [*given, "tracking.wandb.mode=of"])
+
+    def test_a_tracker_of_another_module_gets_what_it_takes(self, tmp_path: Path) -> None:
+        """Any `_target_`, with its own arguments and those of the facts that its constructor names."""
+        node = {"_target_": f"{__name__}.FileTracker", "name": "mine.txt"}
+        tracker = open_trackers({"mine": node}, tmp_path, {"seed": 1}, resume_step=3)
+        tracker.log({"loss": 0.5}, 4)
+        tracker.close()
+        assert (tmp_path / "mine.txt").read_text() == "from 3\n4 {'loss': 0.5}\nclosed\n"
 
     def test_the_local_file_is_written_unasked(self, tmp_path: Path) -> None:
-        tracker = open_trackers([], tmp_path, {})
+        tracker = open_trackers({}, tmp_path, {})
         tracker.log({"loss": torch.tensor(0.25)}, 3)
         tracker.close()
         assert rows(tmp_path) == [{"step": 3, "loss": 0.25}]
 
     def test_other_ranks_track_nothing(self, tmp_path: Path) -> None:
-        tracker = open_trackers(["jsonl", "tensorboard", "wandb"], tmp_path, {}, main=False)
+        tracker = open_trackers(NODES, tmp_path, {}, main=False)
         tracker.log({"loss": 1.0}, 1)
         tracker.images("validation", to_pictures(torch.zeros(1, 3, 2, 2)), 1)
         tracker.close()
@@ -117,8 +171,8 @@ class TestOpening:
         monkeypatch.setenv("WANDB_MODE", "offline")
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         monkeypatch.setenv("WANDB_PROJECT", "of-the-variable")
-        own = {"group": "one-group", "tags": ["one-tag"]}
-        tracker = open_trackers(["wandb", "tensorboard"], tmp_path / "run", {"learning_rate": 1e-4}, wandb=own)
+        nodes = NODES | {"wandb": NODES["wandb"] | {"group": "one-group", "tags": ["one-tag"]}}
+        tracker = open_trackers(nodes, tmp_path / "run", {"learning_rate": 1e-4})
         tracker.log({"loss_here": 0.123456789}, 7)
         tracker.images("validation", to_pictures(torch.zeros(1, 3, 4, 4)), 7, ["red rings"])
         tracker.close()
@@ -139,7 +193,7 @@ class TestOpening:
         monkeypatch.setenv("NETRC", str(tmp_path / "none"))
         for name in ("WANDB_API_KEY", "WANDB_MODE"):
             monkeypatch.delenv(name, raising=False)
-        tracker = open_trackers(["wandb"], tmp_path / "run", {}, wandb={"mode": "online"})
+        tracker = open_trackers({"wandb": NODES["wandb"] | {"mode": "online"}}, tmp_path / "run", {})
         for step in range(1, 4):
             tracker.log({"loss": 1.0}, step)
         tracker.close()
@@ -158,7 +212,8 @@ import signal, sys, time, psutil
 from pathlib import Path
 from distill.training.tracking import open_trackers
 
-tracker = open_trackers(["wandb"], Path(sys.argv[1]), {}, wandb={"mode": "offline"})
+node = {"_target_": "distill.training.tracking.WandbTracker", "mode": "offline"}
+tracker = open_trackers({"wandb": node}, Path(sys.argv[1]), {})
 tracker.trackers[1].patience = 1.0
 tracker.log({"loss": 1.0}, 1)
 deadline = time.monotonic() + 60
