@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distill.data.reader import open_store
+from distill.models.lora import LORA_FILE
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def test_four_commands_from_prompts_to_pictures(family: str, processes: int, tmp
     pipeline = DiffusionPipeline.from_pretrained(teacher, safety_checker=None)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     before = pipeline(PROMPTS[1], num_inference_steps=4, guidance_scale=1.0, generator=torch.manual_seed(1)).images[0]
-    pipeline.load_lora_weights(str(tmp_path / "lora"))
+    pipeline.load_lora_weights(str(tmp_path / "lora"), weight_name=LORA_FILE)
     after = pipeline(PROMPTS[1], num_inference_steps=4, guidance_scale=1.0, generator=torch.manual_seed(1)).images[0]
     assert _difference(after, drawn[1]) <= 1
     assert _difference(before, drawn[1]) > 1

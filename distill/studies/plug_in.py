@@ -29,7 +29,7 @@ from distill.evaluation.pipelines import load_pipeline, sampling_of
 from distill.evaluation.report import format_table
 from distill.evaluation.toy import JudgeScorer
 from distill.methods.sampling import Sampling
-from distill.models.lora import add_lora, save_lora
+from distill.models.lora import LORA_FILE, add_lora, save_lora
 from distill.studies.plug_in_bench import Bench, Line, columns
 from distill.studies.toy_teacher import denoising_loss, descend, set_rate
 from distill.toy.judge import load_judge
@@ -150,7 +150,7 @@ class PlugInSection:
 def bench(cfg: PlugInSettings, pipeline_folder: Path, loras: dict[str, Any], style: Style) -> Bench:
     pipeline = load_pipeline(str(pipeline_folder))
     for name, folder in loras.items():
-        pipeline.load_lora_weights(str(folder), adapter_name=name)
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=name)
     scorer = JudgeScorer(load_judge(), style.render)
     return Bench(pipeline, style, scorer, Cache(Path(cfg.output_dir) / "evaluation"), cfg.n, cfg.batch_size)
 

@@ -509,6 +509,14 @@ def uniform(mode: str, value: Any, **options: Any) -> bytes:
     return encoded(Image.new(mode, (16, 16), value), options.pop("kind", "PNG"), **options)
 
 
+def grey16(level: int, transparent: int) -> bytes:
+    """16 bits of grey, of which one level is transparent, as the chunk tRNS before the pixels says."""
+    data = uniform("I;16", level)
+    chunk = b"tRNS" + transparent.to_bytes(2, "big")
+    at = data.index(b"IDAT") - 4
+    return data[:at] + (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + data[at:]
+
+
 def palette(transparent: bool) -> bytes:
     image = Image.new("P", (16, 16), 1)
     image.putpalette([0, 0, 0, 10, 200, 30])
@@ -531,7 +539,7 @@ def palette(transparent: bool) -> bytes:
         (uniform("1", 1), (255, 255, 255)),
         (uniform("I;16", 257 * 77), (77, 77, 77)),
         (uniform("I;16", 65535), (255, 255, 255)),
-        (uniform("I;16", 257 * 77, transparency=257 * 77), (255, 255, 255)),
+        (grey16(257 * 77, transparent=257 * 77), (255, 255, 255)),
         (uniform("CMYK", (0, 0, 0, 155), kind="JPEG", quality=100), (100, 100, 100)),
     ],
 )

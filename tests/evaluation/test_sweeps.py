@@ -20,7 +20,7 @@ from distill.config.settings import ModelSettings, SampleSettings
 from distill.evaluation.figures import CELL, GAP, HEADER, LABEL_WIDTH
 from distill.evaluation.pipelines import draw, is_student, load_pipeline
 from distill.evaluation.sweeps import Models, Sweep, SweepSetting, guidance_sweep, lora_sweep, run_sweep, steps_sweep
-from distill.models.lora import add_lora, save_lora
+from distill.models.lora import LORA_FILE, add_lora, save_lora
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS, balanced_labels, render
 from tests.tiny import FAMILIES, save_tiny, tiny_pipeline, tiny_unet
@@ -67,7 +67,7 @@ def plain(teacher: str, lora: str | None, steps: int, guidance: float) -> Tensor
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
     if lora is not None:
-        pipeline.load_lora_weights(lora)
+        pipeline.load_lora_weights(lora, weight_name=LORA_FILE)
         pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[:2]]
     with torch.no_grad():

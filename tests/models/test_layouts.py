@@ -112,7 +112,7 @@ def test_networks_whose_original_names_diffusers_misreads_keep_its_own(changes: 
         torch.nn.init.normal_(parameter, std=0.3, generator=random)
     save_lora(tmp_path / "lora", unet)
     assert all("_blocks_" not in key or "put_blocks" not in key for key in load_file(tmp_path / "lora" / FILE))
-    pipeline.load_lora_weights(tmp_path / "lora")
+    pipeline.load_lora_weights(tmp_path / "lora", weight_name=FILE)
     torch.testing.assert_close(output(pipeline.unet, "sdxl"), output(unet, "sdxl"), rtol=1e-5, atol=1e-5)
 
 

@@ -17,6 +17,7 @@ from distill.models.full_size import build_unet, unet_config
 from distill.models.layouts import kohya_state_dict
 from distill.models.lora import (
     LCM_LORA_TARGETS,
+    LORA_FILE,
     adapters,
     add_lora,
     load_lora,
@@ -139,7 +140,7 @@ def test_a_plain_diffusers_pipeline_computes_what_was_trained(family, alpha, tmp
     save_lora(tmp_path / "lora", student)
     pipe = PIPELINES[family].from_pretrained(save_tiny(tmp_path / "teacher", family), safety_checker=None)
     teacher = output(pipe.unet, family)
-    pipe.load_lora_weights(tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora", weight_name=LORA_FILE)
     torch.testing.assert_close(output(pipe.unet, family), output(student, family), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(output(student, family), teacher, atol=0.1)
 

@@ -20,7 +20,7 @@ from distill.evaluation.toy import JudgeScorer
 from distill.methods.sampling import Sampling
 from distill.models.exported import FACTS
 from distill.models.families import load_teacher
-from distill.models.lora import add_lora, save_lora
+from distill.models.lora import LORA_FILE, add_lora, save_lora
 from distill.studies import plug_in
 from distill.studies.plug_in_bench import Bench, Line
 from distill.toy.judge import load_judge
@@ -106,7 +106,8 @@ def bench(tmp_path: Path) -> Any:
     """The toy teacher with two LoRAs."""
     pipeline = load_pipeline(str(teacher_folder()))
     for seed, name in enumerate(("lcm", "style")):
-        pipeline.load_lora_weights(str(random_lora(tmp_path / name, seed)), adapter_name=name)
+        folder = random_lora(tmp_path / name, seed)
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=name)
     return Bench(pipeline, UPRIGHT, JudgeScorer(load_judge(), UPRIGHT.render), Cache(tmp_path / "cache"), 100, 60)
 
 

@@ -34,6 +34,7 @@ from distill.methods.sampling import Sampling, sample
 from distill.models.exported import open_export, read_export
 from distill.models.families import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
+from distill.models.lora import LORA_FILE
 from distill.training.assembly import settled
 from distill.training.card import base_licence
 from distill.training.checkpoint import Checkpoints
@@ -417,7 +418,7 @@ def test_the_export_that_sample_makes_is_exact(lora: Trained, tmp_path: Path) ->
     (tmp_path / "scratch").mkdir()
     folder = export_run(lora.folder, tmp_path / "scratch")
     pipeline = DiffusionPipeline.from_pretrained(lora.teacher)
-    pipeline.load_lora_weights(folder)
+    pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     torch.testing.assert_close(drawn(pipeline, 1.0), lora.pictures(1.0), rtol=0, atol=1e-4)
 
