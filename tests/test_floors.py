@@ -19,6 +19,7 @@ FLOORS = {
     "toy": 1,
     "methods": 2,
     "config": 2,
+    "cluster": 2,
     "training": 3,
     "evaluation": 3,
     "planning": 4,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from distill.commands import interrupts
@@ -25,6 +25,7 @@ from distill.config.settings import (
     ReportSettings,
     RunChainSettings,
     SampleSettings,
+    SubmitChainSettings,
     SubmitSettings,
     TrainSettings,
 )
@@ -38,11 +39,15 @@ class Command:
         module: its `main` takes the settings; without settings it takes nothing, and returns an exit code.
         config: its file in `configs/`.
         settings: what that is checked against.
+        sweep: the module whose `sweep` takes the place of running it with one combination after another under -m.
+        by_key: what runs in its place if a setting of that name is given.
     """
 
     module: str
     config: str = ""
     settings: type[Settings] | None = None
+    sweep: str = ""
+    by_key: Mapping[str, Command] = field(default_factory=dict)
 
     def run(self, typed: Sequence[str] = ()) -> int:
         """Runs it with the arguments of this process; `--help` is answered without loading it.
@@ -50,14 +55,19 @@ class Command:
         Args:
             typed: what starts it, for what it may start itself: `["train"]`, or `["launch", …, "train"]`.
         """
+        for key, other in self.by_key.items():
+            if any(argument.startswith(f"{key}=") for argument in sys.argv[1:]):
+                return other.run(typed)
         if self.settings is not None:
-            return run_script(self.module, self.config, self.settings, typed)
+            return run_script(self.module, self.config, self.settings, typed, self.sweep)
         if sys.argv[1:] in (["-h"], ["--help"]):
             print(signatures.docstring(self.module))
             return 0
         return int(importlib.import_module(self.module).main() or 0)
 
 
+_CHAIN = "distill.commands.submit_chain"
+SUBMIT_CHAIN = Command(_CHAIN, "submit_chain", SubmitChainSettings, sweep=_CHAIN)
 COMMANDS = {
     "quickstart": Command("distill.commands.quickstart", "quickstart", QuickstartSettings),
     "trajectories": Command("distill.commands.trajectories", "train", TrainSettings),
@@ -69,7 +79,13 @@ COMMANDS = {
     "report": Command("distill.commands.report", "report", ReportSettings),
     "chain": Command("distill.commands.chain", "run_chain", RunChainSettings),
     "plan": Command("distill.commands.plan", "plan", PlanSettings),
-    "submit": Command("distill.commands.submit", "submit", SubmitSettings),
+    "submit": Command(
+        "distill.commands.submit",
+        "submit",
+        SubmitSettings,
+        sweep="distill.commands.submit_sweep",
+        by_key={"chain": SUBMIT_CHAIN},
+    ),
     "launch": Command("distill.commands.launch"),
     "verify": Command("distill.commands.verify"),
     "configs": Command("distill.commands.configs"),

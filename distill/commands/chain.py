@@ -69,7 +69,7 @@ def table(links: Sequence[Link]) -> str:
     rows = [("link", "script", "size", "state")]
     for link in links:
         size = f"{link.settings.max_train_steps} steps" if link.trains else ""
-        if link.script == "make_trajectories":
+        if link.writes:
             size = f"{link.settings.data.num_samples} samples"
         waiting = [name for name in link.needs if not by(links, name).done()]
         state = link.state()
@@ -138,7 +138,7 @@ def locked(link: Link) -> Iterator[IO[str]]:
     Raises:
         ConfigError: somebody does.
     """
-    kind = fcntl.LOCK_SH if link.script == "make_trajectories" else fcntl.LOCK_EX
+    kind = fcntl.LOCK_SH if link.writes else fcntl.LOCK_EX
     link.folder.parent.mkdir(parents=True, exist_ok=True)
     with link.folder.with_name(f".{link.name}.lock").open("w") as lock:
         try:

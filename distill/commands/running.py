@@ -62,7 +62,11 @@ def flags_of(arguments: Sequence[str]) -> Flags:
 
 
 def run_script(
-    main: Callable[[S], int | None] | str, config_name: str, schema: type[S], command: Sequence[str] = ()
+    main: Callable[[S], int | None] | str,
+    config_name: str,
+    schema: type[S],
+    command: Sequence[str] = (),
+    sweep: str = "",
 ) -> int:
     """What every command calls: settings from the command line, one line and exit code 2 for what the user can mend.
 
@@ -73,6 +77,7 @@ def run_script(
         main: what runs with the settings, or the module whose `main` does, which is imported once they are right. Where
             it returns a number, that is the exit code.
         command: what is typed before the settings, for the runs of a sweep.
+        sweep: the module whose `sweep` does what -m asks for; empty: one combination runs after another.
     """
     try:
         flags = flags_of(sys.argv[1:])
@@ -81,6 +86,8 @@ def run_script(
             print(help_of(module, config_name, schema))
             return 0
         check_flags(flags.rest, keys_of(schema))
+        if flags.several and not flags.shows and sweep:
+            return int(importlib.import_module(sweep).sweep(config_name, flags.rest))
         if flags.several and not flags.shows:
             return multirun(command, config_name, schema, flags.rest)
         settings = given(flags.rest, config_name, schema)

@@ -1,7 +1,10 @@
-"""Submits a run, or the writing of a store, to SLURM: their settings, and `slurm.*` for the job.
+"""Submits to SLURM: a run, the writing of a store, a chain or a sweep. Settings are theirs, and `slurm.*` for the jobs.
 
 distill submit experiment=lcm_lora_sdxl data.store=STORE output_dir=runs/a engine=zero2 \
     slurm.nodes=4 slurm.gpus_per_node=8 slurm.time=12:00:00
+distill submit slurm.script=trajectories slurm.array=32 experiment=lcm_lora_sdxl data.store=STORE …
+distill submit chain=lightning_sdxl output_dir=runs/l slurm.nodes=4       # a job for each link; chain=NAME --help
+distill submit -m experiment=lcm_lora_sdxl learning_rate=1e-4,2e-4 …      # an array, a task for each combination
 
 Everything is composed and checked here, once. OUTPUT_DIR/slurm/ gets the settings and the batch script that the job
 runs, exactly these, and its log. `dry_run=true` prints both and does not submit.
@@ -16,9 +19,7 @@ if __name__ == "__main__":  # before what is heavy is imported
 
 import logging
 import os
-import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ from pathlib import Path
 
 import yaml
 
-from distill.commands import trajectories as make_trajectories
-from distill.config.loading import ConfigError
+from distill.cluster import batch
+from distill.cluster.job import Job, Launcher, launched
+from distill.commands import trajectories
+from distill.config.loading import ConfigError, checking
 from distill.config.settings import SlurmSettings, SubmitSettings, TrainSettings
 from distill.training.assembly import Run
 from distill.training.run import write_atomically
@@ -36,53 +39,61 @@ from distill.training.tracking import setup_logging
 
 log = logging.getLogger("distill")
 
-SLURM = Path(__file__).resolve().parents[2] / "slurm"
-TEMPLATES = {"train": "train.sbatch", "make_trajectories": "trajectories.sbatch"}
-LAUNCH_FLAGS = {"deepspeed": None, "ddp": "--multi_gpu", "single": ""}  # None: what slurm/launch.sh does by itself
-
 
 def main(cfg: SubmitSettings) -> None:
     setup_logging()
-    slurm = cfg.slurm
-    settings = TrainSettings.model_validate(cfg.model_dump(exclude={"slurm", "dry_run"}))
-    check(settings, slurm)
+    slurm, settings = cfg.slurm, train_settings(cfg)
+    check(settings, slurm, slurm.script)
+    if slurm.parallel is not None and slurm.array is None:
+        raise ConfigError("slurm.parallel is for arrays and sweeps: set slurm.array too, or leave it out")
     folder = Path(cfg.output_dir).resolve() / "slurm"
+    options = options_of(slurm, folder, folder.parent.name, array=array_of(slurm))
     folder.mkdir(parents=True, exist_ok=True)
-    resolved, script = folder / f"{slurm.script}.yaml", folder / TEMPLATES[slurm.script]
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-    rendered = render(slurm, settings, resolved)
-    write_atomically(resolved, text)
+    job = write_job(settings, slurm, slurm.script, folder)
+    script = folder / f"{slurm.script}.sbatch"
+    rendered = batch.script(options, slurm.setup, batch.supervised(python_of(slurm), job))
     write_atomically(script, rendered)
     write_atomically(folder / f"{slurm.script}.overrides.txt", "\n".join(sys.argv[1:]) + "\n")
     if cfg.dry_run:
         print(rendered)
-        print(text)
+        print(job.with_suffix(".yaml").read_text())
         log.info("sbatch %s", script)
         return
-    log.info("job %s of %s, its log is beside it", submitted(script), script)
+    with checking():
+        log.info("job %s of %s, its log is beside it", batch.submitted(script), script)
 
 
-def check(settings: TrainSettings, slurm: SlurmSettings) -> None:
+def train_settings(cfg: SubmitSettings) -> TrainSettings:
+    """Those of the run alone."""
+    return TrainSettings.model_validate(cfg.model_dump(exclude={"slurm", "dry_run"}))
+
+
+def check(settings: TrainSettings, slurm: SlurmSettings, command: str) -> None:
     """All that can be checked before there are processes.
 
     Raises:
         ConfigError: what the job would end with.
     """
-    if slurm.array is not None and slurm.script == "train":
-        raise ConfigError("slurm.array is for slurm.script=make_trajectories: a run is one job")
-    if slurm.script == "make_trajectories":
-        make_trajectories.prompts_of(settings)
+    if command == "trajectories":
+        trajectories.prompts_of(settings)
         open_teacher(settings.model)
         return
-    kind, count = settings.engine["kind"], processes(slurm)
-    if kind == "single" and count > 1:
-        raise ConfigError(f"engine=single is one process, and the job has {count}: set engine=zero2 or another")
-    with launched(count):
+    if slurm.array is not None:
+        raise ConfigError("slurm.array is for slurm.script=trajectories: a run is one job")
+    check_processes(settings, slurm)
+    with launched_as(processes(slurm)):
         Run.assemble(settings)
 
 
+def check_processes(settings: TrainSettings, slurm: SlurmSettings) -> None:
+    """Raises ConfigError: the engine is one process, and the job has more."""
+    kind, count = settings.engine["kind"], processes(slurm)
+    if kind == "single" and count > 1:
+        raise ConfigError(f"engine=single is one process, and the job has {count}: set engine=zero2 or another")
+
+
 @contextmanager
-def launched(count: int) -> Iterator[None]:
+def launched_as(count: int) -> Iterator[None]:
     """As if a launcher had started so many processes, and this were the first."""
     os.environ["WORLD_SIZE"] = str(count)
     try:
@@ -96,65 +107,70 @@ def processes(slurm: SlurmSettings) -> int:
     return slurm.nodes * (slurm.processes_per_node or slurm.gpus_per_node or 1)
 
 
-def render(slurm: SlurmSettings, settings: TrainSettings, resolved: Path) -> str:
-    """The batch script: the one of `slurm/` with this job's options, and these settings in the place of arguments."""
-    template = (SLURM / TEMPLATES[slurm.script]).read_text()
-    own, _, body = template.partition("set -euo pipefail\n")
-    body = body.replace("source slurm/job.sh", f"source {shlex.quote(str(SLURM / 'job.sh'))}")
-    own = re.sub(r"^#(?!SBATCH|!).*\n", "", own, flags=re.MULTILINE)  # its own way of being submitted
-    lines = [*(f"#SBATCH {option}" for option in options(slurm, resolved.parent)), "set -euo pipefail", ""]
-    return own + "\n".join([*lines, *exports(slurm, settings), f"set -- {shlex.quote(f'settings={resolved}')}"]) + body
+def write_job(settings: TrainSettings, slurm: SlurmSettings, command: str, folder: Path) -> Path:
+    """Writes the settings, which the job does not compose again, and the job's file; returns the latter."""
+    resolved = folder / f"{command}.yaml"
+    dumped = settings.model_dump(mode="json")
+    write_atomically(resolved, yaml.safe_dump(dumped, sort_keys=False))
+    job = launched(command, dumped, [f"settings={resolved}"], launcher_of(slurm), **limits_of(slurm))
+    return written(job, folder / f"{command}.json")
 
 
-def options(slurm: SlurmSettings, folder: Path) -> list[str]:
-    """Of sbatch; they come after the template's, and are the ones that count."""
-    name = "%x-%j.log" if slurm.array is None else "%x-%A-%a.log"
-    given = {
-        "job-name": re.sub(r"[^\w.-]", "-", folder.parent.name),
-        "nodes": slurm.nodes,
-        "gpus-per-node": slurm.gpus_per_node,
-        "cpus-per-task": slurm.cpus_per_task,
-        "mem": slurm.mem,
-        "time": slurm.time,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "array": None if slurm.array is None else f"0-{slurm.array - 1}",
-        "signal": f"B:USR1@{slurm.grace_seconds}",
-        "chdir": _quoted(Path.cwd()),
-        "output": _quoted(folder / name),
-    }
-    return [*(f"--{key}={value}" for key, value in given.items() if value is not None), *slurm.options]
+def written(job: Job, path: Path) -> Path:
+    """Writes a job's file, and says where."""
+    job.write(path)
+    return path
 
 
-def exports(slurm: SlurmSettings, settings: TrainSettings) -> list[str]:
-    """What slurm/job.sh and launch.sh read from the environment. What else is in it, sbatch passes on, unwritten."""
-    flags = LAUNCH_FLAGS[settings.engine["kind"]] if slurm.script == "train" else None
-    given = {
-        "PYTHON": sys.executable,
-        "GRACE_SECONDS": slurm.grace_seconds,
-        "MAX_FAILURES": slurm.max_failures,
-        "PROCESSES_PER_NODE": slurm.processes_per_node,
-        "LAUNCH_FLAGS": flags,
-    }
-    return [f"export {name}={shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+def launcher_of(slurm: SlurmSettings) -> Launcher:
+    """What starts the processes of a job on its nodes."""
+    container = tuple(shlex.split(slurm.container or ""))
+    return Launcher(python_of(slurm), slurm.processes_per_node, tuple(slurm.launch_flags), container)
 
 
-def submitted(script: Path) -> str:
-    """The id of the job that runs it.
+def limits_of(slurm: SlurmSettings) -> dict[str, int]:
+    """Of a job's supervision."""
+    return {"grace_seconds": slurm.grace_seconds, "max_failures": slurm.max_failures}
+
+
+def python_of(slurm: SlurmSettings) -> str:
+    """The interpreter of a job."""
+    return slurm.python or sys.executable
+
+
+def array_of(slurm: SlurmSettings) -> str | None:
+    """The array of a store, as `sbatch --array` takes it."""
+    return None if slurm.array is None else f"0-{slurm.array - 1}{at_once(slurm)}"
+
+
+def at_once(slurm: SlurmSettings) -> str:
+    """How many tasks of an array may run at once, as `sbatch --array` takes it."""
+    return "" if slurm.parallel is None else f"%{slurm.parallel}"
+
+
+def options_of(slurm: SlurmSettings, folder: Path, name: str, array: str | None = None, nodes: int = 0) -> list[str]:
+    """Options of sbatch.
+
+    Args:
+        folder: of the log.
+        nodes: 0: as many as the settings say.
 
     Raises:
-        ConfigError: what sbatch says is wrong with it.
+        ConfigError: a folder that a batch script cannot name.
     """
-    try:
-        sbatch = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
-    except FileNotFoundError:
-        raise ConfigError(f"sbatch is not installed here; {script} is written: submit it where it is") from None
-    if sbatch.returncode:
-        raise ConfigError(f"{sbatch.stderr.strip()} ({script})")
-    return sbatch.stdout.strip().partition(";")[0]
-
-
-def _quoted(path: Path) -> str:
-    if re.search(r"[\"\\\n]", str(path)):
-        raise ConfigError(f"{path}: a batch script cannot name a folder with quotes, backslashes or newlines")
-    return f'"{path}"' if " " in str(path) else str(path)
+    with checking():
+        given = {
+            "job-name": batch.job_name(name),
+            "nodes": nodes or slurm.nodes,
+            "gpus-per-node": slurm.gpus_per_node,
+            "cpus-per-task": slurm.cpus_per_task,
+            "mem": slurm.mem,
+            "time": slurm.time,
+            "partition": slurm.partition,
+            "account": slurm.account,
+            "array": array,
+            "signal": f"B:USR1@{slurm.grace_seconds}",
+            "chdir": batch.quoted(Path.cwd()),
+            "output": batch.quoted(folder / ("%x-%j.log" if array is None else "%x-%A-%a.log")),
+        }
+        return batch.options_of(given, slurm.options)

@@ -561,10 +561,19 @@ Duration = Annotated[str | None, like(r"(\d+-)?\d+:\d\d:\d\d", "a time such as 1
 Option = Annotated[str, like(r"--[a-z][a-z-]*(=\S+)?", "an option of sbatch such as --qos=high")]
 
 
-class SlurmSettings(Settings):
-    """Of a job: `slurm` in `configs/submit.yaml`. What is null is left to the cluster."""
+Line = Annotated[str, like(r"[^\n]+", "a line of bash")]
+Words = Annotated[str | None, like(r"[^\n]+", "a command, such as apptainer exec --nv distill.sif")]
+Flags = list[Annotated[str, like(r"-\S+", "a flag of distill launch such as --use_fsdp")]]
 
-    script: Literal["train", "make_trajectories"]
+
+def in_a_word(value: Any) -> Any:
+    """The command that an earlier name stands for."""
+    return "trajectories" if value == "make_trajectories" else value
+
+
+class SlurmSettings(Settings):
+    """Of jobs: the files of `configs/slurm/`. What is null is left to the cluster."""
+
     nodes: Positive
     gpus_per_node: Positive | None
     processes_per_node: Positive | None
@@ -574,13 +583,34 @@ class SlurmSettings(Settings):
     partition: Word
     account: Word
     array: Positive | None
+    parallel: Positive | None
     options: list[Option]
+    setup: list[Line]
+    python: FilePath | None
+    container: Words
+    launch_flags: Flags
     grace_seconds: Annotated[int, Field(ge=90, strict=True)]
     max_failures: Natural
+
+
+class JobSettings(SlurmSettings):
+    """Of a job, and which command it runs: `slurm` in `configs/submit.yaml`."""
+
+    script: Annotated[Literal["train", "trajectories"], BeforeValidator(in_a_word)]
 
 
 class SubmitSettings(TrainSettings):
     """`configs/submit.yaml`: a run, and the job that it is to be."""
 
+    slurm: JobSettings
+    dry_run: Flag
+
+
+class SubmitChainSettings(Settings):
+    """`configs/submit_chain.yaml`: a chain, and the jobs that its links are to be."""
+
+    chain: ChainSettings
+    output_dir: FilePath
+    overrides: list[str]
     slurm: SlurmSettings
     dry_run: Flag

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill.cluster.progress import checkpoints_of, finished, steps_taken
 from distill.config.loading import ConfigError, load
 from distill.config.recorded import Differences, chief, differences, given_keys
 from distill.config.settings import (
@@ -24,7 +25,7 @@ from distill.data.record import StoreError
 from distill.data.storage import Folder
 from distill.training.checkpoint import Checkpoints
 from distill.training.export import FACTS, check_formats
-from distill.training.run import FREE, checkpoints_of, finished, recorded_settings, steps_taken, write_atomically
+from distill.training.run import FREE, recorded_settings, write_atomically
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,18 @@ class Link:
     @property
     def trains(self) -> bool:
         return self.script == "train"
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes a store, which several jobs may do at once."""
+        return self.script == "make_trajectories"
+
+    @property
+    def progress(self) -> tuple[str, str]:
+        """How far it is: a kind of `distill.cluster.progress`, and where to look."""
+        if self.writes:
+            return "store", self.settings.data.store
+        return ("run" if self.trains else "files"), str(self.folder)
 
     @property
     def reads(self) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 
+from distill.cluster.progress import checkpoints_of, finished, steps_done, steps_taken
 from distill.config.loading import ConfigError, checking, read_settings, read_yaml, validated
 from distill.config.recorded import Differences, chief, differences, given_keys
 from distill.config.settings import TrainSettings
@@ -95,7 +96,6 @@ FREE = frozenset(
 IDENTITY = "run_id"
 CONFIG = "config.yaml"
 HISTORY = "history.jsonl"
-_STEP = re.compile(r"step-(\d{8,})")
 PROBE_BYTES = 64 << 10  # more than a run's small files have
 SMALL = (CONFIG, IDENTITY, "overrides.txt", "environment.json")
 
@@ -136,13 +136,6 @@ def open_run(settings: TrainSettings) -> Path:
     return folder
 
 
-def steps_taken(folder: Path) -> int:
-    """Steps of a run by its newest checkpoint, or by `DONE`; 0 for a new one."""
-    manifests = checkpoints_of(folder).glob("step-*/manifest.json")
-    found = [int(match[1]) for path in manifests if (match := _STEP.fullmatch(path.parent.name))]
-    return max([*found, _done(folder)])
-
-
 def _warn_of_other_bits(folder: Path, now: Mapping[str, Any]) -> None:
     """Says so where a run goes on with another arithmetic than `environment.json` has recorded."""
     try:
@@ -173,7 +166,7 @@ def _same_run(folder: Path, changed: Differences) -> None:
 
 def _check_steps(folder: Path, settings: TrainSettings, changed: Differences) -> None:
     """Refuses what a run that has taken steps cannot do, and says what a schedule makes of more steps."""
-    wanted, done, taken = settings.max_train_steps, _done(folder), steps_taken(folder)
+    wanted, done, taken = settings.max_train_steps, steps_done(folder), steps_taken(folder)
     where = f"output_dir={folder} holds a run that"
     if done > wanted:
         raise ConfigError(
@@ -340,22 +333,6 @@ def read_run(folder: str | Path) -> TrainSettings:
 def mark_finished(folder: Path, step: int) -> None:
     """Leaves `DONE`, with the steps taken, for people and batch scripts."""
     write_atomically(folder / "DONE", f"{step}\n")
-
-
-def finished(folder: Path, max_train_steps: int) -> bool:
-    """Whether the run in `folder` has taken so many steps."""
-    return _done(folder) >= max_train_steps
-
-
-def _done(folder: Path) -> int:
-    """The steps of a run that has finished; 0 of one that has not."""
-    steps = _content(folder / "DONE")
-    return int(steps) if steps.isdigit() else 0  # emptied by a power loss, it is written again
-
-
-def checkpoints_of(folder: str | Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return Path(folder) / "checkpoints"
 
 
 def environment() -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""slurm/chain.sh: links as jobs that wait for each other."""
+"""`distill submit chain=…`: links as jobs that wait for each other."""
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,12 @@ VERIFY = {"name": "verify", "script": "verify_shards"}
 PICTURES = {"name": "pictures", "script": "sample", "run": "run", "overrides": ["steps=2", "prompts=[snow]"]}
 
 
-def submitted(
-    slurm: Cluster, output_dir: Path, links: list[Any], overrides: list[str], **environment: str
-) -> list[str]:
+def submitted(slurm: Cluster, output_dir: Path, links: list[Any], overrides: list[str], *shape: str) -> list[str]:
     """Ids of the jobs of a chain, in its order."""
     settings = ["chain=lcm_lora_sd15", f"chain.links={hydra(links)}", f"overrides={hydra(overrides)}"]
-    command = ["bash", "slurm/chain.sh", *settings, f"output_dir={output_dir}", "--", "--nodes=2", "--gpus-per-node=1"]
-    said = slurm.call(*command, **environment)
-    return [line.split()[2].rstrip(",") for line in said.splitlines() if ": job " in line]
+    given = [*settings, f"output_dir={output_dir}", "slurm.nodes=2", "slurm.gpus_per_node=1", *shape]
+    said = slurm.call(sys.executable, "-m", "distill", "submit", *given, both=True)
+    return re.findall(r": job (\d+), ", said)
 
 
 def logs(output_dir: Path) -> str:
@@ -30,8 +30,14 @@ def logs(output_dir: Path) -> str:
 
 
 def test_a_link_that_fails_takes_along_what_waits_for_it(slurm: Cluster, tiny: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny[1:], f"data.prompts={tmp_path}/nothing.txt"]
+    """Its prompts are there when it is submitted, and not when it begins."""
+    prompts = tmp_path / "nothing.txt"
+    prompts.write_text("a\nb\n")
+    overrides = [*tiny[1:], f"data.prompts={prompts}"]
+    blocker = slurm.call("sbatch", "--parsable", "--exclusive", "--nodes=2", "--wrap=sleep 300", "--output=/dev/null")
     jobs = submitted(slurm, tmp_path / "chain", [STORE, VERIFY, {"name": "run"}], overrides)
+    prompts.unlink()
+    slurm.call("scancel", blocker)
     facts = [slurm.ended(job) for job in jobs]
     assert [one["JobState"] for one in facts] == ["FAILED", "CANCELLED", "CANCELLED"]
     assert facts[0]["ExitCode"] == "2:0" and "nothing.txt" in logs(tmp_path / "chain")
@@ -42,11 +48,11 @@ def test_a_pipeline_from_prompts_to_pictures(slurm: Cluster, tiny: list[str], st
     """The store by an array; submitted again when it is finished, nothing is."""
     overrides = [*tiny[1:], "max_train_steps=4"]
     links = [STORE, VERIFY, {"name": "run"}, PICTURES]
-    jobs = submitted(slurm, tmp_path / "chain", links, overrides, ARRAY="2")
+    jobs = submitted(slurm, tmp_path / "chain", links, overrides, "slurm.array=2")
     facts = [slurm.ended(job, 1200) for job in jobs]
     assert [one["JobState"] for one in facts] == ["COMPLETED"] * 4, logs(tmp_path / "chain")
     assert [one["NumNodes"] for one in facts] == ["2", "1", "2", "1"]
     for name in ("index.json", "shard-000003.tar"):
         assert (tmp_path / "chain" / "store" / name).read_bytes() == (store / name).read_bytes()
     assert len(list((tmp_path / "chain" / "pictures").rglob("*.png"))) == 1
-    assert submitted(slurm, tmp_path / "chain", links, overrides, ARRAY="2") == []
+    assert submitted(slurm, tmp_path / "chain", links, overrides, "slurm.array=2") == []

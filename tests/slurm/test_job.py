@@ -1,50 +1,58 @@
-"""slurm/job.sh, around work that takes no time: when a job goes back to the queue, and when it ends."""
+"""The supervisor in jobs, around work that takes no time: when one goes back to the queue, and when it ends."""
 
 from __future__ import annotations
 
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import ROOT, Cluster, until
+from distill.cluster import batch
+from distill.cluster.job import Job, Launcher
+from tests.slurm.cluster import Cluster, until
 
-JOB = """#!/usr/bin/env bash
-set -euo pipefail
-source {root}/slurm/job.sh
-progress() {{ cat at 2>/dev/null || echo nowhere; }}
-work() {{ echo "$SLURM_JOB_ID" >>runs; {work}; }}
-supervise notes progress work
-"""
-FURTHER = "echo more >>at"
+FURTHER = "mkdir -p at && date +%s%N >at/DONE"  # the step that the run has reached
 ONCE = f"[ -e at ] || {{ {FURTHER}; exit 75; }}"  # asks to be run again the first time
 
 
-def submitted(slurm: Cluster, folder: Path, work: str, *options: str, **environment: str) -> str:
-    (folder / "job.sh").write_text(JOB.format(root=ROOT, work=work))
-    given = ["--job-name=work", "--requeue", "--open-mode=append", f"--chdir={folder}", f"--output={folder}/log"]
-    return slurm.call("sbatch", "--parsable", *given, *options, str(folder / "job.sh"), **environment)
+def submitted(slurm: Cluster, folder: Path, work: str, *options: str, **limits: int) -> str:
+    command = ("bash", "-euc", f'echo "$SLURM_JOB_ID" >>runs; {work}')
+    Job("work", command, ("run", str(folder / "at")), str(folder / "notes"), **limits).write(folder / "job.json")
+    given = {"job-name": "work", "chdir": folder, "output": folder / "log"}
+    body = batch.supervised(sys.executable, folder / "job.json")
+    (folder / "job.sh").write_text(batch.script(batch.options_of(given, options), (), body))
+    return slurm.call("sbatch", "--parsable", str(folder / "job.sh"))
 
 
-@pytest.mark.parametrize(
-    ("work", "exit_code", "restarts", "words"),
-    [
-        ("true", "0:0", 0, ""),
-        (ONCE, "0:0", 1, "is at more: back to the queue"),
-        (f"{FURTHER}; exit 3", "3:0", 0, "error: work: an alarm has ended the run, which is saved at more"),
-        (f"{FURTHER}; exit 2", "2:0", 0, "error: work: the settings or the data are wrong"),
-        ("exit 5", "5:0", 0, "error: work: ended with exit code 5 and got no further than nowhere"),
-        ("exit 75", "75:0", 1, "error: work: ended with exit code 75 and has failed 2 times"),
-        (f"{FURTHER}; exit 5", "5:0", 1, "error: work: ended with exit code 5 and has failed 2 times"),
-        (f"{FURTHER}; echo 3 >$JOB_NOTES/exit-1; exit 137", "3:0", 0, "an alarm has ended the run"),
-    ],
-)
+OUTCOMES = [
+    ("true", "0:0", 0, ""),
+    (ONCE, "0:0", 1, "is at step [0-9]+: back to the queue"),
+    (f"{FURTHER}; exit 3", "3:0", 0, "error: work: an alarm has ended the run, which is saved at step"),
+    (f"{FURTHER}; exit 2", "2:0", 0, "error: work: the settings or the data are wrong"),
+    ("exit 5", "5:0", 0, "error: work: ended with exit code 5 and got no further than no checkpoint"),
+    ("exit 75", "75:0", 1, "error: work: ended with exit code 75 and has failed 2 times"),
+    (f"{FURTHER}; exit 5", "5:0", 1, "error: work: ended with exit code 5 and has failed 2 times"),
+    (f"{FURTHER}; echo 3 >$JOB_NOTES/exit-1; exit 137", "3:0", 0, "an alarm has ended the run"),
+]
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
+    """A job of each piece of work, and its folder: they wait for the queue side by side."""
+    folders = {work: tmp_path_factory.mktemp("job") for work, *_ in OUTCOMES}
+    return {work: (submitted(slurm, folder, work, max_failures=1), folder) for work, folder in folders.items()}
+
+
+@pytest.mark.parametrize(("work", "exit_code", "restarts", "words"), OUTCOMES)
 def test_a_job_is_run_again_only_if_it_may_help(
-    work: str, exit_code: str, restarts: int, words: str, slurm: Cluster, tmp_path: Path
+    work: str, exit_code: str, restarts: int, words: str, slurm: Cluster, jobs: dict[str, tuple[str, Path]]
 ) -> None:
-    facts = slurm.ended(submitted(slurm, tmp_path, work, MAX_FAILURES="1"))
-    log = (tmp_path / "log").read_text()
+    job, folder = jobs[work]
+    facts, log = slurm.ended(job), (folder / "log").read_text()
     assert (facts["ExitCode"], facts["Restarts"]) == (exit_code, str(restarts)), log
-    assert words in log and log.count("error: work:") == (exit_code != "0:0")
+    assert re.search(words, log) and log.count("error: work:") == (exit_code != "0:0")
 
 
 def listening(then: str) -> str:
@@ -56,8 +64,8 @@ def listening(then: str) -> str:
 @pytest.mark.parametrize(
     ("then", "state", "restarts", "words"),
     [
-        (FURTHER, "COMPLETED", "1", "is at more: back to the queue"),
-        ("true", "FAILED", "0", "error: work: stopped before it got any further (nowhere): it needs more time"),
+        (FURTHER, "COMPLETED", "1", "is at step [0-9]+: back to the queue"),
+        ("true", "FAILED", "0", "error: work: stopped before it got any further .no checkpoint.: it needs more time"),
     ],
 )
 def test_a_signal_before_the_time_is_up_reaches_the_steps(
@@ -68,7 +76,7 @@ def test_a_signal_before_the_time_is_up_reaches_the_steps(
     slurm.call("scancel", "--signal=USR1", "--batch", job)
     facts = slurm.ended(job)
     assert (facts["JobState"], facts["Restarts"]) == (state, restarts)
-    assert words in (tmp_path / "log").read_text()
+    assert re.search(words, (tmp_path / "log").read_text())
 
 
 def test_a_task_of_an_array_goes_back_to_the_queue_alone(slurm: Cluster, tmp_path: Path) -> None:
@@ -95,8 +103,8 @@ def test_the_exit_code_of_one_node_is_the_jobs(slurm: Cluster, tmp_path: Path) -
     """Through `accelerate launch`, whose own is always 1, and srun, which kills the other node for it."""
     script = "import os, sys, time\nif os.environ['RANK'] == '0':\n    time.sleep(60)\nsys.exit(3)\n"
     (tmp_path / "rank.py").write_text(script)
-    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--exclusive"]
-    job = submitted(slurm, tmp_path, f'{FURTHER}; "${{launcher[@]}}" rank.py', *options)
+    options = ["--nodes=2", "--gpus-per-node=1", "--exclusive"]
+    job = submitted(slurm, tmp_path, f"{FURTHER}; {shlex.join(Launcher().command())} rank.py", *options)
     facts, log = slurm.ended(job), (tmp_path / "log").read_text()
     assert (facts["ExitCode"], facts["NumNodes"], facts["Restarts"]) == ("3:0", "2", "0"), log
     assert (tmp_path / "notes" / job / "exit-1").read_text() == "3\n"

@@ -1,7 +1,8 @@
-"""Jobs from scripts/submit.py to their ends: trajectories, training on two nodes, and what befalls them."""
+"""Jobs from `distill submit` to their ends: trajectories, training on two nodes, and what befalls them."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -19,9 +20,9 @@ STEPS = 40
 
 
 def submit(slurm: Cluster, output_dir: Path, settings: list[str], *more: str, **environment: str) -> str:
-    """The id of a job of scripts/submit.py."""
+    """The id of a job of `distill submit`."""
     given = [*settings, f"output_dir={output_dir}", *more]
-    said = slurm.call(sys.executable, "scripts/submit.py", *given, both=True, **environment)
+    said = slurm.call(sys.executable, "-m", "distill", "submit", *given, both=True, **environment)
     return said.partition("INFO job ")[2].split()[0]
 
 
@@ -112,11 +113,30 @@ def _is(process: psutil.Process, folder: Path, wanted: dict[str, str]) -> bool:
         return False
 
 
+def test_a_sweep_is_an_array_whose_tasks_are_run_again_by_themselves_and_ends_with_a_page(
+    slurm: Cluster, tiny: list[str], store: Path, tmp_path: Path
+) -> None:
+    """One of its two runs is stopped before its time is up; the other one is not."""
+    settings = [f"data.store={store}", f"max_train_steps={STEPS}", "engine=single", f"output_dir={tmp_path}/out"]
+    command = [*tiny, *settings, "learning_rate=1e-4,1e-3", "slurm.parallel=2"]
+    said = slurm.call(sys.executable, "-m", "distill", "submit", "-m", *command, both=True)
+    array, page = re.findall(r"INFO job (\d+):", said)
+    stopped = tmp_path / "out" / "learning_rate=0.001"
+    until(lambda: begun(stopped, 3), why=lambda: log_of(tmp_path / "out"))
+    slurm.call("scancel", "--signal=USR1", "--batch", f"{array}_1")
+    tasks, log = [slurm.ended(f"{array}_{i}") for i in range(2)], log_of(tmp_path / "out")
+    assert [(facts["JobState"], facts["Restarts"]) for facts in tasks] == [("COMPLETED", "0"), ("COMPLETED", "1")], log
+    assert slurm.ended(page)["JobState"] == "COMPLETED", log_of(tmp_path / "out")
+    shown = (tmp_path / "out" / "index.html").read_text()
+    for name in ("learning_rate=0.0001", "learning_rate=0.001"):
+        assert (tmp_path / "out" / name / "DONE").read_text() == f"{STEPS}\n" and name in shown
+
+
 def test_a_killed_task_of_an_array_is_run_again_and_the_store_is_the_same(
     slurm: Cluster, tiny: list[str], store: Path, tmp_path: Path
 ) -> None:
     settings = [*tiny, f"data.store={tmp_path}/store"]
-    command = ["slurm.script=make_trajectories", "slurm.array=2"]
+    command = ["slurm.script=trajectories", "slurm.array=2"]
     array = submit(slurm, tmp_path / "run", settings, *command)
     until(lambda: started(tmp_path, RANK="0", SLURM_ARRAY_TASK_ID="1") != [])
     (rank,) = started(tmp_path, RANK="0", SLURM_ARRAY_TASK_ID="1")

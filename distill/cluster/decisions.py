@@ -1,0 +1,76 @@
+"""Whether a job ends, or goes back to the queue: a function of how its work ended and how far it got."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MISTAKE = 2  # exit codes of commands: settings or data that are wrong
+ALARM = 3  # a run that was ended because it did not learn
+AGAIN = 75  # saved, and to be run again; or something could not be read
+NOT_ENOUGH_TIME = 1  # what a job ends with that was stopped before it got any further
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How one start of a job went.
+
+    Args:
+        code: the exit code of its work.
+        before, after: how far the work was when it started, and is now, in words.
+        stopped: whether it was asked to end, before its time was up or by the cluster.
+        cancelled: whether somebody has cancelled the job.
+        failures: how many of its earlier starts count as failed.
+    """
+
+    code: int
+    before: str
+    after: str
+    stopped: bool = False
+    cancelled: bool = False
+    failures: int = 0
+
+    @property
+    def got_further(self) -> bool:
+        return self.after != self.before
+
+    @property
+    def failed(self) -> bool:
+        """Whether it counts among the failures: it ended unasked, and not because it had saved for the next start."""
+        return self.code != 0 and not self.stopped and (self.code != AGAIN or not self.got_further)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a job.
+
+    Args:
+        requeue: whether it goes back to the queue.
+        code: its exit code, if it does not.
+        words: why, for its log; empty if all is well.
+    """
+
+    requeue: bool
+    code: int
+    words: str
+
+
+def decide(attempt: Attempt, max_failures: int) -> Decision:
+    """A job is run again if that may help: it got further, or could not read its data; but not for ever."""
+    code, after = attempt.code, attempt.after
+    if code == 0:
+        return Decision(False, 0, "")
+    if code == MISTAKE:
+        return Decision(False, code, "the settings or the data are wrong, see above")
+    if code == ALARM:
+        return Decision(False, code, f"an alarm has ended the run, which is saved at {after}")
+    if attempt.cancelled:
+        return Decision(False, code, f"cancelled at {after}")
+    if attempt.stopped and not attempt.got_further:
+        words = f"stopped before it got any further ({after}): it needs more time than --time gives"
+        return Decision(False, NOT_ENOUGH_TIME, words)
+    if code != AGAIN and not attempt.got_further:
+        return Decision(False, code, f"ended with exit code {code} and got no further than {after}")
+    failures = attempt.failures + 1
+    if attempt.failed and failures > max_failures:
+        return Decision(False, code, f"ended with exit code {code} and has failed {failures} times")
+    return Decision(True, code, f"ended with exit code {code} and is at {after}: back to the queue")

@@ -1,0 +1,92 @@
+"""A job as a file: what it runs, how far that is, and how its processes are started on each node.
+
+`distill submit` writes the file, and the supervisor, on the first node of the job, reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, or one task of an array.
+
+    Args:
+        name: for messages.
+        command: what does the work. It runs once, on the first node; `Launcher.command` starts it on all of them.
+        progress: a kind of `distill.cluster.progress.KINDS`, and a folder or URL.
+        notes: the folder for what has to survive a requeue; each job has a folder of its own in it.
+        grace_seconds: from the signal USR1 to the end of the job, as `sbatch --signal` says.
+        max_failures: so often a job is run again that failed, but had got further, or could not read its data at all.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    progress: tuple[str, str]
+    notes: str
+    grace_seconds: int = 180
+    max_failures: int = 3
+
+    def write(self, path: Path) -> None:
+        """Puts it where the job reads it. Nobody meets half a file."""
+        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        aside.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        aside.replace(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Job:
+        """Raises ValueError: a file that is no job, in one line."""
+        try:
+            facts: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            kind, where = facts.pop("progress")
+            return cls(command=tuple(facts.pop("command")), progress=(kind, where), **facts)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is no job that distill submit has written: {error}") from None
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What starts a command on all nodes of a job: `srun` starts `distill.cluster.node` on each, which starts the rest.
+
+    Args:
+        python: the interpreter of each node.
+        processes_per_node: None: one for each GPU of a node, or one.
+        flags: of `distill launch`, beside those that say where the nodes are.
+        container: what each node's processes run within, such as ("apptainer", "exec", "--nv", "distill.sif"); the
+            interpreter is then the `python` of the container.
+    """
+
+    python: str = sys.executable
+    processes_per_node: int | None = None
+    flags: tuple[str, ...] = ()
+    container: tuple[str, ...] = ()
+
+    def command(self) -> tuple[str, ...]:
+        """Is followed by what `distill launch` runs: `-m distill train …`, say."""
+        count = () if self.processes_per_node is None else (f"processes_per_node={self.processes_per_node}",)
+        python = "python" if self.container else self.python
+        within = ("srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *self.container, python)
+        return (*within, "-m", "distill.cluster.node", *count, *(f"launch_flag={flag}" for flag in self.flags), "--")
+
+
+def launched(
+    command: str, settings: Mapping[str, Any], arguments: Sequence[str], launcher: Launcher, **limits: int
+) -> Job:
+    """The job of `distill COMMAND ARGUMENTS` on all nodes.
+
+    Args:
+        command: train or trajectories.
+        settings: what the arguments come to.
+        limits: grace_seconds and max_failures.
+    """
+    folder = Path(settings["output_dir"]).resolve()
+    at = ("store", settings["data"]["store"]) if command == "trajectories" else ("run", str(folder))
+    work = (*launcher.command(), "-m", "distill", command, *arguments)
+    return Job(command, work, at, str(folder / "slurm"), **limits)
