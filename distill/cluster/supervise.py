@@ -62,7 +62,8 @@ def supervise(job: Job, cluster: Slurm | Alone) -> int:
     if attempt.failed:
         write(notes / "failures", failures + 1)
     code = concluded(decide(attempt, job.max_failures), job, cluster)
-    write(notes / "code", code)
+    if code:  # for the page of a sweep
+        write(notes / "code", code)
     return code
 
 

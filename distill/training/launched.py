@@ -94,7 +94,8 @@ def require_one_task(environment: MutableMapping[str, str] = os.environ) -> None
     if "WORLD_SIZE" not in environment and "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
         raise LaunchError(
             f"srun has started {tasks} of these processes, and each would take itself for the only one: use "
-            "distill submit, or srun --ntasks-per-node=1 bash slurm/launch.sh, which start a launcher on each node"
+            "distill submit, or srun --ntasks-per-node=1 python -m distill.cluster.node, which start a launcher on "
+            "each node"
         )
 
 

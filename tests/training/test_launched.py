@@ -70,7 +70,7 @@ def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path: Path) -
     """Several tasks of srun; several processes of mpirun, which this test plays by its name."""
     require_one_task({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"})
     require_one_task({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "RANK": "0", "WORLD_SIZE": "4"})
-    with pytest.raises(LaunchError, match="srun has started 4 of these processes.*slurm/launch.sh"):
+    with pytest.raises(LaunchError, match="srun has started 4 of these processes.*python -m distill.cluster.node"):
         require_one_task({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"})
     (tmp_path / "mpirun").symlink_to("/bin/bash")
     check = "from distill.training.launched import settle; settle()"
