@@ -14,7 +14,7 @@ import torch
 from distill.commands import evaluate
 from distill.config import components
 from distill.config.components import OTHERS, check_component
-from distill.config.loading import ConfigError, load
+from distill.config.loading import ConfigError, check_components, load
 from distill.config.settings import EvaluateSettings, SampleSettings, TrainSettings
 from distill.diffusion.noise import Noise
 from distill.diffusion.registry import import_plugins
@@ -24,8 +24,11 @@ from distill.evaluation.compare import Setting
 from distill.evaluation.metrics import METRICS, drawn
 from distill.evaluation.protocol import Captions, Protocol, build_scorer
 from distill.evaluation.report import format_table
+from distill.methods.lcm import LCM
 from distill.methods.sampling import sample
+from distill.models.families import Teacher
 from distill.models.schedulers import scheduler_settings
+from distill.training.helpers import check_helpers, helpers_of
 from tests.analytic import three_peaks
 
 ROOT = Path(__file__).parents[1]
@@ -217,3 +220,34 @@ def test_what_acts_on_its_arguments_stays_out(path: str, monkeypatch: pytest.Mon
         load("train", TrainSettings, ["data.store=s", f"method._target_={path}"])
     with pytest.raises(ValueError, match="is not one of"):
         check_component({"_target_": path})
+
+
+class Likeness(torch.nn.Module):
+    """A helper as somebody else may bring one: it wants the teacher, for its autoencoder."""
+
+    def __init__(self, teacher: Teacher, scale: float = 1.0) -> None:
+        super().__init__()
+        self.vae, self.scale = teacher.vae, scale
+
+
+class Asking(LCM):
+    """A method that asks for it."""
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        super().__init__(schedule)
+        self.asks += ("likeness",)
+
+
+def test_a_helper_of_another_package_is_built_for_a_method_that_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OTHERS, "tests")
+    given = ["experiment=quickstart", "data.store=s", f"helpers.likeness._target_={__name__}.Likeness"]
+    cfg, method = load("train", TrainSettings, [*given, "helpers.likeness.scale=2.5"]), Asking(SCHEDULE)
+    check_helpers(cfg, method)
+    (likeness,) = helpers_of(cfg, method).values()
+    assert isinstance(likeness, Likeness) and likeness.scale == 2.5 and hasattr(likeness.vae, "decode")
+    with pytest.raises(ConfigError, match="^helpers.likeness is set, and the method uses none"):
+        check_helpers(cfg, LCM(SCHEDULE))
+    with pytest.raises(ConfigError, match="for a likeness, and there is no likeness: set helpers.likeness._target_="):
+        check_helpers(load("train", TrainSettings, given[:2]), method)
+    with pytest.raises(ConfigError, match="likeness: unknown key 'size'; allowed: teacher, scale$"):
+        check_components(load("train", TrainSettings, [*given, "+helpers.likeness.size=1"]))

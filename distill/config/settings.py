@@ -197,6 +197,7 @@ class TrainSettings(Settings):
     reward: Component | None = None
     reward_batch_size: Positive = 1
     perceptual: Component | None = None
+    helpers: dict[str, Component] = {}
     teacher: FilePath | None = None
     start: FilePath | None = None
     health: Component = {"_target_": "distill.training.health.Health"}

@@ -43,7 +43,8 @@ class Method(ABC):
     """A paper: its constants are the constructor's arguments, its algorithm box is a loss.
 
     `trains` names the networks that its turns update, if not in every step; `asks`, the further ones that its losses
-    call: "teacher", "NAME_ema" for the moving average of a trained one, or "reward" (`Reward`).
+    call: "teacher", "NAME_ema" for the moving average of a trained one, "reward" (`Reward`), "perceptual", or the name
+    of any other helper that the settings describe (`helpers.NAME`).
     """
 
     title: str = ""
@@ -71,6 +72,12 @@ class Method(ABC):
 
     Stored trajectories have their own, which comes on top wherever the method reads trajectories.
     """
+
+    @property
+    def helpers(self) -> tuple[str, ...]:
+        """Of what its losses call, what is no network: "reward" and the like, by the names of the settings."""
+        networks = {"teacher", *(f"{name}_ema" for name in self.trains)}
+        return tuple(name for name in self.asks if name not in networks)
 
     @abstractmethod
     def reads(self, step: int = 0) -> Reads:

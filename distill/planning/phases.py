@@ -190,8 +190,8 @@ def prepared(cfg: PlanSettings) -> PlannedRun:
     engine = "ddp" if engine == "single" and ranks_of(cfg.cluster) > 1 else engine
     built = architecture(cfg.model)
     method: Method = build(cfg.method, schedule=built.teacher.schedule)
-    if "reward" in method.asks or "perceptual" in method.asks:
-        raise ConfigError("a plan knows no rewards and no perceptual distances: choose a method without")
+    if method.helpers:
+        raise ConfigError(f"a plan knows no {' and no '.join(method.helpers)}: choose a method without")
     check_method(cfg, method)
     with checking():
         made = networks_of(cfg, built.teacher, method.asks, others_of(cfg, method))

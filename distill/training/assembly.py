@@ -32,13 +32,13 @@ from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
 from distill.models.exported import Exported, open_export
 from distill.models.families import Teacher
-from distill.models.latent_reward import LatentReward
 from distill.models.schedulers import scheduler_settings
 from distill.training.checkpoint import Checkpoints
 from distill.training.ends import PREEMPTED, exit_code, say_end
 from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
 from distill.training.fitting import SAMPLES, STORE, as_begun, check_method, check_packages, fitting_store, split_batch
 from distill.training.health import Health
+from distill.training.helpers import helpers_of
 from distill.training.launched import launched_rank, launched_world_size, require_one_task
 from distill.training.lock import RunLock
 from distill.training.loop import Every, NoData, Observers, train
@@ -364,17 +364,6 @@ def plan_of(cfg: TrainSettings, method: Method, rate: LearningRate, name: str) -
 def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str, step: int) -> float:
     """The factor of `learning_rate` at a step: the schedule's, times that of the method's own rate, if it has one."""
     return rate(step) * (method.learning_rate(step, name) or cfg.learning_rate) / cfg.learning_rate
-
-
-def helpers_of(cfg: TrainSettings, method: Method) -> dict[str, torch.nn.Module]:
-    """What the method's losses call beside networks, of what they ask for: a reward and a distance of latents."""
-    helpers: dict[str, torch.nn.Module] = {}
-    if "reward" in method.asks and cfg.reward is not None:
-        teacher = open_teacher(cfg.model, parts=("vae",))
-        helpers["reward"] = LatentReward(teacher, build(cfg.reward), cfg.reward_batch_size)
-    if "perceptual" in method.asks and cfg.perceptual is not None:
-        helpers["perceptual"] = build(cfg.perceptual)
-    return helpers
 
 
 def ends_of(

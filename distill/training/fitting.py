@@ -19,6 +19,7 @@ from distill.data.reader import Store, open_store
 from distill.methods.base import Method
 from distill.models.exported import Exported
 from distill.models.families import Teacher
+from distill.training.helpers import check_helpers
 from distill.training.launched import launched_rank
 
 log = logging.getLogger("distill")
@@ -44,10 +45,7 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
         )
     if cfg.ema_decay is None and any(f"{name}_ema" in method.asks for name in method.trains):
         raise ConfigError("the method's target is the moving average of the student, and none is kept: set ema_decay")
-    if "reward" in method.asks and cfg.reward is None:
-        raise ConfigError("the method scores its answers, and there is no reward: set reward=clip or another")
-    if "perceptual" in method.asks and cfg.perceptual is None:
-        raise ConfigError("the method's distance is perceptual, and there is none: set perceptual=latent_lpips")
+    check_helpers(cfg, method)
     if cfg.global_batch_size < method.least_samples:
         raise ConfigError(
             f"the method compares samples of a step: global_batch_size={cfg.global_batch_size} must be at least "
@@ -58,12 +56,6 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
 
 def check_read(cfg: TrainSettings, method: Method) -> None:
     """Refuses what is set and nothing of the run would read."""
-    stages = ", or method.stages of which one does" if method.steps else ""
-    for name in ("reward", "perceptual"):
-        if getattr(cfg, name) is not None and name not in method.asks:
-            raise ConfigError(
-                f"{name} is set, and the method uses none: leave it out, or set a method that does{stages}"
-            )
     nodes = [cfg.student, *(cfg.networks[name] for name in method.trains if name in cfg.networks)]
     has = {key for node in nodes for key in node}
     given = given_keys()
