@@ -9,7 +9,9 @@ from typing import NoReturn
 
 from distill import __version__
 from distill.commands import COMMANDS, run
+from distill.commands.running import fail, nobody_reads
 from distill.config import signatures
+from distill.config.mistakes import ConfigError
 
 USAGE = """Distils diffusion models into students that sample in 1 to 8 steps.
 
@@ -19,7 +21,7 @@ USAGE = """Distils diffusion models into students that sample in 1 to 8 steps.
 Commands:
 {commands}
 
-distill --version says which one this is."""
+distill --version says which one this is; eval "$(distill -sc install=bash)" has the shell complete what is typed."""
 
 
 def main() -> NoReturn:
@@ -31,6 +33,8 @@ def main() -> NoReturn:
     if arguments[0] == "--version":
         print(f"distill {__version__}")
         sys.exit()
+    if arguments[0].partition("=")[0] in ("-sc", "--shell-completion"):
+        sys.exit(complete(arguments[1] if len(arguments) == 2 else arguments[0].partition("=")[2]))
     name = arguments[0]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
@@ -39,6 +43,20 @@ def main() -> NoReturn:
         sys.exit(2)
     sys.argv = [f"{sys.argv[0]} {name}", *arguments[1:]]
     run(name)
+
+
+def complete(what: str) -> int:
+    """Prints what a shell needs to complete command lines, or what it asks for; returns the exit code."""
+    from distill import completion
+
+    try:
+        print(completion.answer(what))
+        sys.stdout.flush()
+    except ConfigError as error:
+        return fail(error)
+    except BrokenPipeError:
+        return nobody_reads()
+    return 0
 
 
 def summary(name: str) -> str:

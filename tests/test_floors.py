@@ -27,7 +27,7 @@ FLOORS = {
     "benchmarks": 6,
     "studies": 6,
 }
-DOORS = {"__init__.py", "__main__.py", "api.py", "py.typed"}  # of the package: above all rooms
+DOORS = {"__init__.py", "__main__.py", "api.py", "completion.py", "py.typed"}  # of the package: above all rooms
 
 TORCH_ONLY = {"diffusion", "methods"}  # torch and the standard library, and of this project floor 0 alone
 

@@ -1,9 +1,9 @@
 """Measures speed and memory, as ratios within one run (single timings mean little on shared machines):
 
-distill benchmark step --size toy      # a training step against the bare network passes that it needs
-distill benchmark step --size sd15
+distill benchmark step size=toy        # a training step against the bare network passes that it needs
+distill benchmark step size=sd15
 distill benchmark deterministic        # a training step with and without the arithmetic that repeats itself
-distill benchmark lcm --size sd15      # LCM-LoRA's step here against that of the usual scripts
+distill benchmark lcm size=sd15        # LCM-LoRA's step here against that of the usual scripts
 distill benchmark memory               # what the experiments hold, counted without weights
 distill benchmark reader               # planned reads against a sequential read of the same bytes
 distill benchmark checksums            # what comparing all that is read with its checksums costs
@@ -12,7 +12,6 @@ distill benchmark start                # from an index to the first batch, for 1
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import TypeVar
 import torch
 
 from distill.benchmarks.common import SCHEDULE, machine, random_store, toy_unet
+from distill.config.settings import BenchmarkSettings
 from distill.data.index import ShardInfo, StoreIndex
 from distill.data.loader import make_loader
 from distill.data.reader import Store
@@ -45,43 +45,22 @@ T = TypeVar("T")
 SHAPES = {"toy": ((8, 8), 12), "sd15": ((32, 32), 77)}  # latents (h, w), text tokens
 
 
-def main() -> int:
-    """Of the command line: what is measured, and its options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    step = commands.add_parser("step")
-    step.add_argument("--size", choices=("toy", "sd15"), default="toy")
-    step.add_argument("--repeats", type=int, help="counted steps (toy: 40, sd15: 5)")
-    step.add_argument("--batch-size", type=int, help="samples a step (toy: 64, sd15: 1)")
-    step.set_defaults(run=lambda a: bench_step(a.size, a.repeats, a.batch_size))
-    step.add_argument("--deterministic", choices=("auto", "false"), default="auto")
-    repeats = commands.add_parser("deterministic")
-    repeats.add_argument("--size", choices=("toy", "sd15"), default="toy")
-    repeats.add_argument("--rounds", type=int, default=5, help="processes of each kind, in turn")
-    repeats.set_defaults(run=lambda a: bench_deterministic(a.size, a.rounds))
-    lcm = commands.add_parser("lcm")
-    lcm.add_argument("--size", choices=("toy", "sd15"), default="toy")
-    lcm.add_argument("--rounds", type=int, default=2, help="processes of each variant, in turn")
-    lcm.add_argument("--repeats", type=int, help="counted steps of each process (toy: 20, sd15: 3)")
-    lcm.set_defaults(run=lambda a: bench_lcm(a.size, a.rounds, a.repeats))
-    commands.add_parser("memory").set_defaults(run=lambda a: bench_memory())
-    reader = commands.add_parser("reader")
-    reader.add_argument("--samples", type=int, default=512)
-    reader.add_argument("--workers", type=int, default=1)
-    reader.set_defaults(run=lambda a: bench_reader(a.samples, a.workers))
-    commands.add_parser("checksums").set_defaults(run=lambda a: bench_checksums())
-    start = commands.add_parser("start")
-    start.add_argument("--samples", type=int, nargs="+", default=[10**3, 10**5, 10**7])
-    start.set_defaults(run=lambda a: bench_start(a.samples))
-    arguments = parser.parse_args()
-    deterministic = getattr(arguments, "deterministic", "auto") != "false" and "auto"
-    arithmetic.prepare(deterministic)
-    arithmetic.settle(deterministic)
-    arguments.run(arguments)
-    return 0
+def main(cfg: BenchmarkSettings) -> None:
+    """Measures what the settings name, and prints it."""
+    size, samples = cfg.size or "", cfg.samples or []
+    measurements: dict[str, Callable[[], None]] = {
+        "step": lambda: bench_step(size, cfg.repeats or 0, cfg.batch_size or 0),
+        "deterministic": lambda: bench_deterministic(size, cfg.rounds or 0),
+        "lcm": lambda: bench_lcm(size, cfg.rounds or 0, cfg.repeats or 0),
+        "memory": bench_memory,
+        "reader": lambda: bench_reader(samples[0], cfg.workers or 0),
+        "checksums": bench_checksums,
+        "start": lambda: bench_start(samples),
+    }
+    measurements[cfg.measure]()
 
 
-def bench_lcm(size: str, rounds: int, repeats: int | None) -> None:
+def bench_lcm(size: str, rounds: int, repeats: int) -> None:
     from distill.benchmarks import lcm_recipe
 
     lcm_recipe.compare(size, rounds, repeats)
@@ -101,7 +80,7 @@ def bench_deterministic(size: str, rounds: int) -> None:
     seconds: dict[str, list[float]] = {"auto": [], "false": []}
     for _ in range(rounds):
         for chosen, found in seconds.items():
-            command = [sys.executable, "-m", "distill", "benchmark", "step", "--size", size, "--deterministic", chosen]
+            command = [sys.executable, "-m", "distill", "benchmark", "step", f"size={size}", f"deterministic={chosen}"]
             done = subprocess.run(command, env=own, stdout=subprocess.PIPE, text=True, check=True)
             found.append(float(done.stdout.partition("training step")[2].split()[0]))
     auto, false = min(seconds["auto"]), min(seconds["false"])
@@ -111,9 +90,8 @@ def bench_deterministic(size: str, rounds: int) -> None:
     print(f"  ratio               {auto / false:9.3f}")
 
 
-def bench_step(size: str, repeats: int | None, batch_size: int | None) -> None:
+def bench_step(size: str, repeats: int, batch_size: int) -> None:
     """Steps and bare passes in turn; the ratio is of medians."""
-    repeats, batch_size = repeats or {"toy": 40, "sd15": 5}[size], batch_size or {"toy": 64, "sd15": 1}[size]
     unet = toy_unet() if size == "toy" else build_unet(unet_config("sd15"))
     add_lora(unet, rank=64, alpha=64)
     (h, w), tokens = SHAPES[size]

@@ -56,9 +56,8 @@ SD_VAE = {
 }
 
 
-def compare(size: str, rounds: int, repeats: int | None) -> None:
+def compare(size: str, rounds: int, repeats: int) -> None:
     """Runs the variants in turn, `rounds` times, and prints the table."""
-    repeats = repeats or SIZES[size]["repeats"]
     found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant in VARIANTS:

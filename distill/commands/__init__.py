@@ -18,6 +18,7 @@ from distill.commands.running import run_script
 from distill.config import signatures
 from distill.config.loading import Settings
 from distill.config.settings import (
+    BenchmarkSettings,
     EvaluateSettings,
     ExportSettings,
     PlanSettings,
@@ -28,6 +29,7 @@ from distill.config.settings import (
     SubmitChainSettings,
     SubmitSettings,
     TrainSettings,
+    VerifySettings,
 )
 
 
@@ -41,6 +43,8 @@ class Command:
         settings: what that is checked against.
         sweep: the module whose `sweep` takes the place of running it with one combination after another under -m.
         by_key: what runs in its place if a setting of that name is given.
+        words: keys of what may be given without its key, in this order; the last one takes all that are left, if it is
+            a list.
     """
 
     module: str
@@ -48,6 +52,7 @@ class Command:
     settings: type[Settings] | None = None
     sweep: str = ""
     by_key: Mapping[str, Command] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
 
     def run(self, typed: Sequence[str] = ()) -> int:
         """Runs it with the arguments of this process; `--help` is answered without loading it.
@@ -59,7 +64,7 @@ class Command:
             if any(argument.startswith(f"{key}=") for argument in sys.argv[1:]):
                 return other.run(typed)
         if self.settings is not None:
-            return run_script(self.module, self.config, self.settings, typed, self.sweep)
+            return run_script(self.module, self.config, self.settings, typed, self.sweep, self.words)
         if sys.argv[1:] in (["-h"], ["--help"]):
             print(signatures.docstring(self.module))
             return 0
@@ -87,10 +92,10 @@ COMMANDS = {
         by_key={"chain": SUBMIT_CHAIN},
     ),
     "launch": Command("distill.commands.launch"),
-    "verify": Command("distill.commands.verify"),
+    "verify": Command("distill.commands.verify", "verify", VerifySettings, words=("store", "shards")),
     "configs": Command("distill.commands.configs"),
     "doctor": Command("distill.commands.doctor"),
-    "benchmark": Command("distill.benchmarks.benchmark"),
+    "benchmark": Command("distill.benchmarks.benchmark", "benchmark", BenchmarkSettings, words=("measure",)),
     "study": Command("distill.studies.study"),
 }
 

@@ -9,19 +9,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
-from distill.commands.multirun import FLAGS as MULTIRUN
+from distill.commands.flags import flags_of, with_words
 from distill.commands.multirun import multirun
 from distill.config import signatures
-from distill.config.composition import add_config_dir, groups_of
+from distill.config.composition import groups_of
 from distill.config.describe import Described, described
+from distill.config.information import KINDS as INFORMATION
+from distill.config.information import information
 from distill.config.loading import Settings, check_components, given, keys_of
 from distill.config.mistakes import MAX_LINE, ConfigError, checking, first_line
-from distill.config.overrides import check_flags
+from distill.config.overrides import check_flags, switches_of
 from distill.config.packages import install_line, is_installed
 from distill.data.errors import AGAIN, NOT_WRITTEN, NotWritten, ReadError, StoreError, short
 from distill.training import arithmetic
@@ -31,68 +32,44 @@ RANK_0_SECONDS = 10.0
 S = TypeVar("S", bound=Settings)
 
 
-@dataclass(frozen=True)
-class Flags:
-    """What is not `key=value` on a command line.
-
-    Args:
-        rest: the settings.
-        shows: what is to be printed in the place of running: `help`, `cfg`, or nothing.
-        several: `-m`: the settings have several values.
-    """
-
-    rest: list[str]
-    shows: str
-    several: bool
-
-
-def flags_of(arguments: Sequence[str]) -> Flags:
-    """Takes flags and settings apart; `--config-dir DIR` acts from now on. Raises ConfigError."""
-    rest = with_config_dirs([*arguments])
-    shows, several = "", any(argument in MULTIRUN for argument in rest)
-    for at, argument in enumerate(rest):
-        if argument in ("--help", "-h"):
-            shows = "help"
-        elif argument in ("--cfg", "-c"):
-            shows = shows or "cfg"
-            if rest[at + 1 : at + 2] and rest[at + 1] in ("job", "all"):  # Hydra's word for what is printed here
-                rest[at + 1] = argument
-    taken = {"--help", "-h", "--cfg", "-c", *MULTIRUN}
-    return Flags([argument for argument in rest if argument not in taken], shows, several)
-
-
 def run_script(
     main: Callable[[S], int | None] | str,
     config_name: str,
     schema: type[S],
     command: Sequence[str] = (),
     sweep: str = "",
+    words: Sequence[str] = (),
 ) -> int:
     """What every command calls: settings from the command line, one line and exit code 2 for what the user can mend.
 
     `--cfg` prints the composed settings and stops; `settings=FILE` takes what it printed, instead of composing any.
-    `--help` says what the command does, and which settings there are; `-m` runs it with several values of settings.
+    `--help` says what the command does, and which settings there are, `--info` what they are composed of; `-m` runs it
+    with several values of settings.
 
     Args:
         main: what runs with the settings, or the module whose `main` does, which is imported once they are right. Where
             it returns a number, that is the exit code.
         command: what is typed before the settings, for the runs of a sweep.
         sweep: the module whose `sweep` does what -m asks for; empty: one combination runs after another.
+        words: keys of what may be given without its key.
     """
     try:
         flags = flags_of(sys.argv[1:])
-        module = main if isinstance(main, str) else main.__module__
         if flags.shows == "help":
-            print(help_of(module, config_name, schema))
+            print(help_of(main if isinstance(main, str) else main.__module__, config_name, schema))
             return 0
-        check_flags(flags.rest, keys_of(schema))
+        check_flags(flags.rest, keys_of(schema), switches_of(schema))
+        rest = with_words(flags.rest, words, schema)
         if flags.several and not flags.shows and sweep:
-            return int(importlib.import_module(sweep).sweep(config_name, flags.rest))
+            return int(importlib.import_module(sweep).sweep(config_name, rest))
         if flags.several and not flags.shows:
-            return multirun(command, config_name, schema, flags.rest)
-        settings = given(flags.rest, config_name, schema)
+            return multirun(command, config_name, schema, rest)
+        if flags.shows == "info":
+            print(information(flags.kind or INFORMATION[0], config_name, schema, rest))
+            return 0
+        settings = given(rest, config_name, schema)
         if flags.shows:
-            print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+            print(part_of(settings.model_dump(mode="json"), flags.package))
             return 0
         # Nothing above loads torch: what has to be set before it is loaded is set here.
         with checking():
@@ -119,20 +96,6 @@ def run_script(
             raise
         passing = isinstance(error, OSError) and error.errno in _PASSING
         sys.exit(fail(ConfigError(line), IO_ERROR if passing else 2))
-
-
-def with_config_dirs(arguments: list[str]) -> list[str]:
-    """The arguments without `--config-dir DIR`, whose files are found from now on. Raises ConfigError."""
-    left = list(arguments)
-    while "--config-dir" in left or any(a.startswith("--config-dir=") for a in left):
-        at = next(i for i, a in enumerate(left) if a.partition("=")[0] == "--config-dir")
-        _, equals, folder = left.pop(at).partition("=")
-        if not equals:
-            if at == len(left):
-                raise ConfigError("--config-dir is followed by a folder: --config-dir DIR")
-            folder = left.pop(at)
-        add_config_dir(folder)
-    return left
 
 
 _MENDABLE = {
@@ -175,14 +138,26 @@ def nobody_reads() -> int:
     return 128 + signal.SIGPIPE
 
 
+def part_of(settings: dict[str, Any], key: str) -> str:
+    """Settings as YAML, or what `--package` names of them. Raises ConfigError: there is no such key."""
+    found: Any = settings
+    for name in key.split(".") if key else ():
+        if not isinstance(found, dict) or name not in found:
+            raise ConfigError(f"--package {key}: there is no such key; --cfg without it prints them all")
+        found = found[name]
+    return yaml.safe_dump(found, sort_keys=False).removesuffix("...\n")  # which ends a single value
+
+
 def help_of(module: str, config_name: str, schema: type[Settings]) -> str:
     """What a command does, by its module's docstring; what can be chosen by name; and every setting."""
     groups = [f"  {group.key}: {', '.join(group.options)}" for group in groups_of(config_name).values()]
     parts = [
         signatures.docstring(module),
-        "Settings are given as key=value. --cfg prints those that the command would run with, and runs nothing; "
+        "Settings are given as key=value. --cfg prints those that the command would run with, and runs nothing "
+        "(--cfg job and --cfg all are the same; --package KEY prints a part); --info says which files they come from; "
         "--config-dir DIR finds files of your own there, as in ./configs; -m runs the command with every combination "
-        "of several values, key=a,b.",
+        "of several values, key=a,b, key=range(1,4) or group=glob(*), and with hydra/sweeper=optuna it searches "
+        "key=interval(a,b).",
         *(["Chosen by name (distill configs GROUP says more):\n" + "\n".join(groups)] if groups else []),
         "Settings, with their defaults (???: to be given):\n" + "\n".join(map(_line, described(config_name, schema))),
     ]

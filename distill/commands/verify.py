@@ -1,11 +1,11 @@
 """Checks a store from end to end: sizes, hashes, structure, and every sample's schema and numbers:
 
-    distill verify STORE [SHARD ...] [--add-checksums]
+    distill verify STORE [SHARD ...] [add_checksums=true]
 
-STORE is a folder or an fsspec URL; SHARD limits the check to some shards (`shard-000003.tar`). `--add-checksums` writes
-the checksums that training compares what it reads with, of shards that are found whole: for a store that an earlier
-version wrote without, or where they are lost. Exit status 0 if all is well, 1 if something is wrong, 2 if STORE cannot
-be opened, 75 if something could not be read.
+STORE is a folder or an fsspec URL; SHARD limits the check to some shards (`shard-000003.tar`). `add_checksums=true`
+writes the checksums that training compares what it reads with, of shards that are found whole: for a store that an
+earlier version wrote without, or where they are lost. Exit status 0 if all is well, 1 if something is wrong, 2 if STORE
+cannot be opened, 75 if something could not be read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ if __name__ == "__main__":  # before what is heavy is imported
 
     run("verify")
 
-import argparse
 import logging
-import sys
 from dataclasses import replace
 
-from distill.data.errors import AGAIN, ReadError
+from distill.config.settings import VerifySettings
 from distill.data.index import INDEX
 from distill.data.progress import Progress
 from distill.data.reader import read_index, read_unconditional
@@ -30,18 +28,9 @@ from distill.data.verify import ShardReport, add_checksums, verify_shard
 from distill.data.words import counted
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store")
-    parser.add_argument("shards", nargs="*")
-    parser.add_argument("--add-checksums", action="store_true")
-    arguments = parser.parse_args()
+def main(cfg: VerifySettings) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        verdicts = verify(arguments.store, arguments.shards, arguments.add_checksums)
-    except (StoreError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return AGAIN if isinstance(error, ReadError) else 2
+    verdicts = verify(cfg.store, cfg.shards, cfg.add_checksums)
     for verdict in verdicts:
         print(f"{verdict.shard:<20} {verdict.samples:>8} good samples   {'ok' if not verdict.problems else 'BAD'}")
         for problem in verdict.problems:

@@ -57,12 +57,8 @@ def composed_of(
     Raises:
         ConfigError: one line about the first mistake.
     """
-    given = [parse(override) for override in overrides]
     groups = groups_of(config_name)
-    choices = [choice for one in given if (choice := _choice(one, groups, fields))]
-    others = [one for one in given if not _choice(one, groups, fields)]
-    for one in others:
-        _check_known(one.key, fields, known)
+    choices, others = _taken_apart(overrides, groups, fields, known)
     composed = _compose(config_name, choices, groups)
     _allow_targets(OmegaConf.to_container(composed))
     replaced = _replace_what_is_for_others(config_name, composed, dict(choices), groups, note)
@@ -72,6 +68,26 @@ def composed_of(
     except OmegaConfBaseException as error:
         raise ConfigError(omegaconf_line(error)) from None
     return composed
+
+
+def chosen_files(
+    config_name: str, fields: Mapping[str, Any], known: Sequence[str], overrides: Sequence[str]
+) -> list[str]:
+    """What Hydra is given to compose the files of a command line. Raises ConfigError."""
+    groups = groups_of(config_name)
+    return _hydra_overrides(_taken_apart(overrides, groups, fields, known)[0], groups)
+
+
+def _taken_apart(
+    overrides: Sequence[str], groups: Mapping[str, Group], fields: Mapping[str, Any], known: Sequence[str]
+) -> tuple[list[tuple[str, str | None]], list[Argument]]:
+    """Choices of files, and single keys. Raises ConfigError."""
+    given = [parse(override) for override in overrides]
+    choices = [choice for one in given if (choice := _choice(one, groups, fields))]
+    others = [one for one in given if not _choice(one, groups, fields)]
+    for one in others:
+        _check_known(one.key, fields, known)
+    return choices, others
 
 
 def _allow_targets(node: Any) -> None:
@@ -196,6 +212,12 @@ def _check_known(key: str, fields: Mapping[str, Any], known: Sequence[str]) -> N
 
 
 def _compose(config_name: str, choices: Sequence[tuple[str, str | None]], groups: Mapping[str, Group]) -> DictConfig:
+    composed = deepcopy(_files_composed(config_name, tuple(_hydra_overrides(choices, groups))))
+    OmegaConf.set_struct(composed, False)
+    return composed
+
+
+def _hydra_overrides(choices: Sequence[tuple[str, str | None]], groups: Mapping[str, Group]) -> list[str]:
     chosen = dict(choices)
     for group in groups.values():
         if group.value == "???" and not chosen.get(group.place):
@@ -208,9 +230,7 @@ def _compose(config_name: str, choices: Sequence[tuple[str, str | None]], groups
     overrides += [f"~{group.key}" for group in removed if group.value is not None]
     if further := config_dirs()[1:]:
         overrides.append("hydra.searchpath=[" + ",".join(f"'file://{folder}'" for folder in further) + "]")
-    composed = deepcopy(_files_composed(config_name, tuple(overrides)))
-    OmegaConf.set_struct(composed, False)
-    return composed
+    return overrides
 
 
 @cache

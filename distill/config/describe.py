@@ -99,11 +99,16 @@ def _of_file(path: Path, prefix: str, hints: Mapping[str, Any]) -> Iterator[Desc
 
 def kind_of(hint: Any) -> str:
     """What values a type allows, in words."""
-    names = [name for name in _literals(hint) if isinstance(name, str)]
+    names = named_values(hint)
     plain = [_WORDS[kind] for kind in (bool, int, float, str, list, dict) if kind in kinds_of(hint)]
     if "whole number" in plain and "number" in plain:
         plain.remove("whole number")
     return " or ".join(dict.fromkeys([*plain, *names]))
+
+
+def named_values(hint: Any) -> list[str]:
+    """The values of a type that have names."""
+    return [name for name in _literals(hint) if isinstance(name, str)]
 
 
 def _literals(hint: Any) -> list[Any]:

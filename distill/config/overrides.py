@@ -67,7 +67,12 @@ def _check_size(argument: str) -> None:
         )
 
 
-def check_flags(arguments: Sequence[str], known: Sequence[str]) -> None:
+def switches_of(schema: type[BaseModel]) -> list[str]:
+    """The keys that are true or false."""
+    return [key for key, hint in fields_of(schema).items() if kinds_of(hint) == {bool}]
+
+
+def check_flags(arguments: Sequence[str], known: Sequence[str], switches: Sequence[str] = ()) -> None:
     """Raises ConfigError for `--key=value` and `--key value`, as other scripts take them: it says what to type."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):  # without arguments one is longer
         if not argument.startswith("-"):
@@ -76,6 +81,8 @@ def check_flags(arguments: Sequence[str], known: Sequence[str]) -> None:
         name = name.replace("-", "_")
         if not equals and following and "=" not in following and not following.startswith("-"):
             value = following
+        if name in switches and value not in ("true", "false"):
+            value = "true"
         meant = f"{name}={value or '...'}" if name in known else "key=value"
         raise ConfigError(
             short(f"unknown flag {short(argument)}: settings have no dashes, write {meant}", MAX_LINE)

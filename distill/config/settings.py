@@ -436,6 +436,77 @@ class ScoreRewardSettings(Settings):
     batch_size: Positive
 
 
+class VerifySettings(Settings):
+    """`configs/verify.yaml`: a store that is read from end to end."""
+
+    store: FilePath
+    shards: list[str]
+    add_checksums: Flag
+
+
+Size = Literal["toy", "sd15"]
+BENCHMARKS: dict[str, dict[str, Any]] = {
+    "step": {"size": "toy", "repeats": {"toy": 40, "sd15": 5}, "batch_size": {"toy": 64, "sd15": 1}},
+    "deterministic": {"size": "toy", "rounds": 5},
+    "lcm": {"size": "toy", "rounds": 2, "repeats": {"toy": 20, "sd15": 3}},
+    "memory": {},
+    "reader": {"samples": [512], "workers": 1},
+    "checksums": {},
+    "start": {"samples": [10**3, 10**5, 10**7]},
+}
+"""What is measured, and of each the settings that it has, with their defaults, which may depend on the size."""
+
+
+class BenchmarkSettings(Settings):
+    """`configs/benchmark.yaml`: what is measured, and how; null is the measurement's own default."""
+
+    measure: Literal["step", "deterministic", "lcm", "memory", "reader", "checksums", "start"]
+    size: Size | None
+    repeats: Positive | None
+    batch_size: Positive | None
+    rounds: Positive | None
+    samples: Annotated[list[Positive], Field(min_length=1)] | None
+    workers: Natural | None
+    deterministic: Literal["auto"] | Annotated[bool, Field(strict=True)]
+
+    @model_validator(mode="after")
+    def filled_in(self) -> BenchmarkSettings:
+        """With the measurement's defaults in the place of null. Raises ValueError for what it has no use for."""
+        own = BENCHMARKS[self.measure]
+        given = {name: value for name, value in self if name in BENCHMARK_KEYS and value is not None}
+        if useless := [name for name in given if name not in own]:
+            having = ", ".join(own) or "none"
+            raise ValueError(f"{useless[0]} is without effect on measure={self.measure}, whose settings are: {having}")
+        if self.deterministic != "auto" and self.measure != "step":
+            raise ValueError("deterministic is a setting of measure=step")
+        if self.measure == "reader" and len(self.samples or [0]) > 1:
+            raise ValueError("samples of measure=reader are one number, such as [512]")
+        for name, default in own.items():
+            if name not in given:
+                setattr(self, name, default[self.size] if isinstance(default, dict) else default)
+        return self
+
+
+BENCHMARK_KEYS = ("size", "repeats", "batch_size", "rounds", "samples", "workers")
+
+
+class ToyTeacherSettings(Settings):
+    """`configs/toy_teacher.yaml`: the toy teacher, its judge and its reward, from nothing."""
+
+    output_dir: FilePath
+    stages: Annotated[list[Literal["vae", "judge", "denoiser", "reward"]], Field(min_length=1)]
+    seed: Natural
+    vae_steps: Positive
+    judge_steps: Positive
+    reward_steps: Positive
+    steps: Positive
+    batch_size: Positive
+    pictures: Positive
+    evaluate: Flag
+    samples: Annotated[int, Field(ge=20, strict=True)]
+    tuning_samples: Annotated[int, Field(ge=20, strict=True)]
+
+
 class ShowSettings(Settings):
     """`configs/show_lightning.yaml`: students of several kinds on the toy world, with several seeds."""
 

@@ -67,7 +67,7 @@ def check_row(layout: Layout, row: bytes, start: int, cut: Cut, states: Sequence
     """
     K = layout.tensors[STATES].shape[0]
     if len(row) != row_bytes(K) or zlib.crc32(row[:-4], start) != struct.unpack("<I", row[-4:])[0]:
-        raise BadSample("its checksums are damaged or another sample's; distill verify --add-checksums renews them")
+        raise BadSample("its checksums are damaged or another sample's; distill verify add_checksums=true renews them")
     numbers = struct.unpack(f"<{K + 3}I", row)
     first = layout.start(STATES)
     found = {"text, times or guidance": (_head(layout, cut, start), numbers[0])}

@@ -94,7 +94,7 @@ def open_store(
     if unchecked and int(os.environ.get("RANK", 0)) == 0:  # once, not on every process
         log.warning(
             "%d of %d shards of %s have no checksums (an earlier version wrote them): numbers that were damaged are "
-            "not noticed; distill verify %s --add-checksums adds them",
+            "not noticed; distill verify %s add_checksums=true adds them",
             *(unchecked, len(index.shards), url, url),
         )
     return Store(folder, index, read_unconditional(folder, index), max_bad_fraction, verify_sha256)
@@ -406,7 +406,7 @@ def _check_sizes(folder: Folder, index: StoreIndex, tolerant: bool) -> None:
         name, expected = checksums_name(shard.name), shard.samples * row_bytes(len(index.times))
         if shard.crc32 and sizes.get(name) != expected:
             found = f"has {sizes[name]} bytes, not {expected}" if name in sizes else "is missing"
-            again = f"distill verify {folder.url} --add-checksums makes it anew"
+            again = f"distill verify {folder.url} add_checksums=true makes it anew"
             raise BadShard(f"{name} of {folder.url} {found}: {again}")
 
 

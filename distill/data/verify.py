@@ -78,10 +78,10 @@ def add_checksums(
 def _checksums_problem(folder: Folder, shard: ShardInfo, rows: bytes) -> str | None:
     name = checksums_name(shard.name)
     if name not in folder.sizes():
-        return f"{name} is missing; --add-checksums makes it anew"
+        return f"{name} is missing; add_checksums=true makes it anew"
     (data,) = folder.ranges([(name, 0, len(rows) + 1)])
     if bytes(data) != rows or f"{zlib.crc32(data):08x}" != shard.crc32:
-        return f"{name} does not hold the checksums of its samples; --add-checksums makes it anew"
+        return f"{name} does not hold the checksums of its samples; add_checksums=true makes it anew"
     return None
 
 

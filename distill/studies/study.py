@@ -16,6 +16,7 @@ from distill.config.settings import (
     ShowMLCMSettings,
     ShowSettings,
     ToyControlSettings,
+    ToyTeacherSettings,
 )
 
 STUDIES = {
@@ -24,7 +25,7 @@ STUDIES = {
     "plug_in": Command("distill.studies.plug_in", "plug_in", PlugInSettings),
     "control": Command("distill.studies.control", "toy_control", ToyControlSettings),
     "score_reward": Command("distill.studies.score_reward", "score_reward", ScoreRewardSettings),
-    "toy_teacher": Command("distill.studies.toy_teacher"),
+    "toy_teacher": Command("distill.studies.toy_teacher", "toy_teacher", ToyTeacherSettings),
 }
 
 

@@ -1,8 +1,8 @@
 """Trains the toy teacher, its judge and its reward from nothing, and measures them.
 
-    distill study toy_teacher --output runs/toy-teacher                # all four; resumes
-    distill study toy_teacher --output runs/toy-teacher --stages reward
-    distill study toy_teacher --output runs/toy-teacher --evaluate     # the table, of what is there
+    distill study toy_teacher output_dir=runs/toy-teacher                  # all four; resumes
+    distill study toy_teacher output_dir=runs/toy-teacher stages=[reward]
+    distill study toy_teacher output_dir=runs/toy-teacher evaluate=true    # the table, of what is there
 
 The folder gets `teacher/` (a diffusers pipeline of the current averaged weights, rewritten every few minutes, so the
 run may be stopped at any time), `judge.safetensors`, `reward.safetensors`, `checkpoints/`, `evaluation.json` and
@@ -12,7 +12,6 @@ run may be stopped at any time), `judge.safetensors`, `reward.safetensors`, `che
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import time
@@ -28,53 +27,33 @@ from diffusers.schedulers import DDIMScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill.config.settings import ToyTeacherSettings
 from distill.diffusion.random import generator, seed_of
 from distill.evaluation.pipelines import load_pipeline
 from distill.toy import teacher as toy
 from distill.toy.judge import Judge, frechet_distance, load_judge, sharpness
 from distill.toy.reward import ToyReward
 from distill.toy.world import CAPTIONS, PATTERNS, Scene, balanced_labels, draw_scene, paint, render
-from distill.training import arithmetic
 
-STAGES = ("vae", "judge", "denoiser", "reward")
 STEPS = (50, 8, 4, 2, 1)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SPACING = ("leading", "trailing")
 
 
-def main() -> None:
-    arithmetic.prepare()
-    arithmetic.settle()
-    args = parse_arguments()
-    (args.output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if args.evaluate:
-        evaluate(args.output, args.samples, args.tuning_samples)
+def main(cfg: ToyTeacherSettings) -> None:
+    output = Path(cfg.output_dir)
+    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if cfg.evaluate:
+        evaluate(output, cfg.samples, cfg.tuning_samples)
         return
-    if "vae" in args.stages:
-        train_vae(args.output, args.vae_steps, args.seed)
-    if "judge" in args.stages:
-        train_judge(args.output, args.judge_steps, args.seed)
-    if "denoiser" in args.stages:
-        train_denoiser(args.output, args.steps, args.batch_size, args.pictures, args.seed)
-    if "reward" in args.stages:
-        train_reward(args.output, args.reward_steps, args.seed)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run; run again to resume")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--vae-steps", type=int, default=2500)
-    parser.add_argument("--judge-steps", type=int, default=3000)
-    parser.add_argument("--reward-steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=19_000, help="of the denoiser and the text encoders")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--pictures", type=int, default=80_000, help="that the denoiser learns from")
-    parser.add_argument("--evaluate", action="store_true", help="measure instead of training")
-    parser.add_argument("--samples", type=int, default=1000, help="of each row of the table and each of three seeds")
-    parser.add_argument("--tuning-samples", type=int, default=500, help="of each setting tried, with another seed")
-    return parser.parse_args()
+    if "vae" in cfg.stages:
+        train_vae(output, cfg.vae_steps, cfg.seed)
+    if "judge" in cfg.stages:
+        train_judge(output, cfg.judge_steps, cfg.seed)
+    if "denoiser" in cfg.stages:
+        train_denoiser(output, cfg.steps, cfg.batch_size, cfg.pictures, cfg.seed)
+    if "reward" in cfg.stages:
+        train_reward(output, cfg.reward_steps, cfg.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------- VAE

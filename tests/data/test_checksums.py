@@ -140,11 +140,11 @@ def test_checksums_that_are_lost_are_named_with_what_makes_them_anew(
     file = copy / "shard-000001.crc32"
     data = file.read_bytes()
     file.unlink() if change == "missing" else file.write_bytes(data[:-4] if change == "shorter" else b"\0" + data[1:])
-    with pytest.raises(BadShard, match="shard-000001.*--add-checksums"):
+    with pytest.raises(BadShard, match="shard-000001.*add_checksums=true"):
         open_store(str(copy)).read(4)
     status, said = verify(copy)
-    assert status == 1 and "shard-000001.crc32" in said and "--add-checksums" in said
-    assert verify(copy, "--add-checksums")[0] == 0
+    assert status == 1 and "shard-000001.crc32" in said and "add_checksums=true" in said
+    assert verify(copy, "add_checksums=true")[0] == 0
     assert file.read_bytes() == data and bad_of(open_store(str(copy))) == []
 
 
@@ -183,9 +183,9 @@ def test_a_store_without_checksums_opens_and_says_once_how_to_add_them(
 ) -> None:
     without_checksums(copy)
     store = open_store(str(copy))
-    assert caplog.text.count(f"distill verify {copy} --add-checksums") == 1 and "3 of 3 shards" in caplog.text
+    assert caplog.text.count(f"distill verify {copy} add_checksums=true") == 1 and "3 of 3 shards" in caplog.text
     assert torch.equal(store.read(5).states, states_of(PLAN, 5).half())
-    status, said = verify(copy, "--add-checksums")
+    status, said = verify(copy, "add_checksums=true")
     assert status == 0 and "3 shards" in said
     caplog.clear()
     assert bad_of(open_store(str(copy))) == [] and not warnings_of(caplog)
@@ -200,7 +200,7 @@ def test_checksums_are_not_made_of_what_is_damaged(copy: Path, verify: Callable[
     """Or they would vouch for it."""
     without_checksums(copy)
     edit(copy, states_5(copy) + 1, b"\x12")
-    status, said = verify(copy, "--add-checksums")
+    status, said = verify(copy, "add_checksums=true")
     assert status == 1 and "shard-000001.tar: sha256" in said
     store = open_store(str(copy))
     assert [bool(shard.crc32) for shard in store.index.shards] == [True, False, True]

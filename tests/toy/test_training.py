@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from distill.config.loading import load
+from distill.config.settings import ToyTeacherSettings
 from distill.studies import toy_teacher as training
 from distill.toy.judge import load_judge
 from distill.toy.reward import load_reward
 
 
-def train(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> None:
-    sizes = ["--vae-steps", "1", "--judge-steps", "1", "--reward-steps", "1", "--pictures", "500", "--batch-size", "4"]
-    monkeypatch.setattr(sys, "argv", ["train_toy_teacher.py", "--output", str(output), *sizes, *arguments])
-    training.main()
+def train(output: Path, *overrides: str) -> None:
+    sizes = ["vae_steps=1", "judge_steps=1", "reward_steps=1", "pictures=500", "batch_size=4"]
+    training.main(load("toy_teacher", ToyTeacherSettings, [f"output_dir={output}", *sizes, *overrides]))
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return StableDiffusionXLPipeline.from_pretrained(output / "teacher").unet.state_dict()
 
 
-def test_training_from_nothing_is_reproducible_and_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(monkeypatch, tmp_path / "one", "--steps", "2")
+def test_training_from_nothing_is_reproducible_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "one", "steps=2")
     shutil.copytree(tmp_path / "one" / "checkpoints" / "vae", tmp_path / "two" / "checkpoints" / "vae")
-    train(monkeypatch, tmp_path / "two", "--steps", "2", "--stages", "denoiser")
+    train(tmp_path / "two", "steps=2", "stages=[denoiser]")
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert load_judge(tmp_path / "one" / "judge.safetensors").logits(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
     assert load_reward(str(tmp_path / "one" / "reward.safetensors")).logits(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
     capsys.readouterr()
-    train(monkeypatch, tmp_path / "one", "--steps", "4", "--stages", "denoiser")
+    train(tmp_path / "one", "steps=4", "stages=[denoiser]")
     assert "resuming denoiser at step 2" in capsys.readouterr().out
     assert any(not torch.equal(first[key], value) for key, value in weights(tmp_path / "one").items())
 
