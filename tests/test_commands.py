@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from distill.commands import COMMANDS
+from distill.commands.flags import with_words
 from distill.commands.running import run_script
+from distill.config.composition import CONFIG_DIRS
 from distill.config.describe import described
+from distill.config.loading import load
 from distill.config.overrides import fields_of, kinds_of
-from distill.config.settings import TrainSettings
+from distill.config.settings import TrainSettings, VerifySettings
 
 ROOT = Path(__file__).parents[1]
 WITH_SETTINGS = [name for name, command in COMMANDS.items() if command.settings is not None]
@@ -29,6 +34,8 @@ NEEDED = {
     "chain": ["chain=lcm_toy"],
     "sample": ["prompts=[a]", "output_dir=p"],
     "submit": ["experiment=quickstart"],
+    "verify": ["store=s"],
+    "benchmark": ["measure=memory"],
 }
 ALL_COMMANDS = """
 import contextlib, io, json, sys
@@ -72,11 +79,108 @@ def test_a_mistake_shows_within_a_second_and_a_half(command: list[str]) -> None:
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1.5
 
 
-def test_help_says_what_a_command_does_and_which_settings_there_are() -> None:
-    command = [sys.executable, "scripts/train.py", "--help"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert said.startswith("Trains a few-step student") and "  max_train_steps=4000" in said
+def said_by(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """Exit code and output of a command, in this process."""
+    monkeypatch.setattr(sys, "argv", [f"distill {name}", *arguments])
+    capsys.readouterr()
+    try:
+        code = COMMANDS[name].run([name])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_help_says_what_a_command_does_and_which_settings_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said, _ = said_by("train", monkeypatch, capsys, "--help")
+    assert code == 0 and said.startswith("Trains a few-step student") and "  max_train_steps=4000" in said
     assert "engine: ddp, single, zero1" in said
+
+
+def test_every_command_line_is_read_in_one_way() -> None:
+    """Key=value, by one reader of settings: no parser of flags beside it."""
+    files = [path for folder in ("distill", "scripts", "slurm") for path in (ROOT / folder).rglob("*.*")]
+    assert len(files) > 200
+    for path in files:
+        if path.suffix in (".py", ".sh", ".sbatch"):
+            assert not re.search(r"argparse|getopt|optparse|import click|import fire", path.read_text()), path
+
+
+INFORMATION = {
+    "defaults": ["experiment/quickstart", "the top", "/configs/experiment/quickstart.yaml"],
+    "defaults-tree": ["    experiment: quickstart", "    reward@validation_reward: toy", "    model: toy"],
+    "searchpath": ["/configs"],
+    "plugins": ["torch.optim.*", "distill.methods.*"],
+    "config": ["max_train_steps: 350"],
+}
+
+
+def test_information_says_which_files_settings_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(CONFIG_DIRS, "")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: toy\n")
+    given = ["data.store=s", "experiment=quickstart"]
+    for kind, expected in INFORMATION.items():
+        code, said, err = said_by("train", monkeypatch, capsys, *given, "--info", kind)
+        assert (code, err) == (0, "") and all(part in said for part in expected), said
+    code, said, _ = said_by("train", monkeypatch, capsys, *given, "--info")
+    assert code == 0 and all(part in said for parts in INFORMATION.values() for part in parts)
+    mine = ["data.store=s", "experiment=mine", "--config-dir", str(tmp_path)]
+    assert f"{tmp_path}/experiment/mine.yaml" in said_by("train", monkeypatch, capsys, *mine, "--info=defaults")[1]
+    assert f"--config-dir  {tmp_path}" in said_by("train", monkeypatch, capsys, *mine, "--info", "searchpath")[1]
+
+
+def test_a_part_of_the_settings_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = ["experiment=quickstart"]
+    assert said_by("train", monkeypatch, capsys, *toy, "--cfg", "-p", "data.dtype")[:2] == (0, "float16\n\n")
+    _, said, _ = said_by("train", monkeypatch, capsys, *toy, "--cfg=job", "--package=optimizer")
+    assert yaml.safe_load(said)["_target_"] == "torch.optim.AdamW"
+    whole = said_by("train", monkeypatch, capsys, *toy, "--cfg", "all")
+    assert whole == said_by("train", monkeypatch, capsys, *toy, "--cfg") and whole[0] == 0
+
+
+@pytest.mark.parametrize(
+    "words, settings",
+    [
+        (["runs/lr=1e-4/store"], ["store=runs/lr=1e-4/store"]),
+        (["s3://x/y?v=1", "a.tar", "b's.tar"], ["store=s3://x/y?v=1", r"shards=['a.tar','b\'s.tar']"]),
+        (["store=s", "add_checksums=true"], ["store=s", "add_checksums=true"]),
+        (["s", "add_checksums=true"], ["add_checksums=true", "store=s"]),
+        (["."], ["store=."]),
+    ],
+)
+def test_words_stand_for_settings(words: list[str], settings: list[str]) -> None:
+    assert with_words(words, ("store", "shards"), VerifySettings) == settings
+    read = load("verify", VerifySettings, settings)
+    assert read.store == settings[-1 if "add" in settings[0] else 0].partition("=")[2]
+    assert read.shards == (["a.tar", "b's.tar"] if len(words) == 3 else [])
+
+
+def test_a_benchmark_has_the_settings_that_it_measures_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, said, _ = said_by("benchmark", monkeypatch, capsys, "step", "size=sd15", "--cfg")
+    assert yaml.safe_load(said) | {"repeats": 5, "batch_size": 1, "samples": None} == yaml.safe_load(said)
+    for wrong, line in WRONG_BENCHMARKS.items():
+        code, _, said = said_by("benchmark", monkeypatch, capsys, *wrong.split())
+        assert code == 2 and line in said and said.count("\n") == 1, said
+
+
+WRONG_BENCHMARKS = {
+    "memory size=toy": "size is without effect on measure=memory, whose settings are: none",
+    "lcm batch_size=3": "batch_size is without effect on measure=lcm, whose settings are: size, rounds, repeats",
+    "lcm deterministic=false": "deterministic is a setting of measure=step",
+    "reader samples=[1,2]": "samples of measure=reader are one number",
+    "stop": "measure='stop': must be 'step', ",
+    "step lcm": "'lcm' is one word too many: allowed are MEASURE, and key=value",
+    "step --size sd15": "settings have no dashes, write size=sd15",
+}
 
 
 @pytest.mark.parametrize("name", WITH_SETTINGS)
@@ -95,9 +199,8 @@ NOT_BY_DEFAULT |= {"cluster.device", "protocol.tuning_n", "chain.experiment", "c
 """Keys of files that a group does not choose by itself."""
 
 
-@pytest.mark.parametrize("flag", ["--cfg", "--help"])
-def test_output_that_nobody_reads_to_its_end_is_no_error(flag: str) -> None:
-    command = [sys.executable, "scripts/train.py", "experiment=quickstart", flag]
+def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
+    command = [sys.executable, "scripts/train.py", "experiment=quickstart", "--cfg"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None and running.stderr is not None
         running.stdout.close()
@@ -120,6 +223,12 @@ FLAGS = {
     "a folder for a group": (["model=/a/teacher"], "model.pretrained_model_name_or_path="),
     "a part of what is not chosen": (["reward.path=x"], "set reward=NAME"),
     "another word for true": (["gradient_checkpointing=yes"], "must be true or false"),
+    "an old flag": (["--gradient_checkpointing"], "write gradient_checkpointing=true"),
+    "Hydra's name of a file": (["--config-name=train"], "choose a file by its group, such as experiment=NAME"),
+    "Hydra's folder of a run": (["hydra.run.dir=x"], "did you mean 'output_dir'"),
+    "information that there is not": (["--info", "parts"], "allowed are all, config, defaults"),
+    "a part without the settings": (["--package", "data"], "add --cfg"),
+    "a part that there is not": (["--cfg", "--package", "dota"], "there is no such key"),
     "nothing": (["global_batch_size=null"], "global_batch_size=null: must be an integer"),
 }
 

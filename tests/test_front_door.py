@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
-import resource
 import subprocess
 import sys
 import zipfile
@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 import distill
+from distill.__main__ import main
 from distill.commands import COMMANDS, configs
+from distill.commands.flags import flags_of
 from distill.config.composition import CONFIG_DIRS, CONFIGS, group_files
 from distill.config.loading import ConfigError, load
 from distill.config.settings import TrainSettings
+from distill.studies.study import STUDIES
 
 ROOT = Path(__file__).parents[1]
 MINE = """# @package _global_
@@ -64,7 +67,9 @@ def test_a_command_composes_its_settings_away_from_the_checkout(site: Path, tmp_
     assert done.returncode == 0 and "max_train_steps: 350" in done.stdout and str(site) in done.stdout, done.stderr
 
 
-def test_an_experiment_of_ones_own_needs_no_checkout(site: Path, tmp_path: Path) -> None:
+def test_an_experiment_of_ones_own_needs_no_checkout(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In ./configs of the working directory, or in a folder that --config-dir names; copied out and edited, or new."""
     copied = ran(tmp_path, site, "configs", "copy", "experiment/quickstart", "mine")
     assert copied.returncode == 0 and "experiment=mine" in copied.stdout
@@ -76,32 +81,66 @@ def test_an_experiment_of_ones_own_needs_no_checkout(site: Path, tmp_path: Path)
     assert done.returncode == 0 and "max_train_steps: 7" in done.stdout and "seed: 5" in done.stdout, done.stderr
     other = tmp_path / "other"
     other.mkdir()
-    for flag in (["--config-dir", str(tmp_path / "configs")], [f"--config-dir={tmp_path}/configs"]):
-        done = ran(other, site, *given, *flag)
-        assert done.returncode == 0 and "max_train_steps: 7" in done.stdout, done.stderr
-    done = ran(other, site, *given)
-    assert done.returncode == 2 and done.stderr.startswith("error: unknown experiment=mine;")
-    assert "One of my own" in ran(tmp_path, site, "configs", "experiment").stdout
+    done = ran(other, site, *given, f"--config-dir={tmp_path}/configs")
+    assert done.returncode == 0 and "max_train_steps: 7" in done.stdout, done.stderr
+    monkeypatch.setenv(CONFIG_DIRS, "")
+    monkeypatch.chdir(other)
+    assert flags_of([*given[1:], "--config-dir", str(tmp_path / "configs")]).rest == given[1:-1]
+    assert load("train", TrainSettings, given[1:-1]).max_train_steps == 7
+    assert "One of my own" in configs.answer(["experiment"])
+    monkeypatch.setenv(CONFIG_DIRS, "")
+    with pytest.raises(ConfigError, match="^unknown experiment=mine;"):
+        load("train", TrainSettings, given[1:-1])
+
+
+HELP = """
+import contextlib, io, json, sys, time
+from distill.__main__ import main
+begun, found = time.process_time(), {}
+for line in json.loads(sys.argv[1]):
+    sys.argv, before = ["distill", *line.split(), "--help"], time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as end:
+            seconds = begun + time.process_time() - before
+            found[line] = [end.code or 0, out.getvalue(), err.getvalue(), seconds]
+print(json.dumps([found, "torch" in sys.modules]))
+"""
 
 
 def test_every_command_and_study_helps(tmp_path: Path) -> None:
-    for name in [*COMMANDS, "study mlcm", "study toy_teacher"]:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = ran(tmp_path, ROOT, *name.split(), "--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0 and "distill" in done.stdout and not done.stderr, (name, done.stderr)
-        assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2, name
+    lines = [*COMMANDS, *(f"study {name}" for name in STUDIES)]
+    environment = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-c", HELP, json.dumps(lines)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, heavy = json.loads(done.stdout)
+    assert list(found) == lines and not heavy
+    for name, (code, out, err, seconds) in found.items():
+        assert code == 0 and "distill" in out and not err, (name, err)
+        assert seconds < 2, name  # of the processor, its start and imports included
 
 
-def test_the_command_line_without_a_command_names_them_all(tmp_path: Path) -> None:
-    said = ran(tmp_path, ROOT, "--help").stdout
+def test_the_command_line_without_a_command_names_them_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        return end.value.code or 0, said.out, said.err
+
+    code, said, _ = ended("--help")
+    assert code == 0
     for name in COMMANDS:
         (line,) = [line for line in said.splitlines() if line.split()[:1] == [name]]
         assert len(line.split()) > 3, line
-    assert ran(tmp_path, ROOT).returncode == 2
-    assert ran(tmp_path, ROOT, "--version").stdout == f"distill {distill.__version__}\n"
-    done = ran(tmp_path, ROOT, "trian", "x=1")
-    assert (done.returncode, done.stdout) == (2, "") and "did you mean train?" in done.stderr
+    assert ended()[0] == 2
+    assert ended("--version") == (0, f"distill {distill.__version__}\n", "")
+    code, out, err = ended("trian", "x=1")
+    assert (code, out) == (2, "") and "did you mean train?" in err
 
 
 # ---- configs --------------------------------------------------------------------------------------------------------

@@ -54,34 +54,7 @@ def run_script(
         words: keys of what may be given without its key.
     """
     try:
-        flags = flags_of(sys.argv[1:])
-        if flags.shows == "help":
-            print(help_of(main if isinstance(main, str) else main.__module__, config_name, schema))
-            return 0
-        check_flags(flags.rest, keys_of(schema), switches_of(schema))
-        rest = with_words(flags.rest, words, schema)
-        if flags.several and not flags.shows and sweep:
-            return int(importlib.import_module(sweep).sweep(config_name, rest))
-        if flags.several and not flags.shows:
-            return multirun(command, config_name, schema, rest)
-        if flags.shows == "info":
-            print(information(flags.kind or INFORMATION[0], config_name, schema, rest))
-            return 0
-        settings = given(rest, config_name, schema)
-        if flags.shows:
-            print(part_of(settings.model_dump(mode="json"), flags.package))
-            return 0
-        # Nothing above loads torch: what has to be set before it is loaded is set here.
-        with checking():
-            settle()
-        follow_launcher()
-        deterministic: arithmetic.Deterministic = getattr(settings, "deterministic", "auto")
-        arithmetic.prepare(deterministic)
-        body: Callable[[S], int | None] = importlib.import_module(main).main if isinstance(main, str) else main
-        arithmetic.settle(deterministic)
-        code = body(check_components(settings))
-        sys.stdout.flush()
-        return code or 0
+        return _answered(main, config_name, schema, command, sweep, words)
     except ReadError as error:
         sys.exit(fail(error, AGAIN))
     except NotWritten as error:
@@ -96,6 +69,50 @@ def run_script(
             raise
         passing = isinstance(error, OSError) and error.errno in _PASSING
         sys.exit(fail(ConfigError(line), IO_ERROR if passing else 2))
+
+
+def _answered(
+    main: Callable[[S], int | None] | str,
+    config_name: str,
+    schema: type[S],
+    command: Sequence[str],
+    sweep: str,
+    words: Sequence[str],
+) -> int:
+    """What the command line asks for: something printed, a sweep, or a run. The arguments are those of `run_script`."""
+    flags = flags_of(sys.argv[1:])
+    if flags.shows == "help":
+        print(help_of(main if isinstance(main, str) else main.__module__, config_name, schema))
+        return 0
+    check_flags(flags.rest, keys_of(schema), switches_of(schema))
+    rest = with_words(flags.rest, words, schema)
+    if flags.several and not flags.shows and sweep:
+        return int(importlib.import_module(sweep).sweep(config_name, rest))
+    if flags.several and not flags.shows:
+        return multirun(command, config_name, schema, rest)
+    if flags.shows == "info":
+        print(information(flags.kind or INFORMATION[0], config_name, schema, rest))
+        return 0
+    settings = given(rest, config_name, schema)
+    if flags.shows:
+        print(part_of(settings.model_dump(mode="json"), flags.package))
+        return 0
+    return _run(main, settings)
+
+
+def _run(main: Callable[[S], int | None] | str, settings: S) -> int:
+    """Runs a command with its settings; returns its exit code."""
+    # Nothing above loads torch: what has to be set before it is loaded is set here.
+    with checking():
+        settle()
+    follow_launcher()
+    deterministic: arithmetic.Deterministic = getattr(settings, "deterministic", "auto")
+    arithmetic.prepare(deterministic)
+    body: Callable[[S], int | None] = importlib.import_module(main).main if isinstance(main, str) else main
+    arithmetic.settle(deterministic)
+    code = body(check_components(settings))
+    sys.stdout.flush()
+    return code or 0
 
 
 _MENDABLE = {

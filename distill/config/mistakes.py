@@ -12,6 +12,7 @@ from distill.data.errors import short
 MAX_LINE = 400
 
 FAMILIAR = {
+    "hydra.run.dir": "output_dir",
     "train_batch_size": "global_batch_size",
     "batch_size": "global_batch_size",
     "per_device_train_batch_size": "global_batch_size",
