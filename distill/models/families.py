@@ -64,6 +64,10 @@ class TextTower:
         return [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) > self.tokenizer.model_max_length]
 
 
+SD2_WIDTH = 1024
+"""Of the text states that SD 2.x reads; SD 1.x reads 768."""
+
+
 class Family(Protocol):
     """What differs between families: how a prompt becomes conditioning, and what diffusers calls their pipeline."""
 
@@ -73,6 +77,10 @@ class Family(Protocol):
     """Its class in diffusers."""
     towers: tuple[tuple[str, str], ...]
     """The sub-folders of each tokenizer and its text encoder."""
+    added_embedding: str | None
+    """The `addition_embed_type` of its networks."""
+    tag: str
+    """What the hub calls it."""
 
     def encode(self, towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, Tensor]:
         """The text's part of the conditioning, each [B, ...], as the family's diffusers pipeline makes it."""
@@ -89,6 +97,14 @@ class Family(Protocol):
     def arguments(self, zeros_for_empty: bool) -> dict[str, Any]:
         """What its pipeline's constructor takes beside the parts."""
 
+    def architecture(self, text_width: int, velocity: bool) -> tuple[str, str]:
+        """The base model of a LoRA as kohya-ss and as Stability's ModelSpec call it.
+
+        Args:
+            text_width: of the text states that the network reads.
+            velocity: whether it predicts velocities.
+        """
+
 
 class StableDiffusion:
     """SD 1.x and 2.x: the last hidden states of one CLIP text encoder, final layer norm included."""
@@ -97,6 +113,8 @@ class StableDiffusion:
     title = "Stable Diffusion 1 or 2"
     pipeline = "StableDiffusionPipeline"
     towers: tuple[tuple[str, str], ...] = (("tokenizer", "text_encoder"),)
+    added_embedding: str | None = None
+    tag = "stable-diffusion"
 
     def encode(self, towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, Tensor]:
         return {"encoder_hidden_states": towers[0](prompts).last_hidden_state}  # [B, tokens, width]
@@ -110,6 +128,11 @@ class StableDiffusion:
     def arguments(self, zeros_for_empty: bool) -> dict[str, Any]:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
+    def architecture(self, text_width: int, velocity: bool) -> tuple[str, str]:
+        if text_width != SD2_WIDTH:
+            return ("sd_v1_v" if velocity else "sd_v1"), "stable-diffusion-v1"
+        return ("sd_v2_v", "stable-diffusion-v2-768-v") if velocity else ("sd_v2", "stable-diffusion-v2-512")
+
 
 class StableDiffusionXL:
     """SDXL and its relatives (SSD-1B): the last but one states of two encoders, and the second one's pooled output."""
@@ -118,6 +141,8 @@ class StableDiffusionXL:
     title = "Stable Diffusion XL"
     pipeline = "StableDiffusionXLPipeline"
     towers: tuple[tuple[str, str], ...] = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+    added_embedding: str | None = "text_time"
+    tag = "stable-diffusion-xl"
 
     def encode(self, towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, Tensor]:
         outputs = [tower(prompts) for tower in towers]
@@ -134,8 +159,17 @@ class StableDiffusionXL:
     def arguments(self, zeros_for_empty: bool) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": zeros_for_empty}
 
+    def architecture(self, text_width: int, velocity: bool) -> tuple[str, str]:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (StableDiffusion(), StableDiffusionXL())}
+"""By the names that settings and exports call them by."""
+
+
+def family_of(unet: Mapping[str, Any]) -> Family:
+    """The family of a UNet's config, by the embedding that is added to its times."""
+    return next(f for f in FAMILIES.values() if f.added_embedding == unet.get("addition_embed_type"))
 
 
 @dataclass
@@ -404,7 +438,7 @@ def load_teacher(
 def require_family(path: str, found: Family, wanted: str | None) -> None:
     """Raises ValueError for a teacher of another family than settings were chosen for."""
     if wanted not in (None, found.name):
-        title = next(family.title for family in FAMILIES if family.name == wanted)
+        title = FAMILIES[wanted].title
         raise ValueError(
             f"{path} is a {found.title}, the settings are for a {title} (model.family={wanted}): choose an experiment "
             f"for {found.name}, or set model.family=null"
@@ -463,7 +497,7 @@ def _components(part: str) -> list[str]:
 def _recognise(
     path: str, folder: Path, index: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]
 ) -> Family:
-    families = {family.pipeline: family for family in FAMILIES}
+    families = {family.pipeline: family for family in FAMILIES.values()}
     kind = index["_class_name"]
     if kind not in families:
         raise ValueError(
@@ -498,7 +532,7 @@ def _check_unet(path: str, file: Path, kind: str, family: Family, unet: Mapping[
     positive(file, unet, "in_channels")
     positive(file, unet, "out_channels")
     added = unet.get("addition_embed_type")
-    if added != {"sd15": None, "sdxl": "text_time"}[family.name]:
+    if added != family.added_embedding:
         raise ValueError(f"{path} is a {kind}, yet its UNet has addition_embed_type {short(added)}")
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim"):
         if unet.get(key) is not None:

@@ -14,7 +14,6 @@ from distill.models.families import Teacher
 from distill.models.lora import lora_config, save_lora_file
 
 _PREDICTIONS = {Prediction.EPSILON: "epsilon", Prediction.V: "v"}
-_SD2_WIDTH = 1024  # of the text states that SD 2.x reads; SD 1.x reads 768
 
 
 def save_kohya(path: Path, teacher: Teacher, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
@@ -63,9 +62,4 @@ def _modelspec(teacher: Teacher, prediction: Prediction, name: str, architecture
 
 def _architecture(teacher: Teacher, prediction: Prediction) -> tuple[str, str]:
     """The base model as kohya-ss and as ModelSpec call it."""
-    velocity = prediction is Prediction.V
-    if teacher.family.name == "sdxl":
-        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
-    if teacher.unet.config["cross_attention_dim"] != _SD2_WIDTH:
-        return ("sd_v1_v" if velocity else "sd_v1"), "stable-diffusion-v1"
-    return ("sd_v2_v", "stable-diffusion-v2-768-v") if velocity else ("sd_v2", "stable-diffusion-v2-512")
+    return teacher.family.architecture(teacher.unet.config["cross_attention_dim"], prediction is Prediction.V)

@@ -36,9 +36,8 @@ from distill.diffusion.trajectory import Batch
 from distill.methods.base import Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.families import (
-    StableDiffusion,
-    StableDiffusionXL,
     Teacher,
+    family_of,
     load_teacher,
     prompt_tokens,
     require_family,
@@ -324,7 +323,7 @@ def architecture(model: ModelSettings) -> Architecture:
     names = {_settings_of(name)["pretrained_model_name_or_path"]: name for name in PUBLISHED}
     if path in names:
         config, tokens = unet_config(names[path]), TOKENS
-        side, family = config["sample_size"], StableDiffusion() if names[path] == "sd15" else StableDiffusionXL()
+        side, family = config["sample_size"], family_of(config)
         schedule, shape = NoiseSchedule.scaled_linear(), (config["in_channels"], side, side)
         teacher = Teacher(family, schedule, Prediction.EPSILON, Noise(), path, 8 * side, shape)
         unet = build_unet(config, device="meta")

@@ -15,6 +15,7 @@ from yaml import YAMLError
 from distill.config.settings import ModelSettings
 from distill.data.words import counted
 from distill.diffusion.prediction import Prediction
+from distill.models.families import FAMILIES
 from distill.models.formats import LORA_FORMATS
 from distill.models.schedulers import as_code, scheduler_settings, timesteps_for
 from distill.training.clients import CHECKPOINT, LORA, NETWORK, clients_of
@@ -25,10 +26,8 @@ log = logging.getLogger(__name__)
 
 CARD = "README.md"
 SAMPLES = "samples.png"
-_FAMILIES = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
 _LICENCE = ("license", "license_name", "license_link")
 _EXAMPLE = "a lighthouse in the snow"
-_PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 _FILE_NAMES = {
     "kohya": "kohya/{name}.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -79,7 +78,7 @@ def sample_steps(export: Export) -> tuple[int, ...]:
 
 
 def _header(export: Export) -> ModelCardData:
-    tags = ["text-to-image", _FAMILIES[export.family], "distillation", export.tag]
+    tags = ["text-to-image", FAMILIES[export.family].tag, "distillation", export.tag]
     lora = _is_lora(export)
     return ModelCardData(
         base_model=export.base_model,
@@ -313,7 +312,7 @@ def _kohya(export: Export, here: str) -> str:
 
 
 def _checkpoint(export: Export, here: str) -> str:
-    cls = _PIPELINES[export.family]
+    cls = FAMILIES[export.family].pipeline
     return _code(
         "As a checkpoint in one file, in diffusers:",
         f"from diffusers import {cls}, {_scheduler(export)}",
