@@ -29,7 +29,9 @@ from distill.methods.base import Method
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher
 from distill.models.full_size import build_unet, unet_config
-from distill.training.engine import Engine, LearningRate, TrainedNetwork
+from distill.training.engine import EngineSettings
+from distill.training.learning_rate import LearningRate
+from distill.training.trained_network import TrainingRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -146,8 +148,8 @@ def step(experiment: str) -> None:
         loss = losses.total.item()
         reached = [p.grad is not None and bool(p.grad.isfinite().all()) for p in parameters.values()]
     else:
-        engine = Engine(mixed_precision="bf16", max_grad_norm=cfg.max_grad_norm).start()
-        engine.prepare(networks, {"student": TrainedNetwork(build(cfg.optimizer), ema_decay=cfg.ema_decay)})
+        engine = EngineSettings(mixed_precision="bf16", max_grad_norm=cfg.max_grad_norm).start()
+        engine.prepare(networks, {"student": TrainingRecipe(build(cfg.optimizer), ema_decay=cfg.ema_decay)})
         before = [p.detach().flatten()[:4].clone() for p in parameters.values()]
         result = engine.update(turn, [batch], 0)
         loss = result["loss"]
@@ -189,8 +191,8 @@ def game() -> None:
     random = torch.Generator().manual_seed(0)
     nn.init.normal_(critic.module.head.logit.weight, std=0.02, generator=random)  # or only that would move
     networks = {"discriminator": critic, **build(cfg.student).networks(teacher, cfg.seed)}
-    engine = Engine(mixed_precision="bf16", gradient_checkpointing=cfg.gradient_checkpointing).start()
-    engine.prepare(networks, dict.fromkeys(method.trains, TrainedNetwork(build(cfg.optimizer))))
+    engine = EngineSettings(mixed_precision="bf16", gradient_checkpointing=cfg.gradient_checkpointing).start()
+    engine.prepare(networks, dict.fromkeys(method.trains, TrainingRecipe(build(cfg.optimizer))))
     parameters = {name: list(trained(networks[name].module).values()) for name in method.trains}
     before = {name: [p.detach().flatten()[:16].clone() for p in ps] for name, ps in parameters.items()}
     batch = full_size_batch(teacher.unet.config, states=1)

@@ -23,7 +23,7 @@ from distill.models.families import load_teacher
 from distill.models.student import as_teacher
 from distill.training.export import export_run
 from distill.training.run import read_run
-from distill.training.used import USED, UsedData, data_of
+from distill.training.used_data import USED, UsedData, data_of
 from tests.tiny import save_tiny
 
 PROMPTS = ["a red boat", "two owls", "a bridge at night", "snow"]

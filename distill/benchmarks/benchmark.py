@@ -39,7 +39,8 @@ from distill.models.denoiser import NetworkDenoiser
 from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import add_lora
 from distill.training import arithmetic
-from distill.training.engine import Engine, TrainedNetwork
+from distill.training.engine import EngineSettings
+from distill.training.trained_network import TrainingRecipe
 
 T = TypeVar("T")
 SHAPES = {"toy": ((8, 8), 12), "sd15": ((32, 32), 77)}  # latents (h, w), text tokens
@@ -97,8 +98,8 @@ def bench_step(size: str, repeats: int, batch_size: int) -> None:
     (h, w), tokens = SHAPES[size]
     student = NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON)
     method = LCM(SCHEDULE)
-    engine = Engine(kind="single").start()
-    engine.prepare({"student": student}, {"student": TrainedNetwork(partial(torch.optim.AdamW, lr=1e-4, fused=True))})
+    engine = EngineSettings(kind="single").start()
+    engine.prepare({"student": student}, {"student": TrainingRecipe(partial(torch.optim.AdamW, lr=1e-4, fused=True))})
     (turn,) = method.turns(0)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +108,7 @@ def bench_step(size: str, repeats: int, batch_size: int) -> None:
             store, method.reads, seed=0, global_batch_size=batch_size, micro_batch_size=batch_size, num_workers=1
         )
         batches = iter(loader)
-        fixed = next(batches).to(engine.device)
+        fixed = next(batches).to(engine.processes.device)
         seconds: dict[str, list[float]] = {"step": [], "passes": [], "data": []}
         for i in range(repeats + 2):
             waited, batch = timed(partial(next, batches))
@@ -119,7 +120,9 @@ def bench_step(size: str, repeats: int, batch_size: int) -> None:
     unet.zero_grad(set_to_none=True)
     step, passes, data = (median(seconds[name]) for name in ("step", "passes", "data"))
     target = {"toy": 1.10, "sd15": 1.03}[size]
-    print(f"{size}, batch {batch_size}, latents {h} x {w}, {repeats} steps, medians, {machine(engine.device)}")
+    print(
+        f"{size}, batch {batch_size}, latents {h} x {w}, {repeats} steps, medians, {machine(engine.processes.device)}"
+    )
     print(f"  training step       {step:9.4f} s   {batch_size / step:8.2f} samples/s")
     print(f"  bare passes         {passes:9.4f} s   student forward and backward, target forward")
     print(f"  ratio               {step / passes:9.3f}     target <= {target}")

@@ -34,7 +34,8 @@ from distill.methods.lcm import LCM
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import ADAPTER, LCM_LORA_TARGETS, add_lora
-from distill.training.engine import Engine, TrainedNetwork
+from distill.training.engine import EngineSettings
+from distill.training.trained_network import TrainingRecipe
 
 VARIANTS = ("recipe", "noised", "trajectory")
 TARGETS = {"noised": 1.25, "trajectory": 1.8}
@@ -141,8 +142,8 @@ def steps_of(
     views = {"student": ADAPTER, "teacher": None}
     networks = {n: NetworkDenoiser(unet, SCHEDULE, Prediction.EPSILON, adapter=a) for n, a in views.items()}
     method = LCM(SCHEDULE, variant)
-    engine = Engine(kind="single").start()
-    engine.prepare(networks, {"student": TrainedNetwork(partial(torch.optim.AdamW, lr=1e-4, fused=True))})
+    engine = EngineSettings(kind="single").start()
+    engine.prepare(networks, {"student": TrainingRecipe(partial(torch.optim.AdamW, lr=1e-4, fused=True))})
     (turn,) = method.turns(0)
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(folder, dict(unet.config), (side, side), what["tokens"], samples=max(64, B))

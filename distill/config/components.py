@@ -27,6 +27,8 @@ TARGETS = (
     "torch.optim.",
 )
 """Where what settings may build is defined. A run's settings may be another person's: they must not call anything."""
+RENAMED = {"distill.training.engine.Engine": "distill.training.engine.EngineSettings"}
+"""What settings of earlier versions name, and what it is called now."""
 OTHERS = "DISTILL_TARGETS"
 """The environment variable that names further packages, for settings that were recorded in a run's folder."""
 
@@ -62,6 +64,8 @@ def check_component(node: dict[str, Any]) -> dict[str, Any]:
         ValueError: a target that does not exist or is not for settings to name, an argument it does not take, or a
             value of the wrong type.
     """
+    if node.get("_target_") in RENAMED:
+        node["_target_"] = RENAMED[node["_target_"]]
     hints = arguments_of(node.get("_target_"))
     for key, value in node.items():
         if key == "_target_" or (key == "_partial_" and isinstance(value, bool)):
@@ -124,6 +128,7 @@ def _target(path: object) -> Any:
 
 def _allowed_target(path: object) -> tuple[str, str]:
     """The module and the name."""
+    path = RENAMED.get(str(path), path)
     module, _, name = str(path).rpartition(".")
     if path is None:
         raise ValueError("it has no _target_, which names what is to be built")

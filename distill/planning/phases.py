@@ -37,7 +37,7 @@ from distill.planning.estimates import (
     traffic,
 )
 from distill.training.assembly import others_of
-from distill.training.engine import Engine
+from distill.training.engine import EngineSettings
 from distill.training.fitting import check_method
 
 GIB, GB, TERA = 2**30, 1e9, 1e12
@@ -224,11 +224,11 @@ def prepared(cfg: PlanSettings) -> PlannedRun:
 
 def engine_of(cfg: PlanSettings) -> str:
     """The name of the run's engine in `planning.ENGINES`."""
-    engine: Engine = build(cfg.engine)
+    engine: EngineSettings = build(cfg.engine)
     for key in (cfg.engine.get("deepspeed") or {}).get("zero_optimization", {}):
         if key.startswith("offload"):
             raise ConfigError(f"engine.deepspeed.zero_optimization.{key}: a plan knows no offloading")
-    return f"zero{engine.stage}" if engine.stage else engine.kind
+    return engine.name
 
 
 def _masters(engine: str) -> bool:

@@ -35,14 +35,17 @@ from distill.models.families import Teacher
 from distill.models.schedulers import scheduler_settings
 from distill.training.checkpoint import Checkpoints
 from distill.training.ends import PREEMPTED, exit_code, say_end
-from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
+from distill.training.engine import Engine, EngineSettings
 from distill.training.fitting import SAMPLES, STORE, as_begun, check_method, check_packages, fitting_store, split_batch
 from distill.training.health import Health
 from distill.training.helpers import helpers_of
 from distill.training.launched import launched_rank, launched_world_size, require_one_task
+from distill.training.learning_rate import LearningRate
 from distill.training.lock import RunLock
 from distill.training.loop import Every, NoData, Observers, train
 from distill.training.preemption import Preemption
+from distill.training.processes import Processes
+from distill.training.rank_writes import WriteError
 from distill.training.run import (
     checkpoints_of,
     finished,
@@ -53,6 +56,7 @@ from distill.training.run import (
     prepare_folder,
     writing,
 )
+from distill.training.skipped import NonFiniteError
 from distill.training.teacher import open_teacher
 from distill.training.tracking import (
     SKIPPED,
@@ -64,18 +68,19 @@ from distill.training.tracking import (
     open_trackers,
     read_metrics,
 )
-from distill.training.used import note_data
+from distill.training.trained_network import TrainingRecipe
+from distill.training.used_data import note_data
 from distill.training.validation import Validation, teacher_ends, validation_seeds
 from distill.training.watchdog import Watchdog, joining
-from distill.training.writing import WriteError
 
 log = logging.getLogger("distill")
 
 
 @dataclass(frozen=True)
 class ResumedRun:
-    """Where a run resumes: what saves it, the store with the samples that it began with, and the steps taken."""
+    """Where a run resumes: networks, what saves them, the store with the samples that it began with, steps taken."""
 
+    engine: Engine
     checkpoints: Checkpoints
     store: Store
     step: int
@@ -87,7 +92,7 @@ class Run:
     """What a run is made of, checked as far as it can be before the first network is loaded; `assemble` makes it."""
 
     cfg: TrainSettings
-    engine: Engine
+    engine: EngineSettings
     micro_batch_size: int
     teacher: str
     method: Method
@@ -95,7 +100,7 @@ class Run:
     student: Any
     others: dict[str, Any]
     health: Health
-    plans: dict[str, TrainedNetwork]
+    recipes: dict[str, TrainingRecipe]
     store: Store
     preemption: Preemption
 
@@ -108,7 +113,7 @@ class Run:
         """Raises ConfigError: one line about the first thing that the user has to mend."""
         check_packages(cfg)
         folder, first = Path(cfg.output_dir), launched_rank() == 0
-        engine: Engine = build(cfg.engine, on_skipped=partial(note_skipped, folder))
+        engine: EngineSettings = build(cfg.engine, on_skipped=partial(note_skipped, folder))
         micro_batch_size = split_batch(cfg, launched_world_size())
         with checking("preemption_signals: "):
             preemption = Preemption(folder, writes=first, signals=cfg.preemption_signals)
@@ -132,7 +137,7 @@ class Run:
                 student=build(cfg.student),
                 others=others_of(cfg, method),
                 health=build(cfg.health, main=first),
-                plans={name: plan_of(cfg, method, rate, name) for name in method.trains},
+                recipes={name: recipe_of(cfg, method, rate, name) for name in method.trains},
                 store=fitting_store(cfg, teacher, method, exports),
                 preemption=preemption,
             )
@@ -143,13 +148,14 @@ class Run:
         Raises:
             ConfigError: a checkpoint, or a store, of another run.
         """
-        cfg, engine = self.cfg, self.engine
+        cfg = self.cfg
         restore = kept_files(self.folder) if launched_rank() == 0 else lambda: None
         with joining(launched_rank(), launched_world_size()):
-            engine.start()
-        hashes = engine.from_main(hashes_of(self.exports) if engine.is_main else {})
+            engine = self.engine.start()
+        processes = engine.processes
+        hashes = processes.from_main(hashes_of(self.exports) if processes.is_main else {})
         recorded = cfg.model_dump(mode="json")
-        own = engine.from_main(identity(self.folder) if engine.is_main else "")
+        own = processes.from_main(identity(self.folder) if processes.is_main else "")
         checkpoints = Checkpoints(
             checkpoints_of(self.folder), cfg.checkpoints_total_limit, recorded, hashes, own, before=restore
         )
@@ -160,7 +166,7 @@ class Run:
             }  # of it untouched
             starts, teaches = self.exports.get("start"), self.exports.get("teacher")
             networks |= self.student.networks(teacher, cfg.seed, "teacher" in self.method.asks, starts, teaches)
-            engine.prepare(networks, self.plans, helpers_of(cfg, self.method))
+            engine.prepare(networks, self.recipes, helpers_of(cfg, self.method))
         with watchdog.over("the checkpoint that the run resumes from"):
             resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
         step = resumed.step if resumed else 0
@@ -171,17 +177,17 @@ class Run:
             )
         store = as_begun(self.store, resumed.state if resumed else {})
         checkpoints.state = {SAMPLES: len(store), STORE: store.index.identity}
-        return ResumedRun(checkpoints, store, step, restore)
+        return ResumedRun(engine, checkpoints, store, step, restore)
 
     def train(self, resumed: ResumedRun, watchdog: Watchdog) -> int:
         """Takes the steps that are left; returns the exit code (`ends.exit_code`), whatever ends the run."""
-        cfg, engine = self.cfg, self.engine
-        tracker = self.tracker(resumed.step)
-        progress = TrainingProgress(cfg.max_train_steps, resumed.step, main=engine.is_main)
-        if engine.is_main:
+        cfg, processes = self.cfg, resumed.engine.processes
+        tracker = self.tracker(resumed)
+        progress = TrainingProgress(cfg.max_train_steps, resumed.step, main=processes.is_main)
+        if processes.is_main:
             self._say_header(resumed)
         with watchdog.over("the validation's prompts and the teacher's own pictures of them"):
-            validate = self.validation(tracker)
+            validate = self.validation(resumed.engine, tracker)
         began, failure = time.monotonic(), None
         meter = Meter(cfg.max_train_steps, cfg.global_batch_size, resumed.step)
         observers = Observers(meter, progress, tracker, self.health, validate)
@@ -193,14 +199,14 @@ class Run:
         progress.close()
         with watchdog.over("the trackers, and the other ranks at the end"):
             tracker.close()
-            engine.barrier()  # a launcher may end all ranks when the first is gone, and this one still sends
-        if engine.is_main and code == 0:
+            processes.barrier()  # a launcher may end all ranks when the first is gone, and this one still sends
+        if processes.is_main and code == 0:
             resumed.restore()
             mark_finished(self.folder, step)
-        if engine.is_main and failure is None:
+        if processes.is_main and failure is None:
             seconds, interrupted = time.monotonic() - began, self.preemption.interrupted
             say_end(code, self.folder, step, cfg.max_train_steps, seconds, interrupted)
-        engine.close()
+        resumed.engine.close()
         return code
 
     def _steps(
@@ -211,7 +217,7 @@ class Run:
         try:
             step = train(
                 self.method,
-                self.engine,
+                resumed.engine,
                 batches,
                 start_step=resumed.step,
                 max_train_steps=cfg.max_train_steps,
@@ -222,7 +228,9 @@ class Run:
                 watchdog=watchdog,
             )
         except NonFiniteError as error:
-            return resumed.step, NonFiniteError(f"{error}; {resumed.checkpoints.after_divergence(self.engine)}")
+            return resumed.step, NonFiniteError(
+                f"{error}; {resumed.checkpoints.after_divergence(resumed.engine.processes)}"
+            )
         except NoData as ended:
             return ended.step, ended.error
         except WriteError as error:
@@ -233,9 +241,9 @@ class Run:
 
     def _say_header(self, resumed: ResumedRun) -> None:
         """What is about to run, on the console: machine, teacher, data, what is trained, batch, steps, folder."""
-        cfg, engine = self.cfg, self.engine
-        precision = "float32" if engine.mixed_precision == "no" else engine.mixed_precision
-        log.info("engine=%s in %s on %d x %s", engine.name, precision, engine.world_size, engine.device_name)
+        cfg, engine, processes = self.cfg, resumed.engine, resumed.engine.processes
+        precision = "float32" if self.engine.mixed_precision == "no" else self.engine.mixed_precision
+        log.info("engine=%s in %s on %d x %s", engine.name, precision, processes.world_size, processes.device_name)
         log.info("teacher %s; store %s with %d samples", self.teacher, cfg.data.store, len(resumed.store))
         trained = ", ".join(f"{name} {count:,} weights" for name, count in engine.trained_parameters().items())
         log.info("%s trains %s", type(self.method).__name__, trained)
@@ -244,7 +252,7 @@ class Run:
             cfg.global_batch_size,
             self.micro_batch_size,
             cfg.gradient_accumulation_steps,
-            counted(engine.world_size, "process", "processes"),
+            counted(processes.world_size, "process", "processes"),
             resumed.step + 1,
             cfg.max_train_steps,
             self.folder,
@@ -258,36 +266,38 @@ class Run:
             seed=self.cfg.seed,
             global_batch_size=self.cfg.global_batch_size,
             micro_batch_size=self.micro_batch_size,
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
+            rank=resumed.engine.processes.rank,
+            world_size=resumed.engine.processes.world_size,
             start_step=resumed.step,
             num_workers=self.cfg.dataloader_num_workers,
             prompts=self.method.needs_prompts,
         )
 
-    def tracker(self, step: int) -> Tracker:
-        """Where metrics go; of those after `step`, from which the run resumes, nothing is kept."""
-        cfg, engine = self.cfg, self.engine
-        if engine.is_main:
+    def tracker(self, resumed: ResumedRun) -> Tracker:
+        """Where metrics go; of those after the step from which the run resumes, nothing is kept."""
+        cfg, processes, step = self.cfg, resumed.engine.processes, resumed.step
+        if processes.is_main:
             cut_after(self.folder / SKIPPED, step)
-        self.health.recall(engine.from_main(read_metrics(self.folder, step)))
+        self.health.recall(processes.from_main(read_metrics(self.folder, step)))
         settings = cfg.model_dump(mode="json")
-        return open_trackers(cfg.tracking, self.folder, settings, resume_step=step, main=engine.is_main)
+        return open_trackers(cfg.tracking, self.folder, settings, resume_step=step, main=processes.is_main)
 
-    def validation(self, tracker: Tracker) -> Callable[[int], dict[str, float]]:
+    def validation(self, engine: Engine, tracker: Tracker) -> Callable[[int], dict[str, float]]:
         """Samples the validation's prompts, if there are any. Text encoders are needed once, and dropped."""
-        cfg, engine = self.cfg, self.engine
+        cfg = self.cfg
         if cfg.validation_prompts is None:
             return lambda step: {}
         with checking("validation_prompts: "):
             prompts = read_prompts(cfg.validation_prompts)
         teacher = open_teacher(cfg.model, parts=("text", "vae"))
         conditioning = teacher.encode(prompts)
-        ends = ends_of(cfg, engine, conditioning, self.folder)
+        ends = ends_of(cfg, engine.processes, conditioning, self.folder)
         del teacher.parts["text"]
         conditioning |= {"guidance": torch.full((len(prompts),), cfg.validation_guidance)}
         steps, seeds = cfg.validation_sampling_steps, cfg.validation_diversity_seeds
-        reward = build(cfg.validation_reward) if cfg.validation_reward is not None and engine.is_main else None
+        reward = (
+            build(cfg.validation_reward) if cfg.validation_reward is not None and engine.processes.is_main else None
+        )
         draws = Validation(teacher, prompts, conditioning, steps, cfg.seed, seeds, self.method.sampling, ends, reward)
         return partial(draws, engine, tracker)
 
@@ -354,11 +364,11 @@ def others_of(cfg: TrainSettings, method: Method) -> dict[str, Any]:
     return {name: build(cfg.networks[name]) for name in names}
 
 
-def plan_of(cfg: TrainSettings, method: Method, rate: LearningRate, name: str) -> TrainedNetwork:
+def recipe_of(cfg: TrainSettings, method: Method, rate: LearningRate, name: str) -> TrainingRecipe:
     """How a network is trained; of those beside the student an average is kept only if the method asks for it."""
     averaged = name == "student" or f"{name}_ema" in method.asks
     schedule = partial(scheduled, cfg, method, rate, name)
-    return TrainedNetwork(build(cfg.optimizer), schedule, cfg.ema_decay if averaged else None)
+    return TrainingRecipe(build(cfg.optimizer), schedule, cfg.ema_decay if averaged else None)
 
 
 def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str, step: int) -> float:
@@ -367,15 +377,15 @@ def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str,
 
 
 def ends_of(
-    cfg: TrainSettings, engine: Engine, conditioning: Mapping[str, torch.Tensor], folder: Path
+    cfg: TrainSettings, processes: Processes, conditioning: Mapping[str, torch.Tensor], folder: Path
 ) -> torch.Tensor | None:
     """Where the model itself gets to from the validation's noise, on the main rank; drawn once a run."""
-    if not cfg.validation_teacher_steps or not engine.is_main:
+    if not cfg.validation_teacher_steps or not processes.is_main:
         return None
     guidance = cfg.data.guidance if isinstance(cfg.data.guidance, float) else cfg.validation_guidance
-    teacher = open_teacher(cfg.model, parts=("unet", "text")).to(engine.device)
+    teacher = open_teacher(cfg.model, parts=("unet", "text")).to(processes.device)
     seeds = validation_seeds(cfg.seed, len(next(iter(conditioning.values()))))
     progress = Progress("the teacher's own pictures", len(seeds), "pictures")
-    there = {name: value.to(engine.device) for name, value in conditioning.items()}
+    there = {name: value.to(processes.device) for name, value in conditioning.items()}
     kept = folder / "validation.safetensors"
     return teacher_ends(teacher, there, seeds, cfg.validation_teacher_steps, guidance, kept, progress.update)

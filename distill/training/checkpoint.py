@@ -41,10 +41,12 @@ from torch import Tensor
 from distill.config.recorded import chief, differences, given_keys
 from distill.config.settings import TrainSettings
 from distill.data.storage import sync_folder, write_whole
-from distill.training.elastic import NotElastic
+from distill.training.deepspeed_internals import IN_ITS_FILES
 from distill.training.engine import Engine
-from distill.training.trained import weights_file
-from distill.training.writing import WriteError, free_space, together
+from distill.training.processes import Processes
+from distill.training.rank_writes import WriteError, free_space, together
+from distill.training.resharding import NotElastic
+from distill.training.trained_network import weights_file
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +54,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 BEST = "best"
-DEEPSPEEDS_OWN = {  # what the files of ZeRO-1, 2 and 3 hold beside tensors and plain values
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
 _SHAPING = ("lora_rank", "student", "networks", "method", "model", "ema_decay")  # settings of what is trained
 _NAME = re.compile(r"step-(\d{8,})")
 _GO_ON = "resume_from_checkpoint=latest goes on from it; for a new run choose another output_dir"
@@ -120,24 +117,24 @@ class Checkpoints:
             WriteError: on all ranks alike, if one of them could not write, as on a full disk; the checkpoints before
                 it and `latest` are as they were.
         """
-        final = self.folder / f"step-{step:08d}"
-        if self._current == step and engine.from_main(final.is_dir()):  # and nobody has removed it
+        processes, final = engine.processes, self.folder / f"step-{step:08d}"
+        if self._current == step and processes.from_main(final.is_dir()):  # and nobody has removed it
             return final
         aside, began, healthy = final.with_name(final.name + ".tmp"), time.monotonic(), engine.is_healthy()
         try:
-            together(engine.gathered, lambda: self._begin(aside) if engine.is_main else None)
-            together(engine.gathered, lambda: engine.save(aside))
+            together(processes.gathered, lambda: self._begin(aside) if processes.is_main else None)
+            together(processes.gathered, lambda: engine.save(aside))
             manifest = self._manifest(
-                engine, step, self.state if state is None else state, self._digests(engine, aside), healthy
+                engine, step, self.state if state is None else state, self._digests(processes, aside), healthy
             )
-            together(engine.gathered, lambda: self._complete(aside, final, manifest) if engine.is_main else None)
+            together(processes.gathered, lambda: self._complete(aside, final, manifest) if processes.is_main else None)
         except WriteError as error:
             free = free_space(self.folder.parent)
-            if engine.is_main:
+            if processes.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             raise WriteError(f"{final} could not be written ({error}; {free})") from None
         self._current = step
-        if engine.is_main:
+        if processes.is_main:
             log.info("saved the checkpoint of step %d in %.1f s: %s", step, time.monotonic() - began, final)
         return final
 
@@ -154,12 +151,12 @@ class Checkpoints:
         except OSError as error:  # the checkpoint is whole all the same
             log.warning("old checkpoints in %s could not be dropped: %s", self.folder, error)
 
-    def _digests(self, engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
+    def _digests(self, processes: Processes, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and hash of every file below `folder`, each read (and flushed to the disk) by one of the ranks."""
-        paths = engine.from_main(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-        mine = paths[engine.rank :: engine.world_size]
-        digests = together(engine.gathered, lambda: {path: _digest(folder / path) for path in mine})
-        return dict(sorted(item for part in engine.gathered(digests) for item in part.items()))
+        paths = processes.from_main(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
+        mine = paths[processes.rank :: processes.world_size]
+        digests = together(processes.gathered, lambda: {path: _digest(folder / path) for path in mine})
+        return dict(sorted(item for part in processes.gathered(digests) for item in part.items()))
 
     def _manifest(
         self, engine: Engine, step: int, state: Mapping[str, Any], files: Mapping[str, Any], healthy: bool
@@ -200,12 +197,12 @@ class Checkpoints:
             self._unhealthy[folder] = problem is not None or _is_unhealthy(manifest)
         return self._unhealthy[folder]
 
-    def after_divergence(self, engine: Engine) -> str:
+    def after_divergence(self, processes: Processes) -> str:
         """For the line about a run that has ended because its updates were skipped: from where it can continue.
 
         What a stopped run saved within that streak is renamed to `*.set-aside`, for the run to start again before it.
         """
-        return engine.from_main(self._way_back() if engine.is_main else "")
+        return processes.from_main(self._way_back() if processes.is_main else "")
 
     def _way_back(self) -> str:
         healthy = [(step, folder) for step, folder in self.found() if self._was_unhealthy(folder) is False]
@@ -244,13 +241,14 @@ class Checkpoints:
             CheckpointError: named and missing or damaged; saved by a run this one does not fit; no whole one left; or
                 a new run is asked for in a folder that has checkpoints.
         """
-        if engine.is_main:
+        processes = engine.processes
+        if processes.is_main:
             self._clean()
-        candidates = engine.from_main(self._candidates(where))
+        candidates = processes.from_main(self._candidates(where))
         if isinstance(candidates, str):
             raise CheckpointError(candidates)
         for folder in candidates:
-            manifest, problem = self._verify(engine, folder)
+            manifest, problem = self._verify(processes, folder)
             if problem is None and self._is_foreign(manifest, where):
                 raise CheckpointError(
                     f"{folder} was saved by another run: resume_from_checkpoint={folder} in a new output_dir goes on "
@@ -260,22 +258,22 @@ class Checkpoints:
                 return self._load(engine, folder, manifest)
             if where != LATEST:
                 raise CheckpointError(f"{folder} is damaged: {problem}")
-            if engine.is_main:
+            if processes.is_main:
                 log.warning("checkpoint %s is damaged (%s); trying the one before", folder.name, problem)
         if candidates:
             raise CheckpointError(f"none of the {len(candidates)} checkpoints in {self.folder} is whole")
-        if engine.is_main:
+        if processes.is_main:
             log.info("no checkpoint in %s: starting at step 0", self.folder)
         return None
 
-    def _verify(self, engine: Engine, folder: Path) -> tuple[dict[str, Any], str | None]:
+    def _verify(self, processes: Processes, folder: Path) -> tuple[dict[str, Any], str | None]:
         """The manifest, and what is wrong with the checkpoint, the same on all ranks; nothing is unpickled."""
         manifest, problem = _read_manifest(folder)
         if problem is None:
-            paths = sorted(manifest["files"])[engine.rank :: engine.world_size]
+            paths = sorted(manifest["files"])[processes.rank :: processes.world_size]
             problem = next((p for path in paths if (p := _difference(folder, path, manifest["files"][path]))), None)
             problem = problem or next((p for path in paths if (p := _foreign_code(folder, path))), None)
-        problems = [p for p in engine.gathered(problem) if p]
+        problems = [p for p in processes.gathered(problem) if p]
         return manifest, problems[0] if problems else None
 
     def _is_foreign(self, manifest: Mapping[str, Any], where: str | int | None) -> bool:
@@ -283,26 +281,26 @@ class Checkpoints:
         return not named and manifest.get("run", "") != self.run
 
     def _load(self, engine: Engine, folder: Path, manifest: Mapping[str, Any]) -> ResumePoint:
-        problem = engine.misfit(manifest["engine"])
+        processes, problem = engine.processes, engine.misfit(manifest["engine"])
         if problem and (setting := self._setting_that_differs(manifest.get("config", {}))):
             problem = f"{setting} ({problem})"
         problem = problem or _mismatch(manifest["must_match"], self.must_match)
         if problem:
             raise CheckpointError(f"{folder} does not fit this run: {problem}")
         try:
-            engine.load(folder, manifest["engine"], scratch=self.folder / f"{folder.name}.universal.tmp")
+            engine.load(folder, manifest["engine"])
         except NotElastic as error:
             raise CheckpointError(str(error)) from None
         engine.load_state_dict(manifest["engine_state"])
         step = int(manifest["step"])
-        problem = engine.from_main(self._set_aside_after(step) if engine.is_main else None)
+        problem = processes.from_main(self._set_aside_after(step) if processes.is_main else None)
         if problem:
             raise CheckpointError(problem)
-        if engine.is_main:
+        if processes.is_main:
             if folder.parent.resolve() == self.folder.resolve():
                 _point(self.folder / LATEST, folder)
             log.info("resumed from %s at step %d", folder, step)
-        engine.barrier()
+        processes.barrier()
         self._current = step if (self.folder / folder.name).is_dir() else None
         return ResumePoint(step, manifest["state"], folder)
 
@@ -514,7 +512,7 @@ def _foreign_code(folder: Path, path: str) -> str | None:
     if not path.endswith(".pt"):
         return None
     try:
-        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(folder / path)) - DEEPSPEEDS_OWN
+        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(folder / path)) - IN_ITS_FILES
     except Exception as error:  # of whatever is no file of torch's: a pickle of its own, a zip without one
         return f"{path} is not a file of torch's ({type(error).__name__})"
     return f"{path} would call {', '.join(sorted(found))}, which no checkpoint does" if found else None

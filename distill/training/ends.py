@@ -10,7 +10,7 @@ from tqdm import tqdm
 from distill.data.errors import AGAIN, ReadError, StoreError
 from distill.training.health import Health
 from distill.training.launched import launched_rank
-from distill.training.writing import WriteError
+from distill.training.rank_writes import WriteError
 
 log = logging.getLogger("distill")
 

@@ -37,7 +37,7 @@ from distill.models.single_file import save_single_file
 from distill.models.student import build_in_guidance
 from distill.training.checkpoint import read_weights
 from distill.training.run import checkpoints_of, read_run, writing
-from distill.training.used import UsedData, data_of, learned_guidance, set_guidance
+from distill.training.used_data import UsedData, data_of, learned_guidance, set_guidance
 
 
 @dataclass(frozen=True)

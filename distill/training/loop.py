@@ -14,9 +14,10 @@ from distill.training.checkpoint import Checkpoints
 from distill.training.engine import Engine
 from distill.training.health import Health
 from distill.training.preemption import Preemption
+from distill.training.processes import Processes
+from distill.training.rank_writes import WriteError
 from distill.training.tracking import Meter, Tracker, TrainingProgress
 from distill.training.watchdog import Watchdog
-from distill.training.writing import WriteError
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +102,9 @@ def train(
     stop = due = False
     while step < max_train_steps and not stop and not observers.health.ends_run:
         with observers.meter.waiting(), watchdog.over("a batch from the loader"):
-            micro_batches, problem = _fetched(batches, engine.gradient_accumulation_steps)
+            micro_batches, problem = _fetched(batches, engine.settings.gradient_accumulation_steps)
         with watchdog.over("a batch from the loader of another rank"):
-            problem = _agreed(engine, problem)
+            problem = _agreed(engine.processes, problem)
         if problem is not None:
             if step > start_step:
                 with watchdog.over(f"the checkpoint of step {step}"):
@@ -111,7 +112,7 @@ def train(
             raise NoData(problem, step)
         with watchdog.over(f"step {step + 1}: its computation, or other ranks in it"):
             scalars = _turns(method, engine, micro_batches, step)
-            stop = engine.any(preemption.requested)
+            stop = engine.processes.any(preemption.requested)
         step += 1
         last = step == max_train_steps
         observers.step_taken()
@@ -122,7 +123,7 @@ def train(
             if last or stop or (due and engine.is_healthy()):
                 due = False
                 _save(checkpoints, engine, step, must=last or stop)
-            elif step % every.checkpoint == 0 and engine.is_main:
+            elif step % every.checkpoint == 0 and engine.processes.is_main:
                 log.warning("no checkpoint of step %d: it waits until an update is taken again", step)
         with watchdog.over(f"the validation of step {step}"):
             if last or (step % every.validate == 0 and not stop):
@@ -140,11 +141,11 @@ def _fetched(batches: Iterator[Batch], count: int) -> tuple[list[Batch], StoreEr
         return [], error
 
 
-def _agreed(engine: Engine, problem: StoreError | ReadError | None) -> StoreError | ReadError | None:
+def _agreed(processes: Processes, problem: StoreError | ReadError | None) -> StoreError | ReadError | None:
     """One of the ranks' problems, the same on all (None without one): damage before what a next try may mend."""
-    if not engine.any(problem is not None):
+    if not processes.any(problem is not None):
         return None
-    found = [other for other in engine.gathered(problem) if other is not None]
+    found = [other for other in processes.gathered(problem) if other is not None]
     return next((error for error in found if isinstance(error, StoreError)), found[0])
 
 
@@ -165,5 +166,5 @@ def _save(checkpoints: Checkpoints, engine: Engine, step: int, must: bool) -> No
     except WriteError as error:  # on all ranks alike
         if must:
             raise
-        if engine.is_main:
+        if engine.processes.is_main:
             log.warning("%s; the run goes on, and what is saved is as it was", error)

@@ -30,7 +30,7 @@ class Preemption:
 
         with Preemption(output_dir) as preemption:
             ...
-            if engine.any(preemption.requested):      # a signal may have reached only some of the ranks
+            if processes.any(preemption.requested):      # a signal may have reached only some of the ranks
                 checkpoints.save(engine, step)
                 preemption.mark(step)
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.data.storage import replace_whole
-from distill.training.engine import Skipped
+from distill.training.skipped import Skipped
 
 logger = logging.getLogger(__name__)
 

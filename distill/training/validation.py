@@ -76,7 +76,7 @@ class Validation:
             latents = self._draw(engine, student, self.seeds, range(len(self.prompts)))
             groups = [self._draw(engine, student, seeds, [i] * len(seeds)) for i, seeds in enumerate(self.many_seeds)]
         found: dict[str, float] = {}
-        if engine.is_main:
+        if engine.processes.is_main:
             found = self._shown(engine, tracker, latents, step)
         if groups:
             found[DIVERSITY] = diversity(torch.stack(groups))
@@ -85,28 +85,30 @@ class Validation:
         now = time.monotonic()
         self._spent += now - began
         found |= {"validation/seconds": now - began, "validation/share": self._spent / (now - self._began)}
-        return engine.from_main(found)
+        return engine.processes.from_main(found)
 
     def _draw(self, engine: Engine, student: Denoiser, seeds: Sequence[int], prompts: Sequence[int]) -> Tensor:
         """Clean latents [B, C, h, w] on the CPU, from the noise of B seeds for B of the prompts, of all ranks together.
 
         Each draws as many, some twice if need be: under ZeRO-3 all ranks must call the network together.
         """
-        n, ranks = len(seeds), engine.world_size
-        places = [(engine.rank + i * ranks) % n for i in range(-(-n // ranks))]
+        n, processes, ranks = len(seeds), engine.processes, engine.processes.world_size
+        places = [(processes.rank + i * ranks) % n for i in range(-(-n // ranks))]
         chosen = [prompts[place] for place in places]
-        conditioning = {k: v[chosen].to(engine.device) for k, v in self.conditioning.items()}
+        conditioning = {k: v[chosen].to(processes.device) for k, v in self.conditioning.items()}
         generators = [torch.Generator().manual_seed(seeds[place]) for place in places]
-        x = starting_noise(generators, self.teacher.latent_shape).to(engine.device)
+        x = starting_noise(generators, self.teacher.latent_shape).to(processes.device)
         drawn = sample(student, self.teacher.schedule, x, self.times, conditioning, self.sampler, generators)
-        whole = dict(pair for part in engine.gathered(list(zip(places, drawn.cpu(), strict=True))) for pair in part)
+        whole = dict(pair for part in processes.gathered(list(zip(places, drawn.cpu(), strict=True))) for pair in part)
         return torch.stack([whole[place] for place in range(n)])
 
     @torch.no_grad()
     def _shown(self, engine: Engine, tracker: Tracker, latents: Tensor, step: int) -> dict[str, float]:
         """The pictures, decoded one by one to need little memory; and what they score."""
-        self.teacher.to(engine.device)
-        pictures = torch.cat([self.teacher.decode(latent[None].to(engine.device)).cpu() for latent in latents])
+        self.teacher.to(engine.processes.device)
+        pictures = torch.cat(
+            [self.teacher.decode(latent[None].to(engine.processes.device)).cpu() for latent in latents]
+        )
         self.teacher.to("cpu")
         tracker.images("validation", to_pictures(pictures), step, self.prompts)
         if self.reward is None:

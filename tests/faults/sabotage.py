@@ -37,7 +37,7 @@ import safetensors.torch
 import torch
 
 import distill.training.checkpoint
-import distill.training.trained
+import distill.training.trained_network
 from distill.data.reader import Store
 from distill.methods.base import Losses, Turn
 from distill.training.checkpoint import Checkpoints
@@ -153,7 +153,7 @@ class _Touches:
         sys.addaudithook(lambda event, args: self.touch(f"{event} {args[0]}") if event in TOUCHES else None)
         _before(os, "fsync", lambda *_: self.touch("fsync"))
         _before(torch, "save", lambda _, file, *more: self.touch(f"torch.save {file}"))
-        for module in (safetensors.torch, distill.training.trained):
+        for module in (safetensors.torch, distill.training.trained_network):
             _before(module, "save_file", lambda _, file: self.touch(f"save_file {file}"))
 
     def touch(self, name: str) -> None:

@@ -12,9 +12,10 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,14 @@ from distill.models.families import StableDiffusionXL, Teacher
 from distill.models.latent_reward import LatentReward
 from distill.models.lora import TEACHING, add_lora
 from distill.training.checkpoint import Checkpoints
-from distill.training.engine import Engine, LearningRate, TrainedNetwork
+from distill.training.engine import Engine, EngineSettings
+from distill.training.learning_rate import LearningRate
 from distill.training.preemption import Preemption
+from distill.training.processes import Processes
+from distill.training.rank_writes import WriteError
 from distill.training.tracking import open_trackers
+from distill.training.trained_network import TrainingRecipe
 from distill.training.validation import Validation
-from distill.training.writing import WriteError
 from tests.tiny import CHANNELS, tiny_conditioning, tiny_pipeline, tiny_unet
 
 GLOBAL_BATCH = 8
@@ -68,6 +72,13 @@ REWARDED: list[Any] = [
     OWN | {"fresh_optimizer": True, "learning_rate": 5e-4},
     OWN | {"reward": 0.5, "reward_target": 3.0},
 ]
+
+# By what they keep: two moments and their steps; one moment; a sum that is there before the first step.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01),
+    "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+    "adagrad": partial(torch.optim.Adagrad, lr=5e-3, initial_accumulator_value=0.01),
+}
 
 
 def tiny_batch(step: int, first: int, size: int) -> Batch:
@@ -96,9 +107,9 @@ def prompt_of(position: int) -> str:
 
 
 def micro_batches(engine: Engine, step: int) -> list[Batch]:
-    size = GLOBAL_BATCH // engine.world_size // engine.gradient_accumulation_steps
-    mine = engine.rank * size * engine.gradient_accumulation_steps
-    return [tiny_batch(step, mine + i * size, size) for i in range(engine.gradient_accumulation_steps)]
+    size = GLOBAL_BATCH // engine.processes.world_size // engine.settings.gradient_accumulation_steps
+    mine = engine.processes.rank * size * engine.settings.gradient_accumulation_steps
+    return [tiny_batch(step, mine + i * size, size) for i in range(engine.settings.gradient_accumulation_steps)]
 
 
 class Duel(Method):
@@ -211,7 +222,7 @@ def teacher_with_decoder() -> Teacher:
 
 def build(case: dict[str, Any]) -> tuple[Engine, Method]:
     """A prepared engine and its method for a case."""
-    engine = Engine(**case["engine"]).start()
+    engine = EngineSettings(**case["engine"]).start()
     networks: dict[str, Any] = student(case["method"] in ("distance", "critics"))
     method: Method = LCM(SCHEDULE)
     if case["method"] == "lcm-ema":  # in every step the average takes the weights' place, and gives it back
@@ -237,8 +248,8 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
         method = MLCM(SCHEDULE, [{**stage, **case.get("stages", {})} for stage in REWARDED], guidance=2.0)
         helpers["reward"] = LatentReward(teacher_with_decoder(), Taste(), slice_size=2)
     rate = LearningRate("cosine", warmup_steps=2, total_steps=20)
-    plan = TrainedNetwork(
-        lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01),
+    plan = TrainingRecipe(
+        OPTIMIZERS[case.get("optimizer", "adamw")],
         lambda step: rate(step) * ((method.learning_rate(step) or 1e-3) / 1e-3),
         ema_decay=0.9,
     )
@@ -255,8 +266,8 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     step = resumed.step if resumed else 0
     rows: list[dict[str, float]] = []
     unwritten: list[str] = []
-    with Preemption(folder or Path(), writes=folder is not None and engine.is_main) as preemption:
-        while step < case["steps"] and not (stop := engine.any(preemption.requested)):
+    with Preemption(folder or Path(), writes=folder is not None and engine.processes.is_main) as preemption:
+        while step < case["steps"] and not (stop := engine.processes.any(preemption.requested)):
             if method.resets(step):
                 engine.reset_optimizers()
             row: dict[str, float] = {}
@@ -264,11 +275,11 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
                 row |= engine.update(turn, micro_batches(engine, step), step)
             rows.append(row)
             step += 1
-            if case.get("signal") == [engine.rank, step]:
+            if case.get("signal") == [engine.processes.rank, step]:
                 os.kill(os.getpid(), signal.SIGTERM)
             if checkpoints and step in case.get("save_at", []):
                 try:
-                    with unwritable(case.get("unwritable") == [engine.rank, step]):
+                    with unwritable(case.get("unwritable") == [engine.processes.rank, step]):
                         checkpoints.save(engine, step, {"note": f"after {step}"})
                 except WriteError as error:
                     unwritten.append(str(error))
@@ -284,9 +295,14 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
         "ema_output": ema_output(engine),
         "validated": validated(engine) if case.get("validate") else {},
         "cut": cut(engine),
-        "unwritten": engine.gathered(unwritten),
-        "said": [(f(engine.rank == 1), f(True), f(False)) for f in (engine.any, engine.all_agree)],
+        "unwritten": engine.processes.gathered(unwritten),
+        "said": said(engine.processes),
     }
+
+
+def said(processes: Processes) -> list[tuple[bool, bool, bool]]:
+    """What the ranks agree on: of a flag on one of them, on all, on none."""
+    return [(f(processes.rank == 1), f(True), f(False)) for f in (processes.any, processes.all_agree)]
 
 
 @contextmanager
@@ -338,9 +354,9 @@ def main(path: str) -> None:
     plan = json.loads(Path(path).read_text())
     for name, case in plan["cases"].items():
         engine, result = run(case)
-        if engine.is_main:
+        if engine.processes.is_main:
             torch.save(result, Path(plan["out"]) / f"{name}.pt")
-        engine.close() if engine.world_size == 1 else engine.release()
+        engine.close() if engine.processes.world_size == 1 else engine.release()
     engine.close()
 
 

@@ -24,7 +24,8 @@ from distill.methods.lcm import LCM
 from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher
 from distill.models.full_size import build_unet
 from distill.models.student import FullStudent, LoRAStudent
-from distill.training.engine import Engine, TrainedNetwork
+from distill.training.engine import EngineSettings
+from distill.training.trained_network import TrainingRecipe
 from tests.tiny import CHANNELS, UNETS
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -96,8 +97,8 @@ def measure(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         teacher = teacher_of(family, "cpu", side)
         networks = student_of(student).networks(teacher, keep_teacher="teacher" in lcm.asks)
-        plan = TrainedNetwork(adamw, ema_decay=0.9 if ema else None)
-        running = Engine(gradient_checkpointing=checkpointed, **engine).start()
+        plan = TrainingRecipe(adamw, ema_decay=0.9 if ema else None)
+        running = EngineSettings(gradient_checkpointing=checkpointed, **engine).start()
         running.prepare(networks, {"student": plan})
         batch = batch_of(teacher, samples, states=1 if "teacher" in lcm.asks else 2)
         (turn,) = lcm.turns(0)

@@ -21,7 +21,7 @@ from distill.methods.mlcm import MLCM
 from distill.methods.sampling import Sampling
 from distill.training.card import write_card
 from distill.training.export import Export
-from distill.training.used import USED, UsedData, data_of, learned_guidance
+from distill.training.used_data import USED, UsedData, data_of, learned_guidance
 
 HOSTILE = (
     'x"); import os; os.system("id',

@@ -32,8 +32,10 @@ from distill.training.checkpoint import (
     mark_best,
     read_weights,
 )
-from distill.training.elastic import read_whole
-from distill.training.engine import Engine, LearningRate, TrainedNetwork
+from distill.training.engine import Engine, EngineSettings
+from distill.training.learning_rate import LearningRate
+from distill.training.sharding import read_whole
+from distill.training.trained_network import TrainingRecipe
 from tests.durability import Disk
 from tests.training.engine_worker import run as run_case
 
@@ -67,8 +69,8 @@ def make() -> Iterator[Make]:
 
     def build(name: str = "student", width: int = 4, ema_decay: float | None = 0.9, **settings: Any) -> Engine:
         torch.manual_seed(0)
-        plan = TrainedNetwork(lambda p: torch.optim.AdamW(p, lr=0.01), LearningRate("cosine", 1, 20), ema_decay)
-        engines.append(Engine(**settings).start())
+        plan = TrainingRecipe(lambda p: torch.optim.AdamW(p, lr=0.01), LearningRate("cosine", 1, 20), ema_decay)
+        engines.append(EngineSettings(**settings).start())
         engines[-1].prepare({name: line(width)}, {name: plan})  # type: ignore[dict-item]
         return engines[-1]
 
@@ -146,8 +148,8 @@ def test_an_optimizer_that_is_dealt_out_anew_counts_its_steps_on(make: Make, tmp
     saved(whole, tmp_path, 3)
     advance(whole, 3, 6)
     folder, trained = tmp_path / "step-00000003" / "student", moved._trained["student"]
-    state = read_whole(folder, list(trained.parameters), tmp_path / "unused")
-    assert state.steps == 3
+    state = read_whole(folder, trained.shapes())
+    assert state.shared["step"] == 3 and state.keys == ("exp_avg", "exp_avg_sq")
     trained.load_moved(folder, state)
     advance(moved, 3, 6)
     assert torch.equal(weights(moved), weights(whole))

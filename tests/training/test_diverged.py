@@ -17,11 +17,14 @@ import torch
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Losses, Turn
 from distill.training.checkpoint import CheckpointError, Checkpoints
-from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
+from distill.training.engine import Engine, EngineSettings
 from distill.training.health import Health
+from distill.training.learning_rate import LearningRate
 from distill.training.loop import Every, Observers, train
 from distill.training.preemption import Preemption
+from distill.training.skipped import NonFiniteError
 from distill.training.tracking import Meter, Trackers, TrainingProgress
+from distill.training.trained_network import TrainingRecipe
 from distill.training.watchdog import Watchdog
 from tests.training.test_checkpoint import Line, line
 
@@ -64,8 +67,8 @@ def looped(
 ) -> tuple[Checkpoints, Engine, int]:
     """Runs the loop of real runs from the newest checkpoint on; returns also the steps taken, -1 if it diverged."""
     torch.manual_seed(0)
-    engine = Engine(max_nonfinite_steps=6).start()
-    plan = TrainedNetwork(lambda p: torch.optim.AdamW(p, lr=0.01), LearningRate(), 0.9)
+    engine = EngineSettings(max_nonfinite_steps=6).start()
+    plan = TrainingRecipe(lambda p: torch.optim.AdamW(p, lr=0.01), LearningRate(), 0.9)
     engine.prepare({"student": network or line()}, {"student": plan})  # type: ignore[dict-item]
     checkpoints = Checkpoints(folder, total_limit)
     resumed = checkpoints.resume(engine, "latest")
@@ -111,8 +114,8 @@ def test_a_run_that_diverges_keeps_its_last_healthy_checkpoints_and_names_the_ne
 ) -> None:
     checkpoints, engine, taken = looped(tmp_path, 50, lambda step: step >= 5, total_limit=total_limit)
     assert taken == -1 and steps_of(checkpoints) == [5, 4, 3][:total_limit]
-    engine.start()
-    said = checkpoints.after_divergence(engine)
+    engine = EngineSettings().start()
+    said = checkpoints.after_divergence(engine.processes)
     assert "newest checkpoint with an update taken is that of step 5" in said
     assert f"resume_from_checkpoint={tmp_path}/step-00000005" in said and "learning_rate" in said
     engine.release()
@@ -130,9 +133,9 @@ def test_a_checkpoint_that_is_due_waits_for_the_next_update_that_is_taken(
 
 def test_before_the_first_checkpoint_the_line_says_that_there_is_none(tmp_path: Path) -> None:
     checkpoints, engine, taken = looped(tmp_path, 50, lambda step: step >= 1, every=2)
-    engine.start()
+    engine = EngineSettings().start()
     assert taken == -1 and steps_of(checkpoints) == []
-    assert checkpoints.after_divergence(engine).startswith("no checkpoint was saved before that: ")
+    assert checkpoints.after_divergence(engine.processes).startswith("no checkpoint was saved before that: ")
     engine.release()
 
 
@@ -152,8 +155,8 @@ def test_a_run_that_is_stopped_in_a_streak_loses_nothing_and_one_that_diverges_a
 
     checkpoints, engine, taken = looped(tmp_path / "a", 50, bad, every=4, total_limit=1)
     assert taken == -1 and steps_of(checkpoints) == [7, 4]
-    engine.start()
-    assert "is that of step 4: the same command" in checkpoints.after_divergence(engine)
+    engine = EngineSettings().start()
+    assert "is that of step 4: the same command" in checkpoints.after_divergence(engine.processes)
     engine.release()
     assert steps_of(checkpoints) == [4] and (tmp_path / "a/step-00000007.set-aside").is_dir()
 
@@ -181,8 +184,8 @@ def test_weights_that_are_not_finite_are_no_checkpoint_although_the_update_was_t
 
 def test_a_network_that_is_always_skipped_ends_the_run_beside_one_that_learns() -> None:
     """A discriminator of NaN: the student's updates, which are taken, do not hide it."""
-    engine = Engine(max_nonfinite_steps=4).start()
-    plan = TrainedNetwork(lambda p: torch.optim.AdamW(p, lr=0.01))
+    engine = EngineSettings(max_nonfinite_steps=4).start()
+    plan = TrainingRecipe(lambda p: torch.optim.AdamW(p, lr=0.01))
     engine.prepare({"student": line(), "discriminator": line()}, {"student": plan, "discriminator": plan})  # type: ignore[dict-item]
 
     def turn(name: str, factor: float) -> Turn:
@@ -198,14 +201,14 @@ def test_a_network_that_is_always_skipped_ends_the_run_beside_one_that_learns() 
             taken += engine.update(turn("student", 1.0), [batch], step)["student/skipped"] == 0
     assert taken == 3 and engine.is_skipping and not engine.is_healthy()
     counts = engine.state_dict()
-    other = Engine().start()
+    other = EngineSettings().start()
     other.load_state_dict(json.loads(json.dumps(counts)))
     assert other.state_dict() == counts
     engine.release()
 
 
 def test_a_streak_that_an_earlier_version_saved_is_known() -> None:
-    engine = Engine().start()
+    engine = EngineSettings().start()
     engine._trained = {"student": None}  # type: ignore[dict-item]
     engine.load_state_dict({"skipped_steps": 12, "skipped_in_a_row": 9})
     assert engine.is_skipping and engine.state_dict()["skipped_in_a_row"] == 9
@@ -284,7 +287,7 @@ def test_what_cannot_be_removed_is_a_warning(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_a_place_that_is_a_file_or_leads_nowhere_is_one_line(tmp_path: Path) -> None:
-    engine = Engine().start()
+    engine = EngineSettings().start()
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("file", "link"):

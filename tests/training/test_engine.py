@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch import nn
 
 from distill.diffusion.random import Context
 from distill.methods.base import Losses, Turn
-from distill.training.engine import Engine, LearningRate, NonFiniteError, TrainedNetwork
+from distill.training.engine import Engine, EngineSettings
+from distill.training.learning_rate import LearningRate
 from distill.training.loop import _turns
+from distill.training.skipped import NonFiniteError
+from distill.training.trained_network import TrainingRecipe
 from tests.training.engine_worker import Distance, Duel, micro_batches, relative_distance, student, tiny_batch
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "engine"
@@ -35,12 +39,12 @@ def make() -> Iterator[Make]:
     """Starts engines on the LoRA student (or other networks), and releases them afterwards."""
     engines: list[Engine] = []
 
-    def build(networks: dict[str, Any] | None = None, plan: TrainedNetwork | None = None, **settings: Any) -> Engine:
-        engine = Engine(**{"max_grad_norm": None, **settings}).start()
+    def build(networks: dict[str, Any] | None = None, plan: TrainingRecipe | None = None, **settings: Any) -> Engine:
+        engine = EngineSettings(**{"max_grad_norm": None, **settings}).start()
         engines.append(engine)
         networks = networks or student(lora=True)
         trained = [name for name in networks if name in ("student", "discriminator")]
-        engine.prepare(networks, dict.fromkeys(trained, plan or TrainedNetwork(adamw)))
+        engine.prepare(networks, dict.fromkeys(trained, plan or TrainingRecipe(adamw)))
         return engine
 
     yield build
@@ -93,7 +97,7 @@ def by_hand(
 @pytest.mark.parametrize("accumulation, max_grad_norm", [(1, None), (4, 0.1)])
 def test_training_is_the_textbook_loop(make: Make, accumulation: int, max_grad_norm: float | None) -> None:
     expected, average, norms = by_hand(4, max_grad_norm, decay=0.7)
-    plan = TrainedNetwork(adamw, schedule=lambda step: (step + 1) / 10, ema_decay=0.7)
+    plan = TrainingRecipe(adamw, schedule=lambda step: (step + 1) / 10, ema_decay=0.7)
     engine = make(plan=plan, gradient_accumulation_steps=accumulation, max_grad_norm=max_grad_norm)
     scalars = train(engine, 4)
     assert [s["grad_norm"] for s in scalars] == pytest.approx(norms, rel=1e-4)
@@ -103,9 +107,17 @@ def test_training_is_the_textbook_loop(make: Make, accumulation: int, max_grad_n
     assert relative_distance(average, expected) > 1e-2  # or the average would prove nothing
 
 
-def test_a_reset_optimizer_is_a_new_one(make: Make) -> None:
+OPTIMIZERS = {
+    "adamw": adamw,
+    "a sum before the first step": partial(torch.optim.Adagrad, lr=RATE, initial_accumulator_value=0.1),
+    "a product that begins with 1": partial(torch.optim.NAdam, lr=RATE),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_reset_optimizer_is_a_new_one(make: Make, optimizer: Any) -> None:
     """The step after it is the first step of an engine that starts from these weights and averages."""
-    engine = make(plan=TrainedNetwork(adamw, ema_decay=0.5))
+    engine = make(plan=TrainingRecipe(optimizer, ema_decay=0.5))
     train(engine, 3)
     weights = engine.export_weights("student")
     engine.reset_optimizers()
@@ -113,7 +125,7 @@ def test_a_reset_optimizer_is_a_new_one(make: Make) -> None:
 
     networks = student(lora=True)
     networks["student"].module.load_state_dict(weights, strict=False)
-    other = make(networks)
+    other = make(networks, TrainingRecipe(optimizer))
     other.update(turn(), micro_batches(other, 3), 3)
     assert equal(engine.export_weights("student"), other.export_weights("student"))
     assert not equal(engine.export_weights("student", ema=True), engine.export_weights("student"))
@@ -145,7 +157,7 @@ def test_a_turn_sees_its_own_network_trainable_and_the_others_frozen_and_bare(ma
 
 
 def test_helpers_reach_the_loss_frozen_and_in_their_own_dtype() -> None:
-    engine, helper, seen = Engine(mixed_precision="bf16").start(), nn.Linear(2, 2), {}
+    engine, helper, seen = EngineSettings(mixed_precision="bf16").start(), nn.Linear(2, 2), {}
 
     def loss(given: Any, batch: Any, context: Context) -> Losses:
         seen["scale"] = given["scale"]
@@ -154,7 +166,7 @@ def test_helpers_reach_the_loss_frozen_and_in_their_own_dtype() -> None:
         return Losses(total, {})
 
     try:
-        engine.prepare(student(lora=True), {"student": TrainedNetwork(adamw)}, {"scale": helper})
+        engine.prepare(student(lora=True), {"student": TrainingRecipe(adamw)}, {"scale": helper})
         before = engine.export_weights("student")
         engine.update(Turn("student", loss), micro_batches(engine, 0), 0)
         assert seen["scale"] is helper and helper.weight.dtype == torch.float32
@@ -192,7 +204,7 @@ def test_a_lora_students_teacher_is_the_same_module_and_stays_as_it_was(make: Ma
 
 
 def test_the_average_draws_pictures_and_is_put_away_again(make: Make) -> None:
-    engine = make(plan=TrainedNetwork(adamw, ema_decay=0.5))
+    engine = make(plan=TrainingRecipe(adamw, ema_decay=0.5))
     train(engine, 3)
     weights, average = engine.export_weights("student"), engine.export_weights("student", ema=True)
     elsewhere = student(lora=True)["student"]
@@ -226,7 +238,7 @@ def masks_of(make: Make, steps: list[tuple[int, int]]) -> list[torch.Tensor]:
         answers.append(answer.detach().clone())
         return Losses(answer.square().mean(), {})
 
-    engine = make(networks, TrainedNetwork(adamw, schedule=lambda step: 0.0))
+    engine = make(networks, TrainingRecipe(adamw, schedule=lambda step: 0.0))
     for step, before in steps:
         engine.update(Turn("student", loss), micro_batches(engine, 0), step, before)
     return answers
@@ -287,7 +299,7 @@ def test_bf16_computes_in_bf16_and_keeps_what_it_trains_in_float32(make: Make, l
     networks = student(lora)
     seen = []
     networks["student"].module.mid_block.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
-    tiny_rate = TrainedNetwork(lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0))
+    tiny_rate = TrainingRecipe(lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0))
     engine = make(networks, plan=tiny_rate, mixed_precision="bf16")
     before = engine.export_weights("student")
     train(engine, 1, Turn("student", loss))
@@ -328,15 +340,15 @@ def poisoned(value: float, keep_gradient: bool) -> Turn:
 def test_a_step_that_is_not_finite_leaves_no_trace(
     make: Make, caplog: pytest.LogCaptureFixture, value: float, keep_gradient: bool
 ) -> None:
-    engine = make(plan=TrainedNetwork(adamw, ema_decay=0.5), gradient_accumulation_steps=2)
+    engine = make(plan=TrainingRecipe(adamw, ema_decay=0.5), gradient_accumulation_steps=2)
     turn = poisoned(value, keep_gradient)
     rows = [engine.update(turn, micro_batches(engine, step), step) for step in (0, 1)]
     skipped = engine.export_weights("student"), engine.export_weights("student", ema=True)
     rows.append(engine.update(turn, micro_batches(engine, 2), 2))
     assert [row["skipped"] for row in rows] == [0, 1, 0]
-    assert engine.skipped_steps == 1
+    assert engine.skipped.count == 1
 
-    undisturbed = make(plan=TrainedNetwork(adamw, ema_decay=0.5), gradient_accumulation_steps=2)
+    undisturbed = make(plan=TrainingRecipe(adamw, ema_decay=0.5), gradient_accumulation_steps=2)
     undisturbed.update(turn, micro_batches(undisturbed, 0), 0)
     assert equal(skipped[0], undisturbed.export_weights("student"))
     assert equal(skipped[1], undisturbed.export_weights("student", ema=True))
@@ -380,7 +392,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
 )
 def test_a_setting_out_of_range_is_named_before_anything_starts(settings: dict[str, Any], names: str) -> None:
     with pytest.raises(ValueError, match=names):
-        Engine(**settings)
+        EngineSettings(**settings)
 
 
 @pytest.mark.parametrize("name", ["single", "ddp", "zero1", "zero2", "zero3"])
@@ -390,26 +402,27 @@ def test_every_engine_file_builds_the_engine_of_its_name(name: str) -> None:
         node, {"gradient_checkpointing": True, "seed": 3}, {"engine": OmegaConf.load(CONFIGS / f"{name}.yaml")}
     )
     settings: Any = OmegaConf.to_container(node.engine, resolve=True)
-    assert settings.pop("_target_") == "distill.training.engine.Engine"
-    engine = Engine(**settings)
+    assert settings.pop("_target_") == "distill.training.engine.EngineSettings"
+    engine = EngineSettings(**settings)
     assert (engine.name, engine.mixed_precision, engine.gradient_accumulation_steps) == (name, "bf16", 2)
 
 
 def test_a_stage_of_a_network_that_is_not_trained_is_named_before_anything_is_wrapped() -> None:
-    engine = Engine(kind="deepspeed", deepspeed=ZERO2, stages={"critic": 1})
+    settings = EngineSettings(kind="deepspeed", deepspeed=ZERO2, stages={"critic": 1})
+    engine = Engine(settings, settings.sharding(), EngineSettings().start().processes)
     with pytest.raises(ValueError, match="engine.stages.critic: no such network is trained; trained are: student"):
-        engine.prepare(student(lora=True), {"student": TrainedNetwork(adamw)})
+        engine.prepare(student(lora=True), {"student": TrainingRecipe(adamw)})
 
 
 def test_ddp_without_a_launcher_says_how_to_launch() -> None:
     with pytest.raises(ValueError, match="distill launch --multi_gpu"):
-        Engine(kind="ddp").start()
+        EngineSettings(kind="ddp").start()
 
 
 def test_more_processes_than_the_engine_knows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched"):
-        Engine(kind="single").start()
+        EngineSettings(kind="single").start()
 
 
 def test_networks_that_cannot_be_trained_are_named(make: Make) -> None:
@@ -457,4 +470,4 @@ def test_a_schedule_out_of_range_is_named(arguments: tuple[Any, ...], names: str
 
 def test_an_average_out_of_range_is_named() -> None:
     with pytest.raises(ValueError, match="ema_decay"):
-        TrainedNetwork(adamw, ema_decay=1.0)
+        TrainingRecipe(adamw, ema_decay=1.0)

@@ -38,9 +38,10 @@ from distill.models.lora import LORA_FILE
 from distill.training.assembly import settled
 from distill.training.card import base_licence
 from distill.training.checkpoint import Checkpoints
-from distill.training.engine import Engine, TrainedNetwork
+from distill.training.engine import EngineSettings
 from distill.training.export import export_run, published, require_login
 from distill.training.run import checkpoints_of, open_run, read_run
+from distill.training.trained_network import TrainingRecipe
 from tests.tiny import FAMILIES, save_tiny
 
 PROMPTS, SEEDS = ["a cat", "two dogs"], [3, 10_000_000]
@@ -108,8 +109,8 @@ def a_run(
     settings = settled(settings, starts)
     run = open_run(settings)
     networks = build(settings.student).networks(load_teacher(teacher), settings.seed, False, starts.get("start"))
-    engine = Engine().start()
-    plan = TrainedNetwork(torch.optim.SGD, ema_decay=settings.ema_decay)
+    engine = EngineSettings().start()
+    plan = TrainingRecipe(torch.optim.SGD, ema_decay=settings.ema_decay)
     engine.prepare({"student": networks["student"]}, {"student": plan})  # an average is kept of how it starts
     weights = {n: p for n, p in networks["student"].module.named_parameters() if p.requires_grad}
     random = torch.Generator().manual_seed(1)

@@ -17,11 +17,12 @@ from distill.models.denoiser import NetworkDenoiser
 from distill.models.discriminator import CriticNetwork, Discriminator
 from distill.models.families import load_teacher
 from distill.training.checkpoint import Checkpoints
-from distill.training.engine import Engine, TrainedNetwork
+from distill.training.engine import EngineSettings
 from distill.training.health import Health
 from distill.training.loop import Every, Observers, train
 from distill.training.preemption import Preemption
 from distill.training.tracking import JsonlTracker, Meter, TrainingProgress, open_trackers, read_metrics
+from distill.training.trained_network import TrainingRecipe
 from distill.training.validation import Validation, diversity
 from distill.training.watchdog import Watchdog
 from tests.tiny import save_tiny, tiny_conditioning, tiny_unet
@@ -183,8 +184,8 @@ def test_a_student_that_collapses_is_found_by_its_validation(tmp_path: Path) -> 
     """A network whose answer no longer depends on what it sees draws one picture, but for what the sampler adds."""
     teacher = load_teacher(save_tiny(tmp_path / "teacher", "sd15"), parts=("vae",))
     unet = tiny_unet("sd15", time_cond_proj_dim=None)
-    engine = Engine().start()
-    engine.prepare({"student": NetworkDenoiser(unet, SCHEDULE, Prediction.SAMPLE)}, {"student": TrainedNetwork(adam)})
+    engine = EngineSettings().start()
+    engine.prepare({"student": NetworkDenoiser(unet, SCHEDULE, Prediction.SAMPLE)}, {"student": TrainingRecipe(adam)})
     prompts = [f"prompt {i}" for i in range(6)]
     validation = Validation(teacher, prompts, tiny_conditioning("sd15", 6), steps=3, seed=0, diversity_seeds=3)
     health, tracker = Health(), open_trackers([], tmp_path, {})
@@ -214,11 +215,11 @@ def test_a_discriminator_that_does_not_learn_is_said_to_guess(stop: bool, tmp_pa
     """A real run of six steps. With `stop` it ends when it is said, saved; and as soon as it is gone on with."""
     stage: Any = {"segments": 1, "grid": 8, "skip": 125, "source": "student", "student_steps": 2, "iterations": 6}
     method = MLCM(SCHEDULE, [stage | {"adversarial": 0.5}], guidance=2.0)
-    plans = {"student": TrainedNetwork(adam), "discriminator": TrainedNetwork(frozen)}
+    plans = {"student": TrainingRecipe(adam), "discriminator": TrainingRecipe(frozen)}
 
     def run(health: Health, steps: int) -> int:
         critic = Discriminator(CriticNetwork(tiny_unet("sdxl", seed=1, **TWO_LEVELS), (8, 8)))
-        engine = Engine().start()
+        engine = EngineSettings().start()
         engine.prepare({**student(lora=True), "discriminator": critic}, plans)
         checkpoints = Checkpoints(tmp_path / "checkpoints")
         resumed = checkpoints.resume(engine, "latest")

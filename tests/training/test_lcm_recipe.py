@@ -22,7 +22,8 @@ from distill.methods.lcm import LCM
 from distill.models.families import Teacher, load_teacher
 from distill.models.lora import LCM_LORA_TARGETS
 from distill.models.student import FullStudent, LoRAStudent
-from distill.training.engine import Engine, TrainedNetwork
+from distill.training.engine import Engine, EngineSettings
+from distill.training.trained_network import TrainingRecipe
 from tests.methods.test_lcm import Raw, recipe
 from tests.tiny import CHANNELS, save_tiny, tiny_conditioning
 
@@ -103,7 +104,7 @@ def teacher(request: pytest.FixtureRequest, tmp_path) -> Teacher:  # type: ignor
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    engine = Engine(max_grad_norm=CLIP, seed=SEED).start()
+    engine = EngineSettings(max_grad_norm=CLIP, seed=SEED).start()
     yield engine
     engine.release()
 
@@ -125,7 +126,7 @@ def test_losses_gradients_and_weights_are_those_of_the_recipe(kind: str, teacher
         optimizers[0].seen = []
         return optimizers[0]
 
-    engine.prepare(networks, {"student": TrainedNetwork(optimizer, ema_decay=MU if kind == "full" else None)})
+    engine.prepare(networks, {"student": TrainingRecipe(optimizer, ema_decay=MU if kind == "full" else None)})
     (turn,) = method.turns(0)
     losses = [engine.update(turn, [batch_of(step)], step)["loss"] for step in range(STEPS)]
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from distill.config.loading import ConfigError
+from distill.config.loading import ConfigError, build
 from distill.config.recorded import chief, differences, given_keys
 from distill.config.settings import TrainSettings
 from distill.training.checkpoint import _write_manifest
-from distill.training.run import checkpoints_of, finished, identity, mark_finished, open_run
+from distill.training.run import checkpoints_of, finished, identity, mark_finished, open_run, read_run
 from tests.training.test_run import settings
 
 
@@ -136,3 +136,13 @@ def test_the_key_that_was_given_is_named() -> None:
     assert chief(found, given_keys(["experiment=x", "+seed=1"])) == "seed"
     assert chief(found, given_keys(["optimizer.lr=2"])) == "optimizer.lr"
     assert chief({"method.skip": (1, 2), "seed": (0, 1)}, given_keys(["method=lcm"])) == "method.skip"
+
+
+def test_a_run_that_recorded_its_engine_by_an_earlier_name_is_still_read(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run", 2)
+    recorded = (folder / "config.yaml").read_text()
+    assert "distill.training.engine.EngineSettings" in recorded
+    (folder / "config.yaml").write_text(recorded.replace("engine.EngineSettings", "engine.Engine"))
+    engine = read_run(folder).engine
+    assert engine["_target_"] == "distill.training.engine.EngineSettings" and build(engine).name == "single"
+    open_run(settings(folder))  # and the same command continues it

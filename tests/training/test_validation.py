@@ -13,8 +13,9 @@ from distill.diffusion.random import starting_noise
 from distill.diffusion.solver import lcm_times, trailing_times
 from distill.methods.sampling import Sampling, sample
 from distill.models.families import load_teacher
-from distill.training.engine import Engine, TrainedNetwork
+from distill.training.engine import EngineSettings
 from distill.training.tracking import to_pictures
+from distill.training.trained_network import TrainingRecipe
 from distill.training.validation import Validation, teacher_ends, validation_seeds
 from tests.tiny import save_tiny
 
@@ -42,8 +43,8 @@ def test_pictures_are_drawn_as_the_method_says(sampling: Sampling, times: list[i
     teacher.unet.requires_grad_(True)
     student, conditioning = teacher.denoiser(), teacher.encode(PROMPTS)
     validation = Validation(teacher, PROMPTS, conditioning, USUAL_STEPS, seed=0, sampling=sampling)
-    gallery, engine = Gallery(), Engine().start()
-    engine.prepare({"student": student}, {"student": TrainedNetwork(torch.optim.SGD)})
+    gallery, engine = Gallery(), EngineSettings().start()
+    engine.prepare({"student": student}, {"student": TrainingRecipe(torch.optim.SGD)})
     validation(engine, gallery, 1)  # type: ignore[arg-type]
     engine.release()
 
@@ -71,8 +72,8 @@ def test_the_student_is_measured_against_its_teachers_ends_and_by_a_reward(tmp_p
     assert not torch.equal(teacher_ends(teacher, conditioning, seeds, 2, 3.0, kept, told.append), ends)
     assert told == [1, 1, 1, 1]  # of another guidance: drawn again
 
-    engine, gallery, found = Engine().start(), Gallery(), []
-    engine.prepare({"student": teacher.denoiser()}, {"student": TrainedNetwork(torch.optim.SGD)})
+    engine, gallery, found = EngineSettings().start(), Gallery(), []
+    engine.prepare({"student": teacher.denoiser()}, {"student": TrainingRecipe(torch.optim.SGD)})
     for steps in (2, 1):
         sampling = Sampling("ddim", "trailing", steps)
         validation = Validation(teacher, PROMPTS, conditioning, 2, 0, 0, sampling, ends, brightness)

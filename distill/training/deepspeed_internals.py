@@ -1,0 +1,284 @@
+"""Every private or undocumented part of DeepSpeed that is used, and nothing else of it.
+
+pyproject.toml bounds DeepSpeed to `>=0.18,<0.20`: these names may change in any release, for DeepSpeed has no public
+way to set the share of a weight or of an optimizer's state, to make a network compute with masters that were changed,
+to keep a write that fails from stopping one rank alone, or to read its files without an engine. A test holds that each
+name of `NAMES` exists in the installed version, and that no other module of this package has one of them.
+
+An engine is a `DeepSpeedEngine`; its `optimizer` is a ZeRO optimizer (`DeepSpeedZeroOptimizer` for stages 1 and 2,
+`BF16_Optimizer` for stage 1 in bfloat16 with float32 gradients, `DeepSpeedZeroOptimizer_Stage3`). Inside is torch's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.training.rank_writes import Writes
+from distill.training.resharding import NotElastic, WholeState, shared_value
+
+_ZERO_12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+_BF16 = "deepspeed.runtime.bf16_optimizer.BF16_Optimizer"
+_ZERO_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+_ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
+_LINKED = ("update_lp_params", "_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_linked")
+
+NAMES: dict[str, tuple[str, ...]] = {
+    _ZERO_12: ("optimizer", "single_partition_of_fp32_groups", *_LINKED),
+    _BF16: ("optimizer", "fp32_groups_flat_partition", *_LINKED),
+    _ZERO_3: (
+        "optimizer",
+        "fp32_partitioned_groups_flat",
+        "persistent_parameters",
+        "invalidate_secondary_tensor",
+        "_get_fp32_opt_state_partition",
+        "_get_param_partition_rank",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+    ),
+    _ENGINE: ("checkpoint_engine", "_copy_recovery_script"),
+    "deepspeed.runtime.zero.partition_parameters": ("ds_id", "ds_shape"),
+    "deepspeed.runtime.zero.stage3": ("_z3_optimizer",),
+    "deepspeed.ops": ("__compatible_ops__",),
+    "deepspeed.checkpoint.constants": (
+        "OPTIMIZER_STATE_DICT",
+        "BASE_OPTIMIZER_STATE",
+        "SINGLE_PARTITION_OF_FP32_GROUPS",
+        "PARAM_SLICE_MAPPINGS",
+        "FP32_FLAT_GROUPS",
+        "PARAM_SHAPES",
+    ),
+}
+"""What is named here, by the class or module that has it."""
+
+IN_ITS_FILES = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+"""What the pickles of ZeRO-1, 2 and 3 hold beside tensors and plain values."""
+
+
+def forget_shared_memory() -> None:
+    """Leaves out a transport through shared memory for ranks on CPUs: to compile it takes a minute and a compiler."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+# ---- weights and the optimizer's state of a running engine ----------------------------------------------------------
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside, which DeepSpeed has made anew if it is an Adagrad."""
+    return engine.optimizer.optimizer
+
+
+def flat_groups(optimizer: Any) -> list[Tensor]:
+    """This rank's float32 shares of the weights, which the optimizer inside updates; not copies."""
+    for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+        if partitions := getattr(optimizer, attribute, None):
+            return list(partitions)
+    raise RuntimeError(f"this DeepSpeed's {type(optimizer).__name__} does not show its float32 partitions")
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """The shape of a weight, also where this rank holds a share of it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@torch.no_grad()
+def set_weight(parameter: Any, value: Tensor) -> None:
+    """Sets this rank's share of a weight's float32 master, from the whole value."""
+    if hasattr(parameter, "ds_id"):
+        _set_share(parameter, None, value)
+    else:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value)
+
+
+@torch.no_grad()
+def set_state(parameter: Any, key: str, value: Tensor) -> None:
+    """Sets this rank's share of what the optimizer keeps for a weight, from the whole value."""
+    if hasattr(parameter, "ds_id"):
+        _set_share(parameter, key, value)
+    else:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _set_share(parameter: Any, key: str | None, value: Tensor) -> None:
+    """DeepSpeed's own setters at ZeRO-3 cannot set values whose elements the ranks do not share evenly."""
+    optimizer = parameter._z3_optimizer
+    share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+    first = share.numel() * optimizer._get_param_partition_rank(parameter)
+    mine = value.flatten()[first : first + share.numel()]
+    share[: mine.numel()].copy_(mine)
+
+
+def begin_state(optimizer: Any, state: WholeState) -> None:
+    """Gives the optimizer inside, which has not taken a step, the state that its first one would; of zeros."""
+    inside = optimizer.optimizer
+    on_device = any(group.get("fused") or group.get("capturable") for group in inside.param_groups)
+    for flat in flat_groups(optimizer):
+        shared = state.new_shared()
+        if on_device and isinstance(shared.get("step"), Tensor):
+            shared["step"] = shared["step"].to(flat.device, torch.float32)
+        inside.state[flat] = {**shared, **{key: torch.zeros_like(flat.detach()) for key in state.keys}}
+    _link_state(optimizer)
+
+
+def renew_state(optimizer: Any, make: Callable[[Sequence[Any]], torch.optim.Optimizer]) -> None:
+    """Puts the state of a new optimizer, as `make` makes it, in the place of what the one inside has gathered."""
+    new = make(flat_groups(optimizer)).state  # empty, unless it has a state before its first step
+    optimizer.optimizer.state.clear()
+    optimizer.optimizer.state.update(new)
+    if hasattr(optimizer, "_hp_optimizer_states_linked"):
+        optimizer._hp_optimizer_states_linked = False  # after the next step it links each weight to the new state
+
+
+def _link_state(optimizer: Any) -> None:
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()  # so that the setters find it
+
+
+@torch.no_grad()
+def spread_partitions(optimizer: Any) -> None:
+    """Makes the network compute with the float32 partitions as they are now."""
+    if hasattr(optimizer, "update_lp_params"):  # ZeRO-1 and 2: every rank holds whole weights, gathered from all
+        optimizer.update_lp_params()
+        return
+    optimizer._partition_all_parameters()
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    optimizer.invalidate_secondary_tensor()
+
+
+@contextmanager
+def keeping_failures(engine: Any, writes: Writes) -> Iterator[None]:
+    """Inside, what DeepSpeed cannot write is kept in `writes`. It saves between barriers, and must miss none."""
+    for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
+        setattr(owner, name, functools.partial(writes, getattr(owner, name)))
+    try:
+        yield
+    finally:
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
+
+
+# ---- its files ------------------------------------------------------------------------------------------------------
+
+Piece = tuple[int, int, int, int]
+"""Of a weight: rank, group, and where in that rank's flat group it begins, and how many elements it has there."""
+
+
+def has_state(folder: Path) -> bool:
+    """Whether the folder of a network has the files of ranks that held shares of its optimizer's state."""
+    return bool(_state_files(folder))
+
+
+def read_state(folder: Path, shapes: Mapping[str, torch.Size]) -> WholeState:
+    """The optimizer's state, whole, from the files of all ranks in a checkpoint's folder. It unpickles them.
+
+    Args:
+        shapes: of the trained weights.
+
+    Raises:
+        NotElastic: a value that is neither one for each element of the weights nor the same for all of them, or files
+            that do not hold all of a weight.
+    """
+    from deepspeed.checkpoint import constants as keys
+
+    saved = [_load(file)[keys.OPTIMIZER_STATE_DICT] for file in _state_files(folder)]
+    if keys.FP32_FLAT_GROUPS in saved[0]:
+        states = [rank[keys.OPTIMIZER_STATE_DICT]["state"] for rank in saved]
+        flat = [rank[keys.FP32_FLAT_GROUPS] for rank in saved]
+        pieces = _pieces_of_stage_3(folder, len(saved), keys.PARAM_SHAPES)
+    else:
+        states = [rank[keys.BASE_OPTIMIZER_STATE]["state"] for rank in saved]
+        flat = [rank[keys.SINGLE_PARTITION_OF_FP32_GROUPS] for rank in saved]
+        pieces = _pieces_of_mappings([rank[keys.PARAM_SLICE_MAPPINGS] for rank in saved])
+    per_element, shared = _split(folder, states, flat)
+    if per_element:
+        _check_whole(folder, pieces, shapes)
+
+    def of(name: str) -> dict[str, Tensor]:
+        parts = {key: [states[r][g][key][start : start + n] for r, g, start, n in pieces[name]] for key in per_element}
+        return {key: torch.cat(values) for key, values in parts.items()}
+
+    return WholeState(of, per_element, shared)
+
+
+def _state_files(folder: Path) -> list[Path]:
+    """In the order of ranks."""
+    return sorted(folder.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+
+
+def _load(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+
+
+def _rank_of(file: Path) -> int:
+    found = re.search(r"zero_pp_rank_(\d+)_", file.name)
+    return int(found[1]) if found else -1
+
+
+def _pieces_of_mappings(ranks: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[Piece]]:
+    """Stages 1 and 2 write down where in its flat groups a rank holds which weight."""
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for rank, groups in enumerate(ranks):
+        for group, places in enumerate(groups):
+            for name, place in places.items():
+                pieces[name].append((rank, group, place.start, place.numel))
+    return pieces
+
+
+def _pieces_of_stage_3(folder: Path, ranks: int, shapes_key: str) -> dict[str, list[Piece]]:
+    """Stage 3 cuts each weight into as many pieces of one size as there are ranks, the last of them filled up."""
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    groups = _load(next(folder.glob("*zero_pp_rank_0_*model_states.pt")))[shapes_key]
+    for group, shapes in enumerate(groups):
+        start = 0
+        for name, shape in shapes.items():
+            whole = math.prod(shape)
+            piece = -(-whole // ranks)
+            for rank in range(ranks):
+                pieces[name].append((rank, group, start, max(0, min(piece, whole - rank * piece))))
+            start += piece
+    return pieces
+
+
+def _split(
+    folder: Path, states: Sequence[Mapping[int, Mapping[str, Any]]], flat: Sequence[Sequence[Tensor]]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The keys of what is kept for each element, and the values that are kept once."""
+    per_element: set[str] = set()
+    once: dict[str, list[Any]] = defaultdict(list)
+    for state, groups in zip(states, flat, strict=True):
+        for group, values in state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.ndim == 1 and value.numel() >= groups[group].numel():
+                    per_element.add(key)  # flat, and perhaps filled up at its end
+                elif value is not None:
+                    once[key].append(value)
+    return tuple(sorted(per_element)), {key: shared_value(folder, key, values) for key, values in once.items()}
+
+
+def _check_whole(folder: Path, pieces: Mapping[str, Sequence[Piece]], shapes: Mapping[str, torch.Size]) -> None:
+    for name, shape in shapes.items():
+        found = sum(n for *_, n in pieces.get(name, ()))
+        if found != shape.numel():
+            raise NotElastic(f"{folder} holds the optimizer's state of {found:,} of the {shape.numel():,} in {name}")

@@ -1,0 +1,113 @@
+"""The processes of a run: this one's rank and device, and what all of them say to each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The ranks of a run, once they have found each other. Methods are called on all ranks alike.
+
+    Args:
+        state: Accelerate's, of the process group.
+        leave: leaves the process group.
+
+    Attributes:
+        rank: of this process, 0 ... world_size - 1; rank 0 is the main one.
+        device: of this process.
+    """
+
+    def __init__(self, state: PartialState, leave: Callable[[], None]) -> None:
+        self.rank: int = state.process_index
+        self.world_size: int = state.num_processes
+        self.device: torch.device = state.device
+        self._state, self._leave = state, leave
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """The kind of device of this rank, for people."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self._state.wait_for_everyone()
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on at least one rank; the same answer on all."""
+        return self._reduced(flag, dist.ReduceOp.MAX)
+
+    def all_agree(self, flag: bool) -> bool:
+        """Whether `flag` is set on every rank; the same answer on all."""
+        return self._reduced(flag, dist.ReduceOp.MIN)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of every rank's `values`, a tensor on its device; the same on all."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values = values / self.world_size
+        return values
+
+    def gathered(self, value: T) -> list[T]:
+        """A picklable value of every rank, in the order of ranks, on all of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's picklable `value`, on all ranks."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def close(self) -> None:
+        """Leaves the process group for good: launched processes do not form another."""
+        forget_accelerate()
+        self._leave()
+
+    def _reduced(self, flag: bool, op: Any) -> bool:
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(tensor, op)
+        return bool(tensor)
+
+
+def leave_group() -> None:
+    """Destroys torch's process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_cpu() -> bool:
+    """Whether to compute on CPUs: there is no GPU, or the user has said so."""
+    wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    return wanted or not torch.cuda.is_available()
+
+
+def forget_accelerate() -> None:
+    """Accelerate keeps its state in class attributes; a stale one would answer for a new engine."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def drop_launchers_settings() -> None:
+    """Drops what a launcher says about precision, ZeRO and accumulation, which Accelerate would mix into ours."""
+    for key in list(os.environ):
+        if key.startswith(("ACCELERATE_", "FSDP_")) and key not in ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"):
+            del os.environ[key]

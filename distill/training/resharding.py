@@ -1,0 +1,95 @@
+"""What a checkpoint gives to a run on other ranks, or sharded in another way: the optimizer's state, whole, by weights.
+
+Weights and averages lie whole in every checkpoint. The optimizer's state lies as its ranks held it. It is put together
+from their files, as universal checkpoints are (Lian et al. 2024, arXiv 2406.18820), in memory and for any optimizer
+that keeps values for each element of a weight, or values that are the same for all weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPTIMIZER = "optimizer.pt"  # of a network that every rank held whole
+REMEDY = "resume with as many ranks and the same engine as it was saved with"
+
+
+class NotElastic(ValueError):
+    """The optimizer's state cannot be dealt out anew; one line."""
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """An optimizer's state, whole.
+
+    Attributes:
+        of: what is kept for each element of a weight (Adam: exp_avg, exp_avg_sq; SGD: momentum_buffer), from the
+            weight's name; {} for a weight that has not been updated.
+        keys: of those values, over all weights; none before the optimizer's first step.
+        shared: what is kept once for all weights (Adam: step), numbers or tensors of one element.
+    """
+
+    of: Callable[[str], dict[str, Tensor]]
+    keys: tuple[str, ...]
+    shared: Mapping[str, Any]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is kept, as before the first step, or by an optimizer that keeps nothing."""
+        return not self.keys and not self.shared
+
+    def new_shared(self) -> dict[str, Any]:
+        """Copies of the shared values."""
+        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in self.shared.items()}
+
+
+def read_replicated(folder: Path, shapes: Mapping[str, torch.Size]) -> WholeState:
+    """The optimizer's state in a network's folder of a verified checkpoint that one rank wrote whole.
+
+    Args:
+        folder: as `TrainedNetwork.save` has written it.
+        shapes: of the trained weights by name, in the order in which the optimizer holds them.
+
+    Raises:
+        NotElastic: a value that is neither one for each element of its weight nor the same for all weights.
+    """
+    saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)["state"]
+    names = list(shapes)
+    kept: dict[str, dict[str, Tensor]] = {}
+    once: dict[str, list[Any]] = defaultdict(list)
+    for i, values in saved.items():
+        kept[names[i]] = of_weight = {}
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape == shapes[names[i]]:
+                of_weight[key] = value
+            elif value is not None:
+                once[key].append(value)
+    shared = {key: shared_value(folder, key, values) for key, values in once.items()}
+    keys = sorted({key for values in kept.values() for key in values})
+    return WholeState(lambda name: kept.get(name, {}), tuple(keys), shared)
+
+
+def shared_value(folder: Path, key: str, values: Sequence[Any]) -> Any:
+    """The value that all weights, or shares of them, have for `key`; of steps the most, as weights may join later.
+
+    Raises:
+        NotElastic: they have different ones, or it is no single number.
+    """
+    numbers = [value for value in values if isinstance(value, (int, float)) or _is_scalar(value)]
+    if len(numbers) < len(values):
+        raise NotElastic(f"{folder}: the optimizer keeps a {key!r} that is not cut as the weights are: {REMEDY}")
+    if key == "step":
+        return max(values, key=float)
+    if len({float(value) for value in numbers}) > 1:
+        raise NotElastic(f"{folder}: the optimizer keeps a {key!r} of its own for each weight: {REMEDY}")
+    return values[0]
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1

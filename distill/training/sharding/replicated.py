@@ -1,0 +1,189 @@
+"""Nothing is sharded: every rank holds the whole network and its optimizer, in one process or under DDP."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from distill.training.processes import Processes, drop_launchers_settings, leave_group, on_cpu
+from distill.training.rank_writes import Writes
+from distill.training.resharding import OPTIMIZER, WholeState, read_replicated
+from distill.training.sharding.base import Sharding, UpdateSettings, trainable, wrapping_failed
+from distill.training.trained_network import TrainedNetwork, TrainingRecipe, copy_into, weights_file
+
+
+class OneProcess(Sharding):
+    """One process, without a process group."""
+
+    kind = "single"
+    launch = "python"
+
+    def check_launch(self, processes: int, launched: bool) -> None:
+        if processes > 1:
+            raise ValueError(f"engine=single, but {processes} processes were launched: use engine=ddp or a zero engine")
+
+    def join(self, launched: bool) -> PartialState:
+        cpu = on_cpu()
+        drop_launchers_settings()
+        os.environ.pop("LOCAL_RANK", None)  # launched as the only process of a group, it needs no group
+        return PartialState(cpu=cpu)
+
+    def leave(self) -> None:
+        leave_group()
+
+    def wrap(
+        self,
+        modules: Mapping[str, nn.Module],
+        recipes: Mapping[str, TrainingRecipe],
+        update: UpdateSettings,
+        processes: Processes,
+    ) -> dict[str, TrainedNetwork]:
+        handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        accelerator = Accelerator(mixed_precision=update.mixed_precision, kwargs_handlers=handlers, dynamo_backend="no")
+        return {
+            name: self._wrapped(accelerator, name, modules[name], recipe, update, processes)
+            for name, recipe in recipes.items()
+        }
+
+    def _wrapped(
+        self,
+        accelerator: Accelerator,
+        name: str,
+        module: nn.Module,
+        recipe: TrainingRecipe,
+        update: UpdateSettings,
+        processes: Processes,
+    ) -> TrainedNetwork:
+        parameters = trainable(module)
+        wrapped = accelerator.prepare(module)
+        if not self._is_right(wrapped, accelerator) or accelerator.num_processes != processes.world_size:
+            raise wrapping_failed(self.kind, name, wrapped, accelerator)
+        return ReplicatedNetwork(wrapped, parameters, recipe, update, writes=processes.is_main)
+
+    def _is_right(self, wrapped: nn.Module, accelerator: Accelerator) -> bool:
+        return accelerator.distributed_type == DistributedType.NO
+
+    @classmethod
+    def wrote(cls, folder: Path) -> bool:
+        return (folder / OPTIMIZER).is_file()
+
+    @classmethod
+    def read_whole(cls, folder: Path, shapes: Mapping[str, torch.Size]) -> WholeState:
+        return read_replicated(folder, shapes)
+
+
+class DataParallel(OneProcess):
+    """Several processes, each with a whole network; gradients are averaged over them (torch's DDP)."""
+
+    kind = "ddp"
+    launch = "distill launch --multi_gpu --num_processes N"
+
+    def check_launch(self, processes: int, launched: bool) -> None:
+        if not launched:
+            raise ValueError(f"engine=ddp needs a launcher: {self.launch}; or use engine=single")
+
+    def join(self, launched: bool) -> PartialState:
+        cpu = on_cpu()
+        drop_launchers_settings()
+        return PartialState(cpu=cpu)
+
+    def _is_right(self, wrapped: nn.Module, accelerator: Accelerator) -> bool:
+        return isinstance(wrapped, DistributedDataParallel)
+
+
+class ReplicatedNetwork(TrainedNetwork):
+    """A network that every rank holds whole. Rank 0 writes files that any number of ranks reads.
+
+    Args:
+        writes: whether this is the rank that writes.
+    """
+
+    def __init__(
+        self,
+        wrapped: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        recipe: TrainingRecipe,
+        update: UpdateSettings,
+        writes: bool,
+    ) -> None:
+        self.accumulation_steps, self.writes = update.gradient_accumulation_steps, writes
+        self.max_grad_norm = math.inf if update.max_grad_norm is None else update.max_grad_norm
+        super().__init__(wrapped, parameters, recipe.optimizer(list(parameters.values())), recipe)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        if last or not isinstance(self.wrapped, DistributedDataParallel):
+            return nullcontext()
+        return self.wrapped.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation_steps).backward()
+
+    def step(self) -> tuple[float, bool]:
+        norm = float(clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm))
+        if taken := math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, taken
+
+    def reset_optimizer(self) -> None:
+        new = self.recipe.optimizer(list(self.parameters.values()))  # some have a state before their first step
+        self.optimizer.state.clear()
+        self.optimizer.state.update(new.state)
+
+    def masters(self) -> list[Tensor]:
+        return [p.detach() for p in self.parameters.values()]
+
+    def whole(self) -> dict[str, Tensor]:
+        return {n: p.detach().to("cpu", copy=True) for n, p in self.parameters.items()} if self.writes else {}
+
+    def load_whole(self, weights: Mapping[str, Tensor]) -> None:
+        copy_into([weights[name] for name in self.parameters], self.masters())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Weights and average change places, without a copy: a target network may do so in every step."""
+        for p, average in zip(self.parameters.values(), self._average, strict=True):
+            p.data, average.data = average.data, p.data
+
+    def spread(self) -> None:
+        pass  # the masters are the network's weights
+
+    def save_state(self, folder: Path, writes: Writes) -> None:
+        if self.writes:
+            writes(torch.save, self.optimizer.state_dict(), folder / OPTIMIZER)
+
+    def load_state(self, folder: Path) -> None:
+        self.load_whole(load_file(folder / weights_file()))
+        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+
+    def load_optimizer(self, state: WholeState) -> None:
+        values: dict[int, dict[str, Any]] = {}
+        for i, (name, parameter) in enumerate(self.parameters.items()):
+            of_weight = {key: value.reshape(parameter.shape).clone() for key, value in state.of(name).items()}
+            if of_weight or not state.keys:
+                values[i] = {**state.new_shared(), **of_weight}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": {} if state.is_empty else values, "param_groups": groups})
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,263 @@
+"""DeepSpeed ZeRO: the ranks share the optimizer's state (stage 1), gradients too (2), and weights too (3).
+
+Rajbhandari et al. 2020, arXiv 1910.02054. What is named here of DeepSpeed is documented; the rest is in
+`distill.training.deepspeed_internals`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from torch import Tensor, nn
+
+from distill.training import deepspeed_internals
+from distill.training.processes import Processes, drop_launchers_settings, leave_group
+from distill.training.rank_writes import Writes
+from distill.training.resharding import WholeState
+from distill.training.sharding.base import Sharding, UpdateSettings, trainable, wrapping_failed
+from distill.training.trained_network import TrainedNetwork, TrainingRecipe
+
+STAGES = (1, 2, 3)
+# DeepSpeed wants a process group even for one process; port 0 is any free one.
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+_OWN_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+)
+
+
+class ZeRO(Sharding):
+    """Several processes under DeepSpeed, or one, which needs no launcher.
+
+    Its settings are `deepspeed`, DeepSpeed's own, of which `zero_optimization.stage` is required, and `stages`, the
+    stages of single networks by name.
+    """
+
+    kind = "deepspeed"
+    settings_names = ("deepspeed", "stages")
+    holds_whole = False
+    launch = "distill launch --num_processes N"
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        self.deepspeed = dict(settings.get("deepspeed") or {})
+        self.stages: dict[str, int] = dict(settings.get("stages") or {})
+        for key in _OWN_KEYS:
+            if key in self.deepspeed:
+                raise ValueError(f"engine.deepspeed.{key} is set from the run's own settings; remove it")
+        self.stage: int = self.deepspeed.get("zero_optimization", {}).get("stage")
+        if self.stage not in STAGES:
+            raise ValueError(f"engine.deepspeed.zero_optimization.stage must be 1, 2 or 3, got {self.stage}")
+        for name, stage in self.stages.items():
+            if stage not in STAGES:
+                raise ValueError(f"engine.stages.{name} must be 1, 2 or 3, got {stage}")
+        self._borrowed_environment: tuple[str, ...] = ()
+
+    def stage_of(self, network: str | None) -> int:
+        return self.stages.get(network or "", self.stage)
+
+    def name_of(self, network: str | None = None) -> str:
+        return f"zero{self.stage_of(network)}"
+
+    def check_networks(self, trained: Collection[str]) -> None:
+        for name in self.stages:
+            if name not in trained:
+                known = ", ".join(trained)
+                raise ValueError(f"engine.stages.{name}: no such network is trained; trained are: {known}")
+
+    def check_launch(self, processes: int, launched: bool) -> None:
+        pass  # any number of processes will do
+
+    def join(self, launched: bool) -> PartialState:
+        drop_launchers_settings()
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if not launched:
+            os.environ.update(_ALONE)
+            self._borrowed_environment = tuple(_ALONE)
+        _quiet()
+        return PartialState(backend="nccl" if torch.cuda.is_available() else "gloo")
+
+    def leave(self) -> None:
+        if torch.distributed.is_initialized():
+            from deepspeed.comm import destroy_process_group  # DeepSpeed forgets the groups that it made, too
+
+            destroy_process_group()
+        leave_group()
+        for key in self._borrowed_environment:
+            os.environ.pop(key, None)
+
+    def wrap(
+        self,
+        modules: Mapping[str, nn.Module],
+        recipes: Mapping[str, TrainingRecipe],
+        update: UpdateSettings,
+        processes: Processes,
+    ) -> dict[str, TrainedNetwork]:
+        accelerators = self._accelerators(list(recipes), update)
+        return {
+            name: self._wrapped(accelerators[name], name, modules[name], recipe, processes)
+            for name, recipe in recipes.items()
+        }
+
+    def _accelerators(self, names: list[str], update: UpdateSettings) -> dict[str, Accelerator]:
+        """One for each network: so does Accelerate keep two of DeepSpeed's engines apart."""
+        plugins = {
+            name: DeepSpeedPlugin(hf_ds_config=self._config(name, update), zero3_init_flag=False) for name in names
+        }
+        first = Accelerator(
+            deepspeed_plugins=plugins,
+            mixed_precision=update.mixed_precision,
+            gradient_accumulation_steps=update.gradient_accumulation_steps,
+            dynamo_backend="no",
+        )
+        steps = update.gradient_accumulation_steps
+        others = [Accelerator(gradient_accumulation_steps=steps) for _ in names[1:]]
+        return dict(zip(names, [first, *others], strict=True))
+
+    def _config(self, name: str, update: UpdateSettings) -> dict[str, Any]:
+        return {
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also where the optimizer is offloaded
+            **self.deepspeed,
+            "zero_optimization": {**self.deepspeed["zero_optimization"], "stage": self.stage_of(name)},
+            "train_micro_batch_size_per_gpu": 1,  # no loader passes through DeepSpeed: it only prints with this
+            "gradient_accumulation_steps": update.gradient_accumulation_steps,
+            "gradient_clipping": update.max_grad_norm or 0.0,
+            "bf16": {"enabled": update.mixed_precision == "bf16"},
+        }
+
+    def _wrapped(
+        self, accelerator: Accelerator, name: str, module: nn.Module, recipe: TrainingRecipe, processes: Processes
+    ) -> TrainedNetwork:
+        accelerator.state.select_deepspeed_plugin(name)
+        parameters = trainable(module)
+        optimizer = recipe.optimizer(list(parameters.values()))
+        wrapped, _ = accelerator.prepare(module, optimizer)
+        right = (
+            type(wrapped).__name__ == "DeepSpeedEngine"
+            and accelerator.distributed_type == DistributedType.DEEPSPEED
+            and wrapped.zero_optimization_stage() == self.stage_of(name)
+            and accelerator.num_processes == processes.world_size
+        )
+        if not right:
+            raise wrapping_failed(self.name_of(name), name, wrapped, accelerator)
+        return PartitionedNetwork(wrapped, parameters, recipe, processes.rank)
+
+    @classmethod
+    def wrote(cls, folder: Path) -> bool:
+        return deepspeed_internals.has_state(folder)
+
+    @classmethod
+    def read_whole(cls, folder: Path, shapes: Mapping[str, torch.Size]) -> WholeState:
+        _quiet()
+        return deepspeed_internals.read_state(folder, shapes)
+
+
+class PartitionedNetwork(TrainedNetwork):
+    """A network whose optimizer's state, and at stage 3 weights, DeepSpeed has cut into a share for each rank.
+
+    `wrapped` is the DeepSpeedEngine: it clips, skips steps without a finite gradient, and counts micro-batches itself.
+    """
+
+    def __init__(
+        self,
+        wrapped: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        recipe: TrainingRecipe,
+        rank: int,
+    ) -> None:
+        self.rank = rank
+        super().__init__(wrapped, parameters, deepspeed_internals.base_optimizer(wrapped), recipe)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts; at the boundary, `step` below takes the real one
+
+    def step(self) -> tuple[float, bool]:
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
+
+    def reset_optimizer(self) -> None:
+        deepspeed_internals.renew_state(self._engine.optimizer, self.recipe.optimizer)
+
+    def masters(self) -> list[Tensor]:
+        return [partition.detach() for partition in deepspeed_internals.flat_groups(self._engine.optimizer)]
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: deepspeed_internals.whole_shape(p) for name, p in self.parameters.items()}
+
+    def whole(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.parameters.items():
+            full = safe_get_full_fp32_param(parameter)  # on all ranks: it gathers
+            if self.rank == 0:
+                weights[name] = full.detach().to("cpu", copy=True)
+        return weights
+
+    def load_whole(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            deepspeed_internals.set_weight(parameter, weights[name].to(parameter.device))
+
+    def spread(self) -> None:
+        deepspeed_internals.spread_partitions(self._engine.optimizer)
+
+    def save_state(self, folder: Path, writes: Writes) -> None:
+        with deepspeed_internals.keeping_failures(self._engine, writes):
+            self._engine.save_checkpoint(
+                str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
+            )
+
+    def load_state(self, folder: Path) -> None:
+        # Frozen weights are not in the file, so the names cannot match strictly; the checkpoint's manifest has been
+        # compared with this run's trained names and shapes by now.
+        path, _ = self._engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")
+
+    def load_optimizer(self, state: WholeState) -> None:
+        if state.is_empty:
+            return
+        deepspeed_internals.begin_state(self._engine.optimizer, state)
+        for name, parameter in self.parameters.items():
+            for key, value in state.of(name).items():
+                deepspeed_internals.set_state(parameter, key, value.to(parameter.device))
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    @property
+    def _engine(self) -> Any:
+        return self.wrapped
+
+
+def _quiet() -> None:
+    """What DeepSpeed has to be told before it is asked for anything."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives by names that torch means to drop, once or more a step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it says on every rank that it has found no other
+    deepspeed_internals.forget_shared_memory()
