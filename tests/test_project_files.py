@@ -120,7 +120,7 @@ def test_what_the_workflow_runs_is_there() -> None:
     files.remove("oldest.txt")  # which .github/oldest.py prints
     assert files >= {"scripts/test.sh", ".github/oldest.py", "constraints.txt", "docs/requirements.txt"}
     assert [file for file in files if not (ROOT / file).is_file()] == []
-    assert {command[1] for command in commands if command[0] == "distill"} == {"--help", "configs"}
+    assert {command[1] for command in commands if command[0] == "distill"} == {"--help", "configs", "quickstart"}
 
 
 def test_the_oldest_versions_are_the_declared_bounds() -> None:

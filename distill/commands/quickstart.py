@@ -107,7 +107,7 @@ def run_parts(parts: Sequence[Part], runner: Callable[[list[str]], int]) -> int:
 def ended(part: Part, code: int) -> int:
     """Says in one line why the quickstart ends here; returns its exit code."""
     if code in (PREEMPTED, INTERRUPTED):
-        log.info("%s was stopped: the same command resumes it", part.title)
+        log.info("stopped in %s: the same command resumes it", part.title)
     else:
         print(f"error: {part.title} ended with exit code {code}, see above; what is finished is kept", file=sys.stderr)
     return code
