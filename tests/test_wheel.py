@@ -105,6 +105,8 @@ def test_an_experiment_of_ones_own_trains_exports_and_samples(installed: Path, t
         "prompts=[blue rings]",
         "output_dir=pictures",
     )
+    job = ran(installed, tmp_path, "submit", *given, "output_dir=job", "dry_run=true")
+    assert "#SBATCH" in job and f"{ROOT}/distill" not in job and f"{ROOT}/configs" not in job
     assert (tmp_path / "pictures/grid.png").is_file() and (tmp_path / "lora/samples.png").is_file()
 
 
