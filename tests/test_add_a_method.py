@@ -6,8 +6,9 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.forked import python
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["data.num_samples=8", "data.samples_per_shard=8", "data.batch_size=8", "global_batch_size=4"]
@@ -51,7 +52,7 @@ def run(folder: Path, *commands: list[str]) -> str:
     """Those of the copy in `folder`, not of the repository; in one process, which loads torch once."""
     environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     ended = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(commands)],
+        [python(), "-c", ONE_AFTER_ANOTHER, json.dumps(commands)],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.forked import python
 from tests.test_user_commands import ROOT, run, write_store
 
 CONSISTENCY = "{segments: 1, skip: 20, iterations: 3}"
@@ -47,7 +47,7 @@ def test_stages_with_critics_are_trained_stopped_and_gone_on_with_to_the_bit(
     settings: list[str], tmp_path: Path
 ) -> None:
     """The rates are the method's own. The signal falls into the second stage."""
-    command = [sys.executable, "scripts/train.py", *settings]
+    command = [python(), "scripts/train.py", *settings]
     run(*command, f"output_dir={tmp_path}/whole")
     whole = metrics(tmp_path / "whole")
     assert [{key.partition("/")[0] for key in row if "/" in key} for row in whole] == [{"student"}] * 3 + [
@@ -77,7 +77,7 @@ def test_stages_with_critics_are_trained_stopped_and_gone_on_with_to_the_bit(
     assert trained == {"student", "discriminator", "fake_score"}
     assert {name.split("/")[0] for name in first if "/ema." in name} == {"student"}
 
-    run(sys.executable, "scripts/export.py", f"run={tmp_path}/whole", f"output_dir={tmp_path}/lora")
+    run(python(), "scripts/export.py", f"run={tmp_path}/whole", f"output_dir={tmp_path}/lora")
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
@@ -85,7 +85,7 @@ def test_stages_with_critics_are_trained_stopped_and_gone_on_with_to_the_bit(
 def test_an_alarm_ends_a_run_that_is_told_to_stop(settings: list[str], tmp_path: Path) -> None:
     """A discriminator's last layer is zero in its first step: it can only guess. Saved, and neither done nor to be run
     again as it is."""
-    command = [sys.executable, "scripts/train.py", *settings, f"output_dir={tmp_path}/run"]
+    command = [python(), "scripts/train.py", *settings, f"output_dir={tmp_path}/run"]
     command += ["health.stop=true", "health.logged_steps=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -105,7 +105,7 @@ def test_an_alarm_ends_a_run_that_is_told_to_stop(settings: list[str], tmp_path:
     ],
 )
 def test_a_mistake_about_them_is_one_line(settings: list[str], tmp_path: Path, override: str, words: list[str]) -> None:
-    command = [sys.executable, "scripts/train.py", *settings, f"output_dir={tmp_path}/run", override]
+    command = [python(), "scripts/train.py", *settings, f"output_dir={tmp_path}/run", override]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     lines = ended.stderr.strip().splitlines()

@@ -9,7 +9,6 @@ import json
 import math
 import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from distill.models.full_size import build_unet, unet_config
 from distill.training.engine import EngineSettings
 from distill.training.learning_rate import LearningRate
 from distill.training.trained_network import TrainingRecipe
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -121,7 +121,7 @@ def test_an_experiment_builds_at_full_size_and_trains_what_it_says(experiment: s
 @pytest.mark.parametrize("experiment", GIGABYTES)
 def test_an_experiment_takes_a_step_at_full_size(experiment: str) -> None:
     command = f"from tests.test_experiments import step; step({experiment!r})"
-    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([python(), "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     print(experiment, report)  # shown by -rP
@@ -171,7 +171,7 @@ def step(experiment: str) -> None:
 def test_both_turns_of_a_game_are_taken_at_full_size() -> None:
     """SD 1.5's LoRA and a conditional discriminator: a link of configs/chain/lightning_sd15.yaml."""
     command = "from tests.test_experiments import game; game()"
-    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([python(), "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     print("game", report)

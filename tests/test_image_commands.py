@@ -6,7 +6,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from distill.training.latents import LatentEncoder
 from tests.data.stores import PICTURES, files
 from tests.data.test_images import encoded, noise, picture
 from tests.data.test_prompts import shard
+from tests.forked import python
 from tests.tiny import save_tiny, tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ TORN = (1, 4)
 
 def run(script: str, *settings: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, f"scripts/{script}", *settings],
+        [python(), f"scripts/{script}", *settings],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_one_line(settings: list[str], folder: Path, tmp_pa
     settings = [*settings, f"data.store={folder}", f"output_dir={tmp_path}/run"]
     commands = [[script, *settings, *overrides] for script, overrides, _ in MISTAKES.values()]
     ended = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True
+        [python(), "-c", ONE_AFTER_ANOTHER, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True
     )
     found = [json.loads(line) for line in ended.stdout.splitlines()]
     for (code, said), (name, (_, _, words)) in zip(found, MISTAKES.items(), strict=True):

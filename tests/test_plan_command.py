@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from distill.config.settings import PlanSettings
 from distill.methods.mlcm import MLCM
 from distill.planning import phases as plan_run
 from distill.planning.counting import architecture
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
@@ -44,7 +44,7 @@ def said(part: Iterator[str]) -> str:
 
 def test_the_command_prints_a_report() -> None:
     """Of a machine without a GPU it speaks of none."""
-    command = [sys.executable, "scripts/plan.py", "experiment=quickstart", "cluster=laptop", "engine=single"]
+    command = [python(), "scripts/plan.py", "experiment=quickstart", "cluster=laptop", "engine=single"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     for word in ("Memory", "Communication", "Store", "Reading", "samples/s", "Checkpoint", "Failures", "engine=single"):
@@ -80,7 +80,7 @@ def test_what_depends_on_draws_is_not_counted_but_said() -> None:
 
 
 def test_a_mistake_is_one_line() -> None:
-    command = [sys.executable, "scripts/plan.py", "experiment=quickstart", "cluster=none"]
+    command = [python(), "scripts/plan.py", "experiment=quickstart", "cluster=none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: unknown cluster=none") and done.stderr.count("\n") == 1

@@ -30,6 +30,7 @@ from distill.models.families import Teacher
 from distill.models.schedulers import scheduler_settings
 from distill.training.helpers import check_helpers, helpers_of
 from tests.analytic import three_peaks
+from tests.forked import python
 
 ROOT = Path(__file__).parents[1]
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -80,7 +81,7 @@ def package(tmp_path: Path) -> Path:
 
 def ran(site: Path, folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{site}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
-    command = [sys.executable, "-m", "distill", *arguments]
+    command = [python(), "-m", "distill", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from distill.config.loading import CONFIGS, ConfigError, build, load
 from distill.config.settings import TrainSettings
 from distill.diffusion.schedule import NoiseSchedule
 from distill.training.fitting import check_method
+from tests.forked import python
 
 ROOT = Path(__file__).parents[1]
 REWARDS = sorted(path.stem for path in (CONFIGS / "reward").glob("*.yaml"))
@@ -24,7 +24,7 @@ TOY += ["max_train_steps=4", "lr_warmup_steps=0", "global_batch_size=4"]
 
 def run(script: str, *settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, f"scripts/{script}.py", *settings],
+        [python(), f"scripts/{script}.py", *settings],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,

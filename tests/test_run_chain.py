@@ -24,6 +24,7 @@ from distill.commands.chain import locked, main
 from distill.config.loading import ConfigError, load
 from distill.config.settings import RunChainSettings
 from distill.training.chain import links_of
+from tests.forked import python, settled
 from tests.test_user_commands import PROMPTS, ROOT, run
 from tests.tiny import save_tiny
 
@@ -103,6 +104,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
     monkeypatch.setattr("distill.commands.chain.setup_logging", lambda: None)  # which would take the log away from here
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", python())
     monkeypatch.chdir(ROOT)
     caplog.set_level(logging.INFO, "distill")
     return caplog
@@ -112,7 +114,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
 def killed(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chain all of whose processes were killed in the middle of its third link, between two checkpoints."""
     folder = tmp_path_factory.mktemp("chain") / "out"
-    command = [sys.executable, "scripts/run_chain.py", *arguments(folder, tiny)]
+    command = [python(), "scripts/run_chain.py", *arguments(folder, tiny)]
     process = psutil.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     metrics = folder / "game" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 6):
@@ -121,6 +123,7 @@ def killed(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     for one in doomed:
         one.kill()
     psutil.wait_procs(doomed, timeout=60)
+    settled()
     return folder
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from distill.config.loading import ConfigError, load
 from distill.config.settings import ShowMLCMSettings
 from distill.studies.mlcm import METRICS, main
 from distill.studies.seeds import over_seeds
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +47,7 @@ def test_the_command_trains_both_and_writes_its_table(tmp_path: Path) -> None:
     )
     overrides = [*short.split(","), "data.num_samples=4", "global_batch_size=4", "checkpointing_steps=2"]
     overrides += ["lr_warmup_steps=1", "dataloader_num_workers=0"]
-    command = [sys.executable, "scripts/show_mlcm.py", f"output_dir={tmp_path}", "seeds=[0]", "n=100", "tuning_n=100"]
+    command = [python(), "scripts/show_mlcm.py", f"output_dir={tmp_path}", "seeds=[0]", "n=100", "tuning_n=100"]
     command += ["steps=[1,2]", "guidances=[1.0]", f"overrides={json.dumps(overrides)}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for _ in range(2):  # the second time it finds everything done

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,16 @@ from safetensors.torch import load_file
 
 from distill.data.reader import open_store
 from distill.models.lora import LORA_FILE
+from tests.forked import python, settled
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
+FLAGS = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 PROMPTS = ["a red boat", "two owls", "a bridge at night", "snow"]
+
+
+def launcher(processes: int, *flags: str) -> list[str]:
+    return [python(), "-m", "accelerate.commands.launch", *FLAGS, "--num_processes", str(processes), *flags]
 
 
 def run(*command: str, **environment: str) -> str:
@@ -55,9 +58,7 @@ def test_four_commands_from_prompts_to_pictures(family: str, processes: int, tmp
         f"output_dir={tmp_path}/run",
         "mixed_precision=no",
     ]
-    several = ["--num_processes", str(processes)]
-
-    launch = [*LAUNCH, *several, *(["--multi_gpu"] if processes > 1 else [])]
+    launch = launcher(processes, *(["--multi_gpu"] if processes > 1 else []))
     run(*launch, "scripts/make_trajectories.py", *settings, ACCELERATE_USE_CPU="true")
     assert len(open_store(str(tmp_path / "store"))) == 24
 
@@ -71,8 +72,14 @@ def test_four_commands_from_prompts_to_pictures(family: str, processes: int, tmp
     ]
     more = ["log_every=1", "checkpointing_steps=3", "validation_steps=3", "validation_prompts=[snow]", "engine=zero2"]
     more += ["validation_teacher_steps=2"]
-    deepspeed = [*LAUNCH, *several, "--use_deepspeed"]
-    run(*deepspeed, "scripts/train.py", *settings, *sizes, *more, "dataloader_num_workers=1")
+    run(
+        *launcher(processes, "--use_deepspeed"),
+        "scripts/train.py",
+        *settings,
+        *sizes,
+        *more,
+        "dataloader_num_workers=1",
+    )
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics if "loss" in row] == [1, 2, 3, 4, 5, 6]
     validated = [row for row in metrics if "validation/diversity" in row]
@@ -81,9 +88,9 @@ def test_four_commands_from_prompts_to_pictures(family: str, processes: int, tmp
     assert {"loss", "lr", "grad_norm", "samples_per_second", "data_wait", "peak_memory_gib"} <= metrics[0].keys()
     assert (tmp_path / "run" / "samples" / "step-000003" / "validation-00.png").is_file()
 
-    run(sys.executable, "scripts/export.py", f"run={tmp_path}/run", f"output_dir={tmp_path}/lora")
+    run(python(), "scripts/export.py", f"run={tmp_path}/run", f"output_dir={tmp_path}/lora")
     run(
-        sys.executable,
+        python(),
         "scripts/sample.py",
         f"model.pretrained_model_name_or_path={teacher}",
         f"lora={tmp_path}/lora",
@@ -113,7 +120,7 @@ def write_store(folder: Path) -> list[str]:
         "data.num_samples=12",
         "mixed_precision=no",
     ]
-    run(sys.executable, "scripts/make_trajectories.py", *settings)
+    run(python(), "scripts/make_trajectories.py", *settings)
     return settings
 
 
@@ -134,7 +141,7 @@ def test_killed_and_run_again_is_as_if_it_had_not_been(
     engine: str, processes: int, steps: int, xl: list[str], tmp_path: Path
 ) -> None:
     """Weights, moving average and metrics, bit for bit, with loader workers. A short one is in the default run."""
-    command = [sys.executable] if processes == 1 else [*LAUNCH, "--use_deepspeed", "--num_processes", str(processes)]
+    command = [python()] if processes == 1 else launcher(processes, "--use_deepspeed")
     command += ["scripts/train.py", *xl, f"engine={engine}", "global_batch_size=4", "lora_rank=2", "lora_alpha=2"]
     command += [f"max_train_steps={steps}", "lr_warmup_steps=5", "lr_scheduler=cosine", "ema_decay=0.9", "log_every=1"]
     command += [f"checkpointing_steps={steps // 6}", "dataloader_num_workers=2", "gradient_accumulation_steps=2"]
@@ -159,6 +166,7 @@ def _kill_at_step(step: int, folder: Path, command: list[str]) -> None:
     for one in doomed:
         one.kill()
     psutil.wait_procs(doomed, timeout=60)
+    settled()
     assert not (folder / "DONE").exists()
 
 

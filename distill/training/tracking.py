@@ -445,10 +445,17 @@ def setup_logging(rank: int = 0, stream: TextIO | None = None) -> None:
 
 
 class _BarSafe(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes log lines above a progress bar, not into it."""
+    """Writes log lines above a progress bar, not into it.
+
+    tqdm's lock is shared with all forked processes, and stays locked for ever when one of them is killed as it holds it:
+    it is taken where there may be a bar, and nowhere else.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
+        if wants_bar(self.stream):
+            tqdm.write(self.format(record), file=self.stream)
+        else:
+            super().emit(record)
 
 
 class TrainingProgress:

@@ -24,6 +24,8 @@ from typing import Any
 
 import psutil
 
+from tests.forked import python
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 20.0  # seconds from SIGTERM to SIGKILL
 LIMIT = 300.0  # of a launch
@@ -81,7 +83,7 @@ class Ranks:
         self.folder, self._count = folder, 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.ranks"],
+            [python(), "-m", "tests.faults.ranks"],
             cwd=ROOT,
             env={name: value for name, value in environment.items() if not name.startswith(("SLURM", "WANDB"))},
             stdin=subprocess.PIPE,

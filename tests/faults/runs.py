@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from tests.faults.ranks import ROOT, Ended, Launch, Ranks
+from tests.forked import python
 from tests.tiny import save_tiny
 
 STEPS = 8
@@ -100,7 +100,7 @@ class Runs:
 def accelerate(arguments: Sequence[str], faults: Path, ranks: int = 2) -> list[str]:
     """The command that a user launches a run with, the faults of a file put in."""
     flags = ["--use_deepspeed", "--num_processes", str(ranks), "--num_machines", "1", "--mixed_precision", "no"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--dynamo_backend", "no"]
+    launcher = [python(), "-m", "accelerate.commands.launch", *flags, "--dynamo_backend", "no"]
     launcher += ["--main_process_port", "0", "-m", "tests.faults.sabotage", str(faults)]
     return [*launcher, str(ROOT / "scripts/train.py"), *arguments]
 

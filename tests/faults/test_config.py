@@ -16,6 +16,7 @@ from distill.config.loading import MAX_SETTINGS_BYTES, ConfigError, load, read_s
 from distill.config.settings import TrainSettings
 from tests.faults.conftest import Outcome
 from tests.faults.ranks import ROOT
+from tests.forked import python
 
 Fault = Callable[[int, str], Outcome]
 WRONG = "a wrong setting"
@@ -105,7 +106,7 @@ def test_a_mistake_is_one_clear_line(
     ],
 )
 def test_the_command_exits_with_code_2(overrides: list[str], expected: list[str], tmp_path: Path, fault: Fault) -> None:
-    command = [sys.executable, "scripts/train.py", "experiment=quickstart", f"output_dir={tmp_path}/run", *overrides]
+    command = [python(), "scripts/train.py", "experiment=quickstart", f"output_dir={tmp_path}/run", *overrides]
     start = time.monotonic()
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2

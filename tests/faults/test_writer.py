@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,6 +34,7 @@ from tests.data.stores import (
 from tests.faults.conftest import Outcome
 from tests.faults.ranks import ROOT
 from tests.faults.runs import Runs
+from tests.forked import python
 
 Fault = Callable[[int, str], Outcome]
 KILLED = "writer killed at a touch of a file"
@@ -164,7 +164,7 @@ def test_the_command_killed_at_touches_of_files(runs: Runs, tmp_path: Path, faul
     settings += ["data.samples_per_shard=6"]
 
     def command(folder: Path, *before: str) -> Any:
-        line = [sys.executable, *before, str(ROOT / "scripts/make_trajectories.py"), *settings, f"data.store={folder}"]
+        line = [python(), *before, str(ROOT / "scripts/make_trajectories.py"), *settings, f"data.store={folder}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -14,7 +14,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import pytest
 import torch
 
 from distill.training.checkpoint import CheckpointError, _write_manifest, read_weights
+from tests.forked import python
 from tests.training.engine_worker import relative_distance
 from tests.training.engine_worker import run as run_here
 from tests.training.test_checkpoint import Bomb
@@ -97,7 +97,7 @@ def launch(folder: Path, cases: dict[str, Any], *flags: str) -> tuple[dict[str, 
     folder.mkdir()
     plan = folder / "cases.json"
     plan.write_text(json.dumps({"out": str(folder), "cases": cases}))
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--main_process_port", "0"]
+    command = [python(), "-m", "accelerate.commands.launch", *flags, "--main_process_port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, "-m", "tests.training.engine_worker", str(plan)],
