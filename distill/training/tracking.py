@@ -447,7 +447,7 @@ def setup_logging(rank: int = 0, stream: TextIO | None = None) -> None:
 class _BarSafe(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes log lines above a progress bar, not into it.
 
-    tqdm's lock is shared with all forked processes, and stays locked for ever when one of them is killed as it holds it:
+    tqdm's lock is shared with all forked processes, and stays locked for ever if one of them is killed as it holds it:
     it is taken where there may be a bar, and nowhere else.
     """
 

@@ -35,6 +35,7 @@ from distill.training.tracking import (
     to_pictures,
     wants_bar,
 )
+from tests.forked import python
 
 NODES: dict[str, Any] = {
     "wandb": {"_target_": "distill.training.tracking.WandbTracker"},
@@ -237,6 +238,27 @@ def test_a_wandb_service_that_hangs_does_not_keep_the_process_from_ending(tmp_pa
     assert done.returncode == 0, done.stderr
     assert "wandb did not finish within 1 s and is given up" in done.stderr
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 51))
+
+
+LOCKED = """
+import logging, os, signal
+from tqdm import tqdm
+from distill.training.tracking import setup_logging
+
+tqdm.get_lock()  # as the first bar or line does
+setup_logging()
+if (child := os.fork()) == 0:
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(child, 0)
+logging.getLogger("distill").info("on it goes")
+"""
+
+
+def test_a_log_line_waits_for_no_process_that_was_killed_as_it_wrote_one() -> None:
+    """Loader workers are forks of their rank, and one may be killed at any moment."""
+    done = subprocess.run([python(), "-c", LOCKED], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr.endswith("on it goes\n"), done.stderr
 
 
 class Service:
