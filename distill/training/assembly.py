@@ -67,6 +67,7 @@ from distill.training.tracking import (
     note_skipped,
     open_trackers,
     read_metrics,
+    time_left,
 )
 from distill.training.trained_network import TrainingRecipe
 from distill.training.used_data import note_data
@@ -240,7 +241,7 @@ class Run:
         return step, None
 
     def _say_header(self, resumed: ResumedRun) -> None:
-        """What is about to run, on the console: machine, teacher, data, what is trained, batch, steps, folder."""
+        """What is about to run, in five lines: machine, teacher and data, what is trained, batch, steps and time."""
         cfg, engine, processes = self.cfg, resumed.engine, resumed.engine.processes
         precision = "float32" if self.engine.mixed_precision == "no" else self.engine.mixed_precision
         log.info("engine=%s in %s on %d x %s", engine.name, precision, processes.world_size, processes.device_name)
@@ -248,15 +249,14 @@ class Run:
         trained = ", ".join(f"{name} {count:,} weights" for name, count in engine.trained_parameters().items())
         log.info("%s trains %s", type(self.method).__name__, trained)
         log.info(
-            "batch %d = %d a micro-batch x %d accumulated x %s; steps %d to %d; output_dir=%s",
+            "batch %d = %d per micro-batch x %d accumulated x %s",
             cfg.global_batch_size,
             self.micro_batch_size,
             cfg.gradient_accumulation_steps,
             counted(processes.world_size, "process", "processes"),
-            resumed.step + 1,
-            cfg.max_train_steps,
-            self.folder,
         )
+        left = time_left(read_metrics(self.folder, resumed.step), resumed.step, cfg.max_train_steps)
+        log.info("steps %d to %d, %s; output_dir=%s", resumed.step + 1, cfg.max_train_steps, left, self.folder)
 
     def loader(self, resumed: ResumedRun) -> Loader:
         """This rank's batches from the step on where the run resumes."""

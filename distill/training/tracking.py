@@ -193,6 +193,14 @@ def read_metrics(folder: Path, step: int) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
+def time_left(rows: Sequence[Mapping[str, float]], step: int, total: int) -> str:
+    """How long the steps after `step` will take, in words, by the pace that a run's metrics last had."""
+    pace = next((row["step_seconds"] for row in reversed(rows) if "step_seconds" in row), None)
+    if pace is None or not math.isfinite(pace):
+        return "whose time is known after the first few"
+    return f"about {tqdm.format_interval(pace * (total - step))} at {pace:.3g} s per step, as before"
+
+
 def _step_of(line: str) -> int:
     """The line's step; -1 for a torn line."""
     try:
@@ -458,19 +466,34 @@ class _BarSafe(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
+FEW = 5  # steps after which a run's pace is known; the first one, which allocates and compiles, is left out
+
+
 class TrainingProgress:
-    """Shows where a run is: a bar on a terminal, elsewhere (and always in SLURM) a log line for each `show`."""
+    """Shows where a run is: a bar on a terminal, elsewhere (and always in SLURM) a log line for each `show`.
+
+    Without a bar, a line after the first few steps says how long the run will take.
+    """
 
     def __init__(self, total: int, done: int = 0, stream: TextIO | None = None, main: bool = True) -> None:
         stream = stream or sys.stderr
-        self.total = total
+        self.total, self._done = total, done
         self._main = main
+        self._start = done
+        self._first_ended = 0.0
         self._bar = tqdm(total=total, initial=done, file=stream, unit="step") if main and wants_bar(stream) else None
 
     def step(self) -> None:
         """After each step."""
+        self._done += 1
         if self._bar is not None:
             self._bar.update()
+        elif self._done == self._start + 1:
+            self._first_ended = time.monotonic()
+        elif self._done == self._start + FEW and self._main and self._done < self.total:
+            pace = (time.monotonic() - self._first_ended) / (FEW - 1)
+            left = tqdm.format_interval(pace * (self.total - self._done))
+            logger.info("step %d/%d: about %s left at %.3g s per step", self._done, self.total, left, pace)
 
     def show(self, step: int, scalars: Scalars) -> None:
         """The scalars of a step; those that `Meter.read` gives are written with their units."""

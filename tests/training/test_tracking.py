@@ -32,6 +32,7 @@ from distill.training.tracking import (
     open_trackers,
     run_id,
     setup_logging,
+    time_left,
     to_pictures,
     wants_bar,
 )
@@ -388,6 +389,29 @@ def test_a_bar_is_for_terminals_and_never_for_slurm(
     progress.step()
     progress.close()
     assert ("1/10" in out.getvalue()) == bar
+
+
+def test_how_long_a_run_takes_is_said_before_it_and_after_its_first_steps(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    rows = [{"step": 10.0, "step_seconds": 9.0}, {"step": 20.0, "step_seconds": 0.5}, {"step": 20.0, "loss": 1.0}]
+    assert time_left(rows, 20, 140) == "about 01:00 at 0.5 s per step, as before"
+    assert (
+        time_left([{"step": 1.0, "loss": 1.0}], 1, 9)
+        == time_left([], 0, 9)
+        == "whose time is known after the first few"
+    )
+    caplog.set_level(logging.INFO, "distill")
+    for main, stream, lines in ((True, io.StringIO(), 1), (False, io.StringIO(), 0), (True, Terminal(), 0)):
+        caplog.clear()
+        progress = TrainingProgress(1000, 20, stream=stream, main=main)
+        for _ in range(20):
+            time.sleep(0.002)
+            progress.step()
+        progress.close()
+        assert len(caplog.messages) == lines
+        assert all(line.startswith("step 25/1000: about 00:0") and " left at 0.0" in line for line in caplog.messages)
 
 
 @pytest.fixture
