@@ -7,7 +7,7 @@ of a faster one, both noised again to a time at which a diffusion network sees s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,30 @@ class Critic(Protocol):
     def __call__(
         self, samples: Sequence[Tensor], t: Tensor, conditioning: Conditioning, origin: Origin | None = None
     ) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class AdversarialScalars:
+    """The names under which adversarial training is logged: what a run's alarms read.
+
+    Args:
+        discriminator: the network; `Verdict.accuracies` and its loss are logged after its name.
+        student_loss: which of the student's scalars is its adversarial loss.
+    """
+
+    discriminator: str = "discriminator"
+    student_loss: str = "adversarial_loss"
+
+    @property
+    def accuracies(self) -> tuple[str, str]:
+        """Those on real and on fake samples."""
+        return f"{self.discriminator}/real_accuracy", f"{self.discriminator}/fake_accuracy"
+
+    def balance(self, scalars: Mapping[str, float]) -> dict[str, float]:
+        """The student's adversarial loss over the discriminator's, where both were logged."""
+        student = scalars.get(f"student/{self.student_loss}")
+        loss = scalars.get(f"{self.discriminator}/loss", 0.0)
+        return {} if student is None or loss == 0 else {f"{self.discriminator}/balance": student / loss}
 
 
 @dataclass(frozen=True)

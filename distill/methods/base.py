@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distill.diffusion.adversarial import AdversarialScalars
 from distill.diffusion.random import Context
 from distill.diffusion.trajectory import Batch, Reads
 from distill.methods.sampling import Sampling
@@ -72,6 +73,9 @@ class Method(ABC):
 
     Stored trajectories have their own, which comes on top wherever the method reads trajectories.
     """
+
+    adversarial: AdversarialScalars | None = None
+    """How its adversarial training is logged, if it trains a discriminator."""
 
     @property
     def helpers(self) -> tuple[str, ...]:

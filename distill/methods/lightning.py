@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distill.diffusion.adversarial import Adversary
+from distill.diffusion.adversarial import AdversarialScalars, Adversary
 from distill.diffusion.consistency import jump
 from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2
@@ -152,6 +152,7 @@ class LightningAdversarial(Progressive):
     """
 
     trains = ("student", "discriminator")
+    adversarial = AdversarialScalars(student_loss="loss")
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.diffusion.adversarial import Adversary, Origin
+from distill.diffusion.adversarial import AdversarialScalars, Adversary, Origin
 from distill.diffusion.consistency import inverse_jump, jump, where
 from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2, pseudo_huber
@@ -159,6 +159,7 @@ class MLCM(Method):
         judged = any(stage.adversarial > 0 for stage in self.stages)
         matched = any(stage.matching > 0 for stage in self.stages)
         self.trains = ("student", *["discriminator"] * judged, *["fake_score"] * matched)
+        self.adversarial = AdversarialScalars() if judged else None
         scored = [stage for stage in self.stages if stage.reward > 0]
         self.asks += ("reward",) if scored else ()
         self.asks += ("perceptual",) if any(stage.distance == "perceptual" for stage in self.stages) else ()

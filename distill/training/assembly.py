@@ -137,7 +137,7 @@ class Run:
                 exports=exports,
                 student=build(cfg.student),
                 others=others_of(cfg, method),
-                health=build(cfg.health, main=first),
+                health=health_of(cfg, method, first),
                 recipes={name: recipe_of(cfg, method, rate, name) for name in method.trains},
                 store=fitting_store(cfg, teacher, method, exports),
                 preemption=preemption,
@@ -362,6 +362,13 @@ def others_of(cfg: TrainSettings, method: Method) -> dict[str, Any]:
     if missing := [name for name in names if name not in cfg.networks]:
         raise ConfigError(f"the method trains a {missing[0]}, which the settings do not describe: set networks=critics")
     return {name: build(cfg.networks[name]) for name in names}
+
+
+def health_of(cfg: TrainSettings, method: Method, main: bool) -> Health:
+    """The run's alarms, which know what the method's adversarial training is logged as."""
+    health: Health = build(cfg.health, main=main)
+    health.adversarial = method.adversarial
+    return health
 
 
 def recipe_of(cfg: TrainSettings, method: Method, rate: LearningRate, name: str) -> TrainingRecipe:

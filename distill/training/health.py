@@ -1,6 +1,6 @@
 """Health of a run: what its scalars say when a game goes wrong, or when a student draws one picture for every noise.
 
-Scalars are known by the ends of their names, so that no method is known here.
+Which scalars are of adversarial training, and what they are called, the method says.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
+from distill.diffusion.adversarial import AdversarialScalars
+
 log = logging.getLogger(__name__)
 
-REAL, FAKE = "real_accuracy", "fake_accuracy"
 DIVERSITY = "validation/diversity"
 
 
@@ -31,6 +32,7 @@ class Health:
         diversity: goes on where the diversity is below this share of what the first validation found; null: never.
         stop: an alarm ends the run.
         main: says the lines, as one of all ranks should.
+        adversarial: what the method's adversarial training is logged as; None: it has none.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -44,6 +46,7 @@ class Health:
         diversity: float | None = 0.5,
         stop: bool = False,
         main: bool = True,
+        adversarial: AdversarialScalars | None = None,
     ) -> None:
         if logged_steps < 1:
             raise ValueError(f"health.logged_steps must be at least 1, got {logged_steps}")
@@ -55,7 +58,7 @@ class Health:
             if value is not None and not low <= value < high:
                 raise ValueError(f"health.{name} must be null or lie in [{low}, {high}), got {value}")
         self.chance, self.winning, self.diversity = chance, winning, diversity
-        self.stop, self.main = stop, main
+        self.stop, self.main, self.adversarial = stop, main, adversarial
         self.alarms: dict[str, str] = {}
         self._window: deque[tuple[int, float, float]] = deque(maxlen=logged_steps)  # step, both accuracies
         self._first: tuple[int, float] | None = None  # step and diversity of the first validation
@@ -88,22 +91,21 @@ class Health:
 
     def _read(self, scalars: Mapping[str, float], step: int) -> dict[str, float]:
         found: dict[str, float] = {}
-        network = next((name.removesuffix(REAL) for name in scalars if name.endswith(REAL)), None)
-        if network is not None and f"{network}{FAKE}" in scalars:
-            found |= self._game(scalars, network, step)
+        if self.adversarial is not None and all(name in scalars for name in self.adversarial.accuracies):
+            found |= self._game(scalars, self.adversarial, step)
         if math.isfinite(diversity := scalars.get(DIVERSITY, math.nan)):
             found |= self._collapse(diversity, step)
         return found
 
-    def _game(self, scalars: Mapping[str, float], network: str, step: int) -> dict[str, float]:
-        """Both alarms of the discriminator whose scalars begin with `network`, "discriminator/" as a rule."""
-        found = _balance(scalars, network)
-        now = scalars[f"{network}{REAL}"], scalars[f"{network}{FAKE}"]
+    def _game(self, scalars: Mapping[str, float], names: AdversarialScalars, step: int) -> dict[str, float]:
+        """Both alarms of the discriminator."""
+        found = names.balance(scalars)
+        now = scalars[names.accuracies[0]], scalars[names.accuracies[1]]
         if all(map(math.isfinite, now)):
             self._window.append((step, *now))
         full = len(self._window) == self._window.maxlen
         real, fake = (fmean(row[i] for row in self._window) if full else math.nan for i in (1, 2))
-        who = network.rstrip("/") or "the discriminator"
+        who = names.discriminator
         over = f"accuracies {real:.2f} on real, {fake:.2f} on fake, from step {self._window[0][0] if full else step} on"
         if self.chance is not None:
             worse, better = (real + fake) / 2 <= 0.5 + self.chance, (real + fake) / 2 > 0.5 + 2 * self.chance
@@ -147,11 +149,3 @@ class Health:
         elif better:
             self.alarms.pop(name, None)
         return float(name in self.alarms)
-
-
-def _balance(scalars: Mapping[str, float], network: str) -> dict[str, float]:
-    """The student's part of the game against the discriminator's; its whole loss, where that is no mixture."""
-    part = next((value for name, value in scalars.items() if name.endswith("adversarial_loss")), None)
-    student = scalars.get("student/loss") if part is None else part
-    discriminator = scalars.get(f"{network}loss", 0.0)
-    return {} if student is None or discriminator == 0 else {f"{network}balance": student / discriminator}

@@ -324,7 +324,7 @@ def validated(engine: Engine) -> dict[str, float]:
     prompts = [f"prompt {i}" for i in range(5)]
     teacher = teacher_with_decoder()
     draws = Validation(teacher, prompts, conditioning, 2, 0, 3, ends=ends, reward=lambda x, p: x.mean((1, 2, 3)))
-    return draws(engine, open_trackers([], Path(), {}, main=False), 1)
+    return draws(engine, open_trackers({}, Path(), {}, main=False), 1)
 
 
 def cut(engine: Engine) -> float:

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from distill.diffusion.adversarial import AdversarialScalars
 from distill.diffusion.prediction import Prediction
 from distill.methods.mlcm import MLCM
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.discriminator import CriticNetwork, Discriminator
 from distill.models.families import load_teacher
+from distill.training import health as alarms
 from distill.training.checkpoint import Checkpoints
 from distill.training.engine import EngineSettings
-from distill.training.health import Health
 from distill.training.loop import Every, Observers, train
 from distill.training.preemption import Preemption
 from distill.training.tracking import JsonlTracker, Meter, TrainingProgress, open_trackers, read_metrics
@@ -31,11 +32,16 @@ from tests.training.engine_worker import SCHEDULE, TWO_LEVELS, micro_batches, st
 Caplog = pytest.LogCaptureFixture
 
 
+def Health(*arguments: Any, **settings: Any) -> alarms.Health:  # noqa: N802
+    """Of a run with adversarial training, logged as MLCM does."""
+    return alarms.Health(*arguments, **settings, adversarial=AdversarialScalars())
+
+
 def game(real: float, fake: float) -> dict[str, float]:
     return {"student/loss": 0.9, "discriminator/real_accuracy": real, "discriminator/fake_accuracy": fake}
 
 
-def followed(health: Health, rows: Iterable[dict[str, float]], name: str) -> list[float]:
+def followed(health: alarms.Health, rows: Iterable[dict[str, float]], name: str) -> list[float]:
     """What an alarm says after each row."""
     return [health.read(row, step)[f"alarm/{name}"] for step, row in enumerate(rows, start=1)]
 
@@ -87,11 +93,19 @@ class TestGame:
     def test_the_balance_is_of_the_adversarial_losses(self) -> None:
         """.693 of 1.386 by guessing. A student's loss of several terms is not what is asked for."""
         guessing = {**game(0.5, 0.5), "student/loss": 0.693, "discriminator/loss": 1.386}
-        assert Health().read(guessing, 1)["discriminator/balance"] == pytest.approx(0.5)
+        whole = alarms.Health(adversarial=AdversarialScalars(student_loss="loss"))
+        assert whole.read(guessing, 1)["discriminator/balance"] == pytest.approx(0.5)
+        assert "discriminator/balance" not in Health().read(guessing, 1)
         mixed = {**guessing, "student/loss": 20.0, "student/adversarial_loss": 1.386}
         assert Health().read(mixed, 1)["discriminator/balance"] == pytest.approx(1.0)
         alone = {key: value for key, value in guessing.items() if "student" not in key}  # steps of D's alone
-        assert "discriminator/balance" not in Health().read(alone, 1)
+        assert "discriminator/balance" not in whole.read(alone, 1)
+
+    def test_the_method_says_what_its_scalars_are_called(self) -> None:
+        row = {"critic/real_accuracy": 1.0, "critic/fake_accuracy": 1.0}
+        named = alarms.Health(1, adversarial=AdversarialScalars("critic"))
+        assert named.read(row, 1)["alarm/winning"] == 1
+        assert Health(1).read(row, 1) == {} and alarms.Health(1).read(row, 1) == {}
 
 
 class TestCollapse:
@@ -188,7 +202,7 @@ def test_a_student_that_collapses_is_found_by_its_validation(tmp_path: Path) -> 
     engine.prepare({"student": NetworkDenoiser(unet, SCHEDULE, Prediction.SAMPLE)}, {"student": TrainingRecipe(adam)})
     prompts = [f"prompt {i}" for i in range(6)]
     validation = Validation(teacher, prompts, tiny_conditioning("sd15", 6), steps=3, seed=0, diversity_seeds=3)
-    health, tracker = Health(), open_trackers([], tmp_path, {})
+    health, tracker = Health(), open_trackers({}, tmp_path, {})
     weight = unet.conv_out.weight.detach().clone()
     found = []
     for step, share in enumerate((1.0, 0.01, 1.0), start=1):
@@ -217,7 +231,7 @@ def test_a_discriminator_that_does_not_learn_is_said_to_guess(stop: bool, tmp_pa
     method = MLCM(SCHEDULE, [stage | {"adversarial": 0.5}], guidance=2.0)
     plans = {"student": TrainingRecipe(adam), "discriminator": TrainingRecipe(frozen)}
 
-    def run(health: Health, steps: int) -> int:
+    def run(health: alarms.Health, steps: int) -> int:
         critic = Discriminator(CriticNetwork(tiny_unet("sdxl", seed=1, **TWO_LEVELS), (8, 8)))
         engine = EngineSettings().start()
         engine.prepare({**student(lora=True), "discriminator": critic}, plans)
@@ -225,7 +239,7 @@ def test_a_discriminator_that_does_not_learn_is_said_to_guess(stop: bool, tmp_pa
         resumed = checkpoints.resume(engine, "latest")
         start = resumed.step if resumed else 0
         health.recall(read_metrics(tmp_path, start))
-        tracker = open_trackers([], tmp_path, {}, resume_step=start)
+        tracker = open_trackers({}, tmp_path, {}, resume_step=start)
         taken = train(
             method,
             engine,
