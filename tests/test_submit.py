@@ -15,6 +15,7 @@ import yaml
 from distill.cluster.job import Job
 from distill.commands import submit_chain, submit_sweep, trajectories
 from distill.commands.submit import main
+from distill.config.composition import CONFIG_DIRS
 from distill.config.loading import ConfigError, given, load
 from distill.config.settings import RunChainSettings, SubmitChainSettings, SubmitSettings, TrainSettings
 
@@ -123,6 +124,15 @@ def test_without_sbatch_the_script_is_written_and_that_is_said(tmp_path: Path, m
     with pytest.raises(ConfigError, match="sbatch is not installed here; .* is written"):
         submit(*TOY, f"output_dir={tmp_path}/run")
     assert (tmp_path / "run" / "slurm" / "trajectories.sbatch").is_file()
+
+
+def test_a_site_writes_down_once_what_its_jobs_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slurm").mkdir()
+    own = "defaults: [default]\npartition: gpu\nsetup: [module load x]\n"
+    (tmp_path / "slurm" / "mysite.yaml").write_text(own)
+    monkeypatch.setenv(CONFIG_DIRS, str(tmp_path))
+    slurm = load("submit", SubmitSettings, ["experiment=quickstart", "slurm=mysite", "slurm.nodes=2"]).slurm
+    assert (slurm.partition, slurm.setup, slurm.nodes, slurm.max_failures) == ("gpu", ["module load x"], 2, 3)
 
 
 CHAIN = ["chain=lcm_toy", "slurm.nodes=2", "overrides=['engine=zero2']"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from distill.cluster.by_hand import job_by_hand
 from distill.cluster.job import Job, Launcher
 from distill.cluster.node import launch_command
 from distill.cluster.progress import progress
@@ -124,6 +125,22 @@ def test_it_starts_at_once_and_holds_little_memory(tmp_path: Path) -> None:
     assert ended(supervisor)[0] == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5 and mebibytes < 40
+
+
+def test_a_job_of_settings_alone_is_composed_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    settings = ["experiment=quickstart", f"output_dir={tmp_path}/a run", f"data.store={tmp_path}/store"]
+    own = ["slurm.processes_per_node=2", "slurm.container=apptainer exec a.sif", "slurm.grace_seconds=300"]
+    job = job_by_hand("make_trajectories", [*settings, *own])
+    assert job.command[-6:] == ("-m", "distill", "trajectories", *settings)
+    assert "apptainer exec a.sif python -m distill.cluster.node processes_per_node=2 -- " in " ".join(job.command)
+    assert job.progress == ("store", f"{tmp_path}/store") and job.notes == f"{tmp_path}/a run/slurm"
+    assert (job.grace_seconds, job.max_failures) == (300, 3)
+    with pytest.raises(ValueError, match="these settings cannot be run, see above"):
+        job_by_hand("train", ["no_such_key=1"])
+    monkeypatch.setenv("MAX_FAILURES", "1")
+    with pytest.raises(ValueError, match="the environment variable MAX_FAILURES is a setting now: slurm.max_failures="):
+        job_by_hand("train", settings)
 
 
 @pytest.mark.parametrize(

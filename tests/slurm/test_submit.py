@@ -77,12 +77,16 @@ def begun(output_dir: Path, steps: int) -> bool:
 def test_usr1_saves_and_the_job_goes_on_to_the_same_weights(
     slurm: Cluster, undisturbed: Path, tiny: list[str], store: Path, tmp_path: Path
 ) -> None:
-    job = train(slurm, tmp_path / "run", tiny, store)
+    """The job is one that `sbatch` alone was given, and comes to the weights of one that was submitted."""
+    (tmp_path / "run" / "slurm").mkdir(parents=True)
+    shape = ["--nodes=2", "--gpus-per-node=1", "--exclusive", f"--output={tmp_path}/run/slurm/%j.log"]
+    settings = [*tiny, f"data.store={store}", f"max_train_steps={STEPS}", f"output_dir={tmp_path}/run"]
+    job = slurm.call("sbatch", "--parsable", *shape, "slurm/train.sbatch", *settings)
     until(lambda: begun(tmp_path / "run", 3), why=lambda: log_of(tmp_path / "run"))
     slurm.call("scancel", "--signal=USR1", "--batch", job)
     facts, log = slurm.ended(job), log_of(tmp_path / "run")
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
-    assert "error: run:" not in log and log.count("back to the queue") == 1
+    assert "error: train:" not in log and log.count("back to the queue") == 1
     assert same(weights(tmp_path / "run"), weights(undisturbed))
 
 
