@@ -53,7 +53,7 @@ class PlainSettings(Settings):
         ("seed=choice(5,3)", ["5", "3"]),
         ("seed=choice(5)", ["5"]),
         ("seed=sort(5,3)", ["3", "5"]),
-        ("report_to=[jsonl],[]", ["[jsonl]", "[]"]),
+        ("preemption_signals=[SIGTERM],[SIGINT]", ["[SIGTERM]", "[SIGINT]"]),
         ("method=lcm,lcm_noised", ["lcm", "lcm_noised"]),
         ("method=glob(lcm*)", ["lcm", "lcm_noised"]),
         ("method=glob([lcm*,mlcm],exclude=*noised)", ["lcm", "mlcm"]),
@@ -65,7 +65,9 @@ def test_what_an_argument_sweeps_over(argument: str, values: list[str]) -> None:
     assert chosen_by(argument) == [{key: value} for value in values]
 
 
-@pytest.mark.parametrize("argument", ["report_to=[jsonl,wandb]", "validation_prompts='1,2'", "data.prompts=x(1)"])
+@pytest.mark.parametrize(
+    "argument", ["preemption_signals=[SIGTERM,SIGINT]", "validation_prompts='1,2'", "data.prompts=x(1)"]
+)
 def test_what_has_one_value_is_not_swept_over(argument: str) -> None:
     assert chosen_by("seed=1,2", argument) == [{"seed": "1"}, {"seed": "2"}]
 
