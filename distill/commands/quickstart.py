@@ -56,7 +56,7 @@ class Part:
 
     Args:
         name: of its folder; title: for people.
-        seconds: what it takes on two CPU cores with the settings as they come; what is left is estimated by these.
+        seconds: about what it takes on two CPU cores, with the settings as they come; what is left follows from these.
         command: as a process is started.
         done: asked before it is run.
         mark: called after it has ended well.
@@ -137,17 +137,17 @@ def parts_of(cfg: QuickstartSettings) -> list[Part]:
     lora, python = folder / "lora", [sys.executable, "-m", "distill"]
     parts = [
         Part("store", "the teacher's trajectories", 40.0, command(store, launch), store.made),
-        Part("run", "training", 260.0, command(trained, launch), trained.made),
+        Part("run", "training", 250.0, command(trained, launch), trained.made),
         Part(
             "lora",
             "export",
-            12.0,
+            10.0,
             [*python, "export", f"run={trained.folder}", f"output_dir={lora}"],
             lambda: exported(lora, trained.folder),
         ),
     ]
     for name, title, seconds, arguments in (
-        ("pictures", "pictures", 12.0, ["sample", *pictures_of(cfg)]),
+        ("pictures", "pictures", 10.0, ["sample", *pictures_of(cfg)]),
         ("report", "evaluation", 100.0, ["evaluate", *evaluation_of(cfg)]),
     ):
         mark = Mark(folder / f".{name}.done", arguments, lora / FACTS)
