@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from distill.commands import COMMANDS
+from distill.commands.launch import launch
 from distill.commands.multirun import multirun
 from distill.commands.sweep_runs import SweepRunner
 from distill.config.loading import ConfigError, Settings
@@ -190,6 +191,24 @@ def test_a_run_is_the_command_with_its_own_settings(tmp_path: Path, capfd: pytes
     with SweepRunner(["configs"], tmp_path) as sweep:
         assert sweep.run(run) == 0 and not sweep.stopped
     assert "max_train_steps: 350" in capfd.readouterr().out
+
+
+def test_each_run_of_a_launched_sweep_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, ...]] = []
+    monkeypatch.setattr(SweepRunner, "run", lambda sweep, run: started.append((*sweep.command, *run.overrides)) or 0)
+    settings = ["train", "-m", *GIVEN[:2], f"output_dir={tmp_path}/o", "seed=1,2"]
+    monkeypatch.setattr(sys, "argv", ["distill", *settings])
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    try:
+        assert launch(["--num_processes", "2", *settings]) == 0
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
+    assert [command[:4] for command in started] == [("launch", "--num_processes", "2", "train")] * 2
+    assert [command[-2] for command in started] == ["seed=1", "seed=2"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="use distill launch, or distill submit -m"):
+        multirun(["train"], "train", TrainSettings, settings[2:])
 
 
 def test_commands_without_a_folder_have_no_sweeps() -> None:

@@ -6,7 +6,8 @@ It is `accelerate launch`, with the same flags, run so that what the command say
   again), and nothing is printed about it that the process has said itself;
 - the first Ctrl-C, SIGTERM or end of the terminal reaches every process, which saves, however long that takes; a second
   Ctrl-C ends all at once;
-- `--num_processes N` starts N processes with no other flag, on CPUs too.
+- `--num_processes N` starts N processes with no other flag, on CPUs too;
+- with `-m` among a command's settings each run of the sweep is launched in its turn.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from types import FrameType
 import psutil
 
 from distill.commands import COMMANDS
+from distill.commands.multirun import FLAGS as MULTIRUN
 
 INTERRUPTED = 130
 _SAME_SECONDS = 0.3  # the terminal's Ctrl-C, and the same handed on by a program above this one
@@ -47,6 +49,8 @@ def launch(arguments: list[str]) -> int:
     api._terminate_process_handler = relay.hand_on  # type: ignore[assignment]
     parsed = launch_command_parser().parse_args(arguments)
     if parsed.training_script in COMMANDS and not os.path.exists(parsed.training_script):
+        if any(flag in parsed.training_script_args for flag in MULTIRUN):
+            return launch_each(arguments, parsed.training_script, parsed.training_script_args)
         parsed.training_script_args = [parsed.training_script, *parsed.training_script_args]
         parsed.training_script, parsed.module = "distill", True
     if (parsed.num_processes or 1) > 1 and not any(getattr(parsed, kind, False) for kind in _KINDS):
@@ -67,6 +71,14 @@ def launch(arguments: list[str]) -> int:
         _say(" ".join(str(error).split()))
         return 2
     return 0
+
+
+def launch_each(arguments: list[str], name: str, settings: list[str]) -> int:
+    """Runs a sweep of a command, each of its runs by a launch with the same flags; returns its exit code."""
+    logging.disable(logging.NOTSET)
+    flags = arguments[: len(arguments) - len(settings) - 1]
+    sys.argv = [f"distill {name}", *settings]
+    return COMMANDS[name].run(["launch", *flags, name])
 
 
 class SignalsToChildren:

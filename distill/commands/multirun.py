@@ -33,7 +33,7 @@ def multirun(
         ConfigError: nothing is swept over, or the settings of a run are wrong; nothing has been started.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("-m starts processes of its own: leave the launcher out, or use distill submit -m")
+        raise ConfigError("-m starts processes of its own: use distill launch, or distill submit -m")
     swept = swept_of(config, settings, arguments)
     if swept.search is not None:
         return search(command, config, settings, swept, start)
