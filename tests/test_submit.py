@@ -183,6 +183,19 @@ def test_a_chain_is_checked_whole_before_any_of_it_is_submitted(settings: list[s
     assert not (tmp_path / "run").exists()
 
 
+def test_a_chain_that_is_done_is_not_submitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no sbatch here that could be asked; the same chain with more samples needs one."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    own = ["data.num_samples=4", "data.samples_per_shard=4", "data.batch_size=4", "data.solver_steps=10"]
+    trajectories.main(load("train", TrainSettings, ["experiment=lcm_toy", f"data.store={tmp_path}/run/store", *own]))
+    links = "chain.links=[{name:store,script:make_trajectories}]"
+    chain("chain=lcm_toy", links, f"output_dir={tmp_path}/run", f"overrides=[{','.join(own)}]")
+    assert not list((tmp_path / "run" / "slurm").glob("*.sbatch"))
+    more = ",".join(["data.num_samples=8", *own[1:]])
+    with pytest.raises(ConfigError, match="sbatch is not installed here; .*store.sbatch is written"):
+        chain("chain=lcm_toy", links, f"output_dir={tmp_path}/run", f"overrides=[{more}]")
+
+
 def test_the_earlier_script_for_chains_types_the_new_command(tmp_path: Path) -> None:
     command = ["bash", "slurm/chain.sh", "chain=lcm_toy", "a=['b','c d']", "--", "--nodes=4", "--gpus-per-node=8"]
     given = {"PYTHON": "echo", "ARRAY": "16", "LAUNCH_FLAGS": "--multi_gpu --debug"}
