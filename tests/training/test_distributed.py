@@ -53,13 +53,10 @@ def engine(name: str, **changes: Any) -> dict[str, Any]:
 # name of the case: engine, method, and what is special about it
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddp-lora": ("ddp", "distance", {"poison": POISON, "save_at": [3], "validate": True}),
-    "ddp-duel": ("ddp", "duel", {}),
     "zero1-lcm": ("zero1", "lcm", {"save_at": [2, 3], "unwritable": [1, 3]}),
     "zero2-lora": ("zero2", "distance", {"poison": POISON, "signal": [1, 3]}),
     "zero2-duel": ("zero2", "duel", {"save_at": [3, 6]}),
-    "ddp-critics": ("ddp", "critics", {}),
     "zero2-critics": ("zero2", "critics", {"save_at": [3, 6]}),
-    "ddp-rewarded": ("ddp", "rewarded", {}),
     "zero2-rewarded": ("zero2", "rewarded", {}),
     # ZeRO-3 replaces torch's linear for the rest of the process: what comes after it rounds in another way
     "zero3-lora": ("zero3", "distance", {"poison": POISON, "save_at": [3, 6], "validate": True}),
@@ -67,7 +64,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
     "zero2-bf16": ("zero2", "distance", {"mixed_precision": "bf16"}),
     "ddp-lcm": ("ddp", "lcm-ema", {}),
-    "zero2-lcm": ("zero2", "lcm-ema", {}),
     "zero3-lcm": ("zero3", "lcm-ema", {"save_at": [3, 6]}),
     "ddp-game": ("ddp", "game", {"gradient_checkpointing": True}),
     "zero2-game-lora": ("zero2", "game-lora", {"gradient_checkpointing": True, "save_at": [3, 6]}),
@@ -82,10 +78,13 @@ GAMES = {
     for kind in ("ddp", "zero1", "zero2", "zero3", "zero3/2", "zero2/1", "zero1/3")
     if f"{kind.replace('/', '')}-{method}" not in CASES
 }
+# What the cases above have under other engines.
+OTHERS = {f"ddp-{method}": ("ddp", method, {}) for method in ("duel", "critics", "rewarded")}
+OTHERS["zero2-lcm"] = ("zero2", "lcm-ema", {})
 
 
 def case(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
-    kind, method, special = (CASES | GAMES)[name]
+    kind, method, special = (CASES | GAMES | OTHERS)[name]
     special = {**special, **changes}
     of_engine = {key: special.pop(key) for key in ("mixed_precision", "gradient_checkpointing") if key in special}
     common = {"engine": engine(kind, **of_engine), "method": method, "steps": STEPS}
@@ -164,6 +163,13 @@ def assert_agree(found: dict[str, Any], wanted: dict[str, Any], tolerance: float
 def test_two_processes_compute_what_one_does(first: Any, name: str) -> None:
     _, method, special = CASES[name]
     assert_agree(first[0][name], alone(method, "poison" in special, optimizer=special.get("optimizer", "adamw")))
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does_under_the_other_engines(folder: Path) -> None:
+    found, _ = launch(folder / "others", {name: case(name, folder) for name in OTHERS}, "--use_deepspeed", *TWO)
+    for name, result in found.items():
+        assert_agree(result, alone(OTHERS[name][1], False))
 
 
 @pytest.mark.slow
