@@ -61,13 +61,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # ZeRO-3 replaces torch's linear for the rest of the process: what comes after it rounds in another way
     "zero3-lora": ("zero3", "distance", {"poison": POISON, "save_at": [3, 6], "validate": True}),
     "zero2-sgd": ("zero2", "distance", {"optimizer": "sgd", "save_at": [3]}),
-    "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
     "zero2-bf16": ("zero2", "distance", {"mixed_precision": "bf16"}),
     "ddp-lcm": ("ddp", "lcm-ema", {}),
     "zero3-lcm": ("zero3", "lcm-ema", {"save_at": [3, 6]}),
     "ddp-game": ("ddp", "game", {"gradient_checkpointing": True}),
     "zero2-game-lora": ("zero2", "game-lora", {"gradient_checkpointing": True, "save_at": [3, 6]}),
     "zero32-game": ("zero3/2", "game", {"gradient_checkpointing": True, "save_at": [3, 6]}),
+    # Last: ZeRO-3 numbers the weights of a process, and its files, which are compared to the bit, have the numbers.
+    "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
 }
 RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero2-critics": 3, "zero3-lora": 3, "zero3-lcm": 3}
 RESUMED |= {"zero2-game-lora": 3, "zero32-game": 3}
