@@ -70,7 +70,9 @@ def stand_for(address: str, executable: str, program: list[str]) -> NoReturn:
     if program[0].startswith("-") and program[0] not in ("-m", "-c"):
         os.execv(sys.executable, [sys.executable, *program])
     connection = _connect(address)
+    ignored = [number for number in RELAYED if signal.getsignal(number) is signal.SIG_IGN]
     request = {"program": program, "executable": executable, "folder": os.getcwd(), "environment": dict(os.environ)}
+    request["ignored"] = [int(number) for number in ignored]
     _send(connection, request, [0, 1, 2])
     pid = int(_line(connection))
 
@@ -169,6 +171,8 @@ def _run(request: dict[str, Any]) -> NoReturn:
         sys.argv = program if is_script else program[1:]
         sys.executable = request["executable"]  # so that what the program starts is forked, too
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in request["ignored"]:
+            signal.signal(number, signal.SIG_IGN)
         if is_script:
             runpy.run_path(program[0], run_name="__main__")
         elif program[0] == "-m":

@@ -72,8 +72,10 @@ def space_of(swept: Swept) -> dict[str, Any]:
 
     space: dict[str, Any] = {key: CategoricalDistribution(values) for key, values in swept.choices.items()}
     for key, interval in swept.intervals.items():
-        kind = IntDistribution if interval.whole else FloatDistribution
-        space[key] = kind(interval.low, interval.high, log=interval.log)
+        if interval.whole:
+            space[key] = IntDistribution(int(interval.low), int(interval.high), log=interval.log)
+        else:
+            space[key] = FloatDistribution(interval.low, interval.high, log=interval.log)
     return space
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.forked import python
 from tests.slurm.cluster import ROOT, Cluster, cluster, missing
 from tests.test_user_commands import PROMPTS, run
 from tests.tiny import save_tiny
@@ -33,7 +33,7 @@ def slurm() -> Iterator[Cluster]:
 
 
 def environment() -> dict[str, str]:
-    found = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    found = {"PYTHON": python(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return found | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -53,5 +53,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def store(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Written by one undisturbed process."""
     folder = tmp_path_factory.mktemp("store") / "store"
-    run(sys.executable, "scripts/make_trajectories.py", *tiny, f"data.store={folder}")
+    run(python(), "scripts/make_trajectories.py", *tiny, f"data.store={folder}")
     return folder

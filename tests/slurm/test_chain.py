@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forked import python
 from tests.slurm.cluster import Cluster
 from tests.test_run_chain import hydra
 
@@ -21,7 +21,7 @@ def submitted(slurm: Cluster, output_dir: Path, links: list[Any], overrides: lis
     """Ids of the jobs of a chain, in its order."""
     settings = ["chain=lcm_lora_sd15", f"chain.links={hydra(links)}", f"overrides={hydra(overrides)}"]
     given = [*settings, f"output_dir={output_dir}", "slurm.nodes=2", "slurm.gpus_per_node=1", *shape]
-    said = slurm.call(sys.executable, "-m", "distill", "submit", *given, both=True)
+    said = slurm.call(python(), "-m", "distill", "submit", *given, both=True)
     return re.findall(r": job (\d+), ", said)
 
 

@@ -14,15 +14,17 @@ from safetensors.torch import load_file
 
 from distill.config.loading import load
 from distill.config.settings import TrainSettings
+from tests.forked import python
 from tests.slurm.cluster import Cluster, until
 
-STEPS = 40
+STEPS = 60
+REAL = f"slurm.python={sys.executable}"  # forks are not below the processes that SLURM has started, and signals
 
 
 def submit(slurm: Cluster, output_dir: Path, settings: list[str], *more: str, **environment: str) -> str:
     """The id of a job of `distill submit`."""
     given = [*settings, f"output_dir={output_dir}", *more]
-    said = slurm.call(sys.executable, "-m", "distill", "submit", *given, both=True, **environment)
+    said = slurm.call(python(), "-m", "distill", "submit", *given, both=True, **environment)
     return said.partition("INFO job ")[2].split()[0]
 
 
@@ -81,7 +83,7 @@ def test_usr1_saves_and_the_job_goes_on_to_the_same_weights(
     (tmp_path / "run" / "slurm").mkdir(parents=True)
     shape = ["--nodes=2", "--gpus-per-node=1", "--exclusive", f"--output={tmp_path}/run/slurm/%j.log"]
     settings = [*tiny, f"data.store={store}", f"max_train_steps={STEPS}", f"output_dir={tmp_path}/run"]
-    job = slurm.call("sbatch", "--parsable", *shape, "slurm/train.sbatch", *settings)
+    job = slurm.call("sbatch", "--parsable", *shape, "slurm/train.sbatch", *settings, PYTHON=sys.executable)
     until(lambda: begun(tmp_path / "run", 3), why=lambda: log_of(tmp_path / "run"))
     slurm.call("scancel", "--signal=USR1", "--batch", job)
     facts, log = slurm.ended(job), log_of(tmp_path / "run")
@@ -94,7 +96,7 @@ def test_usr1_saves_and_the_job_goes_on_to_the_same_weights(
 def test_a_killed_rank_ends_the_job_which_goes_on_to_the_same_weights(
     slurm: Cluster, undisturbed: Path, tiny: list[str], store: Path, tmp_path: Path
 ) -> None:
-    job = train(slurm, tmp_path / "run", tiny, store, "checkpointing_steps=4")
+    job = train(slurm, tmp_path / "run", tiny, store, "checkpointing_steps=4", REAL)
     until(lambda: begun(tmp_path / "run", 6), why=lambda: log_of(tmp_path / "run"))
     (rank,) = started(tmp_path, RANK="1")
     rank.kill()
@@ -128,8 +130,8 @@ def test_a_sweep_is_an_array_whose_tasks_are_run_again_by_themselves_and_ends_wi
 ) -> None:
     """One of its two runs is stopped before its time is up; the other one is not."""
     settings = [f"data.store={store}", f"max_train_steps={STEPS}", "engine=single", f"output_dir={tmp_path}/out"]
-    command = [*tiny, *settings, "learning_rate=1e-4,1e-3", "slurm.parallel=2"]
-    said = slurm.call(sys.executable, "-m", "distill", "submit", "-m", *command, both=True)
+    command = [*tiny, *settings, "learning_rate=1e-4,1e-3", "slurm.parallel=2", REAL]
+    said = slurm.call(python(), "-m", "distill", "submit", "-m", *command, both=True)
     array, page = re.findall(r"INFO job (\d+):", said)
     stopped = tmp_path / "out" / "learning_rate=0.001"
     until(lambda: begun(stopped, 3), why=lambda: log_of(tmp_path / "out"))
@@ -146,7 +148,7 @@ def test_a_killed_task_of_an_array_is_run_again_and_the_store_is_the_same(
     slurm: Cluster, tiny: list[str], store: Path, tmp_path: Path
 ) -> None:
     settings = [*tiny, f"data.store={tmp_path}/store"]
-    command = ["slurm.script=trajectories", "slurm.array=2"]
+    command = ["slurm.script=trajectories", "slurm.array=2", REAL]
     array = submit(slurm, tmp_path / "run", settings, *command)
     until(lambda: writers(tmp_path, "1") != [], why=lambda: log_of(tmp_path / "run"))
     (rank,) = writers(tmp_path, "1")
