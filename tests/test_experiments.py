@@ -84,7 +84,7 @@ def full_size_teacher(experiment: str, device: str, dtype: torch.dtype = torch.f
 
 def networks_of(cfg: TrainSettings, teacher: Teacher) -> tuple[Method, dict[str, NetworkDenoiser]]:
     method: Method = build(cfg.method, schedule=SCHEDULE)
-    return method, build(cfg.student).networks(teacher, cfg.seed, "teacher" in method.asks)
+    return method, build(cfg.student).networks(teacher, cfg.seed, "teacher" in method.requires)
 
 
 def is_lora(cfg: TrainSettings) -> bool:
@@ -106,9 +106,9 @@ def test_an_experiment_builds_at_full_size_and_trains_what_it_says(experiment: s
     other = [f"method={method}", "max_train_steps=1000"] if method else []
     cfg = settings_of(experiment, *other)
     asked, networks = networks_of(cfg, full_size_teacher(experiment, "meta"))
-    assert networks.keys() >= {"student", *(name for name in asked.asks if not name.endswith("_ema"))}
+    assert networks.keys() >= {"student", *(name for name in asked.requires if not name.endswith("_ema"))}
     assert sum(p.numel() for p in trained(networks["student"].module).values()) == TRAINED[experiment]
-    assert (cfg.ema_decay is not None) == ("student_ema" in asked.asks)
+    assert (cfg.ema_decay is not None) == ("student_ema" in asked.requires)
     build(cfg.engine)
     LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
     assert asked.steps in (None, cfg.max_train_steps)

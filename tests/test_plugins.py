@@ -236,7 +236,7 @@ class Asking(LCM):
 
     def __init__(self, schedule: NoiseSchedule) -> None:
         super().__init__(schedule)
-        self.asks += ("likeness",)
+        self.requires += ("likeness",)
 
 
 def test_a_helper_of_another_package_is_built_for_a_method_that_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_all_four_stages_of_the_paper_are_one_run(experiment: str) -> None:
     check_method(cfg, method)
     assert method.starts == (0, 12000, 14000, 14500) and method.trains == ("student", "discriminator", "fake_score")
     assert [method.learning_rate(step) for step in method.starts] == [1e-4, 1e-5, 1e-5, 1e-5]
-    assert {"reward", "teacher"} <= set(method.asks) and cfg.networks.keys() == {"discriminator", "fake_score"}
+    assert {"reward", "teacher"} <= set(method.requires) and cfg.networks.keys() == {"discriminator", "fake_score"}
 
 
 @pytest.mark.parametrize(

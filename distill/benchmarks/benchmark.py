@@ -72,7 +72,7 @@ def bench_memory() -> None:
 
     memory.table()
     print()
-    memory.games()
+    memory.adversarial()
 
 
 def bench_deterministic(size: str, rounds: int) -> None:

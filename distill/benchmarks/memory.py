@@ -2,7 +2,7 @@
 
 Weights, gradients, optimizer state and average are those of `distill.planning.estimates`; activations are what lives at
 once beside them in a turn of a step, of one sample at the resolution of the teacher, in bfloat16. A second table is of
-games: a student, its teacher and a discriminator, whose turns follow each other. Each row takes a minute.
+adversarial training: a student, its teacher and a discriminator, which take turns. Each row takes a minute.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STAGES = {  # of the student, the discriminator
 }
 USABLE = 70  # GiB of a GPU of 80 GB, for states and activations
 BUCKET = 50_000_000  # of configs/engine
-GAMES = {  # student; teacher; discriminator
+ADVERSARIAL = {  # student; teacher; discriminator
     "LoRA; LoRA; conditional": ["student=lora", "teacher=lora", "networks.discriminator.conditional=true"],
     "LoRA; LoRA; unconditional": ["student=lora", "teacher=lora"],
     "LoRA; whole; unconditional": ["student=lora", "teacher=whole"],
@@ -61,8 +61,8 @@ def walked(*overrides: str) -> Walked:
     cfg = load("train", TrainSettings, [*overrides, "data.store=STORE"])
     built = architecture(cfg.model)
     method: Method = build(cfg.method, schedule=built.teacher.schedule)
-    networks = networks_of(cfg, built.teacher, method.asks, others_of(cfg, method))
-    networks |= {f"{name}_ema": networks[name] for name in method.trains if f"{name}_ema" in method.asks}
+    networks = networks_of(cfg, built.teacher, method.requires, others_of(cfg, method))
+    networks |= {f"{name}_ema": networks[name] for name in method.trains if f"{name}_ema" in method.requires}
     cast(networks, method.trains, bf16=True, masters=True)
     batch = batch_of(built, len(method.reads().pick(range(built.teacher.schedule.T, -1, -1), generator("memory"))))
     context = Context(cfg.seed, 0, batch.positions)
@@ -100,11 +100,11 @@ def table() -> None:
         )
 
 
-def games(size: str = "sdxl") -> None:
-    """A row for each kind of game; GiB on each of `RANKS` by ZeRO stage, and activations of one sample."""
+def adversarial(size: str = "sdxl") -> None:
+    """A row for each kind of pair; GiB on each of `RANKS` by ZeRO stage, and activations of one sample."""
     print("| student; teacher; discriminator | trained (M) | " + " | ".join(f"ZeRO {s}" for s in STAGES), end=" | ")
     print(f"activations | checkpointed | samples in {USABLE} GiB, ZeRO 2 |\n|---|{'--:|' * (len(STAGES) + 4)}")
-    for name, overrides in GAMES.items():
+    for name, overrides in ADVERSARIAL.items():
         run = walked(f"experiment=lightning_{size}", *overrides)
         by_stage = {
             stage: run.held(dict(zip(("student", "discriminator"), engines, strict=True)), RANKS)

@@ -78,7 +78,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Adversary:
-    """The game between a discriminator and who draws the fakes. Both losses show it samples at one random time t*.
+    """Adversarial training of a student against a discriminator. Both losses show it samples at one random time t*.
 
     Args:
         schedule: of the noise that samples are shown with.
@@ -153,10 +153,10 @@ class Adversary:
         s = torch.zeros(len(samples[0]), dtype=torch.int64, device=samples[0].device) if s is None else s
         if not self.times:
             return list(samples), s
-        t = self.draw_time(context, s.device)
+        t = self.sample_time(context, s.device)
         return [where(s == 0, self.renoised(x, t, context), x) for x in samples], torch.where(s == 0, t, s)
 
-    def draw_time(self, context: Context, device: torch.device) -> Tensor:
+    def sample_time(self, context: Context, device: torch.device) -> Tensor:
         """t* [B]."""
         share = torch.tensor(self.weights, dtype=torch.float64).cumsum(0) / sum(self.weights)
         i = torch.bucketize(context.uniform(0, 1, "t*").double(), share[:-1], right=True)

@@ -43,7 +43,7 @@ class Turn:
 class Method(ABC):
     """A paper: its constants are the constructor's arguments, its algorithm box is a loss.
 
-    `trains` names the networks that its turns update, if not in every step; `asks`, the further ones that its losses
+    `trains` names the networks that its turns update, if not in every step; `requires`, the others that its losses
     call: "teacher", "NAME_ema" for the moving average of a trained one, "reward" (`Reward`), "perceptual", or the name
     of any other helper that the settings describe (`helpers.NAME`).
     """
@@ -56,7 +56,7 @@ class Method(ABC):
     """Under which the hub lists its students; "" is the name of its class in small letters."""
 
     trains: tuple[str, ...] = ("student",)
-    asks: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
     needs_prompts: bool = False
     """Whether its losses read `Batch.prompts`."""
     least_samples: int = 1
@@ -81,7 +81,7 @@ class Method(ABC):
     def helpers(self) -> tuple[str, ...]:
         """Of what its losses call, what is no network: "reward" and the like, by the names of the settings."""
         networks = {"teacher", *(f"{name}_ema" for name in self.trains)}
-        return tuple(name for name in self.asks if name not in networks)
+        return tuple(name for name in self.requires if name not in networks)
 
     @abstractmethod
     def reads(self, step: int = 0) -> Reads:

@@ -73,7 +73,7 @@ class LCM(Method):
         self.guidance = (w_min, w_max) if source == "noised" else None
         self.distance, self.huber_c = loss, huber_c
         self.target = TARGETS[target]
-        self.asks = (("teacher",) if source == "noised" else ()) + ((self.target,) if target == "ema" else ())
+        self.requires = (("teacher",) if source == "noised" else ()) + ((self.target,) if target == "ema" else ())
 
     def reads(self, step: int = 0) -> Reads:
         return Pair(self.skip) if self.source == "trajectory" else CleanEnd()

@@ -1,7 +1,7 @@
 """SDXL-Lightning: progressive adversarial distillation (Lin, Wang, Yang 2024, arXiv 2402.13929).
 
 A chain of runs, each of which halves or quarters the steps: the first by mean squared error (`LightningMSE`), the
-others by a game with a discriminator (`LightningAdversarial`). Before the last one, the network learns to predict clean
+others by adversarial training (`LightningAdversarial`). Before the last one, the network learns to predict clean
 data (`LightningConvert`). The teacher of a run is the student of an earlier one.
 """
 
@@ -78,7 +78,7 @@ class Progressive(Method):
         self.guidance = (guidance, guidance) if source == "noised" else None
         self.ends = _ends(T, student_steps, times)
         self.paths = _paths(T, self.ends, trailing_times(T, teacher_steps))
-        self.asks = ("teacher",) if source == "noised" else ()
+        self.requires = ("teacher",) if source == "noised" else ()
         self.sampling = Sampling("ddim" if x_T == "noise" else "euler", "trailing", student_steps)
 
     def reads(self, step: int = 0) -> Reads:
@@ -90,7 +90,7 @@ class Progressive(Method):
             step = batch.transition()
             return step.x_t, step.t, step.s
         x_0 = batch.states[:, 0]
-        t = self.draw_time(context, x_0.device)
+        t = self.sample_time(context, x_0.device)
         return self.noised(x_0, context.normal(x_0, "noise"), t), t, self.next_time(t)
 
     def noised(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Progressive(Method):
         last = (t == self.schedule.T).reshape(-1, *[1] * (noise.ndim - 1))
         return torch.where(last, pure, add_noise(self.schedule, x_0, noise, t))
 
-    def taught(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
+    def teacher_target(self, networks: Networks, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
         """Where the teacher takes x_t by the student's next time, in its own steps (eq. 9-12). [B, C, h, w]"""
         if self.source == "trajectory":
             return batch.transition().x_s
@@ -113,7 +113,7 @@ class Progressive(Method):
         """max(t - ns, 0), [B] (Lightning, sec. 2.3)."""
         return self.paths.to(t.device)[t, -1]
 
-    def draw_time(self, context: Context, device: torch.device) -> Tensor:
+    def sample_time(self, context: Context, device: torch.device) -> Tensor:
         """t [B], uniform over the student's times."""
         times = torch.tensor(list(self.ends), device=device)
         return times[context.integers(0, len(times), "t", device)]
@@ -128,14 +128,14 @@ class LightningMSE(Progressive):
     def loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
         """|| x_fake - x_real ||², both at the student's next time (Lightning, eq. 16)."""
         x_t, t, s = self.state(batch, context)
-        x_real = self.taught(networks, batch, x_t, t)
+        x_real = self.teacher_target(networks, batch, x_t, t)
         x_fake = ddim_step(self.schedule, networks["student"](x_t, t, batch.conditioning), s)
         loss = l2(x_fake, x_real).mean()
         return Losses(loss, {"loss": loss.detach()})
 
 
 class LightningAdversarial(Progressive):
-    """The other runs: a game about where the step ends, and nothing else (Lightning, sec. 3.2 to 3.4 and 3.7).
+    """The other runs: an adversarial loss on where the step ends, nothing else (Lightning, sec. 3.2 to 3.4 and 3.7).
 
     Whether the discriminator also sees x_t is a matter of the network (`conditional`): the same losses serve both.
 
@@ -192,7 +192,7 @@ class LightningAdversarial(Progressive):
         return self.rate if network == "discriminator" else None
 
     def turns(self, step: int) -> Iterable[Turn]:
-        yield Turn("discriminator", self.judge)
+        yield Turn("discriminator", self.discriminator_loss)
         if step >= self.warmup:
             yield Turn("student", self.loss)
 
@@ -204,10 +204,10 @@ class LightningAdversarial(Progressive):
         loss = adversary.generator(D, x_fake, c, context, (x_t, t), s).mean()
         return Losses(loss, {"loss": loss.detach()})
 
-    def judge(self, networks: Networks, batch: Batch, context: Context) -> Losses:
+    def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
         """-log D(x_t, x_real) - log(1 - D(x_t, x_fake)); real is what the teacher made (Lightning, eq. 18)."""
         x_t, t, s = self.state(batch, context)
-        x_real = self.taught(networks, batch, x_t, t)
+        x_real = self.teacher_target(networks, batch, x_t, t)
         with torch.no_grad():
             x_fake = ddim_step(self.schedule, networks["student"](x_t, t, batch.conditioning), s)
         adversary, D, c = self.adversary(context.step), networks["discriminator"], batch.conditioning
@@ -216,7 +216,7 @@ class LightningAdversarial(Progressive):
         return Losses(loss, {"loss": loss.detach(), **verdict.accuracies()})
 
     def adversary(self, step: int) -> Adversary:
-        """The game's rules at a step."""
+        """The adversarial losses of a step."""
         return self.adversaries[self.later_from is not None and step >= self.later_from]
 
 

@@ -50,7 +50,7 @@ class Stage:
             paper's third stage, eq. 11); `maximise` raises it without end.
         matching: the weight of distribution matching, which pulls the student's answers to the teacher's distribution
             (the paper's eq. 12). From student samples only; a "fake_score" learns beside the student.
-        adversarial: the weight of the student's part in a game with a "discriminator", which tells its answers in one
+        adversarial: the weight of the student's loss against a "discriminator", which tells its answers in one
             step from its samples in `student_steps` (the paper's eq. 13). From student samples only.
         learning_rate: the student's; None keeps the run's.
         fresh_optimizer: forgets the optimizer's state when the stage begins.
@@ -154,15 +154,15 @@ class MLCM(Method):
         lengths = [stage.iterations for stage in self.stages]
         self.starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
         self.steps = sum(lengths)
-        self.asks = ("teacher",) if any(stage.source != "trajectory" for stage in self.stages) else ()
-        self.guidance = (guidance, guidance) if self.asks else None
+        self.requires = ("teacher",) if any(stage.source != "trajectory" for stage in self.stages) else ()
+        self.guidance = (guidance, guidance) if self.requires else None
         judged = any(stage.adversarial > 0 for stage in self.stages)
         matched = any(stage.matching > 0 for stage in self.stages)
         self.trains = ("student", *["discriminator"] * judged, *["fake_score"] * matched)
         self.adversarial = AdversarialScalars() if judged else None
         scored = [stage for stage in self.stages if stage.reward > 0]
-        self.asks += ("reward",) if scored else ()
-        self.asks += ("perceptual",) if any(stage.distance == "perceptual" for stage in self.stages) else ()
+        self.requires += ("reward",) if scored else ()
+        self.requires += ("perceptual",) if any(stage.distance == "perceptual" for stage in self.stages) else ()
         self.needs_prompts = bool(scored)
         self.least_samples = 2 if any(stage.reward_form == "hinge" for stage in scored) else 1
 
@@ -190,9 +190,9 @@ class MLCM(Method):
             return Losses(losses.total, {**losses.parts, "stage": losses.total.new_tensor(self.place(step) + 1)})
 
         if stage.adversarial > 0:
-            yield Turn("discriminator", partial(self.judge, stage))
+            yield Turn("discriminator", partial(self.discriminator_loss, stage))
         if stage.matching > 0:
-            yield Turn("fake_score", partial(self.follow, stage))
+            yield Turn("fake_score", partial(self.fake_score_loss, stage))
         yield Turn("student", loss)
 
     def loss(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
@@ -210,7 +210,9 @@ class MLCM(Method):
         parts = {f"segment_{i + 1}": stage.segments * (d * mask).mean().detach() for i, mask in enumerate(inside)}
         total = d.mean()
         weights = stage.reward, stage.matching, stage.adversarial
-        for weight, term in zip(weights, (self.preferred, self.matched, self.taken_for_real), strict=True):
+        for weight, term in zip(
+            weights, (self.preference_loss, self.distribution_matching_loss, self.generator_loss), strict=True
+        ):
             if weight > 0:
                 further = term(stage, networks, f_t.x0, step, batch, context)
                 total, parts = total + weight * further.total, {**parts, **further.parts}
@@ -232,9 +234,9 @@ class MLCM(Method):
             return networks["perceptual"](a, b)
         return l2(a, b) if stage.distance == "l2" else pseudo_huber(a, b, stage.huber_c)
 
-    # ---- what is preferred --------------------------------------------------------------------------------------
+    # ---- preference learning ------------------------------------------------------------------------------------
 
-    def preferred(
+    def preference_loss(
         self, stage: Stage, networks: Networks, x0: Tensor, step: Transition, batch: Batch, context: Context
     ) -> Losses:
         """The preference loss of the student's answers, scored (MLCM, eq. 11)."""
@@ -268,9 +270,9 @@ class MLCM(Method):
             return -s_pos
         return (stage.reward_target - s_pos).clamp(min=0) + s_neg.clamp(min=0)
 
-    # ---- matching and the game ----------------------------------------------------------------------------------
+    # ---- distribution matching and adversarial training ---------------------------------------------------------
 
-    def matched(
+    def distribution_matching_loss(
         self, stage: Stage, networks: Networks, x0: Tensor, step: Transition, batch: Batch, context: Context
     ) -> Losses:
         """-(s_real - s_fake) for the gradient of the student's answers; s_real is guided (MLCM, eq. 12; DMD)."""
@@ -280,7 +282,7 @@ class MLCM(Method):
         loss = matching_loss(self.schedule, s_real, s_fake, x0, t, noise, batch.conditioning).mean()
         return Losses(loss, {"matching_loss": loss.detach()})
 
-    def follow(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
+    def fake_score_loss(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
         """The fake score learns to denoise the student's answers, at all times (DMD, eq. 6)."""
         fake, _, _ = self.fake_and_real(stage, networks["student"], batch, context)
         t = context.integers(1, self.schedule.T + 1, "t of the fake score", fake.device)
@@ -288,16 +290,16 @@ class MLCM(Method):
         loss = denoising_loss(self.schedule, networks["fake_score"], fake, t, noise, batch.conditioning).mean()
         return Losses(loss, {"loss": loss.detach()})
 
-    def taken_for_real(
+    def generator_loss(
         self, stage: Stage, networks: Networks, x0: Tensor, step: Transition, batch: Batch, context: Context
     ) -> Losses:
-        """The student's part of the game: that D takes its answers for real (MLCM, eq. 13)."""
+        """The student's adversarial loss: D is to take its answers for real (MLCM, eq. 13)."""
         D, c, origin = networks["discriminator"], batch.conditioning, (step.x_t, step.t)
         loss = self.adversary.generator(D, x0, c, context, origin).mean()
         return Losses(loss, {"adversarial_loss": loss.detach()})
 
-    def judge(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
-        """D's part of the game: fake are the student's answers in one step, real its samples in more (MLCM, eq. 13)."""
+    def discriminator_loss(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
+        """The loss of D: fake are the student's answers in one step, real its samples in more (MLCM, eq. 13)."""
         fake, real, origin = self.fake_and_real(stage, networks["student"], batch, context)
         D, c = networks["discriminator"], batch.conditioning
         verdict = self.adversary.discriminator(D, real, fake, c, context, origin)
@@ -328,7 +330,7 @@ class MLCM(Method):
         """The teacher's own solve from noise: L steps to x_t, fewer to noisier segments, and one to x_s (alg. 1)."""
         segments = Segments(self.schedule.T, stage.segments)
         x = context.normal(batch.states[:, 0], "x_T")  # [B, C, h, w]
-        t = self.draw_time(stage, context, x.device)
+        t = self.sample_time(stage, context, x.device)
         L = stage.segments - segments.index(t)  # [B], 1 ... M
         T = torch.full_like(t, self.schedule.T)
         for i in range(int(L.max())):
@@ -354,7 +356,7 @@ class MLCM(Method):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(x_0, x_t, t): the student's own sample, the same noised to a milestone, and which one (MLCM, eq. 9)."""
         x_0 = self.student_sample(student, batch, context, stage.student_steps)
-        t = self.draw_time(stage, context, x_0.device)
+        t = self.sample_time(stage, context, x_0.device)
         return x_0, add_noise(self.schedule, x_0, context.normal(x_0, "noise"), t), t
 
     def student_sample(self, student: Denoiser, batch: Batch, context: Context, steps: int) -> Tensor:
@@ -371,7 +373,7 @@ class MLCM(Method):
         """A DDIM step from t to s <= t, [B] each; x itself where they are one time."""
         return where(t == s, x, ddim_step(self.schedule, teacher(x, t, c), s))
 
-    def draw_time(self, stage: Stage, context: Context, device: torch.device) -> Tensor:
+    def sample_time(self, stage: Stage, context: Context, device: torch.device) -> Tensor:
         """t [B], uniform over the stage's grid."""
         apart = self._apart(stage) or 1
         return apart * context.integers(1, self.schedule.T // apart + 1, "t", device)

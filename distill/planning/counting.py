@@ -345,23 +345,25 @@ def _settings_of(name: str) -> dict[str, Any]:
     return yaml_of(f"model/{name}.yaml")
 
 
-def networks_of(cfg: TrainSettings, teacher: Teacher, asks: Sequence[str], others: Mapping[str, Any]) -> dict[str, Any]:
+def networks_of(
+    cfg: TrainSettings, teacher: Teacher, requires: Sequence[str], others: Mapping[str, Any]
+) -> dict[str, Any]:
     """The networks of a run, made as the run makes them. `cfg.teacher` may be one of `TAUGHT`, without weights.
 
     Args:
-        asks: of the method.
+        requires: what the method requires beside what it trains.
         others: what makes each further trained network.
     """
     with torch.device("meta"):
         networks = {name: other.network(teacher, cfg.seed) for name, other in others.items()}
-        taught = cfg.teacher if "teacher" in asks else None
+        taught = cfg.teacher if "teacher" in requires else None
         teaching = NetworkDenoiser(teacher.unet, teacher.schedule, teacher.prediction, adapter=None)
         if taught == "lora":
             add_lora(teacher.unet, cfg.lora_rank, cfg.lora_alpha, adapter=TEACHING)
             teaching = replace(teaching, adapter=TEACHING)
         elif taught == "whole":
             teaching = replace(teaching, module=build_unet(teacher.unet.config, device="meta").requires_grad_(False))
-        networks |= build(cfg.student).networks(teacher, cfg.seed, "teacher" in asks)
+        networks |= build(cfg.student).networks(teacher, cfg.seed, "teacher" in requires)
     if taught is not None:
         networks["teacher"] = teaching
     return networks

@@ -109,7 +109,7 @@ class PlannedRun:
         return f"zero{stages[name]}" if engine == self.engine and name in stages else engine
 
     def averaged(self, name: str) -> bool:
-        return self.cfg.ema_decay is not None and (name == "student" or f"{name}_ema" in self.method.asks)
+        return self.cfg.ema_decay is not None and (name == "student" or f"{name}_ema" in self.method.requires)
 
     def held(self, engine: str) -> Held:
         trains, total = {names for _, names, _ in self.trained()}, Held()
@@ -125,7 +125,7 @@ class PlannedRun:
                 bf16=self.bf16,
                 optimizer=self.optimizer,
                 averaged=self.averaged(name),
-                average_answers=f"{name}_ema" in self.method.asks,
+                average_answers=f"{name}_ema" in self.method.requires,
                 bucket=int(settings.get("reduce_bucket_size", 50_000_000)),
             )
         return total
@@ -156,7 +156,7 @@ class PlannedRun:
                 bf16=self.bf16,
                 micro_batches=self.cfg.gradient_accumulation_steps,
                 passes=passes(costs, (*names, f"{name}_ema"), checkpointed),
-                average_answers=f"{name}_ema" in self.method.asks,
+                average_answers=f"{name}_ema" in self.method.requires,
             )
         return total
 
@@ -194,7 +194,7 @@ def prepared(cfg: PlanSettings) -> PlannedRun:
         raise ConfigError(f"a plan knows no {' and no '.join(method.helpers)}: choose a method without")
     check_method(cfg, method)
     with checking():
-        made = networks_of(cfg, built.teacher, method.asks, others_of(cfg, method))
+        made = networks_of(cfg, built.teacher, method.requires, others_of(cfg, method))
         layout, times, stored = sample_of(cfg, built)
         for start in method.starts:
             method.reads(start).check(times)
@@ -203,7 +203,7 @@ def prepared(cfg: PlanSettings) -> PlannedRun:
         modules[id(network.module)] = (*modules.get(id(network.module), ()), name)
     weights = {names: counted(made[names[0]].module) for names in modules.values()}
     phases = tuple(phases_of(method, cfg.max_train_steps))
-    averages = {f"{name}_ema": made[name] for name in method.trains if f"{name}_ema" in method.asks}
+    averages = {f"{name}_ema": made[name] for name in method.trains if f"{name}_ema" in method.requires}
     picked = [len(method.reads(p.first).pick(times, generator("plan"))) for p in phases]
     walker = Walker(cfg, method, phases, {**made, **averages}, [batch_of(built, n, WALKED) for n in picked])
     with checking():

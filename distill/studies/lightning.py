@@ -1,10 +1,10 @@
-"""The adversarial game beside mean squared error on the toy world, in 8, 4, 2 steps and 1, with several seeds:
+"""Adversarial training beside mean squared error on the toy world, in 8, 4, 2 steps and 1, with several seeds:
 
 distill study lightning            # about 200 CPU minutes; killed and started again, it goes on
 
 A chain (configs/chain/lightning_compare.yaml) makes students by mean squared error until more of it gains little. Each
-of them goes on, with each seed, in two or three ways that take about as long: more of the same, or the game. All draw
-the same prompts from the same noise, so that how far two of them are apart is known better than how good each is; the
+of them goes on, with each seed, in two or three ways that take about as long: more of the same, or adversarial training. All
+sample the same prompts from the same noise, so that how far two of them are apart is known better than how good each is; the
 report says both.
 """
 
@@ -37,7 +37,7 @@ CHAIN = "lightning_compare"
 METRICS = ("caption_accuracy", "frechet", "sharpness", "diversity", "teacher_consistency")
 PAIRED = ("caption_accuracy", "frechet", "sharpness", "teacher_consistency")
 SETTING = ("steps", "guidance", "nfe", "sampler", "spacing", "n")
-TITLES = {"m": "MSE, where they go on from", "e": "MSE, more", "v": "game", "c": "game, conditional"}
+TITLES = {"m": "MSE, where they go on from", "e": "MSE, more", "v": "adversarial", "c": "adversarial, conditional"}
 GRID_COLUMNS = 10
 
 
@@ -111,7 +111,7 @@ def table(comparisons: Comparisons, cfg: ShowSettings) -> list[Row]:
 
 
 def differences(comparisons: Comparisons, scorer: JudgeScorer, cfg: ShowSettings) -> list[Row]:
-    """Each game's metrics less those of as much time of mean squared error, and one game's less the other's."""
+    """The metrics of adversarial training less those of as much time of mean squared error; of the discriminators."""
     pairs = [(s, TrainedLink("e", s.steps)) for s in STUDENTS if s.kind in "vc"]
     pairs += [(TrainedLink("c", 1), TrainedLink("v", 1))]
 
@@ -141,7 +141,7 @@ Diversity: variance of features within a caption, relative to real pictures. Tea
 difference of the final latents from the teacher's at 50 steps, from the same noise."""
     of_differences = """Of two students that draw the same prompts from the same noise: what these do to both cancels,
 and ± is the standard error of the difference."""
-    parts = ["# The game beside mean squared error", about, text, "## Differences", of_differences, paired]
+    parts = ["# Adversarial training beside mean squared error", about, text, "## Differences", of_differences, paired]
     parts += ["## Pictures", "![pictures](grid.png)"]
     (output / "report.md").write_text("\n\n".join(parts) + "\n")
     (output / "report.json").write_text(json.dumps({"rows": rows, "differences": apart}, indent=1) + "\n")

@@ -166,7 +166,7 @@ class Run:
                 name: other.network(teacher, cfg.seed) for name, other in self.others.items()
             }  # of it untouched
             starts, teaches = self.exports.get("start"), self.exports.get("teacher")
-            networks |= self.student.networks(teacher, cfg.seed, "teacher" in self.method.asks, starts, teaches)
+            networks |= self.student.networks(teacher, cfg.seed, "teacher" in self.method.requires, starts, teaches)
             engine.prepare(networks, self.recipes, helpers_of(cfg, self.method))
         with watchdog.over("the checkpoint that the run resumes from"):
             resumed = checkpoints.resume(engine, cfg.resume_from_checkpoint)
@@ -373,7 +373,7 @@ def health_of(cfg: TrainSettings, method: Method, main: bool) -> Health:
 
 def recipe_of(cfg: TrainSettings, method: Method, rate: LearningRate, name: str) -> TrainingRecipe:
     """How a network is trained; of those beside the student an average is kept only if the method asks for it."""
-    averaged = name == "student" or f"{name}_ema" in method.asks
+    averaged = name == "student" or f"{name}_ema" in method.requires
     schedule = partial(scheduled, cfg, method, rate, name)
     return TrainingRecipe(build(cfg.optimizer), schedule, cfg.ema_decay if averaged else None)
 

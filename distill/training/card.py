@@ -222,7 +222,7 @@ def _other_programs(export: Export) -> list[str]:
         for client, files in rows
     ]
     texts = ["## In other programs", f"{steps[:1].upper()}{steps[1:]}, CFG scale {w}, no other scheduler than these:"]
-    if export.told_guidance:
+    if export.takes_guidance:
         texts[1] = (
             "ComfyUI and most other programs leave out the network's input of guidance, without a word, and then "
             "generate other pictures: export it for them with `guidance=W`, which builds one W in."
@@ -265,9 +265,9 @@ def _uses(export: Export, here: str) -> list[str]:
 
 def _guidance_text(export: Export) -> str:
     if export.sampling.steps is not None:
-        none = "" if export.told_guidance else " Guidance is built in: `guidance_scale=1.0` adds none."
+        none = "" if export.takes_guidance else " Guidance is built in: `guidance_scale=1.0` adds none."
         return f"It generates in exactly {counted(export.sampling.steps, 'step')}.{none}"
-    if not export.told_guidance:
+    if not export.takes_guidance:
         return (
             "4 steps are a good start, 1 to 8 work. Guidance is built in: `guidance_scale=1.0` adds none; values up to "
             "2 make negative prompts work, at twice the cost."

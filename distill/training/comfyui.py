@@ -108,7 +108,7 @@ def why_none(export: Export) -> str:
     base, client = BASES.get(export.architecture or ""), _client(export)
     if base is None:
         return f"its network is not that of {', '.join(known.name for known in BASES.values())}"
-    if export.told_guidance:
+    if export.takes_guidance:
         return "it leaves out the network's input of guidance"
     if export.noise != Noise(prediction_type=export.noise.prediction_type):
         return "the teacher's noise levels are not those that it gives such a network"

@@ -53,7 +53,7 @@ class Export:
         step: of the checkpoint.
         ema: whether its weights are the moving average.
         guidance: lowest and highest w that the student learned from.
-        told_guidance: whether w is an input of the student; else it is built in.
+        takes_guidance: whether w is an input of the student; else it is built in.
         built_in_guidance: the w that such an input was fixed to, where it was.
         prediction: what its network predicts, in diffusers' words.
         noise: what its teacher was trained on; of the prediction it says the teacher's.
@@ -73,7 +73,7 @@ class Export:
     step: int
     ema: bool
     guidance: tuple[float, float]
-    told_guidance: bool
+    takes_guidance: bool
     built_in_guidance: float | None
     prediction: str
     noise: Noise
@@ -89,7 +89,7 @@ class Export:
     def guidance_scale(self) -> float:
         """What to draw with: 1, or, where w is an input, the validation's w as far as the student has learned it."""
         low, high = self.guidance
-        return min(max(self.settings.validation_guidance, low), high) if self.told_guidance else 1.0
+        return min(max(self.settings.validation_guidance, low), high) if self.takes_guidance else 1.0
 
     def facts(self) -> dict[str, Any]:
         """Values of JSON, without this machine's paths."""
@@ -194,7 +194,7 @@ def _export_of(
         step=step,
         ema=ema,
         guidance=learned,
-        told_guidance=takes_guidance and guidance is None,
+        takes_guidance=takes_guidance and guidance is None,
         built_in_guidance=guidance,
         prediction=network.prediction.value,
         noise=teacher.noise,

@@ -43,7 +43,7 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
             f"the method's stages take {method.steps} steps, not max_train_steps={cfg.max_train_steps}: set "
             "max_train_steps=null, which follows them, or other method.stages"
         )
-    if cfg.ema_decay is None and any(f"{name}_ema" in method.asks for name in method.trains):
+    if cfg.ema_decay is None and any(f"{name}_ema" in method.requires for name in method.trains):
         raise ConfigError("the method's target is the moving average of the student, and none is kept: set ema_decay")
     check_helpers(cfg, method)
     if cfg.global_batch_size < method.least_samples:
@@ -98,7 +98,7 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports:
             ) from None
         raise
     if launched_rank() == 0:  # the hash reads all weights once
-        solved = exports.get("teacher") if "teacher" not in method.asks else None
+        solved = exports.get("teacher") if "teacher" not in method.requires else None
         wanted = {
             "schedule_fingerprint": teacher.schedule.fingerprint,
             "teacher_hash": solved.weights_hash if solved else teacher.teacher_hash,

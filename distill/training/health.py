@@ -1,4 +1,4 @@
-"""Health of a run: what its scalars say when a game goes wrong, or when a student draws one picture for every noise.
+"""Health of a run: its scalars when adversarial training goes wrong, or when a student samples one image only.
 
 Which scalars are of adversarial training, and what they are called, the method says.
 """
@@ -92,12 +92,12 @@ class Health:
     def _read(self, scalars: Mapping[str, float], step: int) -> dict[str, float]:
         found: dict[str, float] = {}
         if self.adversarial is not None and all(name in scalars for name in self.adversarial.accuracies):
-            found |= self._game(scalars, self.adversarial, step)
+            found |= self._adversarial(scalars, self.adversarial, step)
         if math.isfinite(diversity := scalars.get(DIVERSITY, math.nan)):
             found |= self._collapse(diversity, step)
         return found
 
-    def _game(self, scalars: Mapping[str, float], names: AdversarialScalars, step: int) -> dict[str, float]:
+    def _adversarial(self, scalars: Mapping[str, float], names: AdversarialScalars, step: int) -> dict[str, float]:
         """Both alarms of the discriminator."""
         found = names.balance(scalars)
         now = scalars[names.accuracies[0]], scalars[names.accuracies[1]]

@@ -107,10 +107,10 @@ def test_the_generators_fakes_are_shown_as_the_discriminators() -> None:
 
 def test_times_are_drawn_by_their_odds() -> None:
     game = Adversary(SCHEDULE, times=(10, 250, 500, 750), weights=(5, 1, 1, 1))
-    t = game.draw_time(context(4000), torch.device("cpu"))
+    t = game.sample_time(context(4000), torch.device("cpu"))
     shares = [(t == time).double().mean().item() for time in game.times]
     assert sum(shares) == 1 and shares == pytest.approx([5 / 8, 1 / 8, 1 / 8, 1 / 8], abs=0.025)
-    never = Adversary(SCHEDULE, times=(1, 2, 3), weights=(0, 1, 0)).draw_time(context(500), torch.device("cpu"))
+    never = Adversary(SCHEDULE, times=(1, 2, 3), weights=(0, 1, 0)).sample_time(context(500), torch.device("cpu"))
     assert set(never.tolist()) == {2}
 
 

@@ -360,7 +360,7 @@ def test_reads_and_turns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "asks"),
+    ("source", "target", "requires"),
     [
         ("trajectory", "student", ()),
         ("trajectory", "ema", ("student_ema",)),
@@ -369,14 +369,14 @@ def test_reads_and_turns() -> None:
     ],
 )
 def test_asks_for_the_networks_that_its_loss_calls_and_no_others(
-    source: str, target: str, asks: tuple[str, ...]
+    source: str, target: str, requires: tuple[str, ...]
 ) -> None:
     lcm = LCM(SCHEDULE, source, target)
-    assert lcm.asks == asks
-    networks = {name: denoiser_of(Net(), Prediction.EPSILON, SCHEDULE) for name in ("student", *asks)}
+    assert lcm.requires == requires
+    networks = {name: denoiser_of(Net(), Prediction.EPSILON, SCHEDULE) for name in ("student", *requires)}
     batch = stored_batch(torch.tensor([[40, 20]]))
     lcm.loss(networks, batch, Context(0, 0, (0,)))
-    for name in asks:
+    for name in requires:
         with pytest.raises(KeyError, match=name):
             lcm.loss({n: d for n, d in networks.items() if n != name}, batch, Context(0, 0, (0,)))
 

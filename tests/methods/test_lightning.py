@@ -163,14 +163,14 @@ def test_the_teacher_takes_the_steps_of_its_own_solve() -> None:
     s = method.next_time(t)
     x_t, x_s = (torch.stack([solved[int(r)][i] for i, r in enumerate(times)]) for times in (t, s))
     batch = Batch(x_t[:, None], t[:, None], {}, {}, torch.ones(8), positions=tuple(range(8)))
-    found = method.taught({"teacher": teacher}, batch, x_t, t)
+    found = method.teacher_target({"teacher": teacher}, batch, x_t, t)
     assert torch.allclose(found, x_s, rtol=1e-10, atol=1e-12)
 
     stored = Batch(torch.stack([x_t, x_s], 1), torch.stack([t, s], 1), {}, {}, torch.ones(8), positions=tuple(range(8)))
     read = LightningMSE(SCHEDULE, 32, 128, source="trajectory")
-    assert read.asks == () and isinstance(read.reads(), Steps) and isinstance(method.reads(), CleanEnd)
+    assert read.requires == () and isinstance(read.reads(), Steps) and isinstance(method.reads(), CleanEnd)
     assert all(torch.equal(a, b) for a, b in zip(read.state(stored, context(8)), (x_t, t, s), strict=True))
-    assert torch.equal(read.taught({}, stored, x_t, t), x_s)
+    assert torch.equal(read.teacher_target({}, stored, x_t, t), x_s)
 
 
 def test_samples_that_need_fewer_of_the_teachers_steps_wait_for_the_others() -> None:
@@ -178,7 +178,7 @@ def test_samples_that_need_fewer_of_the_teachers_steps_wait_for_the_others() -> 
     t = torch.tensor([1000, 750, 500, 250])
     x = torch.randn(4, *SHAPE, dtype=torch.float64)
     batch = Batch(x[:, None], t[:, None], {}, {}, torch.ones(4), positions=tuple(range(4)))
-    found = method.taught({"teacher": teacher}, batch, x, t)
+    found = method.teacher_target({"teacher": teacher}, batch, x, t)
     for i, time in enumerate(t.tolist()):
         grid = [g for g in trailing_times(1000, 8) if method.ends[time] <= g <= time]
         *_, (_, alone) = solve(teacher, SCHEDULE, x[i : i + 1], grid, {})
@@ -224,7 +224,7 @@ def test_its_gradient_is_that_of_the_noises_error_weighted() -> None:
     method, student, batch = LightningMSE(SCHEDULE, 32, 128), Constant(0.2), clean(1)
     method.loss({"teacher": data(), "student": student}, batch, context(1)).total.backward()
     x_t, t, s = method.state(batch, context(1))
-    x_real = method.taught({"teacher": data()}, batch, x_t, t)
+    x_real = method.teacher_target({"teacher": data()}, batch, x_t, t)
     alpha, sigma = ([float(f(r, x_t)) for r in (t, s)] for f in (SCHEDULE.alpha, SCHEDULE.sigma))
     u_t, u_s = sigma[0] / alpha[0], sigma[1] / alpha[1]
     wanted = (x_real / alpha[1] - x_t / alpha[0]) / (u_s - u_t)
@@ -279,7 +279,7 @@ def test_converting_to_clean_data_has_the_old_network_as_its_solution() -> None:
     method = LightningConvert(SCHEDULE, times=FOUR)
     student, batch = Affine(FOUR, Prediction.SAMPLE), clean(64)
     networks = {"teacher": data(0.5), "student": student}
-    assert method.asks == ("teacher",)
+    assert method.requires == ("teacher",)
     assert minimise(student, lambda: method.loss(networks, batch, context(64)).total, 200) < 1e-16
 
 
@@ -298,10 +298,10 @@ def networks(critic: Critic) -> dict[str, Any]:
 def test_the_discriminator_sees_where_both_steps_end_beside_where_they_began(renoise: tuple[int, ...]) -> None:
     method, critic = game(renoise_times=renoise), Critic()
     nets = networks(critic)
-    method.judge(nets, clean(), context())
+    method.discriminator_loss(nets, clean(), context())
     (real, fake), seen, origin = critic.shown[0]
     x_t, t, s = method.state(clean(), context())
-    ends = method.taught(nets, clean(), x_t, t), ddim_step(SCHEDULE, nets["student"](x_t, t, {}), s)
+    ends = method.teacher_target(nets, clean(), x_t, t), ddim_step(SCHEDULE, nets["student"](x_t, t, {}), s)
     assert torch.equal(origin[0], x_t) and torch.equal(origin[1], t)
     noisy, at_end = s > 0, s == 0
     assert noisy.any() and at_end.any()
@@ -318,7 +318,9 @@ def test_the_discriminator_sees_where_both_steps_end_beside_where_they_began(ren
 
 def test_an_undecided_game_costs_log_2_a_verdict() -> None:
     method, critic = game(), Critic(weight=0.0)
-    judged, student = (f(networks(critic), clean(), context()).total.detach() for f in (method.judge, method.loss))
+    judged, student = (
+        f(networks(critic), clean(), context()).total.detach() for f in (method.discriminator_loss, method.loss)
+    )
     assert float(judged) == pytest.approx(2 * math.log(2)) and float(student) == pytest.approx(math.log(2))
 
 
@@ -348,7 +350,7 @@ def test_the_teacher_is_asked_in_the_discriminators_turn_alone() -> None:
     method = game()
     method.loss(nets, clean(), context())
     with pytest.raises(AssertionError, match="asked"):
-        method.judge(nets, clean(), context())
+        method.discriminator_loss(nets, clean(), context())
 
 
 def test_a_warm_up_trains_the_discriminator_alone_and_later_odds_come_later() -> None:

@@ -212,7 +212,7 @@ def test_a_perceptual_distance_is_asked_of_the_two_landings() -> None:
     mlcm, stage = method(segments=4, skip=25, distance="perceptual")
     loss = mlcm.loss(stage, networks, batch, context(0)).total
     torch.testing.assert_close(loss, 3 * plain.loss(plain_stage, networks, batch, context(0)).total)
-    assert (mlcm.asks, plain.asks) == (("perceptual",), ()) and len(seen) == 1
+    assert (mlcm.requires, plain.requires) == (("perceptual",), ()) and len(seen) == 1
 
 
 # --- where the pairs come from ---
@@ -359,8 +359,8 @@ def test_stages_follow_one_another() -> None:
     assert [step for step in range(30) if mlcm.resets(step)] == [10]
     assert mlcm.reads(0) == Pair(25, Segments(1000, 4), None)
     assert mlcm.reads(12) == CleanEnd()
-    assert mlcm.asks == ("teacher",)
-    assert MLCM(SCHEDULE, [FIRST]).asks == ()
+    assert mlcm.requires == ("teacher",)
+    assert MLCM(SCHEDULE, [FIRST]).requires == ()
     (turn,) = mlcm.turns(12)
     parts = turn.loss({"student": data(), "teacher": data()}, noise_batch(4), context(4)).parts
     assert turn.updates == "student" and parts["stage"] == 2

@@ -147,8 +147,8 @@ def test_a_stage_of_weight_zero_asks_for_nothing_and_calls_nothing() -> None:
     parts = loss(method, networks, batch(), step=4).parts
     assert table.asked == [] and "reward" not in parts and "reward_loss" not in parts
     assert "reward" in loss(method, networks, batch(), step=5).parts and len(table.asked) == 1
-    assert method.asks == ("reward",) and method.needs_prompts and method.least_samples == 2
-    assert mlcm().asks == () and not mlcm().needs_prompts and mlcm().least_samples == 1
+    assert method.requires == ("reward",) and method.needs_prompts and method.least_samples == 2
+    assert mlcm().requires == () and not mlcm().needs_prompts and mlcm().least_samples == 1
     assert mlcm(reward=1.0, reward_form="maximise").least_samples == 1
     loss(mlcm(), {"student": Network()}, batch())  # no reward among the networks
 

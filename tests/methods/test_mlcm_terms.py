@@ -143,7 +143,7 @@ def test_real_are_the_students_samples_and_fake_its_answers_near_them() -> None:
 
     student = parties["student"]
     x_0 = mlcm.student_sample(student, noise_batch(n), context(n), 4)
-    at = mlcm.draw_time(mlcm.stages[0], context(n), x_0.device)
+    at = mlcm.sample_time(mlcm.stages[0], context(n), x_0.device)
     x_t = add_noise(SCHEDULE, x_0, context(n).normal(x_0, "noise"), at)
     noise = context(n).normal(x_0, "noise*")
     torch.testing.assert_close(real, add_noise(SCHEDULE, x_0, noise, t))

@@ -96,11 +96,11 @@ def measure(
     lcm = LCM(SCHEDULE, **method)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         teacher = teacher_of(family, "cpu", side)
-        networks = student_of(student).networks(teacher, keep_teacher="teacher" in lcm.asks)
+        networks = student_of(student).networks(teacher, keep_teacher="teacher" in lcm.requires)
         plan = TrainingRecipe(adamw, ema_decay=0.9 if ema else None)
         running = EngineSettings(gradient_checkpointing=checkpointed, **engine).start()
         running.prepare(networks, {"student": plan})
-        batch = batch_of(teacher, samples, states=1 if "teacher" in lcm.asks else 2)
+        batch = batch_of(teacher, samples, states=1 if "teacher" in lcm.requires else 2)
         (turn,) = lcm.turns(0)
         for step in range(2):
             with torch.profiler.record_function(f"measured step {step}"):

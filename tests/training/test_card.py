@@ -52,7 +52,7 @@ def an_export(**changes: object) -> Export:
         "step": 3,
         "ema": False,
         "guidance": (2.0, 11.0),
-        "told_guidance": False,
+        "takes_guidance": False,
         "built_in_guidance": None,
         "prediction": "epsilon",
         "noise": Noise(),
@@ -162,6 +162,6 @@ def test_a_card_names_files_samplers_and_nodes_of_other_programs(tmp_path: Path)
     assert "`kohya/a.safetensors`<br>`unet/diffusion_pytorch_model.safetensors`<br>`checkpoint/a.safetensors`" in comfy
     assert "| `lcm` | `simple` | node ModelSamplingDiscrete, sampling `lcm` |" in comfy
     assert "`LCM`" in web and "the whole folder" in invoke and "sgm_uniform" not in text
-    told = card(tmp_path, an_export(formats=("unet",), told_guidance=True))
+    told = card(tmp_path, an_export(formats=("unet",), takes_guidance=True))
     assert "leave out the network's input of guidance" in told and "`guidance=W`" in told
     assert "## In other programs" not in card(tmp_path, an_export(formats=("peft",)))

@@ -196,7 +196,7 @@ def test_files_and_sizes_are_the_exports() -> None:
         ({"sampling": Sampling(), "prediction": "sample"}, "predicts clean data"),
         ({"sampling": Sampling(), "prediction": "v_prediction"}, "visits other times"),
         ({"sampling": Sampling("ddim", "trailing", 3)}, "in 3 steps it visits other times"),
-        ({"told_guidance": True}, "input of guidance"),
+        ({"takes_guidance": True}, "input of guidance"),
         ({"noise": Noise(beta_schedule="linear")}, "noise levels"),
         ({"noise": Noise(rescale_betas_zero_snr=True, prediction_type="v_prediction")}, "noise levels"),
         ({"architecture": None}, "not that of SD 1.5, SDXL, SSD-1B"),

@@ -395,7 +395,7 @@ def test_a_guidance_is_built_in_for_programs_that_cannot_give_one(full: Trained,
         pipeline.register_modules(unet=unet)
         torch.testing.assert_close(drawn(pipeline, 1.0), full.pictures(7.5), rtol=0, atol=1e-4)
     facts, card = json.loads((folder / "distill.json").read_text()), (folder / "README.md").read_text()
-    assert (facts["told_guidance"], facts["built_in_guidance"], facts["guidance"]) == (False, 7.5, list(LEARNED_W))
+    assert (facts["takes_guidance"], facts["built_in_guidance"], facts["guidance"]) == (False, 7.5, list(LEARNED_W))
     assert "| guidance w built in here | 7.5 |" in card and "guidance_scale=1.0)" in card
 
 
@@ -436,7 +436,7 @@ def test_facts_for_machines(full: Trained, tmp_path: Path) -> None:
     facts = json.loads((full.export(tmp_path / "a", "card_prompts=[]") / "distill.json").read_text())
     weights = Path(full.teacher) / "unet" / "diffusion_pytorch_model.safetensors"
     assert facts["base_hash"] == weights_hash(stored_tensors([weights]))
-    assert facts["step"] == 3 and facts["guidance"] == list(LEARNED_W) and facts["told_guidance"] is True
+    assert facts["step"] == 3 and facts["guidance"] == list(LEARNED_W) and facts["takes_guidance"] is True
     assert facts["settings"]["method"]["skip"] == 20
     assert facts["files"].keys() == files(tmp_path / "a") - {"distill.json"}
 

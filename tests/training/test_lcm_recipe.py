@@ -114,7 +114,7 @@ def test_losses_gradients_and_weights_are_those_of_the_recipe(kind: str, teacher
     original = copy.deepcopy(teacher.unet)
     student = LoRAStudent(rank=4, alpha=3) if kind == "lora" else FullStudent(guidance_embedding_dim=8)
     method = LCM(NoiseSchedule.scaled_linear(), "noised", target="ema" if kind == "full" else "student")
-    networks = student.networks(teacher, keep_teacher="teacher" in method.asks)
+    networks = student.networks(teacher, keep_teacher="teacher" in method.requires)
     if kind == "full":  # else w would have no effect on the first loss, the projection being zero
         nn.init.normal_(teacher.unet.time_embedding.cond_proj.weight, std=0.1)
     expected = plain_loop(copy.deepcopy(teacher.unet), original, teacher.prediction, average=kind == "full")

@@ -58,10 +58,10 @@ def planned(step: dict[str, Any], engine: str = "single", bf16: bool = False, bu
     teacher = teacher_of(step["family"], "meta", step["side"])
     method = LCM(SCHEDULE, **step["method"])
     with torch.device("meta"):
-        networks: dict[str, Any] = dict(student_of(step["student"]).networks(teacher, 0, "teacher" in method.asks))
+        networks: dict[str, Any] = dict(student_of(step["student"]).networks(teacher, 0, "teacher" in method.requires))
     networks["student_ema"] = networks["student"]
     cast(networks, ["student"], bf16, masters=engine != "single")
-    batch = batch_of(teacher, 2, states=1 if "teacher" in method.asks else 2).to("meta")
+    batch = batch_of(teacher, 2, states=1 if "teacher" in method.requires else 2).to("meta")
     (turn,) = method.turns(0)
     cost = count(turn, networks, batch, Context(0, 0, batch.positions), checkpointed=step["checkpointed"])
     student = counted(networks["student"].module)
