@@ -42,16 +42,16 @@ def python() -> str:
     return str(executable)
 
 
-def settled() -> None:
-    """Waits for the ends of all programs whose stand-ins have ended: those of killed ones follow a moment later."""
+def settled(since: float) -> None:
+    """Waits for the ends of all programs that were started after a time: those of killed ones follow a moment later."""
     import time
 
     import psutil
 
     begun = time.monotonic()
     for server in _SERVERS:
-        while psutil.Process(server.pid).children():
-            assert time.monotonic() - begun < 60, psutil.Process(server.pid).children(recursive=True)
+        while left := [one for one in psutil.Process(server.pid).children() if one.create_time() >= since]:
+            assert time.monotonic() - begun < 60, left
             time.sleep(0.01)
 
 

@@ -123,7 +123,7 @@ def killed(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     for one in doomed:
         one.kill()
     psutil.wait_procs(doomed, timeout=60)
-    settled()
+    settled(process.create_time())
     return folder
 
 

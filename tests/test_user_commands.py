@@ -166,7 +166,7 @@ def _kill_at_step(step: int, folder: Path, command: list[str]) -> None:
     for one in doomed:
         one.kill()
     psutil.wait_procs(doomed, timeout=60)
-    settled()
+    settled(process.create_time())
     assert not (folder / "DONE").exists()
 
 

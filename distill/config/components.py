@@ -64,9 +64,10 @@ def check_component(node: dict[str, Any]) -> dict[str, Any]:
         ValueError: a target that does not exist or is not for settings to name, an argument it does not take, or a
             value of the wrong type.
     """
-    if node.get("_target_") in RENAMED:
-        node["_target_"] = RENAMED[node["_target_"]]
-    hints = arguments_of(node.get("_target_"))
+    target = node.get("_target_")
+    if isinstance(target, str) and target in RENAMED:
+        node["_target_"] = target = RENAMED[target]
+    hints = arguments_of(target)
     for key, value in node.items():
         if key == "_target_" or (key == "_partial_" and isinstance(value, bool)):
             continue

@@ -3,9 +3,9 @@
 distill study lightning            # about 200 CPU minutes; killed and started again, it goes on
 
 A chain (configs/chain/lightning_compare.yaml) makes students by mean squared error until more of it gains little. Each
-of them goes on, with each seed, in two or three ways that take about as long: more of the same, or adversarial training. All
-sample the same prompts from the same noise, so that how far two of them are apart is known better than how good each is; the
-report says both.
+of them goes on, with each seed, in two or three ways that take about as long: more of the same, or adversarial
+training. All sample the same prompts from the same noise, so that how far two of them are apart is known better than
+how good each is; the report says both.
 """
 
 from __future__ import annotations

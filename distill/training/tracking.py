@@ -459,8 +459,12 @@ class _BarSafe(logging.StreamHandler):  # type: ignore[type-arg]
     it is taken where there may be a bar, and nowhere else.
     """
 
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._bars = wants_bar(stream)
+
     def emit(self, record: logging.LogRecord) -> None:
-        if wants_bar(self.stream):
+        if self._bars:
             tqdm.write(self.format(record), file=self.stream)
         else:
             super().emit(record)

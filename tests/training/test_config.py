@@ -35,7 +35,7 @@ def test_settings_reach_the_objects_that_use_them() -> None:
 
 def test_every_experiment_states_the_family_that_its_numbers_are_for() -> None:
     """But for the toy's, which are for whatever is tried on."""
-    names = {family.name for family in FAMILIES}
+    names = set(FAMILIES)
     assert {*get_args(get_args(ModelSettings.model_fields["family"].annotation)[0])} == names
     for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
         found = yaml.safe_load(path.read_text()).get("model", {}).get("family")
