@@ -175,6 +175,8 @@ class TestOpening:
         monkeypatch.setenv("WANDB_PROJECT", "of-the-variable")
         nodes = NODES | {"wandb": NODES["wandb"] | {"group": "one-group", "tags": ["one-tag"]}}
         tracker = open_trackers(nodes, tmp_path / "run", {"learning_rate": 1e-4})
+        for background in tracker.trackers[1:]:
+            background.patience = 300.0  # on a busy machine wandb has not started after a minute, and would be given up
         tracker.log({"loss_here": 0.123456789}, 7)
         tracker.images("validation", to_pictures(torch.zeros(1, 3, 4, 4)), 7, ["red rings"])
         tracker.close()
