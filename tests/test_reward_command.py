@@ -100,5 +100,5 @@ def test_a_toy_run_is_rewarded_and_scored(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "scores" / "rows.json").read_text())
     assert [(row["run"], row.get("step")) for row in rows] == [("run", 2), ("run", 4), ("real pictures", None)]
     assert rows[0]["reward"] != rows[1]["reward"] and rows[2]["reward"] > rows[1]["reward"]
-    assert rows[2]["frechet"] < rows[1]["frechet"] and "captions right" in scored.stdout
+    assert rows[2]["frechet"] < rows[1]["frechet"] and "caption accuracy" in scored.stdout
     assert (tmp_path / "scores" / "reward.png").is_file()

@@ -4,7 +4,7 @@ distill chain chain=lcm_toy
 distill chain chain=lightning_toy output_dir=outputs/lightning_toy
 distill chain chain=lightning_sdxl launch="distill launch --num_processes 8" overrides=[seed=1]
 
-What is done is skipped, and what was interrupted goes on: killed at any moment, run it again. `list=true` shows how far
+What is done is skipped, and what was interrupted resumes: killed at any moment, run it again. `list=true` shows how far
 the links are, `list=commands` what each would run; `link=NAME` runs one.
 """
 
@@ -97,7 +97,7 @@ def time_left(links: Sequence[Link]) -> str:
 
 
 def take(link: Link, launch: str | None, relay: Relay) -> int:
-    """Runs or goes on with a link, and exports it; returns 0, or the exit code of what failed."""
+    """Runs or resumes a link, and exports it; returns 0, or the exit code of what failed."""
     with locked(link) as lock:
         marker = link.folder / MARKER
         before = modified(marker)

@@ -4,7 +4,7 @@ distill launch latents experiment=lcm_lora_sdxl data=images data.images='laion/*
     data.store=STORE
 
 The pictures are listed first, into the store's folder. Every process, under a launcher or in a SLURM array, writes
-shards of its own; killed at any moment and started again, each goes on. A picture that cannot be decoded is skipped
+shards of its own; killed at any moment and started again, each resumes. A picture that cannot be decoded is skipped
 and named. Settings are `configs/data/images.yaml`; `--cfg` prints them.
 """
 

@@ -3,7 +3,7 @@
 distill launch trajectories experiment=lcm_lora_sd15 data.prompts=prompts.txt data.store=STORE
 
 Every process, under a launcher or in a SLURM array, writes shards of its own; killed at any moment and started again,
-each goes on. Settings are the `data` group of `configs/train.yaml`; `--cfg` prints them. `teacher=EXPORT` solves with
+each resumes. Settings are the `data` group of `configs/train.yaml`; `--cfg` prints them. `teacher=EXPORT` solves with
 an earlier student's network.
 """
 

@@ -248,7 +248,7 @@ class ComparisonPlan:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a comparison needs. What it has finished is in `cache`: killed and started again, it goes on.
+    """All that a comparison needs. What it has finished is in `cache`: killed and started again, it resumes.
 
     Args:
         teacher: with text encoders and autoencoder.

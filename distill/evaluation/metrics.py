@@ -101,7 +101,7 @@ METRICS: Registry[Metric] = Registry(
     [
         Metric(
             "caption_accuracy",
-            "captions right",
+            "caption accuracy",
             3,
             "higher",
             unit="share of images in which the judge reads the prompt",

@@ -89,7 +89,7 @@ class ControlBench:
         arguments: how steps and strength are told to it.
         images: [n, 3, 32, 32] in [0, 1], as pipelines take them: what it is given for each picture to draw.
         coverage: [n, 1, 32, 32], the layout which that picture ought to have, see `distill.toy.world`.
-        cache: of finished rows: killed and started again, it goes on.
+        cache: of finished rows: killed and started again, it resumes.
     """
 
     pipeline: Any

@@ -1,6 +1,6 @@
 """Adversarial training beside mean squared error on the toy world, in 8, 4, 2 steps and 1, with several seeds:
 
-distill study lightning            # about 200 CPU minutes; killed and started again, it goes on
+distill study lightning            # about 200 CPU minutes; killed and started again, it resumes
 
 A chain (configs/chain/lightning_compare.yaml) makes students by mean squared error until more of it gains little. Each
 of them goes on, with each seed, in two or three ways that take about as long: more of the same, or adversarial

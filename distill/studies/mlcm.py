@@ -1,6 +1,6 @@
 """MLCM-LoRA beside LCM-LoRA and the teacher, on the toy world, with one budget of samples and several seeds:
 
-distill study mlcm                 # about 40 CPU minutes; killed and started again, it goes on
+distill study mlcm                 # about 40 CPU minutes; killed and started again, it resumes
 
 Both learn from one store for as many steps of as many samples. What is judged is the moving average at the end, and for
 MLCM after its first stage too, by both samplers. All draw the same prompts from the same noise: the report also has

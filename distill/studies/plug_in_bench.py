@@ -40,7 +40,7 @@ class Bench:
 
     Args:
         scorer: compares with real pictures of the style.
-        cache: of finished rows: killed and started again, it goes on.
+        cache: of finished rows: killed and started again, it resumes.
         n: pictures of a row.
     """
 

@@ -66,7 +66,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on: `step` optimizer steps were taken, and `state` is what `save` was given then."""
+    """Where a run resumes: `step` optimizer steps were taken, and `state` is what `save` was given then."""
 
     step: int
     state: Mapping[str, Any]

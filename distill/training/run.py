@@ -1,4 +1,4 @@
-"""A run's folder: what a person finds in it, and whether a run may go on there."""
+"""A run's folder: what a person finds in it, and whether a run may resume there."""
 
 from __future__ import annotations
 

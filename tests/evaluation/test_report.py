@@ -40,7 +40,7 @@ def test_the_table_is_aligned_markdown_with_errors() -> None:
     lines = format_table([teacher, ROW]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert cells(lines[0]) == (
-        ["model", "sampler", "times", "steps", "w", "NFE", "captions right ↑", "Fréchet ↓", "from teacher ↓"]
+        ["model", "sampler", "times", "steps", "w", "NFE", "caption accuracy ↑", "Fréchet ↓", "from teacher ↓"]
     )
     assert all(re.fullmatch("-+:?", cell) for cell in cells(lines[1]))
     assert cells(lines[3]) == ["student", "lcm", "lcm", "4", "1", "4", "0.988 ± 0.004", "0.346", "0.0123"]
