@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,3 +58,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def seeded() -> None:
     """Tests may draw from the global generator; whatever ran before, they draw the same."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unlogged() -> Iterator[None]:
+    """A command that a test calls in this process logs to that test's standard error, which is closed after it."""
+    yield
+    for handler in [one for one in logging.root.handlers if type(one).__module__.startswith("distill.")]:
+        logging.root.removeHandler(handler)

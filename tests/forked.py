@@ -140,6 +140,7 @@ def look_after(connection: socket.socket) -> NoReturn:
     watched = os.pidfd_open(pid)
     ready, _, _ = select.select([connection, watched], [], [])
     if watched not in ready:
+        _kill(pid)
         os.killpg(0, signal.SIGKILL)  # this one, the program and its children
     _, status = os.waitpid(pid, 0)
     try:
@@ -147,6 +148,18 @@ def look_after(connection: socket.socket) -> NoReturn:
     except OSError:
         pass
     os._exit(0)
+
+
+def _kill(pid: int) -> None:
+    """The program and all that it has started, in sessions of their own too."""
+    import psutil
+
+    program = psutil.Process(pid)
+    for one in (program, *program.children(recursive=True)):
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            pass
 
 
 def _run(request: dict[str, Any]) -> NoReturn:
