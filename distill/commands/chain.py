@@ -15,18 +15,17 @@ if __name__ == "__main__":  # before what is heavy is imported
 
     run("chain")
 
-import fcntl
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
-from distill.commands.relay import PREEMPTED, Relay
+from distill.commands.relay import PREEMPTED, Relay, held
 from distill.config.loading import ConfigError
 from distill.config.settings import RunChainSettings
 from distill.training.chain import Link, links_of, one_of, seconds_left
@@ -129,20 +128,11 @@ def modified(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-@contextmanager
-def locked(link: Link) -> Iterator[IO[str]]:
+def locked(link: Link) -> AbstractContextManager[IO[str]]:
     """Nobody else runs the link meanwhile, but others may write shards of the same store.
 
-    What is started inherits the lock, and holds it if this process is killed.
-
     Raises:
-        ConfigError: somebody does.
+        ConfigError: somebody does, when it is entered.
     """
-    kind = fcntl.LOCK_SH if link.writes else fcntl.LOCK_EX
-    link.folder.parent.mkdir(parents=True, exist_ok=True)
-    with link.folder.with_name(f".{link.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"link {link.name} is being run in {link.folder} by another process") from None
-        yield lock
+    taken = f"link {link.name} is being run in {link.folder} by another process"
+    return held(link.folder.with_name(f".{link.name}.lock"), taken, shared=link.writes)

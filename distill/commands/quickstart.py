@@ -15,14 +15,13 @@ if __name__ == "__main__":  # before what is heavy is imported
 
     run("quickstart")
 
-import fcntl
 import hashlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -31,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from distill.commands.chain import command
-from distill.commands.relay import PREEMPTED, Relay
+from distill.commands.relay import PREEMPTED, Relay, held
 from distill.config.loading import ConfigError, load
 from distill.config.packages import install_line, is_installed
 from distill.config.settings import ChainSettings, EvaluateSettings, LinkSettings, QuickstartSettings, TrainSettings
@@ -205,17 +204,10 @@ class Mark:
         return hashlib.sha256("\0".join(self.arguments).encode() + facts).hexdigest() + "\n"
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[IO[str]]:
-    """One quickstart at a time in a folder. What it starts holds the lock too, if this process is killed.
+def alone(folder: Path) -> AbstractContextManager[IO[str]]:
+    """One quickstart at a time in a folder.
 
     Raises:
-        ConfigError: another one runs there.
+        ConfigError: another one runs there, when it is entered.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".quickstart.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"output_dir={folder}: another quickstart is running there") from None
-        yield lock
+    return held(folder / ".quickstart.lock", f"output_dir={folder}: another quickstart is running there")

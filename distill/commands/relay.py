@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import IO
 
+from distill.config.mistakes import ConfigError
 from distill.training.preemption import INTERRUPTED, SAME_SECONDS
 from distill.training.watchdog import end_children
 
 PREEMPTED = 75  # as of `distill train`: saved, and to be run again
+
+
+@contextmanager
+def held(file: Path, taken: str, shared: bool = False) -> Iterator[IO[str]]:
+    """A lock on a file. What is started inherits it, and holds it if this process is killed.
+
+    Raises:
+        ConfigError: `taken`: another process holds it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(taken) from None
+        yield lock
 
 
 class Relay:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from distill.commands.relay import PREEMPTED, Relay
-from distill.config.mistakes import ConfigError
+from distill.commands.relay import PREEMPTED, Relay, held
 from distill.config.sweeps import SweptRun
 from distill.training.preemption import INTERRUPTED
 
@@ -36,7 +34,8 @@ class SweepRunner:
 
     def __enter__(self) -> SweepRunner:
         self._held = ExitStack()
-        self._files = self._held.enter_context(locked(self.base))
+        lock = held(self.base / ".sweep.lock", f"the sweep in {self.base} is being run by another process")
+        self._files = [self._held.enter_context(lock).fileno()]
         self._relay = self._held.enter_context(Relay())
         return self
 
@@ -86,19 +85,3 @@ def how_it_ended(code: int | None) -> str:
     """For the page."""
     words = {None: "not started", 0: "finished", PREEMPTED: "stopped, saved", INTERRUPTED: "interrupted"}
     return words.get(code, f"failed, exit code {code}")
-
-
-@contextmanager
-def locked(base: Path) -> Iterator[list[int]]:
-    """Nobody else runs the sweep meanwhile; a run inherits the lock's file, and holds it if this process is killed.
-
-    Raises:
-        ConfigError: somebody does.
-    """
-    base.mkdir(parents=True, exist_ok=True)
-    with (base / ".sweep.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"the sweep in {base} is being run by another process") from None
-        yield [lock.fileno()]
