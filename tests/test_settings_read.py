@@ -62,6 +62,7 @@ def test_what_nothing_reads_is_one_line(overrides: str, line: str, monkeypatch: 
         ("experiment=lcm_lora_sdxl method=mlcm max_train_steps=null", 14000),
         ("experiment=lightning_toy networks.discriminator.conditional=true lr_warmup_steps=0", 200),
         ("experiment=quickstart lora_rank=8", 350),
+        ("experiment=lcm_toy ++lora_rank=8 ++networks.fake_score.rank=4", 1300),
         ("experiment=lcm_toy", 1300),
     ],
 )

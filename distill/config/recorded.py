@@ -40,10 +40,24 @@ def _with_defaults(node: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**defaults_of(node["_target_"]), **node} if "_target_" in node else node
 
 
-def given_keys(arguments: Sequence[str] | None = None) -> list[str]:
-    """The keys that a command line (this one's by default) sets."""
+FOR_ANY = "++"
+"""Before a `key=value` that is for whatever reads it: a run that does not read the key takes no offence."""
+
+
+def given_keys(arguments: Sequence[str] | None = None, for_any: bool = True) -> list[str]:
+    """The keys that a command line (this one's by default) sets.
+
+    Args:
+        for_any: with those of `++key=value`, which are for whatever reads them.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    return [argument.lstrip("+~").partition("=")[0] for argument in arguments if "=" in argument]
+    given = [argument for argument in arguments if "=" in argument and (for_any or not argument.startswith(FOR_ANY))]
+    return [argument.lstrip("+~").partition("=")[0] for argument in given]
+
+
+def for_any(argument: str) -> str:
+    """An argument as one that is for whatever reads it."""
+    return argument if argument.startswith(("+", "~", "-")) else FOR_ANY + argument
 
 
 def chief(differing: Differences, keys: Sequence[str]) -> str:

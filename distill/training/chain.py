@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distill.cluster.progress import checkpoints_of, finished, steps_taken
 from distill.config.loading import ConfigError, load
-from distill.config.recorded import Differences, chief, differences, given_keys
+from distill.config.recorded import Differences, chief, differences, for_any, given_keys
 from distill.config.settings import (
     READERS,
     ChainSettings,
@@ -25,6 +25,7 @@ from distill.data.record import StoreError
 from distill.data.storage import Folder
 from distill.training.checkpoint import Checkpoints
 from distill.training.export import FACTS, check_formats
+from distill.training.fitting import unread
 from distill.training.run import FREE, recorded_settings, write_atomically
 
 
@@ -206,10 +207,10 @@ def links_of(chain: ChainSettings, output_dir: str | Path, overrides: Sequence[s
     """The links of a chain, all their settings checked.
 
     A link that trains or verifies reads the store of the last link before it that writes one. `overrides` come after a
-    link's own, and are for the links with the chain's experiment alone.
+    link's own, and are for the links with the chain's experiment alone: for those of them that read the key.
 
     Raises:
-        ConfigError: one line about the first link whose settings are wrong.
+        ConfigError: one line about the first link whose settings are wrong, or about an override that no link reads.
     """
     links: list[Link] = []
     for settings in chain.links:
@@ -217,6 +218,7 @@ def links_of(chain: ChainSettings, output_dir: str | Path, overrides: Sequence[s
             links.append(_reader(settings, Path(output_dir), links))
         else:
             links.append(_link(settings, chain.experiment, Path(output_dir), overrides, links))
+    _check_read(links, overrides)
     return links
 
 
@@ -253,7 +255,7 @@ def _link(link: LinkSettings, experiment: str, root: Path, overrides: Sequence[s
         f"experiment={experiment}",
         *([] if store is None else [f"data.store={store}"]),
         *link.overrides,
-        *overrides,
+        *map(for_any, overrides),
         f"output_dir={folder}",
         *(f"{key}={export_of(root / name)}" for key, name in given.items() if name is not None),
     )
@@ -274,6 +276,14 @@ def _link(link: LinkSettings, experiment: str, root: Path, overrides: Sequence[s
         formats=None if link.export is None else tuple(link.export),
         needs=tuple(dict.fromkeys([*read, *(name for name in given.values() if name is not None)])),
     )
+
+
+def _check_read(links: Sequence[Link], overrides: Sequence[str]) -> None:
+    """Raises ConfigError for an override of the whole chain that certainly no link reads, whatever it trains."""
+    reasons = [unread(link.settings, link.settings.networks) for link in links if link.trains]
+    for key in given_keys(overrides, for_any=False):
+        if reasons and all(key in found for found in reasons):
+            raise ConfigError(f"overrides: {key} is set, and has no effect in any link: {reasons[0][key]}")
 
 
 def _reader(link: LinkSettings, root: Path, before: Sequence[Link]) -> Link:

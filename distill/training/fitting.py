@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hydra.utils import get_object
@@ -55,11 +55,26 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
 
 
 def check_read(cfg: TrainSettings, method: Method) -> None:
-    """Refuses what is set and nothing of the run would read."""
-    nodes = [cfg.student, *(cfg.networks[name] for name in method.trains if name in cfg.networks)]
+    """Refuses what is set and nothing of the run would read; `++key=value` is for whatever reads it."""
+    given = given_keys(for_any=False)
+    for key, reason in unread(cfg, method.trains).items():
+        if key in given:
+            raise ConfigError(f"{key} is set, and has no effect: {reason}")
+    for key in given:
+        network = key.split(".")[1] if key.startswith("networks.") else None
+        if network is not None and network not in method.trains:
+            raise ConfigError(f"{key} is set, and the method trains no {network}: it trains {', '.join(method.trains)}")
+
+
+def unread(cfg: TrainSettings, trained: Collection[str]) -> dict[str, str]:
+    """The keys that nothing of a run with these settings reads, each with the reason.
+
+    Args:
+        trained: names of the networks that the run trains; of others, no settings are read.
+    """
+    nodes = [cfg.student, *(cfg.networks[name] for name in trained if name in cfg.networks)]
     has = {key for node in nodes for key in node}
-    given = given_keys()
-    unread = {
+    reasons = {
         "reward_batch_size": cfg.reward is None and "the method uses no reward",
         "lora_rank": "rank" not in has and "no network of this run has a LoRA",
         "lora_alpha": "alpha" not in has and "no network of this run has a LoRA",
@@ -68,13 +83,7 @@ def check_read(cfg: TrainSettings, method: Method) -> None:
         and "lr_scheduler=constant has no warm-up",
         "validation_reward": cfg.validation_prompts is None and "there are no validation_prompts",
     }
-    for key, reason in unread.items():
-        if reason and key in given:
-            raise ConfigError(f"{key} is set, and has no effect: {reason}")
-    for key in given:
-        network = key.split(".")[1] if key.startswith("networks.") else None
-        if network is not None and network not in method.trains:
-            raise ConfigError(f"{key} is set, and the method trains no {network}: it trains {', '.join(method.trains)}")
+    return {key: reason for key, reason in reasons.items() if reason}
 
 
 def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports: Mapping[str, Exported]) -> Store:

@@ -48,6 +48,7 @@ class Preemption:
 
     def __init__(self, folder: Path, writes: bool = True, signals: Sequence[str] = ("SIGTERM", "SIGUSR1")) -> None:
         self.interrupted = False
+        self._interrupted_at: float | None = None  # by the monotonic clock
         self._requested = False
         self._marker, self._writes = Path(folder) / MARKER, writes
         self._signals = {_signal(name) for name in signals} | {signal.SIGINT}
@@ -74,6 +75,7 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._await_copies()
         for s, handler in self._before.items():
             signal.signal(s, handler)
         if self._wakeup is not None:
@@ -88,7 +90,14 @@ class Preemption:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True  # and no more: a handler runs between any two instructions
-        self.interrupted |= number == signal.SIGINT
+        if number == signal.SIGINT:
+            self.interrupted = True
+            self._interrupted_at = self._interrupted_at or time.monotonic()
+
+    def _await_copies(self) -> None:
+        """Gives a launcher time to hand on the Ctrl-C that this process has had: it would end what is left to do."""
+        if self._interrupted_at is not None:
+            time.sleep(max(0.0, self._interrupted_at + SAME_SECONDS - time.monotonic()))
 
     def _listen(self) -> None:
         """Starts a thread that hears of signals while the main one is within a computation or waits for other ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
 from distill.methods.base import Method
 from distill.training.chain import Link, links_of, one_of, seconds_left
+from distill.training.fitting import check_read
 from tests.training.test_recorded import begun
 
 CHAINS = sorted(path.stem for path in (CONFIGS / "chain").glob("*.yaml"))
@@ -104,6 +106,22 @@ def test_a_link_is_told_where_the_others_are_and_what_the_user_says_comes_last(t
     assert [link.needs for link in links] == [(), ("store",), ("store", "a")]
     elsewhere = links_of(chain({"name": "a"}, STORE, {"name": "b"}), tmp_path, ["data.store=S"])
     assert {link.settings.data.store for link in elsewhere} == {"S"}
+
+
+def test_an_override_of_the_chain_is_for_the_links_that_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link without a LoRA takes no offence at a rank; what no link reads is refused, with the reason."""
+    lora = {"name": "lora", "overrides": ["student=lora"]}
+    ranks = ["lora_rank=8", "lora_alpha=4"]
+    store, with_lora, whole = links_of(chain(STORE, lora, {"name": "whole"}), tmp_path, ranks)
+    assert with_lora.settings.student["rank"] == 8
+    for link in (with_lora, whole):
+        monkeypatch.setattr(sys, "argv", ["train", *link.arguments])
+        check_read(link.settings, build(link.settings.method, schedule=NoiseSchedule.scaled_linear()))
+    line = "overrides: reward_batch_size is set, and has no effect in any link: the method uses no reward"
+    with pytest.raises(ConfigError, match=line):
+        links_of(chain(STORE, lora), tmp_path, ["reward_batch_size=2"])
 
 
 @pytest.mark.parametrize("name", CHAINS)

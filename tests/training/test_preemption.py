@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -114,3 +115,20 @@ def test_one_ctrl_c_that_arrives_twice_is_one(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
     out, said = process.communicate(timeout=20)
     assert process.returncode == 0 and out == "saved\n" and len(said.splitlines()) == 1
+
+
+def test_a_copy_of_a_ctrl_c_does_not_end_what_a_quick_run_has_left_to_do(tmp_path: Path) -> None:
+    """A step may end, and be saved, before the launcher has handed it on."""
+
+    def press_and_hand_on() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with Preemption(tmp_path, writes=False) as preemption:
+        presser = threading.Thread(target=press_and_hand_on)
+        presser.start()
+        while not preemption.requested:
+            time.sleep(0.001)
+    presser.join()
+    assert preemption.interrupted
