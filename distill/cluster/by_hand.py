@@ -8,18 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from distill.cluster.job import Job, Launcher, launched
+from distill.cluster.job import Job, Launcher, check_earlier, launched
 
 COMMANDS = {"train": "train", "trajectories": "trajectories", "make_trajectories": "trajectories"}
 NUMBERS = ("processes_per_node", "grace_seconds", "max_failures")
 WORDS = ("launch_flags", "container")
-EARLIER = {
-    "GRACE_SECONDS": "slurm.grace_seconds=",
-    "MAX_FAILURES": "slurm.max_failures=",
-    "PROCESSES_PER_NODE": "slurm.processes_per_node=",
-    "LAUNCH_FLAGS": "slurm.launch_flags=",
-}
-"""Environment variables that said what settings say now."""
 
 
 def job_by_hand(command: str, arguments: Sequence[str]) -> Job:
@@ -33,8 +26,7 @@ def job_by_hand(command: str, arguments: Sequence[str]) -> Job:
     """
     if command not in COMMANDS:
         raise ValueError(f"{command!r} is no job's file and no command; allowed: train, trajectories")
-    if left := [name for name in EARLIER if name in os.environ]:
-        raise ValueError(f"the environment variable {left[0]} is a setting now: {EARLIER[left[0]]}…")
+    check_earlier(os.environ)
     slurm = slurm_settings([one for one in arguments if one.startswith("slurm.")])
     rest = [one for one in arguments if not one.startswith("slurm.")]
     launcher = Launcher(

@@ -13,6 +13,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+EARLIER = {
+    "GRACE_SECONDS": "slurm.grace_seconds=",
+    "MAX_FAILURES": "slurm.max_failures=",
+    "PROCESSES_PER_NODE": "slurm.processes_per_node=",
+    "LAUNCH_FLAGS": "slurm.launch_flags=",
+}
+"""Environment variables that said what settings say now."""
+
+
+def check_earlier(environment: Mapping[str, str]) -> None:
+    """Raises ValueError for an environment variable that earlier versions read."""
+    if left := [name for name in EARLIER if name in environment]:
+        raise ValueError(f"the environment variable {left[0]} is a setting now: {EARLIER[left[0]]}…; unset it")
+
 
 @dataclass(frozen=True)
 class Job:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from distill.cluster.job import check_earlier
 from distill.cluster.scheduler import Slurm
 
 NEEDED = ("SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NODEID")
@@ -48,6 +49,7 @@ def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os
     Raises:
         ValueError: this is no step of a SLURM job, or the arguments are not understood.
     """
+    check_earlier(environment)
     if missing := [name for name in NEEDED if name not in environment]:
         raise ValueError(
             f"{missing[0]} is not set: this is for srun, within a job of SLURM; elsewhere use distill launch"

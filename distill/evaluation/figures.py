@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distill.data.words import counted
+from distill.diffusion.samplers import SAMPLERS
 from distill.evaluation.metrics import METRICS, drawn
 
 CELL, GAP, LABEL_WIDTH, HEADER = 96, 4, 230, 44  # pixels
@@ -256,7 +257,7 @@ def line_of(row: Mapping[str, Any]) -> str:
     """A row's kind: "student", the "teacher", or the "undistilled" teacher in the student's sampler."""
     if row["model"] == "student":
         return "student"
-    return "teacher" if row["sampler"] == "ddim" else "undistilled"
+    return "teacher" if SAMPLERS.find(row["sampler"]).solves else "undistilled"
 
 
 def series_of(rows: Iterable[Mapping[str, Any]]) -> list[Series]:

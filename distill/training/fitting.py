@@ -51,6 +51,9 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
             f"the method compares samples of a step: global_batch_size={cfg.global_batch_size} must be at least "
             f"{method.least_samples}"
         )
+    if unknown := [name for name in cfg.engine.get("stages") or () if name not in method.trains]:
+        known = ", ".join(method.trains)
+        raise ConfigError(f"engine.stages.{unknown[0]}: no such network is trained; trained are: {known}")
     check_read(cfg, method)
 
 

@@ -201,6 +201,8 @@ def test_a_node_starts_its_share_of_the_processes() -> None:
             launch_command(wrong, NODE)
     with pytest.raises(ValueError, match="SLURM_NODEID is not set: this is for srun"):
         launch_command(["train"], {name: value for name, value in NODE.items() if name != "SLURM_NODEID"})
+    with pytest.raises(ValueError, match="variable LAUNCH_FLAGS is a setting now: slurm.launch_flags=…; unset it"):
+        launch_command(["train"], NODE | {"LAUNCH_FLAGS": "--multi_gpu"})
 
 
 def test_a_launcher_says_what_srun_starts_on_each_node() -> None:
