@@ -36,7 +36,10 @@ def checked(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> TrainSettings:
         ("experiment=lcm_toy lora_alpha=8", "lora_alpha is set, and has no effect"),
         ("experiment=quickstart lr_scheduler=constant lr_warmup_steps=5", "lr_warmup_steps is set, .*has no warm-up"),
         ("experiment=quickstart networks.discriminator.conditional=true", "the method trains no discriminator"),
-        ("experiment=quickstart engine.stages={critic:2}", "engine.stages.critic: no such network is trained; .* student"),
+        (
+            "experiment=quickstart engine.stages={critic:2}",
+            "engine.stages.critic: no such network is trained; .* student",
+        ),
         ("experiment=quickstart networks.fake_score.rank=4", "the method trains no fake_score: it trains student"),
         (
             "experiment=quickstart tracking.wandb.project=x",
