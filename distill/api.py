@@ -12,6 +12,7 @@ from typing import Any
 
 from distill.commands import COMMANDS
 from distill.config.loading import check_components, load
+from distill.models.devices import hide_gpus_if_asked
 from distill.training import arithmetic
 
 
@@ -56,6 +57,7 @@ def call(name: str, overrides: tuple[str, ...], settings: dict[str, Any]) -> Non
     given = [*overrides, *(f"{key}={text_of(value)}" for key, value in settings.items())]
     checked = load(command.config, command.settings, given)
     deterministic: arithmetic.Deterministic = getattr(checked, "deterministic", "auto")
+    hide_gpus_if_asked()
     arithmetic.prepare(deterministic)
     arithmetic.settle(deterministic)
     importlib.import_module(command.module).main(check_components(checked))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what the tests need, then runs format, lint, types and tests. Arguments go to pytest: scripts/test.sh -m slow
-# Without arguments two workers share the tests; those that start several processes are all with one of them.
+# Without arguments two workers share the tests; those that start several processes are all with one of them. Tests hide
+# GPUs from themselves; those that are marked `gpu` follow, if there is one.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 
@@ -8,5 +9,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 WANDB_MODE=offli
 ruff format --check .
 ruff check .
 mypy distill
-[ $# -gt 0 ] || set -- -n 2
-exec python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec python -m pytest "$@"
+fi
+python -m pytest -n 2
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    python -m pytest -m gpu
+fi

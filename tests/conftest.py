@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
@@ -15,6 +16,14 @@ from typing import Any
 import pytest
 
 from distill.training import arithmetic
+
+# Tests compute on the CPU, also beside a GPU, unless those that are marked `gpu` are asked for: pytest -m gpu. Workers
+# of xdist have no such arguments, and take this over from the process that starts them.
+GPU_TESTS = "DISTILL_GPU_TESTS"
+if any(" ".join(pair).startswith("-m") and "gpu" in pair[-1] for pair in zip(sys.argv, sys.argv[1:], strict=False)):
+    os.environ[GPU_TESTS] = "1"
+if GPU_TESTS not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs
 
 arithmetic.prepare()  # as every command does before torch is loaded, and for the commands that tests start
 import torch  # noqa: E402
@@ -28,6 +37,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @cache
+def no_gpu() -> str:
+    """Why a test that is marked `gpu` cannot run; empty if it can."""
+    if GPU_TESTS not in os.environ:
+        return "GPUs are hidden from the other tests: run it with pytest -m gpu"
+    return "" if torch.cuda.is_available() else "there is no GPU that torch can use"
+
+
+@cache
 def group_of(file: str) -> str:
     """Of files that start several busy processes, or wait for SLURM, one group each; `file` is relative to the root."""
     if file.startswith("tests/slurm/"):
@@ -36,7 +53,10 @@ def group_of(file: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that take longest first, so that no worker is left with them at the end."""
+    """Those that take longest first, so that no worker is left with them at the end; what needs a GPU is skipped."""
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and (why := no_gpu()):
+            item.add_marker(pytest.mark.skip(reason=why))
     first = ("processes", "slurm")
     items.sort(key=lambda item: group_of(item.nodeid.partition("::")[0]) not in first)
 

@@ -85,7 +85,7 @@ def test_two_quickstarts_do_not_share_a_folder(tmp_path: Path) -> None:
 
 def test_processes_share_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus, expected in ((0, 2), (1, 1), (8, 8), (6, 4)):
-        monkeypatch.setattr(quickstart.torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(quickstart, "gpu_count", lambda gpus=gpus: gpus)
         assert quickstart.processes_of(load("quickstart", QuickstartSettings, [])) == expected
     store, trained, *_ = quickstart.parts_of(settings(tmp_path, "processes=2"))
     for part, name in ((store, "trajectories"), (trained, "train")):

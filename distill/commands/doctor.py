@@ -23,6 +23,17 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from distill.models.devices import (
+    USE_CPU,
+    VISIBLE,
+    cpu_is_asked_for,
+    described,
+    found_gpus,
+    gpu_count,
+    gpu_is_used,
+    reason,
+)
+
 OK, NOTE, BAD = "ok", "note", "BAD"
 WRITTEN_BYTES = 64 << 20
 SECONDS = 120.0  # for two processes to start, meet and sum a tensor
@@ -129,34 +140,18 @@ def processors() -> Finding:
 
 
 def devices() -> Finding:
-    """The GPUs that torch sees, or why it sees none."""
+    """The device that commands compute on, or why they would refuse to."""
     import torch
 
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        found = f"{len(names)} x {names[0]}, {memory:.0f} GiB each, CUDA {torch.version.cuda}"
-        return Finding(OK, "device", found)
-    if hidden := [name for name in ("CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU") if name in os.environ]:
-        said = f"{hidden[0]}={os.environ[hidden[0]]!r}"
-        return Finding(NOTE, "device", f"CPU: {said} hides GPUs", f"unset {hidden[0]} to use them")
-    driver = driver_version()
-    if driver is None:
+    if gpu_is_used():
+        return Finding(OK, "device", described(torch.device("cuda"), gpu_count()))
+    if cpu_is_asked_for():
+        name = VISIBLE if VISIBLE in os.environ and USE_CPU not in os.environ else USE_CPU
+        said = f"{name}={os.environ[name]!r}"
+        return Finding(NOTE, "device", f"CPU: {said} hides GPUs", f"unset {name} to use them")
+    if (found := found_gpus()) is None:
         return Finding(NOTE, "device", "CPU: no NVIDIA driver was found", "the toy trains here, larger teachers do not")
-    if torch.version.cuda is None:
-        return Finding(BAD, "device", f"a GPU with driver {driver}, and a torch for CPUs", "install a torch for CUDA")
-    found = f"a GPU with driver {driver}, which torch for CUDA {torch.version.cuda} cannot use"
-    return Finding(BAD, "device", found, "update the driver, or install a torch for an older CUDA")
-
-
-def driver_version() -> str | None:
-    """The version of NVIDIA's driver; None without one."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+    return Finding(BAD, "device", f"{found}, and torch can use none", reason(torch.__version__, torch.version.cuda))
 
 
 def disk(path: Path) -> Finding:

@@ -44,6 +44,7 @@ from distill.evaluation.side_by_side import flat
 from distill.evaluation.stored import HeldOut
 from distill.evaluation.students import LoadedStudent, load_student, parse_sampler, with_student
 from distill.evaluation.toy import JudgeScorer
+from distill.models.devices import described, own_device
 from distill.models.exported import FACTS
 from distill.models.families import Teacher, load_teacher
 from distill.models.folder import read_json
@@ -167,7 +168,8 @@ def find_student(student: str, scratch: Path) -> Source:
 
 def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Comparison:
     """All that is loaded."""
-    device = f"cuda:{share.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    device = str(own_device(share.local_rank))
+    log.info("%s in %s", described(torch.device(device), share.world_size), cfg.dtype)
     log.info("loading the teacher, the student and what scores them")
     teacher = load_teacher(
         teacher_path(cfg, source),

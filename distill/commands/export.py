@@ -27,6 +27,7 @@ from distill.diffusion.prediction import Prediction
 from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.pipelines import draw, load_pipeline, timesteps_of, use_sampler
 from distill.evaluation.report import all_columns, format_table
+from distill.models.devices import own_device
 from distill.models.families import load_unet
 from distill.models.folder import find_pipeline
 from distill.training.card import SAMPLES, sample_steps, write_card
@@ -91,8 +92,8 @@ def table_of(path: Path) -> str:
 def draw_samples(folder: Path, export: Export, prompts: list[str]) -> None:
     """The card's picture, drawn from the files as they will be used."""
     pipeline = pipeline_of(folder, export)
-    if torch.cuda.is_available():
-        pipeline.to("cuda", torch.float16)
+    if (device := own_device()).type == "cuda":
+        pipeline.to(device, torch.float16)
     progress = Progress("samples of the card", len(sample_steps(export)) * len(prompts), "pictures")
     rows = []
     for steps in sample_steps(export):

@@ -18,17 +18,16 @@ if __name__ == "__main__":  # before what is heavy is imported
 import logging
 import os
 
-import torch
-
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import TrainSettings
 from distill.data.images import Accept, Listing, list_pictures
 from distill.data.index import NO_SOLVE, StorePlan
 from distill.data.progress import counted
 from distill.data.writer import work_split, write_store
+from distill.models.devices import described, own_device
 from distill.models.families import Teacher
 from distill.training.latents import LatentEncoder
-from distill.training.launched import launched_rank, only_one_process
+from distill.training.launched import launched_rank, launched_world_size, only_one_process
 from distill.training.teacher import compute_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import stored
@@ -46,13 +45,14 @@ def main(cfg: TrainSettings) -> None:
             "data.images has no value: set data=images data.images='FOLDER/*.tar' or a folder of pictures"
         )
     with checking():
+        device = own_device()
         rank, world_size = work_split()
         teacher = open_teacher(model, ("text", "vae"), vae=data.vae, vae_dtype=compute_dtype(cfg))
         accept = Accept(data.min_size or teacher.resolution, data.max_aspect_ratio, data.prompt_column)
         listing = list_pictures(data.images, data.store, accept, rank=rank, world_size=world_size)
         plan = plan_of(cfg, teacher, listing)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     encoder = LatentEncoder(teacher.to(device), plan, listing, device)
+    log.info("%s", described(device, launched_world_size()))
     with checking():
         write_store(
             data.store,

@@ -24,6 +24,7 @@ import psutil
 
 from distill.commands import COMMANDS
 from distill.commands.multirun import FLAGS as MULTIRUN
+from distill.models.devices import gpu_is_used, hide_gpus_if_asked
 
 INTERRUPTED = 130
 _SAME_SECONDS = 0.3  # the terminal's Ctrl-C, and the same handed on by a program above this one
@@ -41,6 +42,7 @@ def launch(arguments: list[str]) -> int:
     logging.disable(logging.ERROR)  # the launchers' own words; what they raise is handled below
     relay = SignalsToChildren()
     relay.listen()  # before seconds of imports
+    hide_gpus_if_asked()  # from the ranks: Accelerate tells a single one that nobody has asked for the CPU
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -128,9 +130,7 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def _use_cpus_if_need_be() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
+    if not gpu_is_used():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 

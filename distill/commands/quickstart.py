@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import torch
 from tqdm import tqdm
 
 from distill.commands.chain import command
@@ -34,6 +33,7 @@ from distill.commands.relay import PREEMPTED, Relay, held
 from distill.config.loading import ConfigError, load
 from distill.config.packages import install_line, is_installed
 from distill.config.settings import ChainSettings, EvaluateSettings, LinkSettings, QuickstartSettings, TrainSettings
+from distill.models.devices import gpu_count
 from distill.training.chain import exported, links_of
 from distill.training.export import FACTS
 from distill.training.preemption import INTERRUPTED
@@ -172,7 +172,7 @@ def processes_of(cfg: QuickstartSettings) -> int:
     if cfg.processes is not None:
         return cfg.processes
     batch = load("train", TrainSettings, [f"experiment={EXPERIMENT}", *cfg.overrides]).global_batch_size
-    processes = torch.cuda.device_count() or CPU_PROCESSES
+    processes = gpu_count() or CPU_PROCESSES
     while batch % processes:
         processes -= 1
     return processes
@@ -180,7 +180,7 @@ def processes_of(cfg: QuickstartSettings) -> int:
 
 def launcher(processes: int) -> list[str]:
     """What starts the processes that write the store and train."""
-    own = {} if torch.cuda.is_available() else {name: os.environ.get(name, value) for name, value in ON_CPUS.items()}
+    own = {} if gpu_count() else {name: os.environ.get(name, value) for name, value in ON_CPUS.items()}
     start = ["env", *(f"{name}={value}" for name, value in own.items())] if own else []
     return [*start, sys.executable, "-m", "distill", "launch", "--num_processes", str(processes)]
 

@@ -25,6 +25,7 @@ from distill.config.mistakes import MAX_LINE, ConfigError, checking, first_line
 from distill.config.overrides import check_flags, switches_of
 from distill.config.packages import install_line, is_installed
 from distill.data.errors import AGAIN, NOT_WRITTEN, NotWritten, ReadError, StoreError, short
+from distill.models.devices import hide_gpus_if_asked
 from distill.training import arithmetic
 from distill.training.launched import follow_launcher, launched_rank, settle
 
@@ -106,6 +107,7 @@ def _run(main: Callable[[S], int | None] | str, settings: S) -> int:
     with checking():
         settle()
     follow_launcher()
+    hide_gpus_if_asked()
     deterministic: arithmetic.Deterministic = getattr(settings, "deterministic", "auto")
     arithmetic.prepare(deterministic)
     body: Callable[[S], int | None] = importlib.import_module(main).main if isinstance(main, str) else main

@@ -60,6 +60,7 @@ from distill.evaluation.sweeps import (
 )
 from distill.evaluation.toy import captions_right
 from distill.methods.sampling import Sampling
+from distill.models.devices import described, own_device
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
@@ -121,7 +122,10 @@ def load_student(cfg: SampleSettings, model: ModelSettings) -> tuple[Any, Sampli
 
 
 def on_device(pipeline: Any) -> Any:
-    return pipeline.to("cuda", torch.float16) if torch.cuda.is_available() else pipeline
+    with checking():
+        device = own_device()
+    log.info("%s", described(device))
+    return pipeline.to(device, torch.float16) if device.type == "cuda" else pipeline
 
 
 def one_guidance(cfg: SampleSettings, pipeline: Any, student: bool) -> float:

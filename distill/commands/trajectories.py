@@ -17,18 +17,17 @@ if __name__ == "__main__":  # before what is heavy is imported
 import logging
 import os
 
-import torch
-
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import TrainSettings
 from distill.data.index import StorePlan, kept_times
 from distill.data.prompts import read_prompts
 from distill.data.writer import work_split, write_store
 from distill.diffusion.solver import make_times
+from distill.models.devices import described, own_device
 from distill.models.exported import open_export
 from distill.models.families import Teacher
 from distill.models.student import as_teacher
-from distill.training.launched import launched_rank, only_one_process
+from distill.training.launched import launched_rank, launched_world_size, only_one_process
 from distill.training.teacher import compute_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored
@@ -42,6 +41,7 @@ def main(cfg: TrainSettings) -> None:
         log.warning(line)
     prompts = prompts_of(cfg)
     with checking():
+        device = own_device()
         teacher = open_teacher(cfg.model, ("unet", "text"), dtype=compute_dtype(cfg))
         own_hash = teacher.teacher_hash
         if cfg.teacher is not None:
@@ -50,8 +50,8 @@ def main(cfg: TrainSettings) -> None:
             teacher, own_hash = as_teacher(teacher, export), export.weights_hash
         plan = plan_of(cfg, teacher, own_hash)
         rank, world_size = work_split()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     solver = TrajectorySolver(teacher.to(device), plan, device)
+    log.info("%s", described(device, launched_world_size()))
     with checking():
         write_store(
             cfg.data.store,

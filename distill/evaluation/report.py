@@ -30,6 +30,7 @@ from distill.evaluation.figures import (
     training_figures,
 )
 from distill.evaluation.metrics import LEGEND, METRICS
+from distill.models.devices import gpu_is_used
 
 SETTINGS = {  # row key: heading, format
     "model": ("model", "{}"),
@@ -261,7 +262,7 @@ greatest difference of any pixel is {difference:.1e}, of a range of 2."""
 
 def _environment(comparison: Comparison) -> dict[str, str]:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    device = torch.cuda.get_device_name() if gpu_is_used() else f"{platform.machine()} CPU"
     return {
         "packages": f"Python {platform.python_version()}, {packages}",
         "machine": f"{platform.system()} on {device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.models.devices import gpu_is_used
+
 Deterministic = bool | Literal["auto"]
 
 VARIABLES = {
@@ -49,7 +51,7 @@ def settle(deterministic: Deterministic = "auto") -> None:
     """
     import torch
 
-    chosen = deterministic is True or (deterministic == "auto" and not _uses_gpu())
+    chosen = deterministic is True or (deterministic == "auto" and not gpu_is_used())
     torch.use_deterministic_algorithms(chosen)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid
     torch.backends.cudnn.deterministic = chosen
@@ -114,13 +116,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = _flat(before), _flat(now)
     changed = [name for name in new if name in old and old[name] != new[name] and name != "processor.cores"]
     return [name if isinstance(new[name], list) else f"{name} {old[name]}, now {new[name]}" for name in changed]
-
-
-def _uses_gpu() -> bool:
-    import torch
-
-    kept_off = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    return torch.cuda.is_available() and not kept_off
 
 
 def _processor() -> dict[str, Any]:

@@ -30,6 +30,7 @@ from distill.data.reader import Store
 from distill.data.words import counted
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
+from distill.models.devices import described, own_device
 from distill.models.exported import Exported, open_export
 from distill.models.families import Teacher
 from distill.models.schedulers import scheduler_settings
@@ -44,7 +45,7 @@ from distill.training.learning_rate import LearningRate
 from distill.training.lock import RunLock
 from distill.training.loop import Every, NoData, Observers, train
 from distill.training.preemption import Preemption
-from distill.training.processes import Processes
+from distill.training.processes import Processes, collectives_timeout
 from distill.training.rank_writes import WriteError
 from distill.training.run import (
     checkpoints_of,
@@ -152,7 +153,7 @@ class Run:
         cfg = self.cfg
         restore = kept_files(self.folder) if launched_rank() == 0 else lambda: None
         with joining(launched_rank(), launched_world_size()):
-            engine = self.engine.start()
+            engine = self.engine.start(collectives_timeout(cfg.watchdog_minutes))
         processes = engine.processes
         hashes = processes.from_main(hashes_of(self.exports) if processes.is_main else {})
         recorded = cfg.model_dump(mode="json")
@@ -240,14 +241,23 @@ class Run:
             raise ReadError(f"a file is gone while the run goes on: {error}") from error
         return step, None
 
-    def _say_header(self, resumed: ResumedRun) -> None:
-        """What is about to run, in five lines: machine, teacher and data, what is trained, batch, steps and time."""
-        cfg, engine, processes = self.cfg, resumed.engine, resumed.engine.processes
+    def say_device(self, device: torch.device) -> None:
+        """A line about what the run computes on and how, before anything is loaded."""
         precision = "float32" if self.engine.mixed_precision == "no" else self.engine.mixed_precision
-        log.info("engine=%s in %s on %d x %s", engine.name, precision, processes.world_size, processes.device_name)
+        log.info(
+            "%s; engine=%s in %s, micro-batch %d",
+            described(device, launched_world_size()),
+            self.engine.name,
+            precision,
+            self.micro_batch_size,
+        )
+
+    def _say_header(self, resumed: ResumedRun) -> None:
+        """What is about to run, in four lines: teacher and data, what is trained, batch, steps and time."""
+        cfg, engine, processes = self.cfg, resumed.engine, resumed.engine.processes
         log.info("teacher %s; store %s with %d samples", self.teacher, cfg.data.store, len(resumed.store))
         trained = ", ".join(f"{name} {count:,} weights" for name, count in engine.trained_parameters().items())
-        log.info("%s trains %s", type(self.method).__name__, trained)
+        log.info("%s trains %s under engine=%s", type(self.method).__name__, trained, engine.name)
         log.info(
             "batch %d = %d per micro-batch x %d accumulated x %s",
             cfg.global_batch_size,
@@ -311,12 +321,15 @@ def train_run(cfg: TrainSettings) -> int:
     folder, first = Path(cfg.output_dir), launched_rank() == 0
     with checking():
         require_one_task()
+        device = own_device()
         watchdog = Watchdog(cfg.watchdog_minutes, launched_rank())
     if first:
         prepare_folder(folder)
     with watchdog, ExitStack() as held:
         with watchdog.over("the teacher's configs, its hash, and the store's index"):
             run = Run.assemble(cfg)
+        if first:
+            run.say_device(device)
         with writing(folder):
             held.enter_context(RunLock(folder, takes=first))
             open_run(run.cfg)

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from distill.diffusion.random import Context, seed_of
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Losses, Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
-from distill.training.processes import Processes, forget_accelerate
+from distill.training.processes import NO_LIMIT, Processes, forget_accelerate
 from distill.training.rank_writes import Writes
 from distill.training.sharding import SHARDINGS, read_whole, written_by
 from distill.training.sharding.base import Sharding, UpdateSettings, trainable
@@ -110,8 +111,11 @@ class EngineSettings:
         """What the engine is called before there are networks: single, ddp, zero1, zero2 or zero3."""
         return self.sharding().name_of()
 
-    def start(self) -> Engine:
+    def start(self, timeout: timedelta = NO_LIMIT) -> Engine:
         """Joins the other processes and takes this one's device.
+
+        Args:
+            timeout: of collectives; `collectives_timeout` derives it from the watchdog's limit.
 
         Raises:
             ValueError: what the launcher started does not fit `kind`; the message says what would.
@@ -120,7 +124,7 @@ class EngineSettings:
         launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
         sharding.check_launch(expected, launched)
         forget_accelerate()
-        processes = Processes(sharding.join(launched), sharding.leave)
+        processes = Processes(sharding.join(launched, timeout), sharding.leave, timeout)
         if processes.world_size != expected:
             raise ValueError(
                 f"{expected} processes were launched, but this one sees {processes.world_size}: "
@@ -187,6 +191,7 @@ class Engine:
         settings = self.settings
         update = UpdateSettings(settings.mixed_precision, settings.gradient_accumulation_steps, settings.max_grad_norm)
         self._trained = self.sharding.wrap(modules, recipes, update, self.processes)
+        self.processes.apply_timeout()
         self._denoisers = dict(networks)
         self._helpers = {name: helper.requires_grad_(False).to(device) for name, helper in (helpers or {}).items()}
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
+LONGER_THAN_WATCHDOG = timedelta(minutes=5)
+NO_LIMIT = timedelta(days=30)
 
 
 class Processes:
@@ -20,26 +24,28 @@ class Processes:
     Args:
         state: Accelerate's, of the process group.
         leave: leaves the process group.
+        timeout: of collectives.
 
     Attributes:
         rank: of this process, 0 ... world_size - 1; rank 0 is the main one.
         device: of this process.
     """
 
-    def __init__(self, state: PartialState, leave: Callable[[], None]) -> None:
+    def __init__(self, state: PartialState, leave: Callable[[], None], timeout: timedelta = NO_LIMIT) -> None:
         self.rank: int = state.process_index
         self.world_size: int = state.num_processes
         self.device: torch.device = state.device
-        self._state, self._leave = state, leave
+        self._state, self._leave, self._timeout = state, leave, timeout
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def device_name(self) -> str:
-        """The kind of device of this rank, for people."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+    def apply_timeout(self) -> None:
+        """Gives the timeout to every process group: libraries make further ones, with 10 minutes for NCCL's."""
+        if dist.is_initialized():
+            for group in list(distributed_c10d._world.pg_map):
+                _set_timeout(self._timeout, group)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -88,16 +94,21 @@ class Processes:
         return bool(tensor)
 
 
+def collectives_timeout(watchdog_minutes: float | None) -> timedelta:
+    """How long a collective may take: longer than anything that the watchdog lets pass, so that a rank may be busy for
+    as long while the others wait for it, and the watchdog is what ends a run that hangs. None sets no limit."""
+    return NO_LIMIT if watchdog_minutes is None else timedelta(minutes=watchdog_minutes) + LONGER_THAN_WATCHDOG
+
+
+def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # public in newer versions
+    change(timeout, group)
+
+
 def leave_group() -> None:
     """Destroys torch's process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def on_cpu() -> bool:
-    """Whether to compute on CPUs: there is no GPU, or the user has said so."""
-    wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    return wanted or not torch.cuda.is_available()
 
 
 def forget_accelerate() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from distill.config.loading import checking
 from distill.config.settings import ModelSettings, TrainSettings
+from distill.models.devices import gpu_is_used
 from distill.models.families import Teacher, load_teacher
 
 
@@ -33,5 +34,5 @@ def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: A
 
 def compute_dtype(settings: TrainSettings) -> torch.dtype:
     """In which dtype the teacher makes stores: that of `mixed_precision` on a GPU, float32 on a CPU."""
-    half = settings.mixed_precision == "bf16" and torch.cuda.is_available()
+    half = settings.mixed_precision == "bf16" and gpu_is_used()
     return torch.bfloat16 if half else torch.float32

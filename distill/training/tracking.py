@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.data.storage import replace_whole
+from distill.models.devices import gpu_is_used
 from distill.training.skipped import Skipped
 
 logger = logging.getLogger(__name__)
@@ -433,7 +434,7 @@ class Meter:
 
 def peak_memory_gib() -> float:
     """The most memory this process has held: the accelerator's if there is one, else main memory."""
-    if torch.cuda.is_available():
+    if gpu_is_used():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -123,7 +123,8 @@ def restored() -> Any:
 def test_torch_is_told_what_is_asked(deterministic: Any, restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+        for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
         arithmetic.settle(deterministic)
         expected = not gpu if deterministic == "auto" else deterministic
         assert torch.are_deterministic_algorithms_enabled() is torch.backends.cudnn.deterministic is expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from distill.methods.base import Losses, Turn
 from distill.training.engine import Engine, EngineSettings
 from distill.training.learning_rate import LearningRate
 from distill.training.loop import _turns
+from distill.training.processes import collectives_timeout
 from distill.training.skipped import NonFiniteError
 from distill.training.trained_network import TrainingRecipe
 from tests.training.engine_worker import Distance, Duel, micro_batches, relative_distance, student, tiny_batch
@@ -471,3 +473,32 @@ def test_a_schedule_out_of_range_is_named(arguments: tuple[Any, ...], names: str
 def test_an_average_out_of_range_is_named() -> None:
     with pytest.raises(ValueError, match="ema_decay"):
         TrainingRecipe(adamw, ema_decay=1.0)
+
+
+def limits() -> list[timedelta]:
+    """Of the collectives of every process group."""
+    groups = list(torch.distributed.distributed_c10d._world.pg_map)
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "deepspeed"])
+def test_collectives_wait_longer_than_the_watchdog_in_groups_of_libraries_too(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "deepspeed":
+        pytest.importorskip("deepspeed")
+    else:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in alone.items():
+            monkeypatch.setenv(name, value)
+    settings = EngineSettings(kind=kind, deepspeed=ZERO2 if kind == "deepspeed" else None)
+    engine = settings.start(collectives_timeout(45))
+    try:
+        assert limits() == [timedelta(minutes=50)]
+        torch.distributed.new_group([0])  # a library's own, made while networks are wrapped
+        assert len(set(limits())) == 2
+        engine.prepare(student(lora=True), {"student": TrainingRecipe(adamw)})
+        assert len(limits()) >= 2 and set(limits()) == {timedelta(minutes=50)}
+        assert collectives_timeout(None) > timedelta(days=7)
+    finally:
+        engine.close()

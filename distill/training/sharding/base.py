@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -63,8 +64,8 @@ class Sharding(ABC):
         """Raises ValueError if this way cannot run as the processes were started; the line says what would."""
 
     @abstractmethod
-    def join(self, launched: bool) -> PartialState:
-        """Finds the other ranks, and takes this one's device."""
+    def join(self, launched: bool, timeout: timedelta) -> PartialState:
+        """Finds the other ranks, and takes this one's device. No collective may take longer than `timeout`."""
 
     @abstractmethod
     def leave(self) -> None:

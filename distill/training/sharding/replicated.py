@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from distill.training.processes import Processes, drop_launchers_settings, leave_group, on_cpu
+from distill.models.devices import own_device
+from distill.training.processes import Processes, drop_launchers_settings, leave_group
 from distill.training.rank_writes import Writes
 from distill.training.resharding import OPTIMIZER, WholeState, read_replicated
 from distill.training.sharding.base import Sharding, UpdateSettings, trainable, wrapping_failed
@@ -35,11 +37,11 @@ class OneProcess(Sharding):
         if processes > 1:
             raise ValueError(f"engine=single, but {processes} processes were launched: use engine=ddp or a zero engine")
 
-    def join(self, launched: bool) -> PartialState:
-        cpu = on_cpu()
+    def join(self, launched: bool, timeout: timedelta) -> PartialState:
+        cpu = own_device().type == "cpu"
         drop_launchers_settings()
         os.environ.pop("LOCAL_RANK", None)  # launched as the only process of a group, it needs no group
-        return PartialState(cpu=cpu)
+        return PartialState(cpu=cpu, timeout=timeout)
 
     def leave(self) -> None:
         leave_group()
@@ -95,10 +97,10 @@ class DataParallel(OneProcess):
         if not launched:
             raise ValueError(f"engine=ddp needs a launcher: {self.launch}; or use engine=single")
 
-    def join(self, launched: bool) -> PartialState:
-        cpu = on_cpu()
+    def join(self, launched: bool, timeout: timedelta) -> PartialState:
+        cpu = own_device().type == "cpu"
         drop_launchers_settings()
-        return PartialState(cpu=cpu)
+        return PartialState(cpu=cpu, timeout=timeout)
 
     def _is_right(self, wrapped: nn.Module, accelerator: Accelerator) -> bool:
         return isinstance(wrapped, DistributedDataParallel)

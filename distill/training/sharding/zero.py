@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
 
+from distill.models.devices import gpu_is_used, own_device
 from distill.training import deepspeed_internals
 from distill.training.processes import Processes, drop_launchers_settings, leave_group
 from distill.training.rank_writes import Writes
@@ -84,14 +86,15 @@ class ZeRO(Sharding):
     def check_launch(self, processes: int, launched: bool) -> None:
         pass  # any number of processes will do
 
-    def join(self, launched: bool) -> PartialState:
+    def join(self, launched: bool, timeout: timedelta) -> PartialState:
+        on_gpu = own_device().type == "cuda"
         drop_launchers_settings()
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         if not launched:
             os.environ.update(_ALONE)
             self._borrowed_environment = tuple(_ALONE)
         _quiet()
-        return PartialState(backend="nccl" if torch.cuda.is_available() else "gloo")
+        return PartialState(backend="nccl" if on_gpu else "gloo", timeout=timeout)
 
     def leave(self) -> None:
         if torch.distributed.is_initialized():
@@ -258,6 +261,6 @@ def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # It calls collectives by names that torch means to drop, once or more a step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    if not torch.cuda.is_available():
+    if not gpu_is_used():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it says on every rank that it has found no other
     deepspeed_internals.forget_shared_memory()
