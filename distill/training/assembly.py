@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,15 @@ from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
 from distill.data.reader import Store
 from distill.data.words import counted
+from distill.diffusion.guidance import guided
+from distill.diffusion.prediction import Denoiser
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
+from distill.models.denoiser import NetworkDenoiser
 from distill.models.devices import described, own_device
 from distill.models.exported import Exported, open_export
 from distill.models.families import Teacher
+from distill.models.lora import lora_layers
 from distill.models.schedulers import scheduler_settings
 from distill.training.checkpoint import Checkpoints
 from distill.training.ends import PREEMPTED, exit_code, say_end
@@ -45,7 +49,7 @@ from distill.training.learning_rate import LearningRate
 from distill.training.lock import RunLock
 from distill.training.loop import Every, NoData, Observers, train
 from distill.training.preemption import Preemption
-from distill.training.processes import Processes, collectives_timeout
+from distill.training.processes import collectives_timeout
 from distill.training.rank_writes import WriteError
 from distill.training.run import (
     checkpoints_of,
@@ -72,7 +76,7 @@ from distill.training.tracking import (
 )
 from distill.training.trained_network import TrainingRecipe
 from distill.training.used_data import note_data
-from distill.training.validation import Validation, teacher_ends, validation_seeds
+from distill.training.validation import Validation, kept_ends, teacher_ends, validation_seeds
 from distill.training.watchdog import Watchdog, joining
 
 log = logging.getLogger("distill")
@@ -301,7 +305,7 @@ class Run:
             prompts = read_prompts(cfg.validation_prompts)
         teacher = open_teacher(cfg.model, parts=("text", "vae"))
         conditioning = teacher.encode(prompts)
-        ends = ends_of(cfg, engine.processes, conditioning, self.folder)
+        ends = ends_of(cfg, engine, teacher, conditioning, self.folder)
         del teacher.parts["text"]
         conditioning |= {"guidance": torch.full((len(prompts),), cfg.validation_guidance)}
         steps, seeds = cfg.validation_sampling_steps, cfg.validation_diversity_seeds
@@ -397,15 +401,40 @@ def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str,
 
 
 def ends_of(
-    cfg: TrainSettings, processes: Processes, conditioning: Mapping[str, torch.Tensor], folder: Path
+    cfg: TrainSettings, engine: Engine, teacher: Teacher, conditioning: Mapping[str, torch.Tensor], folder: Path
 ) -> torch.Tensor | None:
-    """Where the model itself gets to from the validation's noise, on the main rank; drawn once a run."""
-    if not cfg.validation_teacher_steps or not processes.is_main:
+    """Where the model itself gets to from the validation's noise; generated once a run, by all ranks together."""
+    if not cfg.validation_teacher_steps:
         return None
+    steps, processes = cfg.validation_teacher_steps, engine.processes
     guidance = cfg.data.guidance if isinstance(cfg.data.guidance, float) else cfg.validation_guidance
-    teacher = open_teacher(cfg.model, parts=("unet", "text")).to(processes.device)
     seeds = validation_seeds(cfg.seed, len(next(iter(conditioning.values()))))
-    progress = Progress("the teacher's own pictures", len(seeds), "pictures")
-    there = {name: value.to(processes.device) for name, value in conditioning.items()}
-    kept = folder / "validation.safetensors"
-    return teacher_ends(teacher, there, seeds, cfg.validation_teacher_steps, guidance, kept, progress.update)
+
+    def make() -> torch.Tensor:
+        progress = Progress("the teacher's own pictures", len(seeds), "pictures")
+        empty = {name: value.to(processes.device) for name, value in teacher.unconditional().items()}
+        advance = progress.update if processes.is_main else lambda n: None
+        with model_itself(cfg, engine) as denoiser:
+            follow = guided(denoiser, empty, guidance)
+            return teacher_ends(teacher, follow, conditioning, seeds, steps, processes, advance)
+
+    return kept_ends(folder / "validation.safetensors", seeds, steps, guidance, processes, make)
+
+
+@contextmanager
+def model_itself(cfg: TrainSettings, engine: Engine) -> Iterator[Denoiser]:
+    """The model's own network, for sampling: the one that is on the device, where it is; else a frozen one, loaded.
+
+    Enter it on all ranks.
+    """
+    with engine.inference("student") as student:
+        if isinstance(student, NetworkDenoiser) and lora_layers(student.module):
+            yield replace(student, adapter=None)
+            return
+    if "teacher" in engine.names and cfg.teacher is None:
+        with engine.inference("teacher") as teacher:
+            yield teacher
+        return
+    loaded = open_teacher(cfg.model, parts=("unet",), dtype=engine.frozen_dtype).to(engine.processes.device)
+    with torch.no_grad():
+        yield loaded.denoiser()

@@ -187,7 +187,7 @@ class Engine:
             if name in recipes:
                 self._ready_for_training(name, module)
             elif not any(module is modules[other] for other in recipes):
-                module.requires_grad_(False).eval().to(device, self._frozen_dtype)
+                module.requires_grad_(False).eval().to(device, self.frozen_dtype)
         settings = self.settings
         update = UpdateSettings(settings.mixed_precision, settings.gradient_accumulation_steps, settings.max_grad_norm)
         self._trained = self.sharding.wrap(modules, recipes, update, self.processes)
@@ -257,6 +257,11 @@ class Engine:
         finite = all(trained.is_finite() for trained in self._trained.values())
         return self.processes.all_agree(finite) and not self.is_skipping
 
+    @property
+    def names(self) -> Collection[str]:
+        """The networks, trained or not."""
+        return self._denoisers.keys()
+
     def has_ema(self, name: str) -> bool:
         """Whether a moving average of the network is kept."""
         return self._in_training(name).ema is not None
@@ -267,13 +272,14 @@ class Engine:
         return self._trained[name]
 
     @property
-    def _frozen_dtype(self) -> torch.dtype:
+    def frozen_dtype(self) -> torch.dtype:
+        """Of the networks that are not trained."""
         return torch.bfloat16 if self.settings.mixed_precision == "bf16" else torch.float32
 
     def _ready_for_training(self, name: str, module: nn.Module) -> None:
         module.train()
         for p in module.parameters():
-            p.data = p.data.to(torch.float32 if p.requires_grad else self._frozen_dtype)
+            p.data = p.data.to(torch.float32 if p.requires_grad else self.frozen_dtype)
         if self.settings.gradient_checkpointing:
             enable: Any = getattr(module, "enable_gradient_checkpointing", None)
             if enable is None:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.data.storage import replace_whole
-from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Denoiser
 from distill.diffusion.random import seed_of, starting_noise
@@ -25,6 +24,7 @@ from distill.models.files import save_file
 from distill.models.rewards import Reward
 from distill.training.engine import Engine
 from distill.training.health import DIVERSITY
+from distill.training.processes import Processes
 from distill.training.tracking import Tracker, to_pictures
 
 DIVERSITY_PROMPTS = 4
@@ -90,17 +90,16 @@ class Validation:
     def _draw(self, engine: Engine, student: Denoiser, seeds: Sequence[int], prompts: Sequence[int]) -> Tensor:
         """Clean latents [B, C, h, w] on the CPU, from the noise of B seeds for B of the prompts, of all ranks together.
 
-        Each draws as many, some twice if need be: under ZeRO-3 all ranks must call the network together.
+        Each rank generates as many; see `places_of`.
         """
-        n, processes, ranks = len(seeds), engine.processes, engine.processes.world_size
-        places = [(processes.rank + i * ranks) % n for i in range(-(-n // ranks))]
+        processes = engine.processes
+        places = places_of(processes, len(seeds))
         chosen = [prompts[place] for place in places]
         conditioning = {k: v[chosen].to(processes.device) for k, v in self.conditioning.items()}
         generators = [torch.Generator().manual_seed(seeds[place]) for place in places]
         x = starting_noise(generators, self.teacher.latent_shape).to(processes.device)
         drawn = sample(student, self.teacher.schedule, x, self.times, conditioning, self.sampler, generators)
-        whole = dict(pair for part in processes.gathered(list(zip(places, drawn.cpu(), strict=True))) for pair in part)
-        return torch.stack([whole[place] for place in range(n)])
+        return in_order(processes, places, list(drawn.cpu()))
 
     @torch.no_grad()
     def _shown(self, engine: Engine, tracker: Tracker, latents: Tensor, step: int) -> dict[str, float]:
@@ -125,40 +124,74 @@ def validation_seeds(seed: int, n: int) -> list[int]:
 @torch.no_grad()
 def teacher_ends(
     teacher: Teacher,
+    denoiser: Denoiser,
     conditioning: Mapping[str, Tensor],
     seeds: Sequence[int],
     steps: int,
-    guidance: float,
-    kept: Path,
+    processes: Processes,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Tensor:
-    """Final latents [B, C, h, w] of the teacher (DDIM at trailing times), on the CPU; from `kept` where it is there.
+    """Final latents [B, C, h, w] of the teacher (DDIM at trailing times), on the CPU of every rank.
+
+    The ranks share the pictures, and each generates its own one after another: so little memory is needed beside a
+    training's.
 
     Args:
+        teacher: of its schedule and its latents' shape.
+        denoiser: its network on the device of each rank, with guidance.
         conditioning: of B prompts, [B, ...].
         seeds: of their noise.
-        kept: a file of the run's, so that it is drawn once; of other steps or another guidance it is drawn again.
-        advance: is told of each one drawn.
+        advance: is told how many more there are.
     """
+    times, device = make_times("trailing", teacher.schedule.T, steps), processes.device
+    places, own = places_of(processes, len(seeds)), []
+    for place in places:
+        generators = [torch.Generator().manual_seed(seeds[place])]
+        one = {name: value[place : place + 1].to(device) for name, value in conditioning.items() if name != "guidance"}
+        x = starting_noise(generators, teacher.latent_shape).to(device)
+        own.append(sample(denoiser, teacher.schedule, x, times, one, "ddim", generators)[0].cpu())
+        advance(processes.world_size)
+    return in_order(processes, places, own)
+
+
+def kept_ends(
+    kept: Path, seeds: Sequence[int], steps: int, guidance: float, processes: Processes, make: Callable[[], Tensor]
+) -> Tensor:
+    """What `make` generates, from the file `kept` where a run has written it there; of other facts it is made anew."""
     facts = {"steps": str(steps), "guidance": f"{guidance:g}", "seeds": " ".join(map(str, seeds))}
-    if kept.is_file():
-        with safe_open(kept, "pt") as file:
-            if file.metadata() == facts:
-                return load_file(kept)["ends"]
-    times = make_times("trailing", teacher.schedule.T, steps)
-    follow = guided(teacher.denoiser(), teacher.unconditional(), guidance)
-    ends = []
-    for i, seed in enumerate(seeds):
-        generators = [torch.Generator().manual_seed(seed)]
-        one = {name: value[i : i + 1] for name, value in conditioning.items() if name != "guidance"}
-        x = starting_noise(generators, teacher.latent_shape).to(next(iter(one.values())).device)
-        ends.append(sample(follow, teacher.schedule, x, times, one, "ddim", generators).cpu())
-        advance(1)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    aside = kept.with_name(f".{kept.name}.{os.getpid()}")
-    save_file({"ends": torch.cat(ends)}, aside, facts)
-    replace_whole(aside, kept)
-    return torch.cat(ends)
+    found = processes.from_main(_read_ends(kept, facts) if processes.is_main else None)
+    if found is not None:
+        return found
+    ends = make()
+    if processes.is_main:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f".{kept.name}.{os.getpid()}")
+        save_file({"ends": ends}, aside, facts)
+        replace_whole(aside, kept)
+    return ends
+
+
+def _read_ends(kept: Path, facts: Mapping[str, str]) -> Tensor | None:
+    if not kept.is_file():
+        return None
+    with safe_open(kept, "pt") as file:
+        return load_file(kept)["ends"] if file.metadata() == facts else None
+
+
+def places_of(processes: Processes, n: int) -> list[int]:
+    """Which of n pictures this rank generates: as many as every other one, some of them twice if need be.
+
+    Under ZeRO-3 all ranks must call a network together.
+    """
+    ranks = processes.world_size
+    return [(processes.rank + i * ranks) % n for i in range(-(-n // ranks))]
+
+
+def in_order(processes: Processes, places: Sequence[int], own: Sequence[Tensor]) -> Tensor:
+    """The pictures of all ranks by their places, [n, ...], from those of this one; on all of them."""
+    parts = processes.gathered(list(zip(places, own, strict=True)))
+    whole = dict(pair for part in parts for pair in part)
+    return torch.stack([whole[place] for place in sorted(whole)])
 
 
 def diversity(latents: Tensor) -> float:

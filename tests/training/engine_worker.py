@@ -45,7 +45,7 @@ from distill.training.processes import Processes
 from distill.training.rank_writes import WriteError
 from distill.training.tracking import open_trackers
 from distill.training.trained_network import TrainingRecipe
-from distill.training.validation import Validation
+from distill.training.validation import Validation, teacher_ends, validation_seeds
 from tests.tiny import CHANNELS, tiny_conditioning, tiny_pipeline, tiny_unet
 
 GLOBAL_BATCH = 8
@@ -320,9 +320,11 @@ def unwritable(on: bool) -> Iterator[None]:
 def validated(engine: Engine) -> dict[str, float]:
     """What five pictures are worth, which two ranks cannot share evenly; and how three of each prompt differ."""
     conditioning = {key: torch.cat([tiny_conditioning("sdxl", 1, i)[key] for i in range(5)]) for key in KEYS}
-    ends = torch.zeros(5, CHANNELS, 8, 8)
     prompts = [f"prompt {i}" for i in range(5)]
     teacher = teacher_with_decoder()
+    with engine.inference("student") as denoiser:  # its network without the LoRA, which the ranks share as it is
+        base = replace(denoiser, adapter=None)  # type: ignore[type-var]
+        ends = teacher_ends(teacher, base, conditioning, validation_seeds(0, 5), 2, engine.processes)
     draws = Validation(teacher, prompts, conditioning, 2, 0, 3, ends=ends, reward=lambda x, p: x.mean((1, 2, 3)))
     return draws(engine, open_trackers({}, Path(), {}, main=False), 1)
 

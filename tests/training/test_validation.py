@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from distill.diffusion.guidance import guided
 from distill.diffusion.random import starting_noise
 from distill.diffusion.solver import lcm_times, trailing_times
 from distill.methods.sampling import Sampling, sample
@@ -16,7 +18,7 @@ from distill.models.families import load_teacher
 from distill.training.engine import EngineSettings
 from distill.training.tracking import to_pictures
 from distill.training.trained_network import TrainingRecipe
-from distill.training.validation import Validation, teacher_ends, validation_seeds
+from distill.training.validation import Validation, kept_ends, teacher_ends, validation_seeds
 from tests.tiny import save_tiny
 
 PROMPTS, USUAL_STEPS = ["snow", "a red boat"], 3
@@ -65,14 +67,19 @@ def test_the_student_is_measured_against_its_teachers_ends_and_by_a_reward(tmp_p
     teacher.unet.requires_grad_(True)
     conditioning, seeds, kept = teacher.encode(PROMPTS), validation_seeds(0, 2), tmp_path / "run" / "ends.safetensors"
     told: list[int] = []
-    ends = teacher_ends(teacher, conditioning, seeds, 2, 1.0, kept, told.append)
-    assert ends.shape == (2, *teacher.latent_shape) and told == [1, 1]
-    assert torch.equal(teacher_ends(teacher, conditioning, seeds, 2, 1.0, kept, told.append), ends)  # drawn once
-    assert told == [1, 1]
-    assert not torch.equal(teacher_ends(teacher, conditioning, seeds, 2, 3.0, kept, told.append), ends)
-    assert told == [1, 1, 1, 1]  # of another guidance: drawn again
-
     engine, gallery, found = EngineSettings().start(), Gallery(), []
+    processes = engine.processes
+
+    def ends_at(guidance: float) -> torch.Tensor:
+        follow = guided(teacher.denoiser(), teacher.unconditional(), guidance)
+        make = partial(teacher_ends, teacher, follow, conditioning, seeds, 2, processes, told.append)
+        return kept_ends(kept, seeds, 2, guidance, processes, make)
+
+    ends = ends_at(1.0)
+    assert ends.shape == (2, *teacher.latent_shape) and told == [1, 1]
+    assert torch.equal(ends_at(1.0), ends) and told == [1, 1]  # generated once
+    assert not torch.equal(ends_at(3.0), ends) and told == [1, 1, 1, 1]  # of another guidance: again
+
     engine.prepare({"student": teacher.denoiser()}, {"student": TrainingRecipe(torch.optim.SGD)})
     for steps in (2, 1):
         sampling = Sampling("ddim", "trailing", steps)
