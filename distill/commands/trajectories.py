@@ -19,6 +19,7 @@ import os
 
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import TrainSettings
+from distill.data.heldout import heldout_plan, heldout_prompts, heldout_samples, within
 from distill.data.index import StorePlan, kept_times
 from distill.data.prompts import read_prompts
 from distill.data.writer import work_split, write_store
@@ -50,18 +51,16 @@ def main(cfg: TrainSettings) -> None:
             teacher, own_hash = as_teacher(teacher, export), export.weights_hash
         plan = plan_of(cfg, teacher, own_hash)
         rank, world_size = work_split()
-    solver = TrajectorySolver(teacher.to(device), plan, device)
+    teacher = teacher.to(device)
     log.info("%s", described(device, launched_world_size()))
+    stores = [(cfg.data.store, plan, prompts)]
+    if heldout := heldout_samples(cfg.data.heldout_samples, plan.samples):
+        stores.append((within(cfg.data.store), heldout_plan(plan, heldout), heldout_prompts(prompts)))
     with checking():
-        write_store(
-            cfg.data.store,
-            plan,
-            prompts,
-            stored(teacher.unconditional(), plan.dtype),
-            solver,
-            rank=rank,
-            world_size=world_size,
-        )
+        for url, own_plan, texts in stores:
+            solver = TrajectorySolver(teacher, own_plan, device)
+            unconditional = stored(teacher.unconditional(), own_plan.dtype)
+            write_store(url, own_plan, texts, unconditional, solver, rank=rank, world_size=world_size)
 
 
 def prompts_of(cfg: TrainSettings) -> list[str]:

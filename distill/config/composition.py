@@ -38,6 +38,7 @@ MOVED = {
 """Keys of before, each with what to type now."""
 
 OmegaConf.register_new_resolver("toy", lambda name: str(_bundled(name)), replace=True)
+OmegaConf.register_new_resolver("by", lambda choice, table, usual: table.get(choice, usual), replace=True)
 
 
 def composed_of(

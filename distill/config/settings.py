@@ -107,7 +107,7 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """The store: how it is written (all but the last three) and read.
+    """The store: how it is written (all but `heldout` and the last three) and read.
 
     `guidance` is the teacher's w in `uncond + w (cond - uncond)`: a number, or a range [w_min, w_max] that every
     trajectory draws its own from; null where nothing was solved. `keep` is all, milestones (the edges of `segments`
@@ -116,6 +116,10 @@ class DataSettings(Settings):
     From pictures (`data=images`): `images` are tars or a folder, `min_size` is pixels of the shorter side (null: the
     teacher's resolution), `max_aspect_ratio` longer over shorter side, `vae` an autoencoder in place of the teacher's,
     `prompt_column` names the caption in JSON, and `num_samples` null takes them all.
+
+    Held out, that is written beside the store, never learned from, and measured at every validation:
+    `heldout_samples`, of which auto is a fiftieth of `num_samples` and 64 at most, and 0 neither writes nor measures
+    any; or those of another store, `heldout`.
     """
 
     store: FilePath
@@ -127,6 +131,8 @@ class DataSettings(Settings):
     crop: Literal["center", "random"] = "center"
     vae: FilePath | None = None
     num_samples: Positive | None = 2000
+    heldout_samples: Literal["auto"] | Natural = "auto"
+    heldout: FilePath | None = None
     samples_per_shard: Positive = 100
     solver: Solver = "ddim"
     solver_steps: Positive = 50
@@ -523,6 +529,19 @@ class ShowMLCMSettings(ShowSettings):
     """`configs/show_mlcm.yaml`: MLCM-LoRA beside LCM-LoRA on the toy world."""
 
     steps: list[Positive]
+
+
+class SolvesSettings(Settings):
+    """`configs/solves.yaml`: students of the toy over the number of solves that they learn from."""
+
+    output_dir: FilePath
+    teachers: Annotated[list[Literal["toy", "night"]], Field(min_length=1)]
+    solves: Annotated[list[Positive], Field(min_length=1)]
+    seeds: Annotated[list[Natural], Field(min_length=1)]
+    overrides: list[str]
+    steps: Annotated[list[Positive], Field(min_length=1)]
+    n: Annotated[int, Field(ge=100, strict=True)]
+    batch_size: Positive
 
 
 READERS = ("verify_shards", "evaluate", "sample")

@@ -102,3 +102,10 @@ class Method(ABC):
         A network may have several: each is an optimizer step on the same samples, with its own draws from `context`.
         Of their scalars those of the last one are logged.
         """
+
+    def held_out(self, step: int) -> Turn | None:
+        """What of a step is measured, without training, on solves that are not learned from; None measures nothing.
+
+        A small value has to mean that the student does what the teacher does. It is called without prompts.
+        """
+        return next((turn for turn in self.turns(step) if turn.updates == "student"), None)

@@ -109,6 +109,14 @@ class Progressive(Method):
                 x = jump(self.schedule, teacher(x, here, batch.conditioning), x, here, there)
         return x
 
+    def squared_error(self, networks: Networks, batch: Batch, context: Context) -> Losses:
+        """|| x_fake - x_real ||², both at the student's next time (Lightning, eq. 16)."""
+        x_t, t, s = self.state(batch, context)
+        x_real = self.teacher_target(networks, batch, x_t, t)
+        x_fake = ddim_step(self.schedule, networks["student"](x_t, t, batch.conditioning), s)
+        loss = l2(x_fake, x_real).mean()
+        return Losses(loss, {"loss": loss.detach()})
+
     def next_time(self, t: Tensor) -> Tensor:
         """max(t - ns, 0), [B] (Lightning, sec. 2.3)."""
         return self.paths.to(t.device)[t, -1]
@@ -123,15 +131,7 @@ class LightningMSE(Progressive):
     """The first run of the chain (Lightning, sec. 3.6: 128 -> 32 steps at guidance 6, which is built in here)."""
 
     def turns(self, step: int) -> Iterable[Turn]:
-        return (Turn("student", self.loss),)
-
-    def loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
-        """|| x_fake - x_real ||², both at the student's next time (Lightning, eq. 16)."""
-        x_t, t, s = self.state(batch, context)
-        x_real = self.teacher_target(networks, batch, x_t, t)
-        x_fake = ddim_step(self.schedule, networks["student"](x_t, t, batch.conditioning), s)
-        loss = l2(x_fake, x_real).mean()
-        return Losses(loss, {"loss": loss.detach()})
+        return (Turn("student", self.squared_error),)
 
 
 class LightningAdversarial(Progressive):
@@ -195,6 +195,10 @@ class LightningAdversarial(Progressive):
         yield Turn("discriminator", self.discriminator_loss)
         if step >= self.warmup:
             yield Turn("student", self.loss)
+
+    def held_out(self, step: int) -> Turn:
+        """How far the student's step ends from the teacher's, which the discriminator judges in its own way."""
+        return Turn("student", self.squared_error)
 
     def loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
         """-log D(x_t, x_fake) (Lightning, eq. 19)."""

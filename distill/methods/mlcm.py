@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -194,6 +194,11 @@ class MLCM(Method):
         if stage.matching > 0:
             yield Turn("fake_score", partial(self.fake_score_loss, stage))
         yield Turn("student", loss)
+
+    def held_out(self, step: int) -> Turn:
+        """The consistency alone: the other terms are no measure of what holds for new prompts and noise."""
+        stage = replace(self.stages[self.place(step)], reward=0.0, matching=0.0, adversarial=0.0)
+        return Turn("student", partial(self.loss, stage))
 
     def loss(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
         """|| g(x_t, t) - g⁻(x_s, s) ||, both of which land where t's segment starts (MLCM, eq. 7 and 10)."""

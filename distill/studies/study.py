@@ -15,6 +15,7 @@ from distill.config.settings import (
     ScoreRewardSettings,
     ShowMLCMSettings,
     ShowSettings,
+    SolvesSettings,
     ToyControlSettings,
     ToyTeacherSettings,
 )
@@ -24,6 +25,7 @@ STUDIES = {
     "mlcm": Command("distill.studies.mlcm", "show_mlcm", ShowMLCMSettings),
     "plug_in": Command("distill.studies.plug_in", "plug_in", PlugInSettings),
     "control": Command("distill.studies.control", "toy_control", ToyControlSettings),
+    "solves": Command("distill.studies.solves", "solves", SolvesSettings),
     "score_reward": Command("distill.studies.score_reward", "score_reward", ScoreRewardSettings),
     "toy_teacher": Command("distill.studies.toy_teacher", "toy_teacher", ToyTeacherSettings),
 }

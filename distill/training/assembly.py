@@ -41,8 +41,19 @@ from distill.models.schedulers import scheduler_settings
 from distill.training.checkpoint import Checkpoints
 from distill.training.ends import PREEMPTED, exit_code, say_end
 from distill.training.engine import Engine, EngineSettings
-from distill.training.fitting import SAMPLES, STORE, as_begun, check_method, check_packages, fitting_store, split_batch
+from distill.training.fitting import (
+    HELDOUT_SAMPLES,
+    SAMPLES,
+    STORE,
+    as_begun,
+    check_method,
+    check_packages,
+    fitting_store,
+    heldout_store,
+    split_batch,
+)
 from distill.training.health import Health
+from distill.training.heldout import MOST_AT_ONCE, HeldOutLoss
 from distill.training.helpers import helpers_of
 from distill.training.launched import launched_rank, launched_world_size, require_one_task
 from distill.training.learning_rate import LearningRate
@@ -90,6 +101,7 @@ class ResumedRun:
     checkpoints: Checkpoints
     store: Store
     step: int
+    heldout: Store | None  # solves that it is measured on, and does not learn from
     restore: Callable[[], None]  # writes what has gone of the small files in the run's folder
 
 
@@ -182,8 +194,11 @@ class Run:
                 f"{cfg.max_train_steps} is less: set more"
             )
         store = as_begun(self.store, resumed.state if resumed else {})
+        heldout = heldout_store(cfg, store, resumed.state if resumed else {})
+        heldout = heldout if processes.all_agree(heldout is not None) else None
         checkpoints.state = {SAMPLES: len(store), STORE: store.index.identity}
-        return ResumedRun(engine, checkpoints, store, step, restore)
+        checkpoints.state |= {} if heldout is None else {HELDOUT_SAMPLES: len(heldout)}
+        return ResumedRun(engine, checkpoints, store, step, heldout, restore)
 
     def train(self, resumed: ResumedRun, watchdog: Watchdog) -> int:
         """Takes the steps that are left; returns the exit code (`ends.exit_code`), whatever ends the run."""
@@ -193,7 +208,12 @@ class Run:
         if processes.is_main:
             self._say_header(resumed)
         with watchdog.over("the validation's prompts and the teacher's own pictures of them"):
-            validate = self.validation(resumed.engine, tracker)
+            shown = self.validation(resumed.engine, tracker)
+        measured = self.held_out(resumed)
+
+        def validate(step: int) -> dict[str, float]:
+            return shown(step) | measured(step)
+
         began, failure = time.monotonic(), None
         meter = Meter(cfg.max_train_steps, cfg.global_batch_size, resumed.step)
         observers = Observers(meter, progress, tracker, self.health, validate)
@@ -286,6 +306,14 @@ class Run:
             num_workers=self.cfg.dataloader_num_workers,
             prompts=self.method.needs_prompts,
         )
+
+    def held_out(self, resumed: ResumedRun) -> Callable[[int], dict[str, float]]:
+        """Measures the student on solves that it does not learn from, if there are any."""
+        if resumed.heldout is None:
+            return lambda step: {}
+        at_once = min(self.micro_batch_size, MOST_AT_ONCE)
+        measure = HeldOutLoss(self.method, resumed.heldout, resumed.store, self.cfg.seed, at_once)
+        return partial(measure, resumed.engine)
 
     def tracker(self, resumed: ResumedRun) -> Tracker:
         """Where metrics go; of those after the step from which the run resumes, nothing is kept."""

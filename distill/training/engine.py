@@ -348,6 +348,20 @@ class Engine:
                     trained.backward(loss)
         return dict(zip(names, means.tolist(), strict=True)), torch.stack(rows)[:, 0]
 
+    @torch.no_grad()
+    def measure(self, turn: Turn, batches: Sequence[Batch], contexts: Sequence[Context]) -> list[float]:
+        """The loss of `turn` on each of this rank's batches; nothing is trained, or drawn from the global generator.
+
+        Call it on all ranks with as many batches: under ZeRO-3 its calls gather weights.
+        """
+        networks = {**self._helpers, **self._denoisers, **self._averages()}
+        losses = []
+        with self.inference(turn.updates):
+            for batch, context in zip(batches, contexts, strict=True):
+                found = turn.loss(networks, batch.to(self.processes.device), context)
+                losses.append(found.parts.get("loss", found.total).double())
+        return torch.stack(losses).tolist()
+
     # ---- files --------------------------------------------------------------------------------------------------
 
     @property

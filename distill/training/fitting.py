@@ -13,7 +13,8 @@ from distill.config.loading import ConfigError
 from distill.config.packages import require
 from distill.config.recorded import given_keys
 from distill.config.settings import TrainSettings
-from distill.data.errors import StoreError
+from distill.data.errors import ReadError, StoreError
+from distill.data.heldout import is_there, within
 from distill.data.index import StoreIndex, StoreMismatch
 from distill.data.reader import Store, open_store
 from distill.methods.base import Method
@@ -25,6 +26,7 @@ from distill.training.launched import launched_rank
 log = logging.getLogger("distill")
 
 SAMPLES, STORE = "samples", "store"  # in a checkpoint: how many the run began with, and of which store
+HELDOUT_SAMPLES = "heldout_samples"  # and how many it has measured itself on
 
 
 def check_packages(cfg: TrainSettings) -> None:
@@ -127,6 +129,35 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports:
                 f"{error}; {remedy(store.index, wanted, learns_from_export=solved is not None)}"
             ) from None
     return store
+
+
+def heldout_store(cfg: TrainSettings, store: Store, state: Mapping[str, Any]) -> Store | None:
+    """The solves that this run measures itself on and does not learn from, if there are any: as many as it began with.
+
+    Those within its store, or those of `data.heldout`.
+
+    Raises:
+        StoreError: `data.heldout` is of another teacher or another guidance than the store, or cannot be read.
+    """
+    if cfg.data.heldout is None and cfg.data.heldout_samples == 0:
+        return None
+    retry_seconds = cfg.data.read_retry_seconds
+    if cfg.data.heldout is not None:
+        found = open_store(cfg.data.heldout, retry_seconds=retry_seconds)
+    else:
+        try:
+            if not is_there(cfg.data.store):  # a store of before, a small one, or one of pictures
+                return None
+            found = open_store(within(cfg.data.store), retry_seconds=retry_seconds)
+        except (StoreError, ReadError) as error:  # the run itself does not need them
+            log.warning("the held-out loss is not measured: %s", error)
+            return None
+    shared = ("schedule_fingerprint", "teacher_hash", "resolution", "times", "guidance")
+    try:
+        found.index.require(**{name: getattr(store.index, name) for name in shared})
+    except StoreMismatch as error:
+        raise StoreError(f"data.heldout: {error}; set it to solves made as those of data.store were") from None
+    return found.first(min(len(found), state.get(HELDOUT_SAMPLES, len(found))))
 
 
 def remedy(index: StoreIndex, wanted: Mapping[str, Any], learns_from_export: bool) -> str:

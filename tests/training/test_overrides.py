@@ -215,3 +215,11 @@ def test_an_experiments_values_for_its_method_are_left_out_with_another_and_that
     assert own.method["skip"] == 200 and len(notes) == 1
     given = [*GIVEN, "experiment=quickstart", "method=lcm_noised", "method.skip=50"]
     assert load("train", TrainSettings, given).method["skip"] == 50
+
+
+@pytest.mark.parametrize(("experiment", "lowest"), [("lcm_sd15", 6.0), ("lcm_lora_sdxl", 4.0), ("lcm_ssd1b", 4.0)])
+def test_the_noised_recipe_has_the_guidance_of_its_teachers_family(experiment: str, lowest: float) -> None:
+    given = [f"experiment={experiment}", "data.store=s", "method=lcm_noised"]
+    settings = load("train", TrainSettings, given)
+    assert (settings.method["w_min"], settings.method["w_max"]) == (lowest, 16.0)
+    assert load("train", TrainSettings, [*given, "method.w_min=2"]).method["w_min"] == 2

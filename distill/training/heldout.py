@@ -1,0 +1,114 @@
+"""The student's loss on teacher solves that it does not learn from, beside its loss on as many of those that it does.
+
+The first keeps falling while the student learns what holds for any prompt and noise. Where it stays behind the second,
+the store is too small: more solves help then, and more steps do not. `distill trajectories` writes the held-out ones,
+a small store within the store, so that training has the same data, in the same order, with them and without.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distill.data.errors import ReadError, StoreError
+from distill.data.reader import Store
+from distill.data.record import BadSample, Sample
+from distill.diffusion.random import Context, generator, seed_of
+from distill.diffusion.trajectory import Batch
+from distill.methods.base import Method
+from distill.training.engine import Engine
+
+log = logging.getLogger("distill")
+
+HELDOUT, TRAINING = "validation/heldout_loss", "validation/training_loss"
+DRAWS = 4
+"""How often each solve is measured, each time with its own states and noise."""
+MOST_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Measures a method's loss without training, on two stores that are read at the same places.
+
+    The draws are the same at every step, and on any number of ranks, which share the work.
+
+    Args:
+        method: its `held_out` says which loss.
+        heldout: solves that are not learned from.
+        training: those that are; as many of them are measured, evenly spaced.
+        seed: the run's.
+        most_at_once: samples in one call of a network; those of a training step fit in any case.
+    """
+
+    method: Method
+    heldout: Store
+    training: Store
+    seed: int
+    most_at_once: int = MOST_AT_ONCE
+
+    def __call__(self, engine: Engine, step: int) -> dict[str, float]:
+        """The two losses after `step` steps, on all ranks alike; none where the method has no such loss.
+
+        What cannot be read is a warning, and nothing is measured this time.
+        """
+        last = max(0, step - 1)  # whose loss is the one that is being learned
+        turn = self.method.held_out(last)
+        if turn is None:
+            return {}
+        processes, found = engine.processes, {}
+        n, places = len(self.heldout), self._shares(engine.processes.rank, engine.processes.world_size)
+        evenly = [i * len(self.training) // n for i in range(n)]
+        for name, store, samples in ((HELDOUT, self.heldout, range(n)), (TRAINING, self.training, evenly)):
+            batches, problem = self._read(store, samples, places, last)
+            if processes.any(problem is not None):
+                if problem is not None:
+                    log.warning("%s is not measured at step %d: %s", name, step, problem)
+                return {}
+            context = [Context(seed_of(self.seed, "held out"), 0, batch.positions) for batch in batches.values()]
+            measured = engine.measure(turn, list(batches.values()), context)
+            parts = {part: (loss, len(batches[part])) for part, loss in zip(batches, measured, strict=True)}
+            whole = dict(pair for one in processes.gathered(list(parts.items())) for pair in one)
+            total = sum(whole[part][0] * whole[part][1] for part in sorted(whole))
+            found[name] = total / sum(size for _, size in whole.values())
+        return found
+
+    def _shares(self, rank: int, ranks: int) -> dict[int, range]:
+        """This rank's batches, by their number: all ranks have as many, under ZeRO-3 they call networks together."""
+        draws = len(self.heldout) * DRAWS
+        parts = [range(first, min(first + self.most_at_once, draws)) for first in range(0, draws, self.most_at_once)]
+        mine = [(rank + i * ranks) % len(parts) for i in range(-(-len(parts) // ranks))]
+        return {part: parts[part] for part in mine}
+
+    def _read(
+        self, store: Store, samples: Sequence[int], places: Mapping[int, range], step: int
+    ) -> tuple[dict[int, Batch], Exception | None]:
+        """This rank's batches by their number, or why there are none."""
+        reads, batches = self.method.reads(step), {}
+        try:
+            for part, draws in places.items():
+                picks = [reads.pick(store.index.times, generator(self.seed, "held out", draw)) for draw in draws]
+                wanted = [(samples[draw // DRAWS], pick) for draw, pick in zip(draws, picks, strict=True)]
+                found = store.read_many(wanted)
+                if bad := next((one for one in found if isinstance(one, BadSample)), None):
+                    raise bad
+                good = [one for one in found if not isinstance(one, BadSample)]
+                batches[part] = _batch_of(store, good, tuple(draws))
+        except (StoreError, ReadError) as error:
+            return {}, error
+        return batches, None
+
+
+def _batch_of(store: Store, samples: Sequence[Sample], positions: tuple[int, ...]) -> Batch:
+    conditioning = {name: torch.stack([one.conditioning[name] for one in samples]) for name in samples[0].conditioning}
+    empty = {name: x.expand(len(samples), *x.shape[1:]) for name, x in store.unconditional.items()}
+    return Batch(
+        states=torch.stack([one.states for one in samples]),
+        times=torch.stack([one.times for one in samples]),
+        conditioning=conditioning,
+        unconditional={**conditioning, **empty},  # time ids and the like are the prompt's
+        guidance=torch.tensor([one.guidance for one in samples]),
+        positions=positions,
+    )
