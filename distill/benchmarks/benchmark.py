@@ -197,7 +197,7 @@ def without_checksums(index: StoreIndex) -> StoreIndex:
 
 def bytes_read_by(store: Store, method: LCM) -> float:
     """Mean bytes that the reader plans to read of a sample."""
-    from distill.data.reader import plan_reads
+    from distill.data.rows import plan_reads
 
     times = store.index.times
     picks = [method.reads().pick(times, generator("benchmark", i)) for i in range(64)]

@@ -1,4 +1,4 @@
-"""Batches for training, without end: read ahead by worker processes, and the same on any number of ranks and workers.
+"""Batches for training, without end: read ahead by threads, and the same on any number of ranks and threads.
 
 A sample that is bad is replaced by the next good one of the index, if `max_bad_fraction` of the store allows any. Which
 one that is depends on the store alone, so ranks stay in step without talking. Replaced samples are counted and said;
@@ -9,17 +9,18 @@ another matter: it may be as good as any, so nothing takes its place, and a `Rea
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
-from distill.data.errors import ReadError
+from distill.data.ahead import read_ahead
 from distill.data.order import BatchShare, Order
 from distill.data.reader import Store
-from distill.data.record import BadSample, Sample
+from distill.data.record import BadSample
+from distill.data.rows import Rows
 from distill.diffusion.random import generator
 from distill.diffusion.trajectory import Batch, Reads
 
@@ -46,7 +47,7 @@ def make_loader(
 
     Args:
         reads: which states of each trajectory, at an optimizer step; they are drawn from (seed, position).
-        num_workers: processes that read ahead, each `prefetch_factor` micro-batches; 0 reads in this process.
+        num_workers: threads that read ahead, each `prefetch_factor` micro-batches; 0 reads when a batch is wanted.
         prompts: read every sample's prompt too, and that of the next one.
 
     Raises:
@@ -77,23 +78,27 @@ class Loader:
         self.store, self.seed, self.share, self.start_step = store, seed, share, start_step
         self.skipped: dict[str, str] = {}
         self.allowed = int(store.max_bad_fraction * len(store))
-        self._loader: DataLoader[dict[str, Any]] = DataLoader(
-            _Samples(store, reads, seed, self.allowed, share.global_batch_size, prompts),
-            batch_sampler=_Places(Order(seed, len(store)), share, start_step, prompts),  # type: ignore[arg-type]
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor if num_workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_apart if num_workers else None,
-            generator=generator(seed, "loader"),  # or each `iter` would draw from the global one
+        self._places = _Places(Order(seed, len(store)), share, start_step, prompts)
+        self._read = partial(
+            _Samples,
+            reads=reads,
+            seed=seed,
+            allowed=self.allowed,
+            global_batch_size=share.global_batch_size,
+            prompts=prompts,
         )
+        self._workers, self._ahead, self._prompts = num_workers, num_workers * prefetch_factor, prompts
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        for found in self._loader:
-            if "unread" in found:
-                raise ReadError(found["unread"])
-            self._note(found["bad"])
+        for found in self._found():
+            self._note(found.bad)
             yield self._batch(found)
+
+    def _found(self) -> Iterator[Found]:
+        if not self._workers:
+            return map(self._read(self.store), self._places)
+        readers = [_on_this_device(self._read(self.store.apart())) for _ in range(self._workers)]
+        return read_ahead(readers, self._places, self._ahead)
 
     def _note(self, bad: dict[str, str]) -> None:
         """Counts bad samples, and stops the run when they are more than allowed. Raises BadSample."""
@@ -105,33 +110,47 @@ class Loader:
                 raise BadSample(f"{problem} ({len(self.skipped)} bad of {len(self.store)}, allowed: {self.allowed})")
             log.warning("skipped %s (%d of %d allowed)", problem, len(self.skipped), self.allowed)
 
-    def _batch(self, found: dict[str, Any]) -> Batch:
-        B, conditioning = len(found["states"]), found["conditioning"]
+    def _batch(self, found: Found) -> Batch:
+        """Of the prompts there is one more, that of the sample which follows the micro-batch."""
+        B, rows = len(found.positions) - self._prompts, found.rows
+        conditioning = {name: x[:B] for name, x in rows.conditioning.items()}
         empty = {name: x.expand(B, *x.shape[1:]) for name, x in self.store.unconditional.items()}
         return Batch(
-            states=found["states"],
-            times=found["times"],
+            states=rows.states[:B],
+            times=rows.times[:B],
             conditioning=conditioning,
             unconditional={**conditioning, **empty},  # time ids and the like are the prompt's
-            guidance=found["guidance"],
-            keys=tuple(found["keys"]),
-            positions=tuple(found["positions"]),
-            prompts=tuple(found["prompts"]),
-            next_prompts=tuple(found["next_prompts"]),
+            guidance=rows.guidance[:B],
+            keys=tuple(rows.keys[:B]),
+            positions=tuple(found.positions[:B]),
+            prompts=tuple(rows.prompts[:B]) if self._prompts else (),
+            next_prompts=tuple(rows.prompts[1:]) if self._prompts else (),
         )
 
 
-def _apart(worker: int) -> None:
-    """Takes a worker out of its process's group: Ctrl-C and a launcher's signals are sent to all of that.
+class Found(NamedTuple):
+    """A micro-batch as it was read; `bad` names the samples that others stand in for, by key, and says why."""
 
-    The process finishes a step and saves, for which it needs its workers; it ends them itself, and they notice when it
-    is gone.
-    """
-    os.setsid()
+    positions: list[int]
+    rows: Rows
+    bad: dict[str, str]
+
+
+def _on_this_device(read: Callable[[Sequence[Place]], Found]) -> Callable[[Sequence[Place]], Found]:
+    """For a thread: pinned memory belongs to the device that is current there, which is the first one at its start."""
+    if not torch.cuda.is_available():
+        return read
+    device = torch.cuda.current_device()
+
+    def there(places: Sequence[Place]) -> Found:
+        torch.cuda.set_device(device)
+        return read(places)
+
+    return there
 
 
 class _Places:
-    """A batch sampler over positions; `one_more` adds the one that follows a micro-batch, for its prompt."""
+    """The places of micro-batches, without end; `one_more` adds the one that follows a micro-batch, for its prompt."""
 
     def __init__(self, order: Order, share: BatchShare, start_step: int, one_more: bool) -> None:
         self.order, self.share, self.start_step, self.one_more = order, share, start_step, one_more
@@ -142,8 +161,8 @@ class _Places:
             yield [(position, self.order.index(position)) for position in (*positions, *more)]
 
 
-class _Samples(Dataset[dict[str, Any]]):
-    """Reads micro-batches, in a worker process. Gives dicts: their tensors are pinned, unlike those of a dataclass."""
+class _Samples:
+    """Reads micro-batches; each thread has one, whose store has files of its own."""
 
     def __init__(
         self,
@@ -157,56 +176,28 @@ class _Samples(Dataset[dict[str, Any]]):
         self.store, self.reads, self.seed, self.allowed = store, reads, seed, allowed
         self.global_batch_size, self.prompts = global_batch_size, prompts
 
-    def __getitems__(self, places: Sequence[Place]) -> dict[str, Any]:
-        try:
-            return self._micro_batch(places)
-        except ReadError as error:  # an exception would arrive from a worker with its traceback for a message
-            return {"unread": str(error)}
-
-    def _micro_batch(self, places: Sequence[Place]) -> dict[str, Any]:
+    def __call__(self, places: Sequence[Place]) -> Found:
         reads = self.reads(places[0][0] // self.global_batch_size)  # a micro-batch is of one step
         picks = [reads.pick(self.store.index.times, generator(self.seed, "read", p)) for p, _ in places]
-        bad: dict[str, str] = {}
-        samples = []
-        found = self.store.read_many([(i, pick) for (_, i), pick in zip(places, picks, strict=True)], self.prompts)
-        for (_, i), pick, sample in zip(places, picks, found, strict=True):
-            good = self._replacement(i, pick, bad, sample) if isinstance(sample, BadSample) else sample
-            if good is None:
-                return {"bad": bad}  # more than allowed: the loader stops at it
-            samples.append(good)
-        if not self.prompts:
-            return {
-                "bad": bad,
-                "positions": [p for p, _ in places],
-                "prompts": [],
-                "next_prompts": [],
-                **_stack(samples),
-            }
-        prompts = [s.prompt for s in samples]
-        texts = {"prompts": prompts[:-1], "next_prompts": prompts[1:]}
-        return {"bad": bad, "positions": [p for p, _ in places[:-1]], **texts, **_stack(samples[:-1])}
+        rows = self.store.rows(len(places), len(picks[0]), _pinned if torch.cuda.is_available() else torch.empty)
+        found = self.store.fill([(rows, at, (i, picks[at])) for at, (_, i) in enumerate(places)], self.prompts)
+        bad = {self.store.key(places[at][1]): str(error) for at, error in found.items()}
+        for at in found:
+            if not self._replace(rows, at, places[at][1], picks[at], bad):
+                break  # more are bad than allowed: the loader stops at it
+        return Found([position for position, _ in places], rows, bad)
 
-    def _replacement(self, i: int, pick: tuple[int, ...], bad: dict[str, str], first: BadSample) -> Sample | None:
-        """The next good sample of the index after i; None once more are bad than allowed."""
-        bad[self.store.key(i)] = str(first)
+    def _replace(self, rows: Rows, at: int, i: int, pick: tuple[int, ...], bad: dict[str, str]) -> bool:
+        """Reads the next good sample of the index after i into a row; whether there is one among those allowed."""
         for offset in range(1, self.allowed + 1):
             j = (i + offset) % len(self.store)
-            sample = self.store.read_many([(j, pick)], self.prompts)[0]
-            if not isinstance(sample, BadSample):
-                return sample
-            bad[self.store.key(j)] = str(sample)
-        return None
+            found = self.store.fill([(rows, at, (j, pick))], self.prompts)
+            if not found:
+                return True
+            bad[self.store.key(j)] = str(found[0])
+        return False
 
 
-def _stack(samples: Sequence[Sample]) -> dict[str, Any]:
-    return {
-        "states": torch.stack([s.states for s in samples]),  # [B, n, C, h, w]
-        "times": torch.stack([s.times for s in samples]),  # [B, n]
-        "conditioning": {k: torch.stack([s.conditioning[k] for s in samples]) for k in samples[0].conditioning},
-        "guidance": torch.tensor([s.guidance for s in samples]),  # [B]
-        "keys": [s.key for s in samples],
-    }
-
-
-def _as_it_is(found: Any) -> Any:
-    return found
+def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory from which a copy to the device does not make the host wait."""
+    return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -1,57 +1,53 @@
 """Reads a trajectory store: of each sample only the states that are asked for.
 
 A sample's head (its tar header, safetensors header, times, guidance and conditioning) and each of its states are byte
-ranges known from the index alone. The head is compared with what the index says it must be, and every part that is
-read with its checksum, so that a shard that was cut, shifted, overwritten or exchanged, and a single bit that is
-another, are noticed at the first sample read from the damage; nothing is unpacked, no name from an archive is trusted.
-What cannot be read is no damage: see `storage.ReadError`.
+ranges known from the index alone, read straight into the tensors of a batch (see `rows`). The head is compared with
+what the index says it must be, and every part that is read with its checksum, so that a shard that was cut, shifted,
+overwritten or exchanged, and a single bit that is another, are noticed at the first sample read from the damage;
+nothing is unpacked, no name from an archive is trusted. What cannot be read is no damage: see `storage.ReadError`.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from distill.data import tar
 from distill.data.checksums import check_row, checksums_name, row_bytes, start_of
 from distill.data.index import INDEX, PLAN, UNCONDITIONAL, ShardInfo, StoreIndex, payload_offsets, places
 from distill.data.record import (
-    CONDITIONING,
-    GUIDANCE,
     MAX_JSON_BYTES,
     STATES,
     TIMES,
     BadSample,
     BadShard,
-    Layout,
     Sample,
     StoreError,
     finite,
     make_key,
     parse_json,
     short,
-    view,
 )
-from distill.data.storage import RETRY_SECONDS, STREAM_BYTES, Folder, Range
+from distill.data.rows import FACTS, GAP, HEAD, New, Piece, Rows, Span, plan_reads
+from distill.data.storage import RETRY_SECONDS, STREAM_BYTES, Folder, Range, Scattered
 from distill.diffusion.prediction import Conditioning
 
 log = logging.getLogger(__name__)
-MERGE_BYTES = 4096
 MOST_KEPT_BYTES = 1 << 26
 """Of checksums, in each process; those of a larger store are read again with each sample."""
 MAX_UNCONDITIONAL_BYTES = 1 << 28
 Request = tuple[int, tuple[int, ...]]
 """Index of a sample, and places of the states wanted."""
+Place = tuple[Rows, int, Request]
+"""The rows that a sample is read into, which of them, and what is wanted."""
 
 
 def open_store(
@@ -136,6 +132,8 @@ class Store:
         self._row = row_bytes(len(index.times))
         self._keeps_checksums = self._starts[-1] * self._row <= MOST_KEPT_BYTES
         self._checksums: dict[Range, bytes] = {}
+        spec = index.layout.tensors[TIMES]
+        self._times = torch.tensor(index.times).to(spec.dtype).numpy().tobytes()
         self._samples = self._starts[-1] if samples is None else samples
         self._verified: dict[str, str | None] = {}
 
@@ -153,6 +151,12 @@ class Store:
         return Store(
             self.folder, self.index, self.unconditional, self.max_bad_fraction, self.verify_sha256, samples=samples
         )
+
+    def apart(self) -> Store:
+        """The same store with files opened on its own, for another thread; what is known of it is shared."""
+        other = copy.copy(self)
+        other.folder = self.folder.apart()
+        return other
 
     def locate(self, i: int) -> tuple[ShardInfo, int]:
         """The shard of sample i, and its row there. Raises IndexError."""
@@ -188,58 +192,91 @@ class Store:
         Raises:
             ReadError: one of them cannot be read.
         """
-        located = [(*self.locate(i), plan_reads(self.index.layout, states)) for i, states in requests]
-        ranges: list[Range] = []
-        rows: dict[int, tuple[Range, int]] = {}  # where the checksums of each sample are
-        bad: dict[int, str] = {}
-        for at, (shard, row, spans) in enumerate(located):
+        rows = [self.rows(1, len(states)) for _, states in requests]
+        bad = self.fill([(one, 0, request) for one, request in zip(rows, requests, strict=True)], prompts)
+        return [bad[at] if at in bad else one.sample(0) for at, one in enumerate(rows)]
+
+    def rows(self, samples: int, states: int, new: New = torch.empty) -> Rows:
+        """Tensors for so many samples with so many states each, to be filled; `new` makes them."""
+        return Rows(self.index.layout, samples, states, new)
+
+    def fill(self, wanted: Sequence[Place], prompts: bool = False) -> dict[int, BadSample]:
+        """Reads samples into rows, remote ones in parallel. What a row holds whose sample is bad means nothing.
+
+        Returns:
+            of each that is bad why, by its place in `wanted`.
+
+        Raises:
+            ReadError: one of them cannot be read.
+        """
+        bad: dict[int, BadSample] = {}
+        readings: dict[int, Reading] = {}
+        for at, (rows, row, (i, states)) in enumerate(wanted):
+            shard, line = self.locate(i)
             try:
-                base = self._sample_start(shard, row)
-                if prompts:
-                    spans = tuple(_merge([*spans, self._facts_span(shard, row)]))
-                    located[at] = (shard, row, spans)
+                readings[at] = self._reading(shard, line, rows, row, states, prompts)
             except BadShard as error:
-                bad[at] = str(error)
-                continue
-            ranges += [(shard.name, base + span.begin, base + span.end) for span in spans]
-            if shard.crc32:
-                rows[at] = self._checksums_of(shard, row)
-        wanted = list(dict.fromkeys(part for part, _ in rows.values() if part not in self._checksums))
-        found = self.folder.ranges([*ranges, *wanted])
-        checksums = dict(zip(wanted, map(bytes, found[len(ranges) :]), strict=True)) | self._checksums
-        if self._keeps_checksums:
-            self._checksums = checksums
-        buffers = iter(found)
-        results: list[Sample | BadSample] = []
-        for at, (shard, row, spans) in enumerate(located):
-            key = self._key(shard, row)
+                bad[at] = self._bad(shard, self._key(shard, line), error)
+        lacking = self._lacking(readings.values())
+        requests = [scattered for one in readings.values() for scattered in one.requests()]
+        more: list[Scattered] = [(name, begin, [memoryview(data)]) for (name, begin, _), data in lacking.items()]
+        counts = iter(self.folder.fill([*requests, *more]))  # in one go, of which a remote store takes long
+        read_of = {at: [next(counts) for _ in one.spans] for at, one in readings.items()}
+        numbers = self._kept({part: bytes(data[: next(counts)]) for part, data in lacking.items()})
+        for at, one in readings.items():
             try:
-                if at in bad:
-                    raise BadSample(bad[at])
-                data = list(islice(buffers, len(spans)))
-                pieces = [_piece(span, read) for span, read in zip(spans, data, strict=True)]
-                facts = self._facts_span(shard, row) if prompts else None
-                sample = _assemble(self.index, key, requests[at][1], pieces)
-                if facts:
-                    sample = replace(sample, prompt=_prompt(key, pieces, facts))
-                if at in rows:
-                    part, begin = rows[at]
-                    self._check(key, checksums[part][begin : begin + self._row], requests[at][1], pieces, facts)
-                results.append(sample)
+                self._accept(one, read_of[at], numbers)
             except BadSample as error:
-                results.append(BadSample(f"sample {key} in {shard.name} of {self.folder.url}: {error}"))
-        return results
+                bad[at] = self._bad(one.shard, one.key, error)
+        return bad
 
-    def _check(
-        self, key: str, row: bytes, states: tuple[int, ...], pieces: Sequence[Piece], facts: Span | None
-    ) -> None:
-        """Compares all that was read of a sample with its checksums. Raises BadSample."""
+    def _bad(self, shard: ShardInfo, key: str, error: BadShard) -> BadSample:
+        return BadSample(f"sample {key} in {shard.name} of {self.folder.url}: {error}")
 
-        def cut(begin: int, end: int) -> memoryview:
-            return _bytes(pieces, tar.BLOCK + begin, tar.BLOCK + end)
+    def _reading(
+        self, shard: ShardInfo, line: int, rows: Rows, row: int, states: tuple[int, ...], prompts: bool
+    ) -> Reading:
+        if self.verify_sha256:
+            self._verify(shard)
+        facts = self._facts_part(shard, line) if prompts else None
+        spans = plan_reads(self.index.layout, states, facts)
+        start = int(payload_offsets(shard, self.index.layout.payload_bytes)[line]) - tar.BLOCK
+        return Reading(shard, line, self._key(shard, line), start, spans, rows, row, states)
 
-        said = None if facts is None else bytes(_bytes(pieces, facts.begin, facts.end))
-        check_row(self.index.layout, row, start_of(self.index.identity, key), cut, states, said)
+    def _accept(self, one: Reading, read: Sequence[int], numbers: Mapping[Range, bytes]) -> None:
+        """Checks what was read of a sample. Raises BadSample."""
+        layout = self.index.layout
+        if any(count < span.end - span.begin for count, span in zip(read, one.spans, strict=True)):
+            raise BadSample("the shard ends within it")
+        head = one.buffers[HEAD]
+        if head[: tar.BLOCK] != tar.header(f"{one.key}.safetensors", layout.payload_bytes):
+            raise BadSample("its tar header is damaged or another sample's")
+        if head[tar.BLOCK :] != layout.header:
+            raise BadSample("its safetensors header is damaged or of another shape")
+        if one.buffers[TIMES] != self._times:
+            said = one.rows.stored_times(one.buffers[TIMES])
+            raise BadSample(f"its times {short(said)} are not the store's")
+        facts = bytes(one.buffers[FACTS]) if FACTS in one.buffers else None
+        one.rows.repeat(one.row, one.states)
+        _check_finite(one.rows, one.row, one.states)
+        prompt = "" if facts is None else _prompt(one.key, facts)
+        if one.shard.crc32:
+            part, begin = self._checksums_of(one.shard, one.line)
+            line, start = numbers[part][begin : begin + self._row], start_of(self.index.identity, one.key)
+            check_row(layout, line, start, one.payload_but_states(), one.read_states(), facts)
+        one.rows.name(one.row, one.key, one.states, self.index.times, prompt)
+
+    def _lacking(self, readings: Iterable[Reading]) -> dict[Range, bytearray]:
+        """Room for the checksums of these samples that are still to be read, by where they are."""
+        parts = dict.fromkeys(self._checksums_of(one.shard, one.line)[0] for one in readings if one.shard.crc32)
+        return {part: bytearray(part[2] - part[1]) for part in parts if part not in self._checksums}
+
+    def _kept(self, found: dict[Range, bytes]) -> Mapping[Range, bytes]:
+        """Checksums by where they are: those that were read now, and all others that are kept."""
+        if not self._keeps_checksums:
+            return found
+        self._checksums.update(found)
+        return self._checksums
 
     def _checksums_of(self, shard: ShardInfo, row: int) -> tuple[Range, int]:
         """What to read for the checksums of a sample, and where they begin in that: a whole file if files are kept."""
@@ -248,23 +285,17 @@ class Store:
             return (name, 0, shard.samples * self._row), begin
         return (name, begin, begin + self._row), 0
 
-    def _sample_start(self, shard: ShardInfo, row: int) -> int:
-        """Byte of the shard at which the sample's tar header begins."""
-        if self.verify_sha256:
-            self._verify(shard)
-        return int(payload_offsets(shard, self.index.layout.payload_bytes)[row]) - tar.BLOCK
-
-    def _facts_span(self, shard: ShardInfo, row: int) -> Span:
+    def _facts_part(self, shard: ShardInfo, row: int) -> Piece:
         """The sample's JSON with its tar header and padding: all there is between its payload and the next sample."""
         size = self.index.layout.payload_bytes
         offsets = payload_offsets(shard, size)
         following = int(offsets[row + 1]) - tar.BLOCK if row + 1 < len(offsets) else shard.bytes - len(tar.END)
-        span = Span(tar.BLOCK + size + tar.padding(size), following - int(offsets[row]) + tar.BLOCK)
-        if span.end < span.begin + 2 * tar.BLOCK:
+        part = Piece(FACTS, tar.BLOCK + size + tar.padding(size), following - int(offsets[row]) + tar.BLOCK)
+        if part.end < part.begin + 2 * tar.BLOCK:
             raise BadShard(f"{INDEX} holds offsets of {shard.name} that leave no room for its samples' JSON")
-        if (room := span.end - span.begin) > 2 * tar.BLOCK + MAX_JSON_BYTES:
+        if (room := part.end - part.begin) > 2 * tar.BLOCK + MAX_JSON_BYTES:
             raise BadShard(f"{INDEX} holds offsets of {shard.name} that leave {room} bytes for a sample's JSON")
-        return span
+        return part
 
     def _verify(self, shard: ShardInfo) -> None:
         if shard.name not in self._verified:
@@ -273,91 +304,62 @@ class Store:
             raise BadShard(problem)
 
 
-@dataclass(frozen=True)
-class Span:
-    """Bytes begin ... end of a sample, counted from its tar header."""
+class Reading:
+    """A sample that is being read.
 
-    begin: int
-    end: int
+    Args:
+        shard, line: where it is: which of the shard's samples.
+        start: byte of the shard at which its tar header begins.
+        rows, row: where it is put.
+        states: places of its states that are wanted, in their order.
+    """
 
+    def __init__(
+        self,
+        shard: ShardInfo,
+        line: int,
+        key: str,
+        start: int,
+        spans: Sequence[Span],
+        rows: Rows,
+        row: int,
+        states: tuple[int, ...],
+    ) -> None:
+        self.shard, self.line, self.key, self.start, self.spans = shard, line, key, start, spans
+        self.rows, self.row, self.states = rows, row, states
+        self._parts = [(part, rows.buffer(part, row, states)) for span in spans for part in span.parts]
+        self.buffers = {part.name: buffer for part, buffer in self._parts}
+        """Of what there is but one of, by name."""
 
-@dataclass(frozen=True)
-class Piece:
-    """A span and the bytes read for it; fewer if the shard ends within it."""
+    def requests(self) -> Iterator[Scattered]:
+        """What to read, span by span."""
+        buffers = iter(self._parts)
+        for span in self.spans:
+            yield self.shard.name, self.start + span.begin, [buffer for _, buffer in islice(buffers, len(span.parts))]
 
-    span: Span
-    data: bytearray
+    def read_states(self) -> dict[int, memoryview]:
+        return {part.state: buffer for part, buffer in self._parts if part.name == STATES}
 
-
-@lru_cache(maxsize=4096)
-def _spans(layout_bytes: bytes, states: tuple[int, ...]) -> tuple[Span, ...]:
-    layout = Layout.parse(layout_bytes)
-    payload = tar.BLOCK
-    wanted = [Span(0, payload + len(layout.header))]
-    for name, spec in layout.tensors.items():
-        if name != STATES:
-            start = payload + layout.start(name)
-            wanted.append(Span(start, start + spec.end - spec.begin))
-    first = payload + layout.start(STATES)
-    wanted += [Span(first + k * layout.state_bytes, first + (k + 1) * layout.state_bytes) for k in states]
-    return tuple(_merge(wanted))
-
-
-def plan_reads(layout: Layout, states: tuple[int, ...]) -> tuple[Span, ...]:
-    """The byte ranges of a sample to read for its head and these states; neighbours become one range."""
-    K = layout.tensors[STATES].shape[0]
-    if any(not 0 <= k < K for k in states) or not states:
-        raise IndexError(f"states {list(states)} of samples that have {K}")
-    return _spans(layout.header, states)
-
-
-def _merge(spans: Iterable[Span]) -> list[Span]:
-    """Joins ranges (equal or disjoint ones) that lie within a page of each other: one read is cheaper than two."""
-    merged: list[Span] = []
-    for span in sorted(spans, key=lambda s: s.begin):
-        if merged and span.begin - merged[-1].end <= MERGE_BYTES:
-            merged[-1] = Span(merged[-1].begin, span.end)
-        else:
-            merged.append(span)
-    return merged
+    def payload_but_states(self) -> Iterator[memoryview]:
+        """The safetensors header and all tensors but the states, in the order of their bytes."""
+        yield self.buffers[HEAD][tar.BLOCK :]
+        others = {STATES, GAP, FACTS, HEAD}
+        yield from (buffer for part, buffer in self._parts if part.name not in others)
 
 
-def _piece(span: Span, data: bytearray | bytes) -> Piece:
-    if len(data) < span.end - span.begin:
-        raise BadSample("the shard ends within it")
-    return Piece(span, data if isinstance(data, bytearray) else bytearray(data))
-
-
-def _assemble(index: StoreIndex, key: str, states: tuple[int, ...], pieces: Sequence[Piece]) -> Sample:
-    """Checks the pieces of one sample and makes tensors of them. Raises BadSample."""
-    layout = index.layout
-    head = pieces[0].data
-    if head[: tar.BLOCK] != tar.header(f"{key}.safetensors", layout.payload_bytes):
-        raise BadSample("its tar header is damaged or another sample's")
-    if head[tar.BLOCK : tar.BLOCK + len(layout.header)] != layout.header:
-        raise BadSample("its safetensors header is damaged or of another shape")
-
-    def tensor(name: str) -> Tensor:
-        spec = layout.tensors[name]
-        return _cut(pieces, tar.BLOCK + layout.start(name), spec.dtype, spec.shape)
-
-    if tuple(tensor(TIMES).tolist()) != index.times:
-        raise BadSample(f"its times {short(tensor(TIMES).tolist())} are not the store's")
-    spec, first = layout.tensors[STATES], tar.BLOCK + layout.start(STATES)
-    cut = [_cut(pieces, first + k * layout.state_bytes, spec.dtype, spec.shape[1:]) for k in states]
-    found = {name.removeprefix(CONDITIONING): tensor(name) for name in layout.tensors if name.startswith(CONDITIONING)}
-    guidance = tensor(GUIDANCE)
-    named = [*found.items(), (GUIDANCE, guidance), *((f"state {k}", x) for k, x in zip(states, cut, strict=True))]
-    for name, x in named:
+def _check_finite(rows: Rows, row: int, states: tuple[int, ...]) -> None:
+    for name, x in rows.tensors_of(row).items():
         if not finite(x):
-            raise BadSample(f"{name} has values that are not finite")
-    times = torch.tensor([index.times[k] for k in states])
-    return Sample(key, torch.stack(cut), times, found, float(guidance))
+            where = (
+                next(f"state {k}" for k, one in zip(states, x, strict=True) if not finite(one))
+                if name == STATES
+                else name
+            )
+            raise BadSample(f"{where} has values that are not finite")
 
 
-def _prompt(key: str, pieces: Sequence[Piece], span: Span) -> str:
-    """The prompt in a sample's JSON, which must fill its span and be that sample's. Raises BadSample."""
-    data = bytes(_bytes(pieces, span.begin, span.end))
+def _prompt(key: str, data: bytes) -> str:
+    """The prompt in a sample's JSON, which must fill its room and be that sample's. Raises BadSample."""
     try:
         size = tar.parse_header(data[: tar.BLOCK], tar.BLOCK).size
         body = data[tar.BLOCK : tar.BLOCK + size]
@@ -368,18 +370,6 @@ def _prompt(key: str, pieces: Sequence[Piece], span: Span) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise BadSample(f"its JSON is damaged ({type(error).__name__} {short(error)})") from None
     return facts["prompt"]
-
-
-def _bytes(pieces: Sequence[Piece], begin: int, end: int) -> memoryview:
-    """Bytes begin ... end of the sample, which lie in one piece."""
-    piece = next(p for p in reversed(pieces) if p.span.begin <= begin)
-    return memoryview(piece.data)[begin - piece.span.begin : end - piece.span.begin]
-
-
-def _cut(pieces: Sequence[Piece], begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The tensor that begins at byte `begin` of the sample."""
-    piece = next(p for p in reversed(pieces) if p.span.begin <= begin)
-    return view(piece.data, begin - piece.span.begin, dtype, shape)
 
 
 def read_index(folder: Folder) -> StoreIndex:

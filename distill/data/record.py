@@ -36,6 +36,13 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_AS_INTEGERS: Mapping[torch.dtype, tuple[torch.dtype, type[np.unsignedinteger[Any]], int]] = {
+    torch.float16: (torch.int16, np.uint16, 0x7C00),
+    torch.bfloat16: (torch.int16, np.uint16, 0x7F80),
+    torch.float32: (torch.int32, np.uint32, 0x7F800000),
+    torch.float64: (torch.int64, np.uint64, 0x7FF0000000000000),
+}
+"""Integers as wide as a float, with and without a sign, and infinity as one of them."""
 STATE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 MAX_HEADER_BYTES = 1 << 16
 MAX_PAYLOAD_BYTES = 1 << 30
@@ -199,7 +206,14 @@ def view(buffer: bytearray, start: int, dtype: torch.dtype, shape: tuple[int, ..
 
 
 def finite(x: Tensor) -> bool:
-    """Whether no value is NaN or infinite (numpy is several times faster at it than torch)."""
-    if not x.is_floating_point():
+    """Whether no value is NaN or infinite.
+
+    Such values have all bits of the exponent set: read as integers, the positive ones are the largest with a sign, the
+    negative ones the largest without. Two maxima are several times faster than a question to each value.
+    """
+    if not x.is_floating_point() or x.numel() == 0:
         return True
-    return bool(np.isfinite((x.float() if x.dtype == torch.bfloat16 else x).numpy()).all())
+    signed, unsigned, infinity = _AS_INTEGERS[x.dtype]
+    bits = x.contiguous().view(signed).numpy()
+    negative = infinity + (1 << (8 * x.element_size() - 1))
+    return int(bits.max()) < infinity and int(bits.view(unsigned).max()) < negative

@@ -44,6 +44,9 @@ TEMPORARY = re.compile(r".+\.(?P<host>[A-Za-z0-9-]+)\.[0-9a-f]{12}\.tmp")
 
 Range = tuple[str, int, int]
 """File name, first byte, end."""
+Scattered = tuple[str, int, Sequence[memoryview]]
+"""File name, first byte, and the buffers that the bytes from there on fill one after another."""
+R = TypeVar("R", Range, Scattered)
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
 
 
@@ -147,16 +150,55 @@ class Folder:
         Raises:
             ReadError: one cannot be read, or there is no such file any more, for longer than `retry_seconds`.
         """
-        found = self._ranges(requests)
+        return self._all_of(requests, self._ranges)
+
+    def fill(self, requests: Sequence[Scattered]) -> list[int]:
+        """Reads from a place of a file on into buffers, one after another, until they are full or the file ends.
+
+        Returns:
+            of each request the number of bytes read.
+
+        Raises:
+            ReadError: as `ranges` does.
+        """
+        return self._all_of(requests, self._fill)
+
+    def _all_of(self, requests: Sequence[R], read: Callable[[Sequence[R]], list[T | Exception]]) -> list[T]:
+        """What `read` gives for all requests, with those that failed tried again. Raises ReadError."""
+        found = read(requests)
         patience = Patience(self.retry_seconds)
         while failed := [at for at, data in enumerate(found) if isinstance(data, Exception)]:
             name, error = requests[failed[0]][0], found[failed[0]]
             assert isinstance(error, Exception)
             patience.after(error, self.path(name))
-            for at, data in zip(failed, self._ranges([requests[at] for at in failed]), strict=True):
+            for at, data in zip(failed, read([requests[at] for at in failed]), strict=True):
                 found[at] = data
         patience.over()
         return [data for data in found if not isinstance(data, Exception)]
+
+    def _fill(self, requests: Sequence[Scattered]) -> list[int | Exception]:
+        if self.local is not None:
+            return [self._preadv(*request) for request in requests]
+        found = self._ranges([(name, start, start + sum(map(len, buffers))) for name, start, buffers in requests])
+        return [
+            data if isinstance(data, Exception) else _scatter(memoryview(data), buffers)
+            for data, (_, _, buffers) in zip(found, requests, strict=True)
+        ]
+
+    def _preadv(self, name: str, start: int, buffers: Sequence[memoryview]) -> int | OSError:
+        left, done = [buffer for buffer in buffers if len(buffer)], 0
+        try:
+            descriptor = self._descriptor(name)
+            while left and (read := os.preadv(descriptor, left, start + done)):
+                done += read
+                while left and read >= len(left[0]):
+                    read -= len(left.pop(0))
+                if read:
+                    left[0] = left[0][read:]
+        except OSError as error:
+            self.forget(name)  # the handle itself may be stale
+            return error
+        return done
 
     def _ranges(self, requests: Sequence[Range]) -> list[bytearray | bytes | Exception]:
         """`ranges` tried once, with an exception in the place of each that failed."""
@@ -178,6 +220,10 @@ class Folder:
                 if self.fs.size(self.path(name)) <= start:
                     return b""
         return data
+
+    def apart(self) -> Folder:
+        """The same folder with files opened on its own, for another thread."""
+        return Folder(self.url, self.retry_seconds)
 
     def _pread(self, name: str, start: int, end: int) -> bytearray | OSError:
         try:
@@ -328,6 +374,16 @@ class _Stream(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def _scatter(data: memoryview, buffers: Sequence[memoryview]) -> int:
+    """Copies bytes into buffers, one after another; returns how many there were."""
+    at = 0
+    for buffer in buffers:
+        piece = data[at : at + len(buffer)]
+        buffer[: len(piece)] = piece
+        at += len(piece)
+    return at
 
 
 def _open_files() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -114,10 +115,11 @@ class Pair:
             raise ValueError(f"the store does not keep the times {missing}: it has {_short(times)}")
 
     def pick(self, times: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
-        pairs = self._pairs(times)
+        pairs = self._pairs(tuple(times))
         return pairs[int(torch.randint(len(pairs), (), generator=generator))]
 
-    def _pairs(self, times: Sequence[int]) -> list[tuple[int, int]]:
+    @lru_cache(maxsize=64)  # noqa: B019 - a few objects, which last as long as the run
+    def _pairs(self, times: tuple[int, ...]) -> list[tuple[int, int]]:
         place = {int(t): i for i, t in enumerate(times)}
         drawn = [t for t in place if t > 0 and (self.apart is None or t % self.apart == 0)]
         ends = self.segments.start(torch.tensor(drawn)).tolist() if self.segments else [0] * len(drawn)

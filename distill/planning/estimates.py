@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from distill.config.settings import ClusterSettings
 from distill.data import tar
-from distill.data.reader import plan_reads
 from distill.data.record import Layout, describe, encode
+from distill.data.rows import plan_reads
 from distill.planning.counting import Cost
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")

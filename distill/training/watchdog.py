@@ -107,7 +107,7 @@ def joining(rank: int, world_size: int) -> Iterator[None]:
 
 
 def give_up(why: str, code: int = HUNG) -> None:
-    """Ends this process, from any thread, and its loader's workers; with a line and the stacks of all threads."""
+    """Ends this process, from any thread, and all that it has started; with a line and the stacks of all threads."""
     os.write(_STDERR, f"error: {why}; giving up, this is where each thread stands:\n".encode())
     faulthandler.dump_traceback(_STDERR)
     end_children()

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import struct
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from distill.data import tar
 from distill.data.index import INDEX, StoreIndex, StoreMismatch
-from distill.data.reader import open_store, plan_reads
-from distill.data.record import BadSample, BadShard, Layout, StoreError, make_key
+from distill.data.reader import open_store
+from distill.data.record import BadSample, BadShard, Layout, StoreError, finite, make_key
+from distill.data.rows import plan_reads
+from distill.data.storage import Folder
 from tests.data.stores import BAD, PLAN, PROMPTS, UNCONDITIONAL, embedding_of, in_processes, states_of, teacher, write
 
 BIG = replace(PLAN, samples=4)
@@ -420,3 +423,41 @@ def test_safetensors_headers_are_read_as_the_library_writes_them() -> None:
         start = layout.start(name)
         raw = bytearray(data[start : start + x.nbytes])
         assert torch.equal(torch.frombuffer(raw, dtype=x.dtype).reshape(x.shape), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_is_what_torch_says_of_every_value(dtype: torch.dtype) -> None:
+    """By its bits: the same for each value of 16 bits, and for values of all sizes of the longer ones."""
+    if dtype.itemsize == 2:
+        values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    else:
+        largest, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+        some = [0.0, 1.0, largest, least, least / 2, float("inf"), float("nan")]
+        values = torch.tensor([*some, *(-x for x in some)], dtype=dtype)
+    assert [finite(x[None]) for x in values] == torch.isfinite(values).tolist()
+    plain = values[torch.isfinite(values)]
+    assert finite(plain) and finite(plain[:0])
+    assert not any(finite(torch.cat([plain, odd[None], plain])) for odd in values[~torch.isfinite(values)][::97])
+
+
+def test_a_tar_header_is_tarfiles_own() -> None:
+    for name in ("000000-000001.safetensors", "9" * 100, "é.json", "a"):
+        for size in (0, 511, 8**11 - 1):
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = size, 0o644
+            assert tar.header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_buffers_are_filled_as_far_as_a_file_goes(tmp_path: Path) -> None:
+    """In turn, local or not, with nothing after its end."""
+    data = bytes(range(200))
+    (tmp_path / "a").write_bytes(data)
+    memory = MemoryFileSystem()
+    memory.pipe_file("/fill/a", data)
+    for url in (str(tmp_path), "memory://fill"):
+        buffers = [bytearray(3), bytearray(0), bytearray(5), bytearray(200)]
+        count, none = Folder(url).fill(
+            [("a", 10, [memoryview(b) for b in buffers]), ("a", 200, [memoryview(bytearray(4))])]
+        )
+        assert (count, none) == (190, 0)
+        assert b"".join(buffers)[:190] == data[10:] and not any(b"".join(buffers)[190:])

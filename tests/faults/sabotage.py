@@ -54,7 +54,7 @@ def install(faults: Sequence[Fault], rank: int) -> None:
         if "save" in fault:
             _Touches(fault).watch()
         elif "batch" in fault:
-            _before(Store, "read_many", _Once(fault))
+            _before(Store, "fill", _Once(fault))
         elif fault["do"] in ("nan", "inf"):
             _spoil(fault)
         else:
