@@ -189,7 +189,11 @@ def trackers_of_before(settings: Any) -> Any:
 
 
 class TrainSettings(Settings):
-    """All of `configs/train.yaml`, which the commands that write stores and train share."""
+    """All of `configs/train.yaml`, which the commands that write stores and train share.
+
+    `learning_rate_multipliers` are factors of the student's learning rate for the weights whose dotted name has the key
+    as a part: `cond_proj` is the projection of the guidance into the time embedding.
+    """
 
     _before = model_validator(mode="before")(trackers_of_before)
 
@@ -213,6 +217,7 @@ class TrainSettings(Settings):
     global_batch_size: Positive
     gradient_accumulation_steps: Positive
     learning_rate: Annotated[Number, Field(gt=0, le=1e6)]
+    learning_rate_multipliers: dict[str, Annotated[Number, Field(gt=0)]] = {}
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"]
     lr_warmup_steps: Natural
     max_grad_norm: Annotated[Number, Field(gt=0)] | None

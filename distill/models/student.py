@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distill.diffusion.guidance import guidance_embedding
 from distill.diffusion.prediction import Prediction
+from distill.diffusion.random import generator
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.exported import Exported
 from distill.models.families import Teacher, load_unet
@@ -128,9 +129,11 @@ class FullStudent:
     """All weights of a copy of the teacher's network.
 
     Args:
-        guidance_embedding_dim: of the Fourier features of w, for a network that does not take them already; their
-            projection into the time embedding starts at zero, so that the student starts as it was. None adds none:
-            the student is not told the guidance.
+        guidance_embedding_dim: of the Fourier features of w, for a network that does not take them already. None adds
+            none: the student is not told the guidance.
+        guidance_start: of their projection into the time embedding. `zero`: the student starts as it was, blind to w.
+            `random`: as torch starts a layer, so that w counts from the first step on, and changes what the student
+            starts as.
         prediction: what its output is read as from now on; None leaves what the teacher's is read as, or the start's.
 
     Raises:
@@ -144,11 +147,14 @@ class FullStudent:
         self,
         guidance_embedding_dim: int | None = 256,
         prediction: Literal["epsilon", "v_prediction", "sample"] | None = None,
+        guidance_start: Literal["zero", "random"] = "zero",
     ) -> None:
         dim = guidance_embedding_dim
         if dim is not None and (dim < 4 or dim % 2):
             raise ValueError(f"student.guidance_embedding_dim must be even and at least 4, or null, got {dim}")
-        self.guidance_embedding_dim = dim
+        if guidance_start not in ("zero", "random"):
+            raise ValueError(f"student.guidance_start must be zero or random, got {guidance_start!r}")
+        self.guidance_embedding_dim, self.guidance_start = dim, guidance_start
         self.prediction = None if prediction is None else Prediction(prediction)
 
     def settle(self, start: Exported) -> dict[str, Any]:
@@ -166,7 +172,7 @@ class FullStudent:
         """ "student", which becomes `teacher.unet`, and "teacher", if that is to be kept.
 
         Args:
-            seed: of nothing: no weight is drawn.
+            seed: of the projection of w, where it starts at random.
             start: a student whose weights it starts with, of a LoRA merged into the network's; else it starts as the
                 teacher's network.
             taught_by: a student that teaches in the place of the teacher's untouched network.
@@ -184,7 +190,7 @@ class FullStudent:
         if start is not None and start.is_lora:
             _merge(unet, start)
         if self.guidance_embedding_dim is not None:
-            embed_guidance(unet, self.guidance_embedding_dim)
+            embed_guidance(unet, self.guidance_embedding_dim, seed if self.guidance_start == "random" else None)
         if start is not None and not start.is_lora:
             _fill(unet, start)
         unet.requires_grad_(True)
@@ -196,14 +202,21 @@ class FullStudent:
         teacher.unet.load_state_dict(dict(weights))
 
 
-def embed_guidance(unet: UNet2DConditionModel, dim: int) -> None:
-    """Gives `unet` the input `timestep_cond` [B, dim] (of `guidance_embedding`), without effect until it is trained."""
+def embed_guidance(unet: UNet2DConditionModel, dim: int, seed: int | None = None) -> None:
+    """Gives `unet` the input `timestep_cond` [B, dim] (of `guidance_embedding`).
+
+    Without a `seed` it has no effect until it is trained; with one it starts as torch starts a layer.
+    """
     if unet.config["time_cond_proj_dim"] is not None:
         return
     first: nn.Linear = unet.time_embedding.linear_1
     projection = nn.Linear(dim, first.in_features, bias=False, device=first.weight.device, dtype=first.weight.dtype)
     with torch.no_grad():
-        projection.weight.zero_()
+        if seed is None:
+            projection.weight.zero_()
+        else:
+            bound = dim**-0.5
+            projection.weight.uniform_(-bound, bound, generator=generator(seed, "guidance start"))
     unet.time_embedding.cond_proj = projection
     unet.register_to_config(time_cond_proj_dim=dim)
 

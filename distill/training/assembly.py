@@ -420,7 +420,8 @@ def recipe_of(cfg: TrainSettings, method: Method, rate: LearningRate, name: str)
     """How a network is trained; of those beside the student an average is kept only if the method asks for it."""
     averaged = name == "student" or f"{name}_ema" in method.requires
     schedule = partial(scheduled, cfg, method, rate, name)
-    return TrainingRecipe(build(cfg.optimizer), schedule, cfg.ema_decay if averaged else None)
+    multipliers = cfg.learning_rate_multipliers if name == "student" else {}
+    return TrainingRecipe(build(cfg.optimizer), schedule, cfg.ema_decay if averaged else None, multipliers)
 
 
 def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str, step: int) -> float:

@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,52 @@ class TrainingRecipe:
         optimizer: makes a torch optimizer of the parameters it is given; its `lr` is what `schedule` multiplies.
         schedule: step -> factor of the learning rate.
         ema_decay: keep a moving average of the trained weights with this decay; None keeps none.
+        multipliers: factors of the learning rate of some weights, by a part of their dotted names: "cond_proj" is of
+            "time_embedding.cond_proj.weight".
     """
 
-    optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+    optimizer: Callable[[Any], torch.optim.Optimizer]
     schedule: Callable[[int], float] = LearningRate()
     ema_decay: float | None = None
+    multipliers: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be null or lie in [0, 1), got {self.ema_decay}")
+
+    def groups(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+        """The weights by what multiplies their rate, in the order of the optimizer's groups; "" is of nothing.
+
+        Raises:
+            ValueError: a multiplier of no weight, or two of one.
+        """
+        found: dict[str, dict[str, nn.Parameter]] = {key: {} for key in ("", *self.multipliers)}
+        for name, parameter in parameters.items():
+            keys = [key for key in self.multipliers if key in name.split(".")] or [""]
+            if len(keys) > 1:
+                raise ValueError(f"learning_rate_multipliers: {name} has two of them, {' and '.join(keys)}")
+            found[keys[0]][name] = parameter
+        if missing := [key for key in self.multipliers if not found[key]]:
+            key = f"learning_rate_multipliers.{missing[0]}"
+            raise ValueError(
+                f"{key}: no weight that is trained has {missing[0]} as a part of its dotted name, such as "
+                f"{next(iter(parameters), 'any')}: leave it out (~{key})"
+            )
+        return {key: group for key, group in found.items() if group}
+
+    def arranged(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """The weights by name, in the order in which the optimizer holds them."""
+        return {name: p for group in self.groups(parameters).values() for name, p in group.items()}
+
+    def optimizer_of(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """A new optimizer of these weights, each at its rate."""
+        groups = self.groups(parameters)
+        if not self.multipliers:
+            return self.optimizer(list(parameters.values()))
+        optimizer = self.optimizer([{"params": list(group.values())} for group in groups.values()])
+        for key, group in zip(groups, optimizer.param_groups, strict=True):
+            group["lr"] *= self.multipliers.get(key, 1.0)
+        return optimizer
 
 
 class TrainedNetwork(ABC):
@@ -136,11 +173,13 @@ class TrainedNetwork(ABC):
             copy_into(kept, self.masters())
 
     def describe(self) -> dict[str, Any]:
-        """Names and shapes of what is trained, as a count and a hash, and whether an average is kept: JSON."""
+        """What a checkpoint must fit, in JSON: names and shapes of what is trained, as a count and a hash, whether an
+        average is kept, and of which weights the rate is multiplied."""
         shapes = [(name, tuple(shape)) for name, shape in self.shapes().items()]
         count = sum(torch.Size(shape).numel() for _, shape in shapes)
         digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
-        return {"parameters": count, "shapes": digest, "ema": self.ema is not None}
+        groups = {"rates": sorted(self.recipe.multipliers)} if self.recipe.multipliers else {}
+        return {"parameters": count, "shapes": digest, "ema": self.ema is not None, **groups}
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shapes of the trained weights by name, in the order in which the optimizer holds them."""
@@ -213,6 +252,9 @@ def unlike(name: str, saved: Mapping[str, Any] | None, here: Mapping[str, Any] |
         return f"the {name} {which}"
     if saved["ema"] != here["ema"]:
         return f"an average of the {name} was {'' if saved['ema'] else 'not '}kept when it was saved (ema_decay)"
+    if saved.get("rates") != here.get("rates"):
+        had, has = (", ".join(one.get("rates", ())) or "none" for one in (saved, here))
+        return f"the {name} had learning_rate_multipliers of {had} when it was saved, and has them of {has} here"
     counts = saved["parameters"], here["parameters"]
     if counts[0] == counts[1]:
         return f"the {name} has other trained weights than when it was saved, although as many ({counts[0]:,})"

@@ -252,6 +252,7 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
         OPTIMIZERS[case.get("optimizer", "adamw")],
         lambda step: rate(step) * ((method.learning_rate(step) or 1e-3) / 1e-3),
         ema_decay=0.9,
+        multipliers={"cond_proj": 10.0} if case["method"] == "lcm-ema" else {},
     )
     engine.prepare(networks, dict.fromkeys(method.trains, plan), helpers)
     return engine, method

@@ -69,7 +69,7 @@ class OneProcess(Sharding):
         update: UpdateSettings,
         processes: Processes,
     ) -> TrainedNetwork:
-        parameters = trainable(module)
+        parameters = recipe.arranged(trainable(module))
         wrapped = accelerator.prepare(module)
         if not self._is_right(wrapped, accelerator) or accelerator.num_processes != processes.world_size:
             raise wrapping_failed(self.kind, name, wrapped, accelerator)
@@ -123,7 +123,7 @@ class ReplicatedNetwork(TrainedNetwork):
     ) -> None:
         self.accumulation_steps, self.writes = update.gradient_accumulation_steps, writes
         self.max_grad_norm = math.inf if update.max_grad_norm is None else update.max_grad_norm
-        super().__init__(wrapped, parameters, recipe.optimizer(list(parameters.values())), recipe)
+        super().__init__(wrapped, parameters, recipe.optimizer_of(parameters), recipe)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         if last or not isinstance(self.wrapped, DistributedDataParallel):
@@ -141,7 +141,7 @@ class ReplicatedNetwork(TrainedNetwork):
         return norm, taken
 
     def reset_optimizer(self) -> None:
-        new = self.recipe.optimizer(list(self.parameters.values()))  # some have a state before their first step
+        new = self.recipe.optimizer_of(self.parameters)  # some have a state before their first step
         self.optimizer.state.clear()
         self.optimizer.state.update(new.state)
 

@@ -148,8 +148,8 @@ class ZeRO(Sharding):
         self, accelerator: Accelerator, name: str, module: nn.Module, recipe: TrainingRecipe, processes: Processes
     ) -> TrainedNetwork:
         accelerator.state.select_deepspeed_plugin(name)
-        parameters = trainable(module)
-        optimizer = recipe.optimizer(list(parameters.values()))
+        parameters = recipe.arranged(trainable(module))
+        optimizer = recipe.optimizer_of(parameters)
         wrapped, _ = accelerator.prepare(module, optimizer)
         right = (
             type(wrapped).__name__ == "DeepSpeedEngine"
