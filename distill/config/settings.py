@@ -221,7 +221,7 @@ class TrainSettings(Settings):
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"]
     lr_warmup_steps: Natural
     max_grad_norm: Annotated[Number, Field(gt=0)] | None
-    mixed_precision: Literal["no", "bf16"]
+    mixed_precision: Literal["no", "bf16", "fp16"]
     gradient_checkpointing: Flag
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None
     lora_rank: Positive

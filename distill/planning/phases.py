@@ -78,7 +78,8 @@ class PlannedRun:
 
     @property
     def bf16(self) -> bool:
-        return self.cfg.mixed_precision == "bf16"
+        """Whether weights and products have two bytes: those of fp16 are as many."""
+        return self.cfg.mixed_precision != "no"
 
     @property
     def ranks(self) -> int:
@@ -274,7 +275,7 @@ class Walker:
         return found | {(not m, c): costs for (m, c), costs in found.items() if (not m, c) not in found}
 
     def walk(self, masters: bool, checkpointed: bool) -> list[list[Cost]]:
-        bf16 = self.cfg.mixed_precision == "bf16"
+        bf16 = self.cfg.mixed_precision != "no"
         cast(self.networks, self.method.trains, bf16, masters)
         repeated: dict[Any, Any] = {}
         return [

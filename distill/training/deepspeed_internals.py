@@ -33,13 +33,15 @@ _ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 _LINKED = ("update_lp_params", "_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_linked")
 
 NAMES: dict[str, tuple[str, ...]] = {
-    _ZERO_12: ("optimizer", "single_partition_of_fp32_groups", *_LINKED),
+    _ZERO_12: ("optimizer", "single_partition_of_fp32_groups", "loss_scaler", "cur_scale", *_LINKED),
     _BF16: ("optimizer", "fp32_groups_flat_partition", *_LINKED),
     _ZERO_3: (
         "optimizer",
         "fp32_partitioned_groups_flat",
         "persistent_parameters",
         "invalidate_secondary_tensor",
+        "loss_scaler",
+        "cur_scale",
         "_get_fp32_opt_state_partition",
         "_get_param_partition_rank",
         "_partition_all_parameters",
@@ -137,6 +139,11 @@ def begin_state(optimizer: Any, state: WholeState) -> None:
             shared["step"] = shared["step"].to(flat.device, torch.float32)
         inside.state[flat] = {**shared, **{key: torch.zeros_like(flat.detach()) for key in state.keys}}
     _link_state(optimizer)
+
+
+def set_loss_scale(optimizer: Any, scale: float) -> None:
+    """By what losses are multiplied from now on, and gradients divided, under fp16 with a scale that stays."""
+    optimizer.loss_scaler.cur_scale = scale
 
 
 def renew_state(optimizer: Any, make: Callable[[Sequence[Any]], torch.optim.Optimizer]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,16 +32,15 @@ from distill.diffusion.random import Context, seed_of
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Losses, Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
+from distill.training.loss_scale import LossScale
 from distill.training.processes import NO_LIMIT, Processes, forget_accelerate
 from distill.training.rank_writes import Writes
 from distill.training.sharding import SHARDINGS, read_whole, written_by
-from distill.training.sharding.base import Sharding, UpdateSettings, trainable
+from distill.training.sharding.base import PRECISIONS, Sharding, UpdateSettings, trainable
 from distill.training.skipped import Skipped, SkippedUpdates, suspects
 from distill.training.trained_network import TrainedNetwork, TrainingRecipe, unlike
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = ("no", "bf16")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class EngineSettings:
         deepspeed: DeepSpeed's own settings, of which `zero_optimization.stage` (1, 2, 3) is required. Batch sizes,
             precision, clipping and accumulation come from the arguments below.
         stages: ZeRO stages of single networks, by name, in place of that of `deepspeed`.
-        mixed_precision: `no` (float32) or `bf16`. Trained weights have float32 masters either way.
+        mixed_precision: `no` (float32), `bf16`, or `fp16`, with a loss scale. Trained weights have float32 masters.
         gradient_accumulation_steps: micro-batches of a step.
         max_grad_norm: clip the global norm of a network's gradient to this; None does not.
         gradient_checkpointing: recompute activations of trained networks in the backward pass.
@@ -81,7 +81,7 @@ class EngineSettings:
     kind: str = "single"
     deepspeed: dict[str, Any] | None = None
     stages: dict[str, Literal[1, 2, 3]] | None = None
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_accumulation_steps: int = 1
     max_grad_norm: float | None = 1.0
     gradient_checkpointing: bool = False
@@ -118,13 +118,15 @@ class EngineSettings:
             timeout: of collectives; `collectives_timeout` derives it from the watchdog's limit.
 
         Raises:
-            ValueError: what the launcher started does not fit `kind`; the message says what would.
+            ValueError: what the launcher started does not fit `kind`, or the GPU not `mixed_precision`; the message
+                says what would.
         """
         sharding, expected = self.sharding(), int(os.environ.get("WORLD_SIZE", 1))
         launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
         sharding.check_launch(expected, launched)
         forget_accelerate()
         processes = Processes(sharding.join(launched, timeout), sharding.leave, timeout)
+        check_precision(self.mixed_precision, processes.device)
         if processes.world_size != expected:
             raise ValueError(
                 f"{expected} processes were launched, but this one sees {processes.world_size}: "
@@ -147,6 +149,7 @@ class Engine:
         self._denoisers: dict[str, NetworkDenoiser] = {}
         self._helpers: dict[str, nn.Module] = {}
         self._trained: dict[str, TrainedNetwork] = {}
+        self._scales: dict[str, LossScale] = {}
 
     def release(self) -> None:
         """Lets go of the networks and their memory. Another engine may start in this process, with the same others."""
@@ -172,8 +175,8 @@ class Engine:
 
         What is trained of a network is what asks for gradients now. Networks that share a module stay views of one
         module (a LoRA student and its teacher). A network that is not trained and shares nothing is frozen; under bf16
-        it is cast to bf16. `helpers` are further frozen modules that losses call by name, like networks; their dtype
-        stays.
+        or fp16 it is cast to that. `helpers` are further frozen modules that losses call by name, like networks; their
+        dtype stays.
 
         Raises:
             ValueError: a trained network that is not there, has nothing to train, or shares its module with another.
@@ -192,6 +195,7 @@ class Engine:
         update = UpdateSettings(settings.mixed_precision, settings.gradient_accumulation_steps, settings.max_grad_norm)
         self._trained = self.sharding.wrap(modules, recipes, update, self.processes)
         self.processes.apply_timeout()
+        self._scales = {name: LossScale() for name in recipes} if settings.mixed_precision == "fp16" else {}
         self._denoisers = dict(networks)
         self._helpers = {name: helper.requires_grad_(False).to(device) for name, helper in (helpers or {}).items()}
 
@@ -250,7 +254,7 @@ class Engine:
     @property
     def is_skipping(self) -> bool:
         """Whether the last update of a network was skipped; the same on all ranks."""
-        return bool(self.skipped.in_a_row)
+        return self.skipped.goes_on
 
     def is_healthy(self) -> bool:
         """Whether no update is being skipped, and all trained weights are finite. Call it on all ranks."""
@@ -274,7 +278,7 @@ class Engine:
     @property
     def frozen_dtype(self) -> torch.dtype:
         """Of the networks that are not trained."""
-        return torch.bfloat16 if self.settings.mixed_precision == "bf16" else torch.float32
+        return PRECISIONS[self.settings.mixed_precision]
 
     def _ready_for_training(self, name: str, module: nn.Module) -> None:
         module.train()
@@ -302,7 +306,8 @@ class Engine:
 
         Returns:
             "loss", the loss's parts, "grad_norm" (before clipping), "lr" and "skipped" (0 or 1), alike on all ranks;
-            each with "<network>/" before it if several networks are trained.
+            under fp16 "loss_scale", by which this step's loss was multiplied. Each has "<network>/" before it if
+            several networks are trained.
 
         Raises:
             ValueError: not `gradient_accumulation_steps` micro-batches, or of unequal size.
@@ -314,13 +319,22 @@ class Engine:
         further = (before,) if before else ()  # so the first turn has the masks that it always had
         seed, rank = self.settings.seed, self.processes.rank
         torch.manual_seed(seed_of(seed, step, rank, turn.updates, *further))  # dropout's, and nobody else's
+        scale = self._scales.get(turn.updates)
+        scaled = {} if scale is None else {"loss_scale": scale.value}
+        if scale is not None:
+            trained.scale_gradients(scale.value)
         means, mine = self._backward(turn, trained, micro_batches, step, before)
         norm, taken = trained.step()
+        scalars = {**means, "grad_norm": norm, "lr": rate, "skipped": float(not taken), **scaled}
         if taken:
             trained.follow()
             self.skipped.taken(turn.updates)
-        scalars = {**means, "grad_norm": norm, "lr": rate, "skipped": float(not taken)}
-        if not taken:
+            if scale is not None:
+                scale.taken()
+        elif scale is not None and not scale.is_least and math.isfinite(means["loss"]):
+            scale.overflowed()
+            self.skipped.overflowed(turn.updates, step, scale.value, self.processes.is_main)
+        else:
             keys = suspects(self.processes, micro_batches, mine)
             self.skipped.add(Skipped(step, turn.updates, means["loss"], norm, keys), self.processes.is_main)
         return {f"{turn.updates}/{k}": v for k, v in scalars.items()} if len(self._trained) > 1 else scalars
@@ -399,11 +413,14 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """What the engine counts; values of JSON."""
-        return self.skipped.state_dict()
+        scales = {name: scale.state_dict() for name, scale in self._scales.items()}
+        return self.skipped.state_dict() | ({"loss_scales": scales} if scales else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over the counts of `state_dict`."""
         self.skipped.load_state_dict(state, self._trained)
+        for name, scale in state.get("loss_scales", {}).items():
+            self._scales[name].load_state_dict(scale)
 
     def save(self, folder: Path) -> None:
         """Writes the training state of every trained network to a folder of its name in `folder`, on all ranks.
@@ -439,6 +456,14 @@ class Engine:
                     log.info("sharding the %s's optimizer anew: it was saved by %s, this is %s", name, there, now)
                 trained.load_moved(folder / name, read_whole(folder / name, trained.shapes()))
         self.processes.barrier()
+
+
+def check_precision(mixed_precision: str, device: torch.device) -> None:
+    """Raises ValueError for bf16 on a GPU older than the A100's generation, where torch emulates it, slowly."""
+    if mixed_precision == "bf16" and device.type == "cuda" and torch.version.cuda is not None:
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            raise ValueError(f"mixed_precision=bf16, but {name} computes no bfloat16: set mixed_precision=fp16")
 
 
 def _check_trained(modules: Mapping[str, nn.Module], trained: Collection[str]) -> None:

@@ -40,6 +40,9 @@ class Skipped:
 class SkippedUpdates:
     """Counts skipped updates; the same on all ranks.
 
+    Under fp16, some are skipped because the loss scale was too large, and no sample is to blame. They are counted apart
+    and end no run: the scale is lowered each time, and at its least a gradient that is not finite counts as any other.
+
     Args:
         at_most: give up after so many in a row of one network.
         on_skipped: called on rank 0 with each of them.
@@ -47,16 +50,42 @@ class SkippedUpdates:
     Attributes:
         count: all of the run's.
         in_a_row: of each network whose last update was skipped.
+        overflows: all that the loss scale has cost; `overflowing`: the networks whose last update was one of them.
     """
 
     at_most: int
     on_skipped: Callable[[Skipped], None] = lambda skipped: None
     count: int = 0
     in_a_row: dict[str, int] = field(default_factory=dict)
+    overflows: int = 0
+    overflowing: set[str] = field(default_factory=set)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the last update of a network was skipped, for whatever reason."""
+        return bool(self.in_a_row or self.overflowing)
 
     def taken(self, network: str) -> None:
         """An update of a network was taken: its streak is over."""
         self.in_a_row.pop(network, None)
+        self.overflowing.discard(network)
+
+    def overflowed(self, network: str, step: int, scale: float, is_main: bool) -> None:
+        """Counts an update that was skipped because its scaled gradient overflowed, and says so on rank 0.
+
+        Args:
+            scale: the loss scale from now on.
+        """
+        self.overflows += 1
+        self.overflowing.add(network)
+        if is_main:
+            log.info(
+                "step %d: %s skipped, its gradient overflows float16: the loss scale is lowered to %g (%d such so far)",
+                step,
+                network,
+                scale,
+                self.overflows,
+            )
 
     def add(self, skipped: Skipped, is_main: bool) -> None:
         """Counts an update that was skipped, and says so on rank 0.
@@ -77,14 +106,20 @@ class SkippedUpdates:
 
     def state_dict(self) -> dict[str, Any]:
         """The counts; values of JSON."""
-        counts = {"skipped_steps": self.count, "skipped_in_a_row": max(self.in_a_row.values(), default=0)}
-        return counts | ({"skipped_in_a_row_of": dict(self.in_a_row)} if self.in_a_row else {})
+        counts: dict[str, Any] = {
+            "skipped_steps": self.count,
+            "skipped_in_a_row": max(self.in_a_row.values(), default=0),
+        }
+        counts |= {"skipped_in_a_row_of": dict(self.in_a_row)} if self.in_a_row else {}
+        scaling = {"overflows": self.overflows, "overflowing": sorted(self.overflowing)}
+        return counts | (scaling if self.overflows else {})
 
     def load_state_dict(self, state: Mapping[str, Any], networks: Collection[str]) -> None:
         """Takes over the counts of `state_dict`; an earlier version's had one streak for all `networks`."""
         self.count = state["skipped_steps"]
         one = dict.fromkeys(networks, state["skipped_in_a_row"]) if state["skipped_in_a_row"] else {}
         self.in_a_row = dict(state.get("skipped_in_a_row_of", one))
+        self.overflows, self.overflowing = state.get("overflows", 0), set(state.get("overflowing", ()))
 
 
 def suspects(processes: Processes, micro_batches: Sequence[Batch], losses: Tensor) -> tuple[str, ...]:

@@ -190,6 +190,11 @@ class TrainedNetwork(ABC):
         return all(bool(master.isfinite().all()) for master in self.masters())
 
     @abstractmethod
+    def scale_gradients(self, factor: float) -> None:
+        """Multiplies the losses of the step that follows by `factor`, and its gradient by the inverse before it is
+        clipped; a power of two."""
+
+    @abstractmethod
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; gradients meet over the ranks in the last of a step."""
 

@@ -254,8 +254,17 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
         ema_decay=0.9,
         multipliers={"cond_proj": 10.0} if case["method"] == "lcm-ema" else {},
     )
+    given = {name: trained_copies(networks[name].module) for name in method.trains}
     engine.prepare(networks, dict.fromkeys(method.trains, plan), helpers)
+    for name in method.trains:
+        for ema in (False, True):
+            for weight, value in engine.export_weights(name, ema).items():
+                assert torch.equal(value, given[name][weight]), f"{weight} of the {name} is not what was given"
     return engine, method
+
+
+def trained_copies(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
@@ -298,6 +307,7 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
         "cut": cut(engine),
         "unwritten": engine.processes.gathered(unwritten),
         "said": said(engine.processes),
+        "engine_state": engine.state_dict(),
     }
 
 

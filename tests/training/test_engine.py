@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -292,8 +293,14 @@ def test_recomputed_activations_change_nothing_but_the_work(make: Make) -> None:
 # ---- precision --------------------------------------------------------------------------------------------------
 
 
+HALVES = [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+
+
+@pytest.mark.parametrize("precision, dtype", HALVES)
 @pytest.mark.parametrize("lora", [True, False])
-def test_bf16_computes_in_bf16_and_keeps_what_it_trains_in_float32(make: Make, lora: bool) -> None:
+def test_a_half_precision_multiplies_in_it_and_keeps_what_it_trains_in_float32(
+    make: Make, lora: bool, precision: str, dtype: torch.dtype
+) -> None:
     def loss(networks: Any, batch: Any, context: Context) -> Losses:
         distance = networks["student"](batch.states[:, 0], batch.times[:, 0], batch.conditioning).x0.square().mean()
         return Losses(distance, {})
@@ -302,24 +309,99 @@ def test_bf16_computes_in_bf16_and_keeps_what_it_trains_in_float32(make: Make, l
     seen = []
     networks["student"].module.mid_block.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     tiny_rate = TrainingRecipe(lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0))
-    engine = make(networks, plan=tiny_rate, mixed_precision="bf16")
+    engine = make(networks, plan=tiny_rate, mixed_precision=precision)
     before = engine.export_weights("student")
-    train(engine, 1, Turn("student", loss))
+    while train(engine, 1, Turn("student", loss))[0]["skipped"]:  # until the loss scale of fp16 has been found
+        pass
     after = engine.export_weights("student")
-    assert seen == [torch.bfloat16]
+    assert set(seen) == {dtype}
     assert {w.dtype for w in after.values()} == {torch.float32}
     moved = torch.cat([(after[n] - before[n]).flatten() for n in after]).abs()
-    assert moved.median() == pytest.approx(1e-6, rel=0.1)  # Adam's first step is its rate; bf16 would not feel it
+    assert moved.median() == pytest.approx(1e-6, rel=0.1)  # Adam's first step is its rate; halves would not feel it
     frozen = {p.dtype for n, p in networks["student"].module.named_parameters() if n not in after}
-    assert frozen == ({torch.bfloat16} if lora else set())
+    assert frozen == ({dtype} if lora else set())
 
 
-def test_a_separate_teacher_is_frozen_and_takes_the_working_precision(make: Make) -> None:
+@pytest.mark.parametrize("precision, dtype", HALVES)
+def test_a_separate_teacher_is_frozen_and_takes_the_working_precision(
+    make: Make, precision: str, dtype: torch.dtype
+) -> None:
     networks = {**student(lora=False), "teacher": student(lora=False)["student"]}
-    make(networks, mixed_precision="bf16")
+    make(networks, mixed_precision=precision)
     teacher = networks["teacher"].module
-    assert {(p.dtype, p.requires_grad) for p in teacher.parameters()} == {(torch.bfloat16, False)}
+    assert {(p.dtype, p.requires_grad) for p in teacher.parameters()} == {(dtype, False)}
     assert not teacher.training
+
+
+# ---- the loss scale of fp16 -------------------------------------------------------------------------------------
+
+
+def test_scaling_the_loss_saves_gradients_that_float16_cannot_hold(make: Make) -> None:
+    """Of a loss so small that its gradients underflow: without a scale float16 has none of them left."""
+
+    def faint(networks: Any, batch: Any, context: Context) -> Losses:
+        losses = Distance().loss(networks, batch, context)
+        return Losses(losses.total * 1e-8, {})
+
+    norms = {}
+    for precision, scale in (("no", 1.0), ("fp16", 1.0), ("fp16", 2.0**20)):
+        engine = make(mixed_precision=precision)
+        if precision == "fp16":
+            engine.load_state_dict(engine.state_dict() | {"loss_scales": {"student": {"value": scale, "since": 0}}})
+        norms[precision, scale] = train(engine, 1, Turn("student", faint))[0]["grad_norm"]
+    assert norms["fp16", 2.0**20] == pytest.approx(norms["no", 1.0], rel=0.01)
+    assert norms["fp16", 1.0] < 0.9 * norms["no", 1.0]
+
+
+def test_a_scale_that_overflows_is_lowered_and_costs_a_step_that_counts_apart(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[Any] = []
+    engine = make(mixed_precision="fp16", max_nonfinite_steps=2, on_skipped=told.append)
+    start = engine.export_weights("student")
+    engine.load_state_dict(engine.state_dict() | {"loss_scales": {"student": {"value": 2.0**40, "since": 7}}})
+    with caplog.at_level("INFO"):
+        rows = train(engine, 4)
+    assert [row["skipped"] for row in rows] == [1, 1, 1, 1]  # more in a row than may be of other reasons
+    assert [row["loss_scale"] for row in rows] == [2.0**40, 2.0**39, 2.0**38, 2.0**37]
+    assert equal(start, engine.export_weights("student"))
+    assert (engine.skipped.count, engine.skipped.overflows, told) == (0, 4, [])
+    assert "step 3: student skipped, its gradient overflows float16: the loss scale is lowered to" in caplog.text
+    assert engine.is_skipping and not engine.is_healthy()  # a checkpoint that is due waits
+    saved = json.loads(json.dumps(engine.state_dict()))
+
+    other = make(mixed_precision="fp16")
+    other.load_state_dict(saved)
+    assert other.is_skipping and other.state_dict() == saved
+    other.load_state_dict(saved | {"loss_scales": {"student": {"value": 2.0**16, "since": 1999}}})
+    taken = [*train(other, 2)]
+    assert [(row["skipped"], row["loss_scale"]) for row in taken] == [(0, 2.0**16), (0, 2.0**17)]  # tried after 2000
+    assert not other.is_skipping and other.skipped.overflows == 4
+
+
+@pytest.mark.parametrize("factor, keep_gradient", [(float("nan"), False), (float("inf"), True)])
+def test_a_loss_that_is_not_finite_is_not_taken_for_an_overflow(make: Make, factor: float, keep_gradient: bool) -> None:
+    engine = make(mixed_precision="fp16", max_nonfinite_steps=2)
+    bad = poisoned(factor, keep_gradient)
+    rows = [engine.update(bad, micro_batches(engine, step), step) for step in (0, 1)]
+    assert [row["loss_scale"] for row in rows] == [2.0**16, 2.0**16]
+    assert (engine.skipped.count, engine.skipped.overflows) == (1, 0)
+    with pytest.raises(NonFiniteError, match="2 in a row"):
+        engine.update(bad, micro_batches(engine, 1), 1)
+
+
+def test_at_the_least_scale_a_gradient_that_is_not_finite_ends_the_run(make: Make) -> None:
+    def steep(networks: Any, batch: Any, context: Context) -> Losses:
+        losses = Distance().loss(networks, batch, context)
+        return Losses(losses.total * 1e30, {})
+
+    engine = make(mixed_precision="fp16", max_nonfinite_steps=2)
+    engine.load_state_dict(engine.state_dict() | {"loss_scales": {"student": {"value": 2.0, "since": 0}}})
+    rows = train(engine, 2, Turn("student", steep))
+    assert [row["loss_scale"] for row in rows] == [2.0, 1.0]
+    assert (engine.skipped.overflows, engine.skipped.count) == (1, 1)
+    with pytest.raises(NonFiniteError, match="2 in a row"):
+        train(engine, 1, Turn("student", steep))
 
 
 # ---- steps that are skipped -------------------------------------------------------------------------------------
@@ -386,7 +468,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
             {"kind": "deepspeed", "deepspeed": ZERO2, "stages": {"student": 4}},
             "engine.stages.student must be 1, 2 or 3",
         ),
-        ({"mixed_precision": "fp16"}, "mixed_precision"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, bf16, fp16"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"max_nonfinite_steps": 0}, "max_nonfinite_steps"),

@@ -16,6 +16,9 @@ from distill.training.processes import Processes
 from distill.training.resharding import WholeState
 from distill.training.trained_network import TrainedNetwork, TrainingRecipe
 
+PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What frozen networks and the products of trained ones are computed in, by `mixed_precision`."""
+
 
 class UpdateSettings(NamedTuple):
     """What an optimizer step is made of, however the network is sharded; see `EngineSettings`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, convert_to_fp32
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +24,7 @@ from distill.models.devices import own_device
 from distill.training.processes import Processes, drop_launchers_settings, leave_group
 from distill.training.rank_writes import Writes
 from distill.training.resharding import OPTIMIZER, WholeState, read_replicated
-from distill.training.sharding.base import Sharding, UpdateSettings, trainable, wrapping_failed
+from distill.training.sharding.base import PRECISIONS, Sharding, UpdateSettings, trainable, wrapping_failed
 from distill.training.trained_network import TrainedNetwork, TrainingRecipe, copy_into, weights_file
 
 
@@ -54,7 +55,8 @@ class OneProcess(Sharding):
         processes: Processes,
     ) -> dict[str, TrainedNetwork]:
         handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-        accelerator = Accelerator(mixed_precision=update.mixed_precision, kwargs_handlers=handlers, dynamo_backend="no")
+        # Autocast is entered here: Accelerate refuses that of float16 on CPUs, and would bring a scaler of its own.
+        accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers, dynamo_backend="no")
         return {
             name: self._wrapped(accelerator, name, modules[name], recipe, update, processes)
             for name, recipe in recipes.items()
@@ -70,6 +72,8 @@ class OneProcess(Sharding):
         processes: Processes,
     ) -> TrainedNetwork:
         parameters = recipe.arranged(trainable(module))
+        if update.mixed_precision != "no":
+            _autocast(module, processes.device, PRECISIONS[update.mixed_precision])
         wrapped = accelerator.prepare(module)
         if not self._is_right(wrapped, accelerator) or accelerator.num_processes != processes.world_size:
             raise wrapping_failed(self.kind, name, wrapped, accelerator)
@@ -106,6 +110,22 @@ class DataParallel(OneProcess):
         return isinstance(wrapped, DistributedDataParallel)
 
 
+def _autocast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """From now on the module multiplies in `dtype`, whatever its weights are in, and answers in float32.
+
+    Autocast ends with each call, so that what it keeps of one pass (with a gradient, say) is not used by another.
+    """
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device.type, dtype):
+            answer = forward(*args, **kwargs)
+        return convert_to_fp32(answer)
+
+    module.forward = autocast  # type: ignore[method-assign]
+
+
 class ReplicatedNetwork(TrainedNetwork):
     """A network that every rank holds whole. Rank 0 writes files that any number of ranks reads.
 
@@ -123,7 +143,11 @@ class ReplicatedNetwork(TrainedNetwork):
     ) -> None:
         self.accumulation_steps, self.writes = update.gradient_accumulation_steps, writes
         self.max_grad_norm = math.inf if update.max_grad_norm is None else update.max_grad_norm
+        self._factor = 1.0
         super().__init__(wrapped, parameters, recipe.optimizer_of(parameters), recipe)
+
+    def scale_gradients(self, factor: float) -> None:
+        self._factor = factor
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         if last or not isinstance(self.wrapped, DistributedDataParallel):
@@ -131,9 +155,13 @@ class ReplicatedNetwork(TrainedNetwork):
         return self.wrapped.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.accumulation_steps).backward()
+        (loss / self.accumulation_steps * self._factor).backward()
 
     def step(self) -> tuple[float, bool]:
+        if self._factor != 1:
+            for p in self.parameters.values():
+                if p.grad is not None:
+                    p.grad.mul_(1 / self._factor)
         norm = float(clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm))
         if taken := math.isfinite(norm):
             self.optimizer.step()

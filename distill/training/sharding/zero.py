@@ -142,6 +142,8 @@ class ZeRO(Sharding):
             "gradient_accumulation_steps": update.gradient_accumulation_steps,
             "gradient_clipping": update.max_grad_norm or 0.0,
             "bf16": {"enabled": update.mixed_precision == "bf16"},
+            # A scale that DeepSpeed does not change: the engine has one rule for all ways of sharding.
+            "fp16": {"enabled": update.mixed_precision == "fp16", "loss_scale": 1.0},
         }
 
     def _wrapped(
@@ -149,6 +151,7 @@ class ZeRO(Sharding):
     ) -> TrainedNetwork:
         accelerator.state.select_deepspeed_plugin(name)
         parameters = recipe.arranged(trainable(module))
+        given = {} if accelerator.mixed_precision == "no" else {name: p.data for name, p in parameters.items()}
         optimizer = recipe.optimizer_of(parameters)
         wrapped, _ = accelerator.prepare(module, optimizer)
         right = (
@@ -159,6 +162,8 @@ class ZeRO(Sharding):
         )
         if not right:
             raise wrapping_failed(self.name_of(name), name, wrapped, accelerator)
+        for weight, value in given.items():  # DeepSpeed has made its masters of weights that it rounded before
+            deepspeed_internals.set_weight(parameters[weight], value.to(processes.device))
         return PartitionedNetwork(wrapped, parameters, recipe, processes.rank)
 
     @classmethod
@@ -186,6 +191,9 @@ class PartitionedNetwork(TrainedNetwork):
     ) -> None:
         self.rank = rank
         super().__init__(wrapped, parameters, deepspeed_internals.base_optimizer(wrapped), recipe)
+
+    def scale_gradients(self, factor: float) -> None:
+        deepspeed_internals.set_loss_scale(self._engine.optimizer, factor)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
