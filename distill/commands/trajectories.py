@@ -16,6 +16,9 @@ if __name__ == "__main__":  # before what is heavy is imported
 
 import logging
 import os
+from dataclasses import replace
+
+import torch
 
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import TrainSettings
@@ -29,7 +32,7 @@ from distill.models.exported import open_export
 from distill.models.families import Teacher
 from distill.models.student import as_teacher
 from distill.training.launched import launched_rank, launched_world_size, only_one_process
-from distill.training.teacher import compute_dtype, open_teacher
+from distill.training.teacher import open_teacher, solving_dtype
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored
 
@@ -43,13 +46,16 @@ def main(cfg: TrainSettings) -> None:
     prompts = prompts_of(cfg)
     with checking():
         device = own_device()
-        teacher = open_teacher(cfg.model, ("unet", "text"), dtype=compute_dtype(cfg))
+        dtype = solving_dtype(cfg.data.teacher_dtype, device)
+        loaded = dtype if cfg.teacher is None else torch.float32  # a LoRA that teaches is merged before it is rounded
+        teacher = open_teacher(cfg.model, ("unet", "text"), dtype=loaded)
         own_hash = teacher.teacher_hash
         if cfg.teacher is not None:
             export = open_export(cfg.teacher)
             export.require_base(own_hash)
             teacher, own_hash = as_teacher(teacher, export), export.weights_hash
-        plan = plan_of(cfg, teacher, own_hash)
+        teacher.unet.to(dtype)
+        plan = replace(plan_of(cfg, teacher, own_hash), teacher_dtype=str(dtype).removeprefix("torch."))
         rank, world_size = work_split()
     teacher = teacher.to(device)
     log.info("%s", described(device, launched_world_size()))

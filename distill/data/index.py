@@ -40,6 +40,7 @@ COUNTS = ("solver_steps", "resolution", "samples", "samples_per_shard", "batch_s
 MOST, MOST_BYTES = 10**12, 2**62
 """Of samples and other things that are counted, and of a shard's bytes: arithmetic stays within 64 bits."""
 KINDS = ("trajectories", "pictures")
+TEACHER_DTYPES = ("float32", "float16", "bfloat16")
 NO_SOLVE = "none"
 """`solver` and `spacing` of a store of pictures."""
 
@@ -54,6 +55,7 @@ SETTINGS = {
     "guidance": "data.guidance",
     "times": "data.keep, data.segments and data.solver_steps",
     "dtype": "data.dtype",
+    "teacher_dtype": "data.teacher_dtype",
     "resolution": "model.resolution",
     "prompt_source": "data.prompts or data.images",
     "prompts_sha256": "data.prompts (the same texts in the same order)",
@@ -98,6 +100,8 @@ class StorePlan:
         pictures_sha256: of the listing (`images.Listing`).
         crop: which square of a picture (`pictures.CROPS`).
         vae_hash: the autoencoder's weights.
+        teacher_dtype: what the teacher's network computed in while it solved; nothing in a store of pictures, and in
+            those of before it was recorded.
 
     Raises:
         StoreError: a value of the wrong type or out of its range, naming it.
@@ -124,6 +128,7 @@ class StorePlan:
     pictures_sha256: str = ""
     crop: str = ""
     vae_hash: str = ""
+    teacher_dtype: str = ""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -138,6 +143,9 @@ class StorePlan:
                 raise StoreError(f"{name} must be {allowed}, got {short(getattr(self, name))}")
         if self.dtype not in STATE_DTYPES:
             raise StoreError(f"dtype must be one of {', '.join(STATE_DTYPES)}, got {short(repr(self.dtype))}")
+        if self.teacher_dtype not in ("", *TEACHER_DTYPES):
+            allowed = ", ".join(TEACHER_DTYPES)
+            raise StoreError(f"teacher_dtype must be one of {allowed}, got {short(repr(self.teacher_dtype))}")
         if not self.times or self.times[-1] < 0 or any(t <= s for t, s in pairwise(self.times)):
             raise StoreError(f"times must fall strictly and end at 0 or above, got {short(list(self.times))}")
         if self.kind == "pictures" and (self.times, self.solver, self.solver_steps) != ((0,), NO_SOLVE, 0):
@@ -210,6 +218,8 @@ class StorePlan:
 PLAN_FIELDS = tuple(f.name for f in fields(StorePlan))
 OF_PICTURES = ("kind", "pictures_sha256", "crop", "vae_hash")
 """Fields that only stores of pictures write down."""
+LATER = ("teacher_dtype",)
+"""Fields that earlier versions did not write down: left out where they say nothing."""
 PROVENANCE = ("teacher_id", "teacher_hash", "schedule_fingerprint", "solver", "solver_steps", "spacing")
 """What every sample repeats of the plan, so that it means something outside its store."""
 
@@ -293,12 +303,12 @@ class StoreIndex(StorePlan):
 def plan_facts(plan: StorePlan) -> dict[str, Any]:
     """A plan as JSON holds it; of a store of trajectories, what it has always held."""
     names = PLAN_FIELDS if plan.kind == "pictures" else [name for name in PLAN_FIELDS if name not in OF_PICTURES]
-    return {name: getattr(plan, name) for name in names}
+    return {name: getattr(plan, name) for name in names if name not in LATER or getattr(plan, name)}
 
 
 def plan_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the `StorePlan` that was written down as `facts`. Raises KeyError: one is missing."""
-    return {name: facts[name] for name in PLAN_FIELDS if name in facts or name not in OF_PICTURES}
+    return {name: facts[name] for name in PLAN_FIELDS if name in facts or name not in (*OF_PICTURES, *LATER)}
 
 
 def dump(facts: Mapping[str, Any]) -> bytes:

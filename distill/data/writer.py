@@ -26,6 +26,7 @@ from distill.data.checksums import checksums_name, make_row, row_bytes, start_of
 from distill.data.errors import NotWritten, ReadError
 from distill.data.index import (
     INDEX,
+    LATER,
     OPTIONAL,
     PLAN,
     PLAN_FIELDS,
@@ -110,6 +111,7 @@ def write_store(
 
     folder = Folder(url)
     folder.make()
+    plan = _as_recorded(folder, plan)
     earlier = _agree(folder, plan, prompts)
     folder.publish(UNCONDITIONAL, empty)
 
@@ -394,6 +396,17 @@ def _check(trajectory: Trajectory, plan: StorePlan, key: str, B: int) -> None:
     low, high = plan.guidance_range
     if bool(((trajectory.guidance < low - 1e-4) | (trajectory.guidance > high + 1e-4)).any()):
         raise StoreError(f"batch at {key}: guidance {trajectory.guidance.tolist()}, the plan says {plan.guidance}")
+
+
+def _as_recorded(folder: Folder, plan: StorePlan) -> StorePlan:
+    """The plan, without what a store that earlier versions began says nothing of: it goes on without."""
+    try:
+        facts = load_facts(folder.read(PLAN), f"{PLAN} of {folder.url}")
+    except FileNotFoundError:
+        return plan
+    if unsaid := {name: "" for name in LATER if getattr(plan, name) and name not in facts}:
+        log.warning("%s does not record %s, and goes on without", folder.url, ", ".join(unsaid))
+    return replace(plan, **unsaid)
 
 
 def _agree(folder: Folder, plan: StorePlan, prompts: Sequence[str]) -> list[StorePlan]:

@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 PARTS = ("unet", "text", "vae")
 """What `load_teacher` can load: the network, the tokenizers with their text encoders, the autoencoder."""
+DECODED_PIXELS = 2**20
+"""At once, or a picture if it has more: a float32 autoencoder takes some 7 GB for a picture of 1024 x 1024."""
 Size = tuple[int, int]
 
 
@@ -292,8 +294,10 @@ class Teacher:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to pictures [B, 3, H, W], float32 in [-1, 1]."""
-        return self.pictures(latents)
+        """Latents [B, C, h, w] to pictures [B, 3, H, W], float32 in [-1, 1]; large ones one after another."""
+        factor = self.resolution // self.latent_shape[1]
+        at_once = max(1, DECODED_PIXELS // (factor**2 * latents.shape[2] * latents.shape[3]))
+        return torch.cat([self.pictures(part) for part in latents.split(at_once)])
 
     def pictures(self, latents: Tensor) -> Tensor:
         """What `decode` gives, with a gradient for the latents."""
@@ -405,12 +409,13 @@ def load_teacher(
     """Loads a teacher from a diffusers pipeline folder or from the hub: the named parts, frozen, and its configs.
 
     Only safetensors weights are read, never pickles. `revision` and `variant` (`"fp16"`) mean what they mean in
-    diffusers. A float16 autoencoder that overflows (`force_upcast` in its config) is loaded as float32.
+    diffusers. `dtype` is the UNet's. Text encoders and the teacher's own autoencoder are float32: they are called once
+    a picture, and what they round is in all that follows.
 
     `family` is the only one wanted, by its name; None takes any.
 
     `vae` is the folder or hub id of an autoencoder to take the place of the teacher's, of the same latents; in
-    `vae_dtype`, or else in `dtype`.
+    `vae_dtype`, but in float32 where its config says that it overflows in float16 (`force_upcast`).
 
     Raises:
         FileNotFoundError: if there is no such pipeline or autoencoder, or a file of it is missing.
@@ -427,9 +432,9 @@ def load_teacher(
         )
     for part in parts:
         if part == "vae" and vae is not None:
-            teacher.parts[part] = _load_vae(str(vae), described.vae, vae_dtype or dtype)
+            teacher.parts[part] = _load_vae(str(vae), described.vae, vae_dtype or torch.float32)
         else:
-            teacher.parts[part] = _load_part(part, described, dtype, variant)
+            teacher.parts[part] = _load_part(part, described, dtype if part == "unet" else torch.float32, variant)
     for module in _modules(teacher.parts):
         module.requires_grad_(False).eval()
     return teacher
@@ -564,8 +569,6 @@ def _load_part(part: str, described: PipelineFacts, dtype: torch.dtype, variant:
         towers = tuple(_load_tower(folder, *names, dtype, variant) for names in described.family.towers)
         _fits(described, towers)
         return towers
-    if part == "vae" and dtype == torch.float16 and described.vae.get("force_upcast", True):
-        dtype = torch.float32
     cls, config = {"unet": (UNet2DConditionModel, described.unet), "vae": (AutoencoderKL, described.vae)}[part]
     return load_checked(
         folder / part,
@@ -635,6 +638,8 @@ def _load_vae(path: str, own: Mapping[str, Any], dtype: torch.dtype) -> Autoenco
         given = AutoencoderKL.load_config(path)
         _same_latents(path, given, own)
         check_sizes(Path(path) / "config.json", given)
+        if dtype == torch.float16 and given.get("force_upcast", True):
+            dtype = torch.float32
         return AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
     except (OSError, HFValidationError) as error:  # what diffusers and the hub client raise
         raise FileNotFoundError(f"no autoencoder with safetensors weights at {path!r}: {first_line(error)}") from error

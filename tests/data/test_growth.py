@@ -75,6 +75,25 @@ def test_stores_of_before_they_could_grow_do(tmp_path: Path, old: str) -> None:
     assert all(torch.equal(store.read(i).states, states_of(LARGE, i).half()) for i in range(16))
 
 
+def test_a_store_that_does_not_say_what_its_teacher_computed_in_grows_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "store", SMALL)
+    assert "teacher_dtype" not in (tmp_path / "store" / INDEX).read_text()
+    write(tmp_path / "store", replace(LARGE, teacher_dtype="float16"))
+    assert "does not record teacher_dtype, and goes on without" in caplog.text
+    assert without_plan(files(tmp_path / "store")) == without_plan(files(write(tmp_path / "once", LARGE)))
+
+
+def test_a_store_keeps_what_its_teacher_computed_in(tmp_path: Path) -> None:
+    write(tmp_path, replace(SMALL, teacher_dtype="float16"))
+    assert open_store(str(tmp_path)).index.teacher_dtype == "float16"
+    with pytest.raises(StoreMismatch, match=r"teacher_dtype is 'float16' in the store and 'float32' in the run"):
+        write(tmp_path, replace(LARGE, teacher_dtype="float32"))
+    write(tmp_path, replace(LARGE, teacher_dtype="float16"))
+    assert len(open_store(str(tmp_path))) == 19
+
+
 def test_a_store_stays_what_it_was_until_it_has_grown(tmp_path: Path) -> None:
     """A writer that is killed, or fails, leaves a store that can be trained on; and one that was asked for."""
     write(tmp_path, SMALL)

@@ -21,6 +21,7 @@ from distill.diffusion.guidance import guided
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import solve, trailing_times
+from distill.models import families
 from distill.models.families import load_teacher
 from distill.models.folder import _patterns
 from distill.models.lora import add_lora
@@ -280,14 +281,36 @@ def test_an_autoencoder_that_is_not_there_is_named(fixed_vae, tmp_path, monkeypa
         assert "\n" not in str(caught.value)
 
 
+def test_a_dtype_is_the_networks_and_what_is_called_once_a_picture_stays_in_float32(tmp_path):
+    folder = save_tiny(tmp_path, "sdxl")
+    half, whole = (load_teacher(folder, parts=("unet", "text", "vae"), dtype=d) for d in (torch.float16, torch.float32))
+    assert half.unet.dtype == torch.float16
+    assert {tower.encoder.dtype for tower in half.text} == {half.vae.dtype} == {torch.float32}
+    for name, value in whole.encode(["a red disc"]).items():
+        assert torch.equal(value, half.encode(["a red disc"])[name]), name
+    z = torch.randn(2, *whole.latent_shape)
+    assert torch.equal(whole.decode(z), half.decode(z))
+
+
 @pytest.mark.parametrize(("force", "expected"), [(True, torch.float32), (False, torch.float16)])
-def test_an_autoencoder_that_overflows_is_loaded_in_float32(force, expected, tmp_path):
-    pipe = tiny_pipeline("sdxl")
-    pipe.vae.register_to_config(force_upcast=force)
-    pipe.save_pretrained(tmp_path)
-    teacher = load_teacher(tmp_path, parts=("unet", "text", "vae"), dtype=torch.float16)
-    assert teacher.vae.dtype == expected
-    assert teacher.unet.dtype == teacher.text[0].encoder.dtype == torch.float16
+def test_an_autoencoder_that_overflows_is_loaded_in_float32(force, expected, fixed_vae, tmp_path):
+    folder = save_tiny(tmp_path / "teacher", "sdxl")
+    _edit(fixed_vae, "config.json", force_upcast=force)
+    assert load_teacher(folder, parts=("vae",), vae=fixed_vae, vae_dtype=torch.float16).vae.dtype == expected
+
+
+def test_large_pictures_are_decoded_one_after_another(tmp_path, monkeypatch):
+    teacher = load_teacher(save_tiny(tmp_path, "sdxl"), parts=("vae",))
+    latents = torch.randn(5, *teacher.latent_shape)
+    whole, decoded = teacher.decode(latents), []
+    teacher.vae.decoder.register_forward_pre_hook(lambda _, args: decoded.append(len(args[0])))
+    monkeypatch.setattr(families, "DECODED_PIXELS", 2 * teacher.resolution**2)
+    torch.testing.assert_close(teacher.decode(latents), whole)
+    assert decoded == [2, 2, 1]
+    decoded.clear()
+    large = teacher.at_resolution(4 * teacher.resolution)
+    assert large.decode(torch.randn(3, *large.latent_shape)).shape[-1] == large.resolution
+    assert decoded == [1, 1, 1]
 
 
 def test_the_hash_is_of_the_weights_not_of_the_files(folder, teacher, tmp_path):
