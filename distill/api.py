@@ -59,7 +59,7 @@ def call(name: str, overrides: tuple[str, ...], settings: dict[str, Any]) -> Non
     deterministic: arithmetic.Deterministic = getattr(checked, "deterministic", "auto")
     hide_gpus_if_asked()
     arithmetic.prepare(deterministic)
-    arithmetic.settle(deterministic)
+    arithmetic.settle(deterministic, getattr(checked, "matmul_precision", "highest"))
     importlib.import_module(command.module).main(check_components(checked))
 
 

@@ -38,7 +38,7 @@ from distill.diffusion.registry import import_plugins
 from distill.evaluation.blocks import Cache, WorkShare
 from distill.evaluation.compare import Comparison, ComparisonPlan, Scorer, seeds_of
 from distill.evaluation.metrics import METRICS, drawn, find_metric, known_weights
-from distill.evaluation.pipelines import plain_pipeline_agrees
+from distill.evaluation.pipelines import images_at_once, plain_pipeline_agrees
 from distill.evaluation.report import RunFacts, format_table, write_report
 from distill.evaluation.side_by_side import flat
 from distill.evaluation.stored import HeldOut
@@ -53,6 +53,7 @@ from distill.toy.teacher import teacher_folder
 from distill.training.checkpoint import Checkpoints, mark_best
 from distill.training.export import export_run
 from distill.training.run import checkpoints_of, finished, read_run
+from distill.training.teacher import inference_dtype
 from distill.training.tracking import open_trackers, read_metrics, setup_logging
 
 log = logging.getLogger("distill")
@@ -168,22 +169,23 @@ def find_student(student: str, scratch: Path) -> Source:
 
 def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Comparison:
     """All that is loaded."""
-    device = str(own_device(share.local_rank))
-    log.info("%s in %s", described(torch.device(device), share.world_size), cfg.dtype)
+    device = own_device(share.local_rank)
+    dtype = inference_dtype(cfg.dtype, device)
+    log.info("%s in %s", described(device, share.world_size), str(dtype).removeprefix("torch."))
     log.info("loading the teacher, the student and what scores them")
     teacher = load_teacher(
         teacher_path(cfg, source),
         parts=("unet", "text", "vae"),
-        dtype=getattr(torch, cfg.dtype),
+        dtype=dtype,
         revision=cfg.model.revision,
         variant=cfg.model.variant,
     )
     teacher = at_resolution(teacher, cfg.protocol.resolution)
-    denoisers, hashes = {"teacher": teacher.denoiser()}, {"teacher": stated(teacher.teacher_hash, cfg)}
+    denoisers, hashes = {"teacher": teacher.denoiser()}, {"teacher": stated(teacher.teacher_hash, dtype)}
     student = None if source is None else load_student(source.folder, teacher)
     if student is not None:
         student.denoiser.module.to(device)
-        denoisers["student"], hashes["student"] = student.denoiser, stated(student.weights, cfg)
+        denoisers["student"], hashes["student"] = student.denoiser, stated(student.weights, dtype)
     teacher.to(device)
     kept = Path(cfg.output_dir) / "evaluation"
     return Comparison(
@@ -191,7 +193,7 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
         denoisers=denoisers,
         hashes=hashes,
         scorer=scorer_of(cfg, teacher, kept, device),
-        plan=plan_of(cfg, source, student),
+        plan=plan_of(cfg, source, student, teacher.resolution),
         cache=Cache(kept, writes=share.rank == 0),
         share=share,
         stored=stored_of(cfg, source, teacher, device),
@@ -206,9 +208,9 @@ def at_resolution(teacher: Teacher, asked: int | None) -> Teacher:
     return teacher.at_resolution(asked)
 
 
-def stated(weights: str, cfg: EvaluateSettings) -> str:
+def stated(weights: str, dtype: torch.dtype) -> str:
     """Weights in another precision draw other pictures."""
-    return weights if cfg.dtype == "float32" else f"{weights} in {cfg.dtype}"
+    return weights if dtype == torch.float32 else f"{weights} in {str(dtype).removeprefix('torch.')}"
 
 
 def teacher_path(cfg: EvaluateSettings, source: Source | None) -> str:
@@ -263,7 +265,9 @@ def check_metrics(cfg: EvaluateSettings) -> None:
         raise ConfigError(f"{said}; allowed: {', '.join(known_weights())}")
 
 
-def plan_of(cfg: EvaluateSettings, source: Source | None, student: LoadedStudent | None) -> ComparisonPlan:
+def plan_of(
+    cfg: EvaluateSettings, source: Source | None, student: LoadedStudent | None, resolution: int
+) -> ComparisonPlan:
     of, guidance = cfg.protocol, teacher_guidance(cfg, source)
     own = None if student is None else student.sampling.steps
     plan = ComparisonPlan(
@@ -274,7 +278,7 @@ def plan_of(cfg: EvaluateSettings, source: Source | None, student: LoadedStudent
         guidances=tuple(of.tuning_guidances) if of.tuning_n else (guidance,),
         spacings=("leading", "trailing") if of.tuning_n else ("trailing",),
         teacher_steps=cfg.teacher_steps,
-        batch_size=cfg.batch_size,
+        batch_size=cfg.batch_size or images_at_once(resolution),
         block_size=cfg.block_size,
     )
     if student is None:

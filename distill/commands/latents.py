@@ -28,7 +28,7 @@ from distill.models.devices import described, own_device
 from distill.models.families import Teacher
 from distill.training.latents import LatentEncoder
 from distill.training.launched import launched_rank, launched_world_size, only_one_process
-from distill.training.teacher import open_teacher, solving_dtype
+from distill.training.teacher import inference_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import stored
 
@@ -47,7 +47,7 @@ def main(cfg: TrainSettings) -> None:
     with checking():
         device = own_device()
         rank, world_size = work_split()
-        dtype = solving_dtype(data.teacher_dtype, device)
+        dtype = inference_dtype(data.teacher_dtype, device)
         teacher = open_teacher(model, ("text", "vae"), vae=data.vae, vae_dtype=dtype)
         accept = Accept(data.min_size or teacher.resolution, data.max_aspect_ratio, data.prompt_column)
         listing = list_pictures(data.images, data.store, accept, rank=rank, world_size=world_size)

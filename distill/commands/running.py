@@ -111,7 +111,7 @@ def _run(main: Callable[[S], int | None] | str, settings: S) -> int:
     deterministic: arithmetic.Deterministic = getattr(settings, "deterministic", "auto")
     arithmetic.prepare(deterministic)
     body: Callable[[S], int | None] = importlib.import_module(main).main if isinstance(main, str) else main
-    arithmetic.settle(deterministic)
+    arithmetic.settle(deterministic, getattr(settings, "matmul_precision", "highest"))
     code = body(check_components(settings))
     sys.stdout.flush()
     return code or 0

@@ -19,6 +19,7 @@ import os
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import TrainSettings
@@ -32,7 +33,7 @@ from distill.models.exported import open_export
 from distill.models.families import Teacher
 from distill.models.student import as_teacher
 from distill.training.launched import launched_rank, launched_world_size, only_one_process
-from distill.training.teacher import open_teacher, solving_dtype
+from distill.training.teacher import inference_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored
 
@@ -46,7 +47,7 @@ def main(cfg: TrainSettings) -> None:
     prompts = prompts_of(cfg)
     with checking():
         device = own_device()
-        dtype = solving_dtype(cfg.data.teacher_dtype, device)
+        dtype = inference_dtype(cfg.data.teacher_dtype, device)
         loaded = dtype if cfg.teacher is None else torch.float32  # a LoRA that teaches is merged before it is rounded
         teacher = open_teacher(cfg.model, ("unet", "text"), dtype=loaded)
         own_hash = teacher.teacher_hash
@@ -54,11 +55,11 @@ def main(cfg: TrainSettings) -> None:
             export = open_export(cfg.teacher)
             export.require_base(own_hash)
             teacher, own_hash = as_teacher(teacher, export), export.weights_hash
-        teacher.unet.to(dtype)
+        nn.Module.to(teacher.unet, dtype)  # diffusers' own `to` warns of nothing
         plan = replace(plan_of(cfg, teacher, own_hash), teacher_dtype=str(dtype).removeprefix("torch."))
         rank, world_size = work_split()
     teacher = teacher.to(device)
-    log.info("%s", described(device, launched_world_size()))
+    log.info("%s, the teacher in %s", described(device, launched_world_size()), plan.teacher_dtype)
     stores = [(cfg.data.store, plan, prompts)]
     if heldout := heldout_samples(cfg.data.heldout_samples, plan.samples):
         stores.append((within(cfg.data.store), heldout_plan(plan, heldout), heldout_prompts(prompts)))

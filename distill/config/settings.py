@@ -236,6 +236,7 @@ class TrainSettings(Settings):
     preemption_signals: Annotated[list[str], Field(min_length=1)] = ["SIGTERM", "SIGUSR1"]
     watchdog_minutes: Annotated[Number, Field(gt=0)] | None = 30
     deterministic: Annotated[bool, Field(strict=True)] | Literal["auto"] = "auto"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     validation_prompts: list[str] | TextOrPath | None
     validation_steps: Positive
     validation_sampling_steps: Positive
@@ -299,6 +300,7 @@ class SampleSettings(Settings):
     teacher_guidance: Annotated[Number, Field(ge=0)]
     num_images_per_prompt: Positive
     batch_size: Positive
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     seed: Natural
     output_dir: FilePath
 
@@ -426,8 +428,9 @@ class EvaluateSettings(Settings):
     store: FilePath | None
     store_samples: Positive
     weights: dict[str, FilePath | None]
-    dtype: Literal["float16", "bfloat16", "float32"]
-    batch_size: Positive
+    dtype: Literal["auto", "float16", "bfloat16", "float32"]
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    batch_size: Positive | None
     block_size: Positive
     output_dir: FilePath
 

@@ -404,7 +404,8 @@ def _as_recorded(folder: Folder, plan: StorePlan) -> StorePlan:
         facts = load_facts(folder.read(PLAN), f"{PLAN} of {folder.url}")
     except FileNotFoundError:
         return plan
-    if unsaid := {name: "" for name in LATER if getattr(plan, name) and name not in facts}:
+    unsaid: dict[str, Any] = {name: "" for name in LATER if getattr(plan, name) and name not in facts}
+    if unsaid:
         log.warning("%s does not record %s, and goes on without", folder.url, ", ".join(unsaid))
     return replace(plan, **unsaid)
 

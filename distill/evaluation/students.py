@@ -48,7 +48,9 @@ def load_student(folder: str | Path, teacher: Teacher) -> LoadedStudent:
     sampling = sampling_of(folder) or Sampling()
     if not (folder / "unet").is_dir():
         digest = weights_hash(stored_tensors([lora_file(folder)]))
-        load_lora(teacher.unet, folder)
+        adapters, dtype = load_lora(teacher.unet, folder), teacher.unet.dtype
+        for adapter in adapters:  # to be sampled, not to be trained: in the network's dtype
+            adapter.data = adapter.data.to(dtype)
         return LoadedStudent(replace(teacher.denoiser(), adapter=ADAPTER), digest, sampling)
     dtype = next(teacher.unet.parameters()).dtype
     unet = load_unet(folder / "unet", teacher.unet.config, dtype)

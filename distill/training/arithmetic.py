@@ -20,6 +20,7 @@ from typing import Any, Literal
 from distill.models.devices import gpu_is_used
 
 Deterministic = bool | Literal["auto"]
+MatmulPrecision = Literal["highest", "high", "medium"]
 
 VARIABLES = {
     # MKL: one order of summation at any alignment and on any number of threads ("strict conditional numerical
@@ -44,10 +45,11 @@ def prepare(deterministic: Deterministic = "auto") -> None:
             os.environ.setdefault(name, value)
 
 
-def settle(deterministic: Deterministic = "auto") -> None:
+def settle(deterministic: Deterministic = "auto", matmul_precision: MatmulPrecision = "highest") -> None:
     """Tells torch which kernels it may take: "auto" is deterministic ones on CPUs, true on GPUs as well.
 
-    An operation that has no deterministic kernel is then an error, which names it.
+    An operation that has no deterministic kernel is then an error, which names it. `matmul_precision` is of float32
+    products of matrices: all 24 bits, or those of TF32 ("high") and bfloat16 ("medium") where the device has them.
     """
     import torch
 
@@ -57,6 +59,8 @@ def settle(deterministic: Deterministic = "auto") -> None:
     torch.backends.cudnn.deterministic = chosen
     if deterministic is not False:
         torch.backends.cudnn.benchmark = False  # would choose kernels by their times
+    if torch.get_float32_matmul_precision() != matmul_precision:
+        torch.set_float32_matmul_precision(matmul_precision)
 
 
 def in_force() -> dict[str, Any]:

@@ -31,14 +31,14 @@ def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: A
         return teacher.at_resolution(model.resolution)
 
 
-def solving_dtype(teacher_dtype: str, device: str) -> torch.dtype:
-    """What `data.teacher_dtype` stands for on a device, a name such as "cuda:0".
+def inference_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a network that is not trained, by its name in settings, on a device.
 
-    A solve is computed once and trained on many times, so "auto" is what loses least at a GPU's full speed: float16 has
-    three bits more than bfloat16, and the teachers' UNets stay within its range. On a CPU it is float32.
+    "auto" is what loses least at a device's full speed: float16 on GPUs, which has three bits more than bfloat16, and
+    in whose range the teachers' UNets stay; float32 on CPUs.
     """
-    if teacher_dtype == "auto":
-        teacher_dtype = "float16" if device.startswith("cuda") else "float32"
-    found = getattr(torch, teacher_dtype)
+    if name == "auto":
+        name = "float16" if device.type == "cuda" else "float32"
+    found = getattr(torch, name)
     assert isinstance(found, torch.dtype)
     return found

@@ -17,7 +17,7 @@ from distill.diffusion.solver import make_times
 from distill.models.families import Teacher, load_teacher
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
-from distill.training.teacher import solving_dtype
+from distill.training.teacher import inference_dtype
 from distill.training.trajectories import TrajectorySolver
 from tests.tiny import save_tiny
 
@@ -84,7 +84,7 @@ def test_solves_in_float16_end_near_those_in_float32() -> None:
     ],
 )
 def test_a_store_is_made_in_what_loses_least_at_full_speed(setting: str, device: str, expected: torch.dtype) -> None:
-    assert solving_dtype(setting, device) == expected
+    assert inference_dtype(setting, torch.device(device)) == expected
 
 
 @pytest.fixture(scope="module")
