@@ -65,7 +65,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero3-lora": ("zero3", "distance", {"poison": POISON, "save_at": [3, 6], "validate": True}),
     "zero2-sgd": ("zero2", "distance", {"optimizer": "sgd", "save_at": [3]}),
     "zero2-bf16": ("zero2", "distance", {"mixed_precision": "bf16"}),
-    "zero3-fp16": ("zero3", "distance", {"mixed_precision": "fp16"}),
     "ddp-lcm": ("ddp", "lcm-ema", {}),
     "zero3-lcm": ("zero3", "lcm-ema", {"save_at": [3, 6]}),
     "ddp-game": ("ddp", "game", {"gradient_checkpointing": True}),
@@ -73,9 +72,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero32-game": ("zero3/2", "game", {"gradient_checkpointing": True, "save_at": [3, 6]}),
     # Last: ZeRO-3 numbers the weights of a process, and its files, which are compared to the bit, have the numbers.
     "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
+    "zero3-fp16": ("zero3", "distance", {"mixed_precision": "fp16"}),
 }
-RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero2-critics": 3, "zero3-lora": 3, "zero3-lcm": 3}
-RESUMED |= {"zero2-game-lora": 3, "zero32-game": 3, "zero2-fp16": 3}
+RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero2-critics": 3, "zero2-fp16": 3}
+RESUMED |= {"zero3-lora": 3, "zero3-lcm": 3, "zero2-game-lora": 3, "zero32-game": 3}
 HALVES = ("bf16", "fp16")
 # Games under every stage and pair of stages that is not among the cases above, a whole student and a LoRA each.
 GAMES = {
