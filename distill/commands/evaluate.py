@@ -192,11 +192,11 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
         teacher=teacher,
         denoisers=denoisers,
         hashes=hashes,
-        scorer=scorer_of(cfg, teacher, kept, device),
+        scorer=scorer_of(cfg, teacher, kept, str(device)),
         plan=plan_of(cfg, source, student, teacher.resolution),
         cache=Cache(kept, writes=share.rank == 0),
         share=share,
-        stored=stored_of(cfg, source, teacher, device),
+        stored=stored_of(cfg, source, teacher, str(device)),
     )
 
 
