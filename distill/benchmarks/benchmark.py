@@ -8,6 +8,8 @@ distill benchmark memory               # what the experiments hold, counted with
 distill benchmark reader               # planned reads against a sequential read of the same bytes
 distill benchmark checksums            # what comparing all that is read with its checksums costs
 distill benchmark start                # from an index to the first batch, for 10^3, 10^5, 10^7 samples
+distill benchmark sample size=toy      # seconds a picture of teacher and student, here and in diffusers' own pipeline
+distill benchmark gpu                  # what only a GPU can show, within 8 minutes; size=tiny tries it on a CPU
 """
 
 from __future__ import annotations
@@ -16,17 +18,16 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
 
 import torch
 
-from distill.benchmarks.common import SCHEDULE, machine, random_store, toy_unet
+from distill.benchmarks.common import SCHEDULE, machine, random_store, timed, toy_unet
+from distill.config.loading import checking
 from distill.config.settings import BenchmarkSettings
 from distill.data.index import ShardInfo, StoreIndex
 from distill.data.loader import make_loader
@@ -36,20 +37,20 @@ from distill.diffusion.random import generator
 from distill.diffusion.trajectory import Batch
 from distill.methods.lcm import LCM
 from distill.models.denoiser import NetworkDenoiser
+from distill.models.devices import own_device
 from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import add_lora
 from distill.training import arithmetic
 from distill.training.engine import EngineSettings
 from distill.training.trained_network import TrainingRecipe
 
-T = TypeVar("T")
 SHAPES = {"toy": ((8, 8), 12), "sd15": ((32, 32), 77)}  # latents (h, w), text tokens
 
 
-def main(cfg: BenchmarkSettings) -> None:
-    """Measures what the settings name, and prints it."""
+def main(cfg: BenchmarkSettings) -> int | None:
+    """Measures what the settings name, and prints it; returns an exit code where something could not be measured."""
     size, samples = cfg.size or "", cfg.samples or []
-    measurements: dict[str, Callable[[], None]] = {
+    measurements: dict[str, Callable[[], int | None]] = {
         "step": lambda: bench_step(size, cfg.repeats or 0, cfg.batch_size or 0),
         "deterministic": lambda: bench_deterministic(size, cfg.rounds or 0),
         "lcm": lambda: bench_lcm(size, cfg.rounds or 0, cfg.repeats or 0),
@@ -57,8 +58,24 @@ def main(cfg: BenchmarkSettings) -> None:
         "reader": lambda: bench_reader(samples[0], cfg.workers or 0),
         "checksums": bench_checksums,
         "start": lambda: bench_start(samples),
+        "gpu": lambda: bench_gpu(size, cfg.sections or [], cfg.budget or 0, cfg.output_dir or ""),
+        "sample": lambda: bench_sample(size, cfg.repeats or 0, cfg.batch_size or 0, cfg.output_dir or ""),
     }
-    measurements[cfg.measure]()
+    with checking():
+        own_device()  # or why there is none
+    return measurements[cfg.measure]()
+
+
+def bench_gpu(size: str, sections: Sequence[str], budget: float, output_dir: str) -> int:
+    from distill.benchmarks import gpu
+
+    return gpu.run(size, sections, budget, Path(output_dir))
+
+
+def bench_sample(size: str, repeats: int, batch_size: int, output_dir: str) -> None:
+    from distill.benchmarks import sampling
+
+    sampling.run(size, repeats, batch_size, Path(output_dir))
 
 
 def bench_lcm(size: str, rounds: int, repeats: int) -> None:
@@ -85,7 +102,7 @@ def bench_deterministic(size: str, rounds: int) -> None:
             done = subprocess.run(command, env=own, stdout=subprocess.PIPE, text=True, check=True)
             found.append(float(done.stdout.partition("training step")[2].split()[0]))
     auto, false = min(seconds["auto"]), min(seconds["false"])
-    print(f"{size}, {rounds} processes of each kind, the fastest medians, {machine('cpu')}")
+    print(f"{size}, {rounds} processes of each kind, the fastest medians, {machine(own_device())}")
     print(f"  deterministic=auto  {auto:9.4f} s")
     print(f"  deterministic=false {false:9.4f} s")
     print(f"  ratio               {auto / false:9.3f}")
@@ -247,13 +264,3 @@ def grown(index: StoreIndex, count: int) -> StoreIndex:
         for i in range(-(-count // 1000))
     ]
     return replace(index, samples=count, samples_per_shard=1000, shards=tuple(shards))
-
-
-def timed(work: Callable[[], T]) -> tuple[float, T]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,10 +18,12 @@ from distill.diffusion.random import generator
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import trailing_times
 from distill.diffusion.trajectory import Trajectory
+from distill.models.devices import gpu_is_used
 from distill.models.families import load_teacher
 from distill.toy.teacher import teacher_folder
 
 SCHEDULE = NoiseSchedule.scaled_linear()
+T = TypeVar("T")
 
 
 def random_store(
@@ -70,3 +75,37 @@ def machine(device: torch.device | str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+
+
+def synchronise() -> None:
+    """Waits for what the GPU still computes: a clock that is read before measures how fast work is handed to it."""
+    if gpu_is_used():
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """The seconds that `work` takes on the device of this process, and what it returns."""
+    synchronise()
+    start = time.perf_counter()
+    result = work()
+    synchronise()
+    return time.perf_counter() - start, result
+
+
+def free_memory() -> None:
+    """Gives memory back that nothing uses any more."""
+    gc.collect()
+    if gpu_is_used():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def peak_memory() -> Iterator[dict[str, float]]:
+    """GiB of the GPU's memory that the work inside has held at most, once it has ended; nothing on a CPU."""
+    found: dict[str, float] = {}
+    if gpu_is_used():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    yield found
+    if gpu_is_used():
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

@@ -14,8 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
@@ -25,15 +24,18 @@ import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from distill.benchmarks.common import SCHEDULE, machine, random_store, toy_unet
+from distill.benchmarks.common import SCHEDULE, machine, peak_memory, random_store, timed, toy_unet
+from distill.benchmarks.networks import MODELS
 from distill.data.loader import make_loader
 from distill.diffusion.prediction import Prediction
 from distill.methods.lcm import LCM
 from distill.models.denoiser import NetworkDenoiser
+from distill.models.devices import own_device
+from distill.models.families import load_teacher
 from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import ADAPTER, LCM_LORA_TARGETS, add_lora
+from distill.toy.teacher import teacher_folder
 from distill.training.engine import EngineSettings
 from distill.training.trained_network import TrainingRecipe
 
@@ -42,18 +44,6 @@ TARGETS = {"noised": 1.25, "trajectory": 1.8}
 SIZES: dict[str, dict[str, Any]] = {
     "toy": {"latent": 8, "pixels": 32, "tokens": 8, "batch_size": 64, "repeats": 20, "rank": 64},
     "sd15": {"latent": 32, "pixels": 256, "tokens": 77, "batch_size": 1, "repeats": 3, "rank": 64},
-}
-CLIP_L: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
-SD_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
 }
 
 
@@ -66,17 +56,19 @@ def compare(size: str, rounds: int, repeats: int) -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[variant].append(json.loads(done.stdout.splitlines()[-1]))
     B, side = SIZES[size]["batch_size"], SIZES[size]["latent"]
-    print(f"{size}, batch {B}, latents {side} x {side}, float32, {rounds} x {repeats} steps, medians, {machine('cpu')}")
-    print("| step | samples/s | times the recipe's | peak memory, GB | of the recipe's | outside the networks |")
+    (device,) = {run["device"] for runs in found.values() for run in runs}  # one, or nothing is compared
+    where = f"{rounds} x {repeats} steps, medians, {machine(device)}"
+    print(f"{size}, batch {B}, latents {side} x {side}, float32, {where}")
+    print("| step | samples/s | times the recipe's | peak memory, GiB | of the recipe's | outside the networks |")
     print("|---|--:|--:|--:|--:|--:|")
     recipe = summary(found["recipe"])
     for variant in VARIANTS:
         mine = summary(found[variant])
-        speed, memory = recipe["seconds"] / mine["seconds"], mine["peak_gb"] / recipe["peak_gb"]
+        speed, memory = recipe["seconds"] / mine["seconds"], mine["peak_gib"] / recipe["peak_gib"]
         goal = f" (goal {TARGETS[variant]})" if size == "sd15" and variant in TARGETS else ""
         outside = "" if variant == "recipe" else f"{100 * mine['outside']:.1f} %"
         print(
-            f"| {variant} | {B / mine['seconds']:.3f} | {speed:.2f}{goal} | {mine['peak_gb']:.2f} "
+            f"| {variant} | {B / mine['seconds']:.3f} | {speed:.2f}{goal} | {mine['peak_gib']:.2f} "
             f"| {memory:.2f} | {outside} |"
         )
 
@@ -86,7 +78,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
     return {
         "seconds": median(step["seconds"] for step in steps),
         "outside": median(step["outside"] / step["seconds"] for step in steps),
-        "peak_gb": max(run["peak_gb"] for run in runs),
+        "peak_gib": max(run["peak_gib"] for run in runs),
     }
 
 
@@ -94,36 +86,34 @@ def run(variant: str, size: str, repeats: int) -> None:
     """Takes the steps of one variant; prints each one's seconds, those outside the networks, and the peak memory."""
     what = SIZES[size]
     unet = toy_unet() if size == "toy" else build_unet(unet_config("sd15"))
-    with clocked(unet) as inside, steps_of(variant, size, unet, what) as step:
+    with peak_memory() as on_gpu, clocked(unet) as inside, steps_of(variant, size, unet, what) as step:
         steps = []
         for i in range(repeats + 1):
-            inside[0], start = 0.0, time.perf_counter()
-            step(i)
-            took = time.perf_counter() - start
+            inside[0] = 0.0
+            took, _ = timed(partial(step, i))
             steps.append({"seconds": took, "outside": took - inside[0]})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(json.dumps({"steps": steps[1:], "peak_gb": peak}))  # the first one allocates
+    peak = on_gpu.get("peak_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)
+    device = str(next(unet.parameters()).device)
+    print(json.dumps({"steps": steps[1:], "peak_gib": peak, "device": device}))  # the first one allocates
 
 
 @contextmanager
 def clocked(*modules: nn.Module) -> Iterator[list[float]]:
-    """Adds up the seconds inside the forward of `modules` and inside backward passes."""
+    """Adds up the seconds inside the forward of `modules` and inside backward passes; on a GPU it waits for each."""
     seconds = [0.0]
 
-    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(work: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return work(*args, **kwargs)
-            finally:
-                seconds[0] += time.perf_counter() - start
+            took, result = timed(partial(work, *args, **kwargs))
+            seconds[0] += took
+            return result
 
         return call
 
     before = torch.autograd.backward
     for module in modules:
-        module.forward = timed(module.forward)
-    torch.autograd.backward = timed(before)
+        module.forward = counted(module.forward)
+    torch.autograd.backward = counted(before)
     try:
         yield seconds
     finally:
@@ -135,7 +125,7 @@ def steps_of(
     variant: str, size: str, unet: UNet2DConditionModel, what: dict[str, Any]
 ) -> Iterator[Callable[[int], None]]:
     if variant == "recipe":
-        yield Recipe(size, unet, what).step
+        yield recipe_of(size, unet, what, own_device()).step
         return
     side, B = what["latent"], what["batch_size"]
     add_lora(unet, rank=what["rank"], alpha=what["rank"])
@@ -156,33 +146,53 @@ def steps_of(
 
 
 class Recipe:
-    """The usual script's step: everything that it does between reading a batch and the next one."""
+    """The usual script's step: everything that it does between reading a batch and the next one.
 
-    def __init__(self, size: str, unet: UNet2DConditionModel, what: dict[str, Any]) -> None:
-        self.what = what
-        self.teacher = toy_unet() if size == "toy" else build_unet(unet_config("sd15"))
-        self.vae, self.encoders = toy_encoders() if size == "toy" else sd15_encoders()
+    Args:
+        unet: which gets the LoRA that is trained.
+        teacher: a second copy of it.
+        vae, encoders: of the pictures and the prompts; all networks are on one device, which everything else follows.
+        batch_size, pixels, tokens: of what they are shown.
+        rank: of the LoRA.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        teacher: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        encoders: Sequence[nn.Module],
+        batch_size: int,
+        pixels: int,
+        tokens: int,
+        rank: int,
+    ) -> None:
+        self.teacher, self.vae, self.encoders = teacher, vae, encoders
+        self.batch_size, self.pixels, self.tokens = batch_size, pixels, tokens
+        self.device, self.dtype = unet.device, unet.dtype
         for module in (self.teacher, unet, self.vae, *self.encoders):
             module.requires_grad_(False)
         known = [t for t in LCM_LORA_TARGETS if any(f".{n}".endswith(f".{t}") for n, _ in unet.named_modules())]
-        config = LoraConfig(r=what["rank"], lora_alpha=what["rank"], target_modules=known)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=known)
         self.student = get_peft_model(unet, config)  # type: ignore[arg-type]
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0)
-        self.abar = SCHEDULE.alphas_cumprod[1:].float()  # by network index
-        self.times = torch.arange(1, 51) * 20 - 1
+        self.abar = SCHEDULE.alphas_cumprod[1:].float().to(self.device)  # by network index
+        self.times = torch.arange(1, 51, device=self.device) * 20 - 1
         self.abar_before = torch.cat([self.abar[:1], self.abar[self.times[:-1]]])
-        self.empty = self.encode(torch.zeros(1, what["tokens"], dtype=torch.int64))
+        self.empty = self.encode(torch.zeros(1, tokens, dtype=torch.int64, device=self.device))
 
     def step(self, i: int) -> None:
-        B, side = self.what["batch_size"], self.what["pixels"]
-        pictures, tokens = torch.rand(B, 3, side, side) * 2 - 1, torch.randint(1, 60, (B, self.what["tokens"]))
+        B, side, device = self.batch_size, self.pixels, self.device
+        pictures = (torch.rand(B, 3, side, side) * 2 - 1).to(device, self.vae.dtype)
+        tokens = torch.randint(1, 60, (B, self.tokens)).to(device)
         with torch.no_grad():
-            z0 = self.vae.encode(pictures).latent_dist.sample() * self.vae.config["scaling_factor"]
+            parts = [self.vae.encode(few).latent_dist.sample() for few in pictures.split(8)]
+            z0 = torch.cat(parts).float() * self.vae.config["scaling_factor"]
             text = self.encode(tokens)
-        index = torch.randint(0, 50, (B,))
+        index = torch.randint(0, 50, (B,)).to(device)
         start, end = self.times[index], (self.times[index] - 20).clamp(min=0)
-        w = (12 * torch.rand(B) + 3)[:, None, None, None]
+        w = (12 * torch.rand(B) + 3)[:, None, None, None].to(device)
         alpha, sigma = self.wide(self.abar[start].sqrt()), self.wide((1 - self.abar[start]).sqrt())
         z = alpha * z0 + sigma * torch.randn_like(z0)
 
@@ -210,34 +220,39 @@ class Recipe:
 
     def call(self, unet: nn.Module, z: Tensor, index: Tensor, text: dict[str, Tensor]) -> Tensor:
         added = {k: v for k, v in text.items() if k != "encoder_hidden_states"}
-        return unet(z, index, text["encoder_hidden_states"], added_cond_kwargs=added or None).sample
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            found = unet(z.to(self.dtype), index, text["encoder_hidden_states"], added_cond_kwargs=added or None)
+        return found.sample.float()
 
     @torch.no_grad()
     def encode(self, tokens: Tensor) -> dict[str, Tensor]:
         outputs = [encoder(tokens, output_hidden_states=True) for encoder in self.encoders]
         if len(outputs) == 1:
             return {"encoder_hidden_states": outputs[0].last_hidden_state}
-        side = float(self.what["pixels"])
+        side = float(self.pixels)
         return {
             "encoder_hidden_states": torch.cat([o.hidden_states[-2] for o in outputs], dim=-1),
             "text_embeds": outputs[-1].text_embeds,
-            "time_ids": torch.tensor([[side, side, 0.0, 0.0, side, side]]).repeat(len(tokens), 1),
+            "time_ids": torch.tensor([[side, side, 0.0, 0.0, side, side]]).repeat(len(tokens), 1).to(self.device),
         }
 
     def wide(self, x: Tensor) -> Tensor:
         return x[:, None, None, None]
 
 
-def toy_encoders() -> tuple[AutoencoderKL, list[nn.Module]]:
-    from distill.models.families import load_teacher
-    from distill.toy.teacher import teacher_folder
-
-    teacher = load_teacher(teacher_folder(), parts=("text", "vae"))
-    return teacher.vae, [tower.encoder for tower in teacher.text]
-
-
-def sd15_encoders() -> tuple[AutoencoderKL, list[nn.Module]]:
-    return AutoencoderKL(**SD_VAE, scaling_factor=0.18215).eval(), [CLIPTextModel(CLIPTextConfig(**CLIP_L)).eval()]
+def recipe_of(size: str, unet: UNet2DConditionModel, what: dict[str, Any], device: torch.device) -> Recipe:
+    """The usual step with networks of a size, all of them on the device that the other variants train on."""
+    if size == "toy":
+        parts = load_teacher(teacher_folder(), parts=("unet", "text", "vae")).to(device)
+        teacher, vae = parts.unet, parts.vae
+        encoders: list[nn.Module] = [tower.encoder for tower in parts.text]
+    else:
+        model = MODELS[size]
+        teacher = model.build_unet(device, torch.float32)
+        vae, encoders = model.build_vae(device, torch.float32), model.build_encoders(device, torch.float32)
+    nn.Module.to(unet, device)
+    shown = {name: what[name] for name in ("batch_size", "pixels", "tokens", "rank")}
+    return Recipe(unet, teacher, vae, encoders, **shown)
 
 
 if __name__ == "__main__":

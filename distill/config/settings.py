@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -461,7 +461,11 @@ class VerifySettings(Settings):
     add_checksums: Flag
 
 
-Size = Literal["toy", "sd15"]
+Size = Literal["toy", "sd15", "sdxl", "tiny", "full"]
+GpuSection = Literal["machine", "peak", "sdxl", "commands", "lightning", "sd15", "repeat", "quickstart"]
+GPU_SECTIONS = get_args(GpuSection)
+BENCHMARK_SIZES = {"gpu": ("full", "tiny"), "sample": ("toy", "sd15", "sdxl")}
+"""Sizes of those measurements that have others than toy and sd15."""
 BENCHMARKS: dict[str, dict[str, Any]] = {
     "step": {"size": "toy", "repeats": {"toy": 40, "sd15": 5}, "batch_size": {"toy": 64, "sd15": 1}},
     "deterministic": {"size": "toy", "rounds": 5},
@@ -470,6 +474,13 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     "reader": {"samples": [512], "workers": 1},
     "checksums": {},
     "start": {"samples": [10**3, 10**5, 10**7]},
+    "gpu": {"size": "full", "budget": 460, "sections": list(GPU_SECTIONS), "output_dir": "outputs/benchmark-gpu"},
+    "sample": {
+        "size": "toy",
+        "repeats": {"toy": 5, "sd15": 1, "sdxl": 3},
+        "batch_size": {"toy": 16, "sd15": 2, "sdxl": 4},
+        "output_dir": "outputs/benchmark-sample",
+    },
 }
 """What is measured, and of each the settings that it has, with their defaults, which may depend on the size."""
 
@@ -477,13 +488,16 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
 class BenchmarkSettings(Settings):
     """`configs/benchmark.yaml`: what is measured, and how; null is the measurement's own default."""
 
-    measure: Literal["step", "deterministic", "lcm", "memory", "reader", "checksums", "start"]
+    measure: Literal["step", "deterministic", "lcm", "memory", "reader", "checksums", "start", "gpu", "sample"]
     size: Size | None
     repeats: Positive | None
     batch_size: Positive | None
     rounds: Positive | None
     samples: Annotated[list[Positive], Field(min_length=1)] | None
     workers: Natural | None
+    budget: Positive | None
+    sections: Annotated[list[GpuSection], Field(min_length=1)] | None
+    output_dir: FilePath | None
     deterministic: Literal["auto"] | Annotated[bool, Field(strict=True)]
 
     @model_validator(mode="after")
@@ -498,13 +512,26 @@ class BenchmarkSettings(Settings):
             raise ValueError("deterministic is a setting of measure=step")
         if self.measure == "reader" and len(self.samples or [0]) > 1:
             raise ValueError("samples of measure=reader are one number, such as [512]")
+        sizes = BENCHMARK_SIZES.get(self.measure, ("toy", "sd15"))
+        if self.size is not None and self.size not in sizes:
+            raise ValueError(f"size of measure={self.measure} must be one of {', '.join(sizes)}, got {self.size!r}")
         for name, default in own.items():
             if name not in given:
                 setattr(self, name, default[self.size] if isinstance(default, dict) else default)
         return self
 
 
-BENCHMARK_KEYS = ("size", "repeats", "batch_size", "rounds", "samples", "workers")
+BENCHMARK_KEYS = (
+    "size",
+    "repeats",
+    "batch_size",
+    "rounds",
+    "samples",
+    "workers",
+    "budget",
+    "sections",
+    "output_dir",
+)
 
 
 class ToyTeacherSettings(Settings):
