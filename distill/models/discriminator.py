@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
+from torch.utils._pytree import tree_map_only
 
 from distill.diffusion.adversarial import Origin
 from distill.diffusion.prediction import Conditioning
@@ -104,11 +105,29 @@ class CriticNetwork(nn.Module):
 
         They are [N]; or, for a conditional network, those of all batches but the last, which all the others came from.
         """
-        features = self.encoder(x, index, return_dict=False, **keywords)[0]  # [N, width, h', w']
+        features = self._features(x, index, batches, keywords)  # [N, width, h', w']
         if self.conditional:
             *made, origin = features.chunk(batches)
             features = torch.cat([torch.cat([d, origin], 1) for d in made])
         return self.head(features)
+
+    def _features(self, x: Tensor, index: Tensor, batches: int, keywords: Mapping[str, Any]) -> Tensor:
+        """What the encoder makes of all batches.
+
+        While it is judged with, not trained, what it makes of the state that samples came from is a constant: it is
+        made without a graph, which saves its activations, and the passes backwards through them.
+        """
+        if not (self.conditional and torch.is_grad_enabled()) or any(p.requires_grad for p in self.parameters()):
+            return self.encoder(x, index, return_dict=False, **keywords)[0]
+        made = len(x) - len(x) // batches
+        with torch.no_grad():
+            origin = self._of(slice(made, None), x.detach(), index, keywords)
+        return torch.cat([self._of(slice(made), x, index, keywords), origin])
+
+    def _of(self, part: slice, x: Tensor, index: Tensor, keywords: Mapping[str, Any]) -> Tensor:
+        """Of a part of the samples."""
+        given = tree_map_only(Tensor, lambda entry: entry[part], dict(keywords))
+        return self.encoder(x[part], index[part], return_dict=False, **given)[0]
 
 
 def encoder_of(unet: UNet2DConditionModel) -> UNet2DConditionModel:

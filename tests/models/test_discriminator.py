@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill.diffusion.adversarial import Adversary, Verdict
 from distill.diffusion.random import Context
@@ -369,3 +372,35 @@ def test_a_fake_score_starts_as_the_teacher_on_weights_of_its_own(tmp_path: Any,
 def test_a_fake_score_refuses_what_is_no_lora(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"networks.fake_score.{next(iter(settings))} must be"):
         FakeScore(**settings)
+
+
+# --- what is constant ---
+
+
+def of_the_student(judge: Discriminator, fake: Tensor, trained: bool) -> tuple[list[Tensor], int]:
+    """Logits and gradient of fakes against a conditional discriminator, and the FLOPs of both passes."""
+    judge.module.requires_grad_(trained)
+    fake = fake.clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        (logits,) = judge([fake], T, tiny_conditioning("sdxl", B), (latents(7), T))
+        logits.sum().backward()
+    assert fake.grad is not None
+    return [logits.detach(), fake.grad], counter.get_total_flops()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_state_that_samples_came_from_costs_a_student_no_pass_backwards(checkpointed: bool) -> None:
+    """Frozen, the discriminator answers as it does in its own turn, and of the state makes features without a graph."""
+    judge = critic("sdxl", conditional=True)
+    if checkpointed:
+        judge.module.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+        judge.module.train()
+    own, _ = of_the_student(judge, latents(1), trained=True)
+    frozen, flops = of_the_student(judge, latents(1), trained=False)
+    for a, b in zip(own, frozen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        judge([latents(1)], T, tiny_conditioning("sdxl", B), (latents(7), T))
+    forward = counter.get_total_flops()  # of fakes and of the state
+    # backwards once (and with checkpointing forwards once more) through the fakes' half, where it was through both
+    assert 1.45 < flops / forward < (2.05 if checkpointed else 1.55)
