@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from distill.diffusion.consistency import where
 from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule, add_noise, wide
+from distill.diffusion.tables import Table
 
 ADVERSARIAL_LOSSES = ("nonsaturating", "hinge")
 
@@ -113,6 +115,15 @@ class Adversary:
         if not 0 < self.r1_sigma < math.inf:
             raise ValueError(f"r1_sigma must be above 0, got {self.r1_sigma}")
 
+    @cached_property
+    def _times(self) -> Table:
+        return Table(self.times)
+
+    @cached_property
+    def _shares(self) -> Table:
+        """Where in [0, 1) the share of each time ends, but for the last."""
+        return Table((torch.tensor(self.weights, dtype=torch.float64).cumsum(0) / sum(self.weights))[:-1])
+
     def generator(
         self,
         critic: Critic,
@@ -158,9 +169,8 @@ class Adversary:
 
     def sample_time(self, context: Context, device: torch.device) -> Tensor:
         """t* [B]."""
-        share = torch.tensor(self.weights, dtype=torch.float64).cumsum(0) / sum(self.weights)
-        i = torch.bucketize(context.uniform(0, 1, "t*").double(), share[:-1], right=True)
-        return torch.tensor(self.times)[i].to(device)
+        drawn = context.uniform(0, 1, "t*", device).double()
+        return self._times.on(device)[torch.bucketize(drawn, self._shares.on(device), right=True)]
 
     def renoised(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
         """Clean samples at t*, all with the same noise: a pair then differs by what it was before."""

@@ -21,7 +21,8 @@ def boundary_scalings(
 
     They are functions of the network's index t - 1, and (1, 0) at clean data, where the jump is the identity.
     """
-    r = wide(like).new_tensor(timestep_scaling) * (t.to(like.device) - 1).clamp(min=0)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    r = timestep_scaling * (t.to(like.device) - 1).clamp(min=0).to(dtype)
     c_skip, c_out = sigma_data**2 / (r**2 + sigma_data**2), r / (r**2 + sigma_data**2).sqrt()
     shape = (-1, *[1] * (like.ndim - 1))
     return c_skip.reshape(shape), c_out.reshape(shape)

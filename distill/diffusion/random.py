@@ -8,8 +8,9 @@ ranks with the same global batch draw the same numbers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,8 +39,36 @@ def starting_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What a loss draws for each of its samples.
+
+    Args:
+        stream: its name; draws of one name have the same random numbers.
+        shape: of one sample's, `[B, *shape]` in all; `dtype` is its type.
+        bounds: of `integers` low ... high - 1, of `uniform` [low, high); None is a normal distribution.
+    """
+
+    stream: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bounds: tuple[float, float] | None = None
+
+    def of(self, generator: torch.Generator) -> Tensor:
+        """The numbers of one sample, on the CPU."""
+        if self.bounds is None:
+            return torch.randn(self.shape, generator=generator, dtype=self.dtype)
+        low, high = self.bounds
+        if self.dtype == torch.int64:
+            return torch.randint(int(low), int(high), self.shape, generator=generator)
+        return low + (high - low) * torch.rand(self.shape, generator=generator)
+
+
+@dataclass(frozen=True)
 class Context:
     """What a loss may draw from: one micro-batch's place in the run.
+
+    Numbers are drawn on the CPU, so that they are the same on all machines. `foresee` draws and copies ahead what a
+    loss is known to ask for; anything else is copied when it is asked for, and the device is waited for.
 
     Args:
         seed: the run's.
@@ -53,21 +82,56 @@ class Context:
     step: int
     positions: tuple[int, ...]
     turn: int = 0
+    _ahead: dict[Draw, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _asked: dict[Draw, None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def normal(self, like: Tensor, stream: str) -> Tensor:
         """Standard normal noise of the shape [B, ...], device and wide dtype of `like`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        draws = self._draw(stream, lambda g: torch.randn(like.shape[1:], generator=g, dtype=dtype))
-        return draws.to(like.device)
+        return self._draw(Draw(stream, tuple(like.shape[1:]), dtype), like.device)
 
     def uniform(self, low: float, high: float, stream: str, device: torch.device | str = "cpu") -> Tensor:
         """[B] float32, uniform in [low, high)."""
-        return self._draw(stream, lambda g: low + (high - low) * torch.rand((), generator=g)).to(device)
+        return self._draw(Draw(stream, (), torch.float32, (low, high)), torch.device(device))
 
     def integers(self, low: int, high: int, stream: str, device: torch.device | str = "cpu") -> Tensor:
         """[B] int64, uniform in low ... high - 1."""
-        return self._draw(stream, lambda g: torch.randint(low, high, (), generator=g)).to(device)
+        return self._draw(Draw(stream, (), torch.int64, (low, high)), torch.device(device))
 
-    def _draw(self, stream: str, one: Callable[[torch.Generator], Tensor]) -> Tensor:
+    @property
+    def asked(self) -> tuple[Draw, ...]:
+        """What has been drawn for devices other than the CPU so far."""
+        return tuple(self._asked)
+
+    def foresee(self, draws: Sequence[Draw], device: torch.device) -> None:
+        """Draws what a loss is going to ask for on `device`, and copies it there at once. On a CPU there is no need."""
+        if draws and device.type != "cpu":
+            self._ahead.update(zip(draws, packed([self._on_cpu(draw) for draw in draws], device), strict=True))
+
+    def _draw(self, draw: Draw, device: torch.device) -> Tensor:
+        if device.type == "cpu":
+            return self._on_cpu(draw)
+        self._asked[draw] = None
+        ahead = self._ahead.get(draw)
+        return ahead if ahead is not None and ahead.device == device else self._on_cpu(draw).to(device)
+
+    def _on_cpu(self, draw: Draw) -> Tensor:
         turn = ("turn", self.turn) if self.turn else ()  # so the first one draws what it always has
-        return torch.stack([one(generator(self.seed, self.step, p, stream, *turn)) for p in self.positions])
+        parts = [(self.seed, self.step, p, draw.stream, *turn) for p in self.positions]
+        return torch.stack([draw.of(generator(*part)) for part in parts])
+
+
+def packed(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the CPU on `device`, by one copy, for which the host does not wait. They share their memory there."""
+    aligned = 64  # bytes; what kernels want, and a multiple of all sizes of elements
+    starts = list(accumulate((-(-t.nbytes // aligned) * aligned for t in tensors), initial=0))
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+
+    def place(memory: Tensor, start: int, tensor: Tensor) -> Tensor:
+        return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    for start, tensor in zip(starts, tensors, strict=False):
+        place(buffer, start, tensor).copy_(tensor)
+    there = buffer.to(device, non_blocking=True)
+    return [place(there, start, tensor) for start, tensor in zip(starts, tensors, strict=False)]

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from distill.diffusion.tables import Table
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -33,15 +35,22 @@ class Segments:
         """0, then the noisiest time of each segment, up to T."""
         return tuple(round(i * self.T / self.count) for i in range(self.count + 1))
 
+    @cached_property
+    def _edges(self) -> Table:
+        return Table(self.milestones[1:-1], torch.int64)
+
+    @cached_property
+    def _milestones(self) -> Table:
+        return Table(self.milestones)
+
     def index(self, t: Tensor) -> Tensor:
         """The segment (0 is the cleanest) that holds t, [B]; every t in 1 ... T is in exactly one."""
-        edges = torch.tensor(self.milestones[1:-1], device=t.device)
-        return torch.bucketize(t.contiguous(), edges)  # right edges belong to their segment
+        return torch.bucketize(t.contiguous(), self._edges.on(t.device))  # right edges belong to their segment
 
     def start(self, t: Tensor) -> Tensor:
         """The time that a student at t jumps to, [B]."""
-        return torch.tensor(self.milestones, device=t.device)[self.index(t)]
+        return self._milestones.on(t.device)[self.index(t)]
 
     def end(self, t: Tensor) -> Tensor:
         """The noisiest time of t's segment, [B]."""
-        return torch.tensor(self.milestones, device=t.device)[self.index(t) + 1]
+        return self._milestones.on(t.device)[self.index(t) + 1]

@@ -26,10 +26,13 @@ Reward = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` (scalar) is differentiated; `parts` (scalars, detached or not) are logged by name."""
+    """`total` (scalar) is differentiated; `parts` (scalars, detached or not) are logged by name.
+
+    A part that is a number is the same on all ranks and for all micro-batches of a step.
+    """
 
     total: Tensor
-    parts: Mapping[str, Tensor]
+    parts: Mapping[str, Tensor | float]
 
 
 @dataclass(frozen=True)

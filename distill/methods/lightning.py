@@ -21,6 +21,7 @@ from distill.diffusion.losses import l2
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule, add_noise
 from distill.diffusion.solver import ddim_step, trailing_times
+from distill.diffusion.tables import Table
 from distill.diffusion.trajectory import Batch, CleanEnd, Reads, Steps
 from distill.methods.base import Losses, Method, Networks, Turn
 from distill.methods.sampling import Sampling
@@ -77,7 +78,8 @@ class Progressive(Method):
         self.schedule, self.source, self.w, self.x_T = schedule, source, guidance, x_T
         self.guidance = (guidance, guidance) if source == "noised" else None
         self.ends = _ends(T, student_steps, times)
-        self.paths = _paths(T, self.ends, trailing_times(T, teacher_steps))
+        self.paths = Table(_paths(T, self.ends, trailing_times(T, teacher_steps)))
+        self.times = Table(list(self.ends))
         self.requires = ("teacher",) if source == "noised" else ()
         self.sampling = Sampling("ddim" if x_T == "noise" else "euler", "trailing", student_steps)
 
@@ -105,7 +107,7 @@ class Progressive(Method):
             return batch.transition().x_s
         teacher, x = guided(networks["teacher"], batch.unconditional, self.w), x_t
         with torch.no_grad():
-            for here, there in pairwise(self.paths.to(t.device)[t].unbind(1)):
+            for here, there in pairwise(self.paths.on(t.device)[t].unbind(1)):
                 x = jump(self.schedule, teacher(x, here, batch.conditioning), x, here, there)
         return x
 
@@ -119,12 +121,11 @@ class Progressive(Method):
 
     def next_time(self, t: Tensor) -> Tensor:
         """max(t - ns, 0), [B] (Lightning, sec. 2.3)."""
-        return self.paths.to(t.device)[t, -1]
+        return self.paths.on(t.device)[t, -1]
 
     def sample_time(self, context: Context, device: torch.device) -> Tensor:
         """t [B], uniform over the student's times."""
-        times = torch.tensor(list(self.ends), device=device)
-        return times[context.integers(0, len(times), "t", device)]
+        return self.times.on(device)[context.integers(0, len(self.times), "t", device)]
 
 
 class LightningMSE(Progressive):

@@ -151,6 +151,7 @@ class MLCM(Method):
         except ValueError as error:
             raise ValueError(f"method.{error}") from None
         self.stages = [_stage(i, stage, schedule) for i, stage in enumerate(stages)]
+        self.segments = {stage.segments: Segments(schedule.T, stage.segments) for stage in self.stages}
         lengths = [stage.iterations for stage in self.stages]
         self.starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
         self.steps = sum(lengths)
@@ -174,7 +175,7 @@ class MLCM(Method):
         stage = self.stages[self.place(step)]
         if stage.source != "trajectory":
             return CleanEnd()  # for its shape and its prompt alone
-        return Pair(stage.skip, Segments(self.schedule.T, stage.segments), self._apart(stage))
+        return Pair(stage.skip, self.segments[stage.segments], self._apart(stage))
 
     def learning_rate(self, step: int, network: str = "student") -> float | None:
         return self.stages[self.place(step)].learning_rate if network == "student" else self.rates[network]
@@ -187,7 +188,7 @@ class MLCM(Method):
 
         def loss(networks: Networks, batch: Batch, context: Context) -> Losses:
             losses = self.loss(stage, networks, batch, context)
-            return Losses(losses.total, {**losses.parts, "stage": losses.total.new_tensor(self.place(step) + 1)})
+            return Losses(losses.total, {**losses.parts, "stage": float(self.place(step) + 1)})
 
         if stage.adversarial > 0:
             yield Turn("discriminator", partial(self.discriminator_loss, stage))
@@ -202,7 +203,7 @@ class MLCM(Method):
 
     def loss(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
         """|| g(x_t, t) - g⁻(x_s, s) ||, both of which land where t's segment starts (MLCM, eq. 7 and 10)."""
-        segments, c = Segments(self.schedule.T, stage.segments), batch.conditioning
+        segments, c = self.segments[stage.segments], batch.conditioning
         step = self.pair(stage, networks, batch, context)
         end = segments.start(step.t)
 
@@ -212,7 +213,9 @@ class MLCM(Method):
 
         d = self.d(stage, networks, f_t, g_s, step, end)  # [B]
         inside = [(segments.index(step.t) == i).to(d) for i in range(stage.segments)]
-        parts = {f"segment_{i + 1}": stage.segments * (d * mask).mean().detach() for i, mask in enumerate(inside)}
+        parts: dict[str, Tensor | float] = {
+            f"segment_{i + 1}": stage.segments * (d * mask).mean().detach() for i, mask in enumerate(inside)
+        }
         total = d.mean()
         weights = stage.reward, stage.matching, stage.adversarial
         for weight, term in zip(
@@ -266,7 +269,8 @@ class MLCM(Method):
         if stage.reward_form == "maximise":
             return s(x0, c_pos)
         s_pos, s_neg = s(x0, c_pos, c_neg)
-        same = torch.tensor([a == b for a, b in zip(c_pos, c_neg, strict=True)], device=s_neg.device)
+        same = torch.tensor([a == b for a, b in zip(c_pos, c_neg, strict=True)])
+        same = same.to(s_neg.device, non_blocking=True)
         return s_pos, s_neg.masked_fill(same, -math.inf)
 
     def preference(self, stage: Stage, s_pos: Tensor, s_neg: Tensor | None = None) -> Tensor:
@@ -333,12 +337,13 @@ class MLCM(Method):
 
     def rollout(self, stage: Stage, teacher: Denoiser, batch: Batch, context: Context) -> Transition:
         """The teacher's own solve from noise: L steps to x_t, fewer to noisier segments, and one to x_s (alg. 1)."""
-        segments = Segments(self.schedule.T, stage.segments)
+        segments, host = self.segments[stage.segments], torch.device("cpu")
         x = context.normal(batch.states[:, 0], "x_T")  # [B, C, h, w]
         t = self.sample_time(stage, context, x.device)
         L = stage.segments - segments.index(t)  # [B], 1 ... M
         T = torch.full_like(t, self.schedule.T)
-        for i in range(int(L.max())):
+        most = stage.segments - segments.index(self.sample_time(stage, context, host)).min()  # without a wait for L
+        for i in range(int(most)):
             here, there = (T - (T - t) * L.clamp(max=j) // L for j in (i, i + 1))
             x = self.step(teacher, x, here, there, batch.conditioning)
         s = torch.maximum(t - stage.skip, segments.start(t))

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
-from distill.diffusion.random import Context, seed_of
+from distill.diffusion.random import Context, Draw, seed_of
 from distill.diffusion.trajectory import Batch
-from distill.methods.base import Losses, Networks, Turn
+from distill.methods.base import Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
 from distill.training.loss_scale import LossScale
 from distill.training.processes import NO_LIMIT, Processes, forget_accelerate
@@ -54,6 +54,46 @@ class Averaged:
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
         with self.trained.averaged():
             return self.denoiser(x_t, t, conditioning)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An optimizer step that the device may not have finished: what is read of it, once for all turns of a step.
+
+    Attributes:
+        step: the optimizer steps before it; `network`: whose it is; `rate`: its learning rate.
+        names: of its scalars, in order; `numbers`: those that the host knows.
+        means: the others, over micro-batches and ranks, in the order of `names`.
+        norm: of the gradient; `was_taken`: or else the step was skipped.
+        micro_batches: this rank's, with their `losses`.
+    """
+
+    step: int
+    network: str
+    rate: float
+    names: tuple[str, ...]
+    numbers: dict[str, float]
+    means: Tensor
+    norm: Tensor | float
+    was_taken: Tensor | bool
+    micro_batches: Sequence[Batch]
+    losses: Tensor
+
+    def on_device(self) -> Tensor:
+        """What the host does not know, in a row of float64, which holds float32 exactly."""
+        device = self.means.device
+        values = [torch.as_tensor(value, dtype=torch.float64).to(device) for value in self._waiting()]
+        return torch.cat([self.means.double(), *(value.reshape(1) for value in values)])
+
+    def read(self, row: list[float]) -> tuple[dict[str, float], float, bool]:
+        """The scalars, the gradient's norm, and whether the step was taken; from the numbers of `on_device`."""
+        values = iter(row)
+        scalars = {name: self.numbers[name] if name in self.numbers else next(values) for name in self.names}
+        norm, taken = (next(values) if isinstance(v, Tensor) else float(v) for v in (self.norm, self.was_taken))
+        return scalars, norm, bool(taken)
+
+    def _waiting(self) -> list[Tensor]:
+        return [value for value in (self.norm, self.was_taken) if isinstance(value, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -150,6 +190,9 @@ class Engine:
         self._helpers: dict[str, nn.Module] = {}
         self._trained: dict[str, TrainedNetwork] = {}
         self._scales: dict[str, LossScale] = {}
+        self._taken: list[Taken] = []
+        self._scalars: dict[str, float] = {}
+        self._foreseen: dict[tuple[str, int], tuple[Draw, ...]] = {}  # what each turn drew the last time
 
     def release(self) -> None:
         """Lets go of the networks and their memory. Another engine may start in this process, with the same others."""
@@ -292,11 +335,20 @@ class Engine:
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
+    def moved(self, micro_batches: Sequence[Batch]) -> list[Batch]:
+        """Micro-batches on the device, where all turns of a step find them; the host does not wait for them."""
+        return [batch.to(self.processes.device, non_blocking=True) for batch in micro_batches]
+
     def update(self, turn: Turn, micro_batches: Sequence[Batch], step: int, before: int = 0) -> dict[str, float]:
-        """One optimizer step of the network that `turn` updates.
+        """One optimizer step of the network that `turn` updates, by `take`; and what `read` reads of it."""
+        self.take(turn, micro_batches, step, before)
+        return self.read()[0]
+
+    def take(self, turn: Turn, micro_batches: Sequence[Batch], step: int, before: int = 0) -> None:
+        """Takes an optimizer step of the network that `turn` updates, without waiting for the device.
 
         The loss is the mean over micro-batches and ranks. If it or the gradient is not finite on any rank, all ranks
-        skip the step together.
+        skip the step together. `read` is to follow, after the last turn of a step.
 
         Args:
             turn: the network, and its loss.
@@ -304,55 +356,93 @@ class Engine:
             step: optimizer steps of the run so far.
             before: turns of the same network in this step so far; each has its own randomness.
 
-        Returns:
-            "loss", the loss's parts, "grad_norm" (before clipping), "lr" and "skipped" (0 or 1), alike on all ranks;
-            under fp16 "loss_scale", by which this step's loss was multiplied. Each has "<network>/" before it if
-            several networks are trained.
-
         Raises:
             ValueError: not `gradient_accumulation_steps` micro-batches, or of unequal size.
-            NonFiniteError: `max_nonfinite_steps` steps in a row were skipped.
+            NonFiniteError: see `read`.
         """
         _check_micro_batches(micro_batches, self.settings.gradient_accumulation_steps)
+        earlier = {one.network for one in self._taken}
+        if any(self._trained[name].ema is not None for name in earlier) or earlier & {turn.updates} & set(self._scales):
+            self._read_taken()  # averages and loss scales follow steps of which is known whether they were taken
         trained = self._in_training(turn.updates)
         rate = trained.set_learning_rate(step)
         further = (before,) if before else ()  # so the first turn has the masks that it always had
         seed, rank = self.settings.seed, self.processes.rank
         torch.manual_seed(seed_of(seed, step, rank, turn.updates, *further))  # dropout's, and nobody else's
         scale = self._scales.get(turn.updates)
-        scaled = {} if scale is None else {"loss_scale": scale.value}
         if scale is not None:
             trained.scale_gradients(scale.value)
-        means, mine = self._backward(turn, trained, micro_batches, step, before)
-        norm, taken = trained.step()
-        scalars = {**means, "grad_norm": norm, "lr": rate, "skipped": float(not taken), **scaled}
-        if taken:
-            trained.follow()
-            self.skipped.taken(turn.updates)
+        names, numbers, means, mine = self._backward(turn, trained, micro_batches, step, before)
+        norm, was_taken = trained.step()
+        self._taken.append(Taken(step, turn.updates, rate, names, numbers, means, norm, was_taken, micro_batches, mine))
+
+    def read(self, *flags: bool) -> tuple[dict[str, float], tuple[bool, ...]]:
+        """What the turns since the last `read` came to, and which of `flags` are set on any rank.
+
+        It is the one wait of the host for the device in a step.
+
+        Returns:
+            "loss", the loss's parts, "grad_norm" (before clipping), "lr" and "skipped" (0 or 1), alike on all ranks;
+            under fp16 "loss_scale", by which this step's loss was multiplied. Each has "<network>/" before it if
+            several networks are trained. And the flags.
+
+        Raises:
+            NonFiniteError: `max_nonfinite_steps` steps of a network in a row were skipped.
+        """
+        common = self._read_taken(*flags)
+        scalars, self._scalars = self._scalars, {}
+        return scalars, common
+
+    def _read_taken(self, *flags: bool) -> tuple[bool, ...]:
+        taken, self._taken = self._taken, []
+        shared = self.processes.flags_of_all(flags)
+        rows = [*(one.on_device() for one in taken), *([] if shared is None else [shared.double()])]
+        values = torch.cat(rows).tolist() if rows else []
+        for one, row in zip(taken, rows, strict=False):
+            self._scalars |= self._outcome(one, values[: len(row)])
+            del values[: len(row)]
+        return tuple(flags) if shared is None else tuple(value > 0 for value in values)
+
+    def _outcome(self, one: Taken, row: list[float]) -> dict[str, float]:
+        scalars, norm, was_taken = one.read(row)
+        scale = self._scales.get(one.network)
+        scaled = {} if scale is None else {"loss_scale": scale.value}
+        if was_taken:
+            self._trained[one.network].follow()
+            self.skipped.taken(one.network)
             if scale is not None:
                 scale.taken()
-        elif scale is not None and not scale.is_least and math.isfinite(means["loss"]):
+        elif scale is not None and not scale.is_least and math.isfinite(scalars["loss"]):
             scale.overflowed()
-            self.skipped.overflowed(turn.updates, step, scale.value, self.processes.is_main)
+            self.skipped.overflowed(one.network, one.step, scale.value, self.processes.is_main)
         else:
-            keys = suspects(self.processes, micro_batches, mine)
-            self.skipped.add(Skipped(step, turn.updates, means["loss"], norm, keys), self.processes.is_main)
-        return {f"{turn.updates}/{k}": v for k, v in scalars.items()} if len(self._trained) > 1 else scalars
+            keys = suspects(self.processes, one.micro_batches, one.losses)
+            self.skipped.add(Skipped(one.step, one.network, scalars["loss"], norm, keys), self.processes.is_main)
+        scalars |= {"grad_norm": norm, "lr": one.rate, "skipped": float(not was_taken), **scaled}
+        return {f"{one.network}/{k}": v for k, v in scalars.items()} if len(self._trained) > 1 else scalars
 
     def _backward(
         self, turn: Turn, trained: TrainedNetwork, micro_batches: Sequence[Batch], step: int, before: int
-    ) -> tuple[dict[str, float], Tensor]:
-        """Forward and backward of every micro-batch: each scalar's mean over all, and this rank's losses."""
+    ) -> tuple[tuple[str, ...], dict[str, float], Tensor, Tensor]:
+        """Forward and backward of every micro-batch.
+
+        Returns:
+            The names of the loss's scalars, those that are numbers, the means of the others over micro-batches and
+            ranks, and this rank's losses [micro-batches].
+        """
         rows: list[Tensor] = []
-        names: list[str] = []
+        key = turn.updates, before
         with self.networks(turn) as networks:
             for i, batch in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1
                 with trained.micro_batch(last):
-                    batch = batch.to(self.processes.device, non_blocking=True)
-                    losses = turn.loss(networks, batch, Context(self.settings.seed, step, batch.positions, before))
-                    names = ["loss", *(name for name in losses.parts if name != "loss")]
-                    rows.append(_row(losses, names))
+                    batch = batch.to(self.processes.device, non_blocking=True)  # unless `moved` has done so
+                    context = Context(self.settings.seed, step, batch.positions, before)
+                    context.foresee(self._foreseen.get(key, ()), self.processes.device)
+                    losses = turn.loss(networks, batch, context)
+                    self._foreseen[key] = context.asked
+                    scalars = {"loss": losses.total, **{k: v for k, v in losses.parts.items() if k != "loss"}}
+                    rows.append(_row(scalars))
                     loss = losses.total
                     if last:
                         means = self.processes.mean(torch.stack(rows).mean(0))
@@ -360,7 +450,8 @@ class Engine:
                         # and the check of the gradient's norm decides for all ranks alike.
                         loss = loss * (1 + 0 * means[0]).to(loss.dtype)
                     trained.backward(loss)
-        return dict(zip(names, means.tolist(), strict=True)), torch.stack(rows)[:, 0]
+        numbers = {name: float(value) for name, value in scalars.items() if not isinstance(value, Tensor)}
+        return tuple(scalars), numbers, means, torch.stack(rows)[:, 0]
 
     @torch.no_grad()
     def measure(self, turn: Turn, batches: Sequence[Batch], contexts: Sequence[Context]) -> list[float]:
@@ -373,7 +464,8 @@ class Engine:
         with self.inference(turn.updates):
             for batch, context in zip(batches, contexts, strict=True):
                 found = turn.loss(networks, batch.to(self.processes.device), context)
-                losses.append(found.parts.get("loss", found.total).double())
+                loss = found.parts.get("loss")
+                losses.append((loss if isinstance(loss, Tensor) else found.total).double())
         return torch.stack(losses).tolist()
 
     # ---- files --------------------------------------------------------------------------------------------------
@@ -487,7 +579,6 @@ def _check_micro_batches(micro_batches: Sequence[Batch], expected: int) -> None:
         )
 
 
-def _row(losses: Losses, names: Sequence[str]) -> Tensor:
-    """The scalars of a loss in the order of `names`, float32 [len(names)]."""
-    values = {**losses.parts, "loss": losses.total}
-    return torch.stack([values[name].detach().float() for name in names])
+def _row(scalars: Mapping[str, Tensor | float]) -> Tensor:
+    """Those scalars of a loss that are on its device, float32 [n]; "loss" is the first."""
+    return torch.stack([value.detach().float() for value in scalars.values() if isinstance(value, Tensor)])

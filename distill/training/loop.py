@@ -89,9 +89,10 @@ def train(
     """Takes optimizer steps until `max_train_steps`, a signal or an alarm that ends the run; returns the steps in all.
 
     A step runs every turn of the method, each on the same micro-batches; its number is what metrics, checkpoints and
-    schedules count. While updates are being skipped, a checkpoint that is due waits for the next one that is taken.
-    One that cannot be written is a warning, and the next one is tried. The checkpoint that the run ends with, or is
-    stopped with, is saved in any case, and must be.
+    schedules count. The next step's micro-batches are fetched while the device computes, before results are read. While
+    updates are being skipped, a checkpoint that is due waits for the next one that is taken. One that cannot be
+    written is a warning, and the next one is tried. The checkpoint that the run ends with, or is stopped with, is saved
+    in any case, and must be.
 
     Raises:
         WriteError: the last checkpoint could not be written.
@@ -100,31 +101,30 @@ def train(
     """
     step = start_step
     stop = due = False
+
+    count = engine.settings.gradient_accumulation_steps
+    micro_batches, problem = _fetched(batches, count if step < max_train_steps else 0, observers, watchdog)
+    with watchdog.over("a batch from the loader of another rank"):
+        bad = engine.processes.any(problem is not None)
     while step < max_train_steps and not stop and not observers.health.ends_run:
-        with observers.meter.waiting(), watchdog.over("a batch from the loader"):
-            micro_batches, problem = _fetched(batches, engine.settings.gradient_accumulation_steps)
-        with watchdog.over("a batch from the loader of another rank"):
-            problem = _agreed(engine.processes, problem)
-        if problem is not None:
-            if step > start_step:
-                with watchdog.over(f"the checkpoint of step {step}"):
+        if bad:
+            with watchdog.over(f"the checkpoint of step {step}"):
+                if step > start_step:
                     _save(checkpoints, engine, step, must=True)
-            raise NoData(problem, step)
+                raise NoData(_agreed(engine.processes, problem), step)
         with watchdog.over(f"step {step + 1}: its computation, or other ranks in it"):
-            scalars = _turns(method, engine, micro_batches, step)
-            stop = engine.processes.any(preemption.requested)
+            _take_turns(method, engine, micro_batches, step)
+        if step + 1 < max_train_steps and not preemption.requested:
+            micro_batches, problem = _fetched(batches, count, observers, watchdog)
+        with watchdog.over(f"step {step + 1}: its computation, or other ranks in it"):
+            scalars, (stop, bad) = engine.read(preemption.requested, problem is not None)
         step += 1
         last = step == max_train_steps
         observers.step_taken()
         if last or stop or step % every.log == 0:
             observers.log(scalars, step)
         with watchdog.over(f"the checkpoint of step {step}"):
-            due = due or step % every.checkpoint == 0
-            if last or stop or (due and engine.is_healthy()):
-                due = False
-                _save(checkpoints, engine, step, must=last or stop)
-            elif step % every.checkpoint == 0 and engine.processes.is_main:
-                log.warning("no checkpoint of step %d: it waits until an update is taken again", step)
+            due = _saved_or_due(checkpoints, engine, step, due or step % every.checkpoint == 0, last or stop, every)
         with watchdog.over(f"the validation of step {step}"):
             if last or (step % every.validate == 0 and not stop):
                 observers.validate_and_log(step)
@@ -133,31 +133,41 @@ def train(
     return step
 
 
-def _fetched(batches: Iterator[Batch], count: int) -> tuple[list[Batch], StoreError | ReadError | None]:
+def _fetched(
+    batches: Iterator[Batch], count: int, observers: Observers, watchdog: Watchdog
+) -> tuple[list[Batch], StoreError | ReadError | None]:
     """This rank's micro-batches of a step, or why there are none: a rank alone must not leave the others waiting."""
-    try:
-        return [next(batches) for _ in range(count)], None
-    except (StoreError, ReadError) as error:
-        return [], error
+    with observers.meter.waiting(), watchdog.over("a batch from the loader"):
+        try:
+            return [next(batches) for _ in range(count)], None
+        except (StoreError, ReadError) as error:
+            return [], error
 
 
-def _agreed(processes: Processes, problem: StoreError | ReadError | None) -> StoreError | ReadError | None:
-    """One of the ranks' problems, the same on all (None without one): damage before what a next try may mend."""
-    if not processes.any(problem is not None):
-        return None
+def _agreed(processes: Processes, problem: StoreError | ReadError | None) -> StoreError | ReadError:
+    """One of the ranks' problems, of which there is one, the same on all: damage before what a next try may mend."""
     found = [other for other in processes.gathered(problem) if other is not None]
     return next((error for error in found if isinstance(error, StoreError)), found[0])
 
 
-def _turns(method: Method, engine: Engine, micro_batches: Sequence[Batch], step: int) -> dict[str, float]:
+def _take_turns(method: Method, engine: Engine, micro_batches: Sequence[Batch], step: int) -> None:
     if method.resets(step):
         engine.reset_optimizers()
-    scalars: dict[str, float] = {}
+    micro_batches = engine.moved(micro_batches)
     taken: Counter[str] = Counter()
     for turn in method.turns(step):
-        scalars |= engine.update(turn, micro_batches, step, taken[turn.updates])
+        engine.take(turn, micro_batches, step, taken[turn.updates])
         taken[turn.updates] += 1
-    return scalars
+
+
+def _saved_or_due(checkpoints: Checkpoints, engine: Engine, step: int, due: bool, must: bool, every: Every) -> bool:
+    """Saves a checkpoint that must be, or that is due while updates are taken; returns whether one is due still."""
+    if must or (due and engine.is_healthy()):
+        _save(checkpoints, engine, step, must)
+        return False
+    if step % every.checkpoint == 0 and engine.processes.is_main:
+        log.warning("no checkpoint of step %d: it waits until an update is taken again", step)
+    return due
 
 
 def _save(checkpoints: Checkpoints, engine: Engine, step: int, must: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -54,6 +54,18 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on at least one rank; the same answer on all."""
         return self._reduced(flag, dist.ReduceOp.MAX)
+
+    def flags_of_all(self, flags: Sequence[bool]) -> Tensor | None:
+        """For each flag whether it is set on at least one rank, above 0 if so, on this rank's device: not waited for.
+
+        None: there is no other rank, or no flag.
+        """
+        if self.world_size == 1 or not flags:
+            return None
+        # filled on the device: a tensor made of Python's numbers would be copied there, and waited for
+        tensor = torch.cat([torch.full((1,), float(flag), device=self.device) for flag in flags])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
 
     def all_agree(self, flag: bool) -> bool:
         """Whether `flag` is set on every rank; the same answer on all."""

@@ -187,7 +187,7 @@ class TrainedNetwork(ABC):
 
     def is_finite(self) -> bool:
         """Whether all of this rank's share of the weights is."""
-        return all(bool(master.isfinite().all()) for master in self.masters())
+        return bool(torch.stack([master.isfinite().all() for master in self.masters()]).all())
 
     @abstractmethod
     def scale_gradients(self, factor: float) -> None:
@@ -203,8 +203,11 @@ class TrainedNetwork(ABC):
         """Adds the gradient of `loss` (scalar), one of the step's micro-batches, to their mean."""
 
     @abstractmethod
-    def step(self) -> tuple[float, bool]:
-        """Clips and takes an optimizer step, or none if the gradient is not finite: (global norm, was it taken)."""
+    def step(self) -> tuple[Tensor | float, Tensor | bool]:
+        """Clips and takes an optimizer step, or none if the gradient is not finite: (global norm, was it taken).
+
+        What is a tensor is on the device, and nobody has waited for it.
+        """
 
     @abstractmethod
     def reset_optimizer(self) -> None:

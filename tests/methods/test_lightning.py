@@ -77,7 +77,7 @@ def test_the_teacher_lands_on_the_students_times(teacher: int, student: int, sub
     method = LightningMSE(SCHEDULE, student, teacher)
     grid = trailing_times(1000, teacher)
     for t, s in pairwise(trailing_times(1000, student)):
-        path = method.paths[t].tolist()
+        path = method.paths.values[t].tolist()
         assert path == grid[grid.index(t) : grid.index(s) + 1] and len(path) == substeps + 1
         assert method.ends[t] == s
 
@@ -94,7 +94,7 @@ def test_the_students_times_are_those_of_both_trailing_schedulers(steps: int) ->
 def test_from_times_off_its_grid_a_student_takes_a_whole_step_to_clean_data_at_most() -> None:
     assert LightningMSE(SCHEDULE, 2, 4, times=FOUR).ends == {1000: 500, 750: 250, 500: 0, 250: 0}
     assert LightningMSE(SCHEDULE, 1, 4, times=FOUR).ends == dict.fromkeys([1000, 750, 500, 250], 0)
-    off = LightningMSE(SCHEDULE, 1, 2, times=FOUR).paths[750]
+    off = LightningMSE(SCHEDULE, 1, 2, times=FOUR).paths.values[750]
     assert off.tolist() == [750, 500, 0]  # the teacher's own times where it meets them
 
 

@@ -115,7 +115,11 @@ def test_it_is_added_to_the_consistency_loss_with_its_weight() -> None:
         found = loss(mlcm(reward=weight), networks, batch())
         expected = float(bare.total.detach()) + weight * float(found.parts["reward_loss"])
         assert float(found.total.detach()) == pytest.approx(expected, rel=1e-6)
-        assert all(torch.equal(x, found.parts[name]) for name, x in bare.parts.items() if name != "loss")
+        assert all(
+            torch.equal(torch.as_tensor(x), torch.as_tensor(found.parts[name]))
+            for name, x in bare.parts.items()
+            if name != "loss"
+        )
 
 
 def test_what_is_scored_is_the_students_answer_at_x_t() -> None:

@@ -20,7 +20,7 @@ from distill.diffusion.random import Context
 from distill.methods.base import Losses, Turn
 from distill.training.engine import Engine, EngineSettings
 from distill.training.learning_rate import LearningRate
-from distill.training.loop import _turns
+from distill.training.loop import _take_turns
 from distill.training.processes import collectives_timeout
 from distill.training.skipped import NonFiniteError
 from distill.training.trained_network import TrainingRecipe
@@ -268,7 +268,7 @@ def test_turns_of_one_network_in_a_step_see_other_times_and_noise(make: Make) ->
 
     engine = make()
     batches = micro_batches(engine, 3)
-    _turns(Several(), engine, batches, 3)
+    _take_turns(Several(), engine, batches, 3)
     alone = Context(0, 3, batches[0].positions)
     assert torch.equal(seen[0][0], alone.integers(1, 1001, "t"))
     assert torch.equal(seen[0][1], alone.normal(batches[0].states[:, 0], "noise"))

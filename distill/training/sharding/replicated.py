@@ -157,16 +157,30 @@ class ReplicatedNetwork(TrainedNetwork):
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation_steps * self._factor).backward()
 
-    def step(self) -> tuple[float, bool]:
+    def step(self) -> tuple[Tensor | float, Tensor | bool]:
         if self._factor != 1:
             for p in self.parameters.values():
                 if p.grad is not None:
                     p.grad.mul_(1 / self._factor)
-        norm = float(clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm))
-        if taken := math.isfinite(norm):
+        norm = clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
+        taken = norm.isfinite()
+        if self._skips_by_itself:
+            optimizer: Any = self.optimizer
+            optimizer.grad_scale, optimizer.found_inf = None, (~taken).float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif taken:  # a wait for the device
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, taken
+
+    @property
+    def _skips_by_itself(self) -> bool:
+        """Whether the optimizer's kernels take or skip a step as a number on the device says, as torch's fused ones do.
+
+        Not for the first step: the momentum of a fused SGD would be left as memory that nothing was written to.
+        """
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False) and bool(self.optimizer.state)
 
     def reset_optimizer(self) -> None:
         new = self.recipe.optimizer_of(self.parameters)  # some have a state before their first step

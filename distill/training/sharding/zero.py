@@ -203,9 +203,9 @@ class PartitionedNetwork(TrainedNetwork):
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts; at the boundary, `step` below takes the real one
 
-    def step(self) -> tuple[float, bool]:
+    def step(self) -> tuple[Tensor | float, Tensor | bool]:
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
+        return self._engine.get_global_grad_norm(), self._engine.was_step_applied()
 
     def reset_optimizer(self) -> None:
         deepspeed_internals.renew_state(self._engine.optimizer, self.recipe.optimizer)
