@@ -42,6 +42,7 @@ def make_loader(
     num_workers: int = 0,
     prefetch_factor: int = 2,
     prompts: bool = False,
+    changes: tuple[tuple[int, int], ...] = (),
 ) -> Loader:
     """A loader of this rank's micro-batches, from optimizer step `start_step` on; nothing is fast-forwarded.
 
@@ -49,12 +50,13 @@ def make_loader(
         reads: which states of each trajectory, at an optimizer step; they are drawn from (seed, position).
         num_workers: threads that read ahead, each `prefetch_factor` micro-batches; 0 reads when a batch is wanted.
         prompts: read every sample's prompt too, and that of the next one.
+        changes: of the global batch's size; see `BatchShare`.
 
     Raises:
         ValueError: the stored times cannot serve the first step, or the global batch does not divide among the ranks.
     """
     reads(start_step).check(store.index.times)
-    share = BatchShare(global_batch_size, micro_batch_size, rank, world_size)
+    share = BatchShare(global_batch_size, micro_batch_size, rank, world_size, changes)
     return Loader(store, reads, seed, share, start_step, num_workers, prefetch_factor, prompts)
 
 
@@ -84,7 +86,7 @@ class Loader:
             reads=reads,
             seed=seed,
             allowed=self.allowed,
-            global_batch_size=share.global_batch_size,
+            step_of=share.step_of,
             prompts=prompts,
         )
         self._workers, self._ahead, self._prompts = num_workers, num_workers * prefetch_factor, prompts
@@ -170,14 +172,14 @@ class _Samples:
         reads: Callable[[int], Reads],
         seed: int,
         allowed: int,
-        global_batch_size: int,
+        step_of: Callable[[int], int],
         prompts: bool,
     ) -> None:
         self.store, self.reads, self.seed, self.allowed = store, reads, seed, allowed
-        self.global_batch_size, self.prompts = global_batch_size, prompts
+        self.step_of, self.prompts = step_of, prompts
 
     def __call__(self, places: Sequence[Place]) -> Found:
-        reads = self.reads(places[0][0] // self.global_batch_size)  # a micro-batch is of one step
+        reads = self.reads(self.step_of(places[0][0]))  # a micro-batch is of one step
         picks = [reads.pick(self.store.index.times, generator(self.seed, "read", p)) for p, _ in places]
         rows = self.store.rows(len(places), len(picks[0]), _pinned if torch.cuda.is_available() else torch.empty)
         found = self.store.fill([(rows, at, (i, picks[at])) for at, (_, i) in enumerate(places)], self.prompts)

@@ -94,6 +94,10 @@ class Method(ABC):
         """What takes the place of the run's learning rate, for a network at `step`; None keeps it."""
         return None
 
+    def batch_size(self, step: int) -> int | None:
+        """How many samples the global batch of `step` has; None keeps the run's. It may change at `starts`."""
+        return None
+
     def resets(self, step: int) -> bool:
         """Whether the optimizers forget what they have gathered before `step`."""
         return False

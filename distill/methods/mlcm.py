@@ -52,6 +52,7 @@ class Stage:
             (the paper's eq. 12). From student samples only; a "fake_score" learns beside the student.
         adversarial: the weight of the student's loss against a "discriminator", which tells its answers in one
             step from its samples in `student_steps` (the paper's eq. 13). From student samples only.
+        batch_size: samples of a step, over all ranks; None keeps the run's.
         learning_rate: the student's; None keeps the run's.
         fresh_optimizer: forgets the optimizer's state when the stage begins.
 
@@ -74,6 +75,7 @@ class Stage:
     adversarial: float = 0.0
     student_steps: int = 4
     substeps: int = 1
+    batch_size: int | None = None
     learning_rate: float | None = None
     fresh_optimizer: bool = False
 
@@ -85,6 +87,8 @@ class Stage:
         for key in ("segments", "skip", "iterations", "student_steps", "substeps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"a stage's {key} must be at least 1, got {getattr(self, key)}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"a stage's batch_size must be at least 1, got {self.batch_size}")
         for key in ("huber_c", "learning_rate"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
@@ -179,6 +183,9 @@ class MLCM(Method):
 
     def learning_rate(self, step: int, network: str = "student") -> float | None:
         return self.stages[self.place(step)].learning_rate if network == "student" else self.rates[network]
+
+    def batch_size(self, step: int) -> int | None:
+        return self.stages[self.place(step)].batch_size
 
     def resets(self, step: int) -> bool:
         return step in self.starts[1:] and self.stages[self.place(step)].fresh_optimizer

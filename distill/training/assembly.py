@@ -46,6 +46,7 @@ from distill.training.fitting import (
     SAMPLES,
     STORE,
     as_begun,
+    batch_changes,
     check_method,
     check_packages,
     fitting_store,
@@ -112,6 +113,7 @@ class Run:
     cfg: TrainSettings
     engine: EngineSettings
     micro_batch_size: int
+    batch_changes: tuple[tuple[int, int], ...]
     teacher: str
     method: Method
     exports: dict[str, Exported]
@@ -125,6 +127,10 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.cfg.output_dir)
+
+    def batch_size(self, step: int) -> int:
+        """Samples of a step, over all ranks."""
+        return self.method.batch_size(step) or self.cfg.global_batch_size
 
     @classmethod
     def assemble(cls, cfg: TrainSettings) -> Run:
@@ -149,6 +155,7 @@ class Run:
                 cfg=cfg,
                 engine=engine,
                 micro_batch_size=micro_batch_size,
+                batch_changes=batch_changes(cfg, method, launched_world_size()),
                 teacher=f"{teacher.teacher_id} ({teacher.family.name})",
                 method=method,
                 exports=exports,
@@ -215,7 +222,7 @@ class Run:
             return shown(step) | measured(step)
 
         began, failure = time.monotonic(), None
-        meter = Meter(cfg.max_train_steps, cfg.global_batch_size, resumed.step)
+        meter = Meter(cfg.max_train_steps, self.batch_size, resumed.step)
         observers = Observers(meter, progress, tracker, self.health, validate)
         with self.preemption, closing(iter(self.loader(resumed))) as batches:
             step, failure = self._steps(resumed, batches, observers, watchdog)
@@ -289,6 +296,8 @@ class Run:
             cfg.gradient_accumulation_steps,
             counted(processes.world_size, "process", "processes"),
         )
+        for step, size in self.batch_changes:
+            log.info("batch %d from step %d on, in as many micro-batches", size, step + 1)
         left = time_left(read_metrics(self.folder, resumed.step), resumed.step, cfg.max_train_steps)
         log.info("steps %d to %d, %s; output_dir=%s", resumed.step + 1, cfg.max_train_steps, left, self.folder)
 
@@ -305,6 +314,7 @@ class Run:
             start_step=resumed.step,
             num_workers=self.cfg.dataloader_num_workers,
             prompts=self.method.needs_prompts,
+            changes=self.batch_changes,
         )
 
     def held_out(self, resumed: ResumedRun) -> Callable[[int], dict[str, float]]:

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from yaml import YAMLError
 
-from distill.config.settings import ModelSettings
+from distill.config.settings import ModelSettings, TrainSettings
 from distill.data.words import counted
 from distill.diffusion.prediction import Prediction
 from distill.models.families import FAMILIES
@@ -185,9 +185,18 @@ def _range(bounds: tuple[float, float]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
+def _taken(run: TrainSettings, steps: int) -> int:
+    """Samples of so many steps, some of which may belong to stages with batches of another size."""
+    taken = 0
+    for stage in run.method.get("stages") or ():
+        of_stage = min(steps, stage["iterations"])
+        taken, steps = taken + of_stage * (stage.get("batch_size") or run.global_batch_size), steps - of_stage
+    return taken + steps * run.global_batch_size
+
+
 def _data(export: Export) -> str:
     """What was in the store that it learned from, and how much was taken of it."""
-    drawn = f"{export.step * export.settings.global_batch_size} taken in training"
+    drawn = f"{_taken(export.settings, export.step)} taken in training"
     data = export.data
     if data is None:
         kind = "pictures" if export.settings.data.guidance is None else "trajectories of the teacher"

@@ -48,10 +48,10 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
     if cfg.ema_decay is None and any(f"{name}_ema" in method.requires for name in method.trains):
         raise ConfigError("the method's target is the moving average of the student, and none is kept: set ema_decay")
     check_helpers(cfg, method)
-    if cfg.global_batch_size < method.least_samples:
+    least = min(method.batch_size(step) or cfg.global_batch_size for step in method.starts)
+    if least < method.least_samples:
         raise ConfigError(
-            f"the method compares samples of a step: global_batch_size={cfg.global_batch_size} must be at least "
-            f"{method.least_samples}"
+            f"the method compares samples of a step: global_batch_size={least} must be at least {method.least_samples}"
         )
     if unknown := [name for name in cfg.engine.get("stages") or () if name not in method.trains]:
         known = ", ".join(method.trains)
@@ -201,6 +201,26 @@ def as_begun(store: Store, state: Mapping[str, Any]) -> Store:
             *(len(store), samples),
         )
     return store.first(samples)
+
+
+def batch_changes(cfg: TrainSettings, method: Method, world_size: int) -> tuple[tuple[int, int], ...]:
+    """From which steps on the method's batches have another size than the run's, or than those before; each with it.
+
+    Raises:
+        ConfigError: a size that the ranks and their micro-batches cannot share evenly.
+    """
+    parts, size, changes = world_size * cfg.gradient_accumulation_steps, cfg.global_batch_size, []
+    for step in method.starts:
+        before, size = size, method.batch_size(step) or cfg.global_batch_size
+        if size % parts:
+            raise ConfigError(
+                f"the method's batch_size={size} from step {step} on must be a multiple of {parts}: {world_size} "
+                f"processes x gradient_accumulation_steps={cfg.gradient_accumulation_steps}; set another for that "
+                "stage, or null for the run's"
+            )
+        if size != before:
+            changes.append((step, size))
+    return tuple(changes)
 
 
 def split_batch(cfg: TrainSettings, world_size: int) -> int:

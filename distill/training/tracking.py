@@ -394,14 +394,20 @@ class Meter:
 
     Args:
         total: steps of the whole run; `done`: those taken before this start.
-        samples: of one step, over all ranks.
+        samples: of a step, over all ranks; or what says so of a step by its number.
         clock: seconds, rising.
     """
 
-    def __init__(self, total: int, samples: int, done: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        total: int,
+        samples: int | Callable[[int], int],
+        done: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.total, self.samples, self.done = total, samples, done
         self._clock = clock
-        self._since, self._steps, self._waited = clock(), 0, 0.0
+        self._since, self._steps, self._taken, self._waited = clock(), 0, 0, 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -412,6 +418,7 @@ class Meter:
 
     def step(self) -> None:
         """After each step."""
+        self._taken += self.samples if isinstance(self.samples, int) else self.samples(self.done)
         self.done += 1
         self._steps += 1
 
@@ -422,13 +429,13 @@ class Meter:
         seconds = max(now - self._since, 1e-9)
         pace = seconds / max(self._steps, 1)
         numbers = {
-            "samples_per_second": self._steps * self.samples / seconds,
+            "samples_per_second": self._taken / seconds,
             "data_wait": self._waited / seconds,
             "step_seconds": pace,
             "peak_memory_gib": peak_memory_gib(),
             "eta_seconds": pace * (self.total - self.done),
         }
-        self._since, self._steps, self._waited = now, 0, 0.0
+        self._since, self._steps, self._taken, self._waited = now, 0, 0, 0.0
         return numbers
 
 
