@@ -1,6 +1,7 @@
 """The latent discriminator of SDXL-Lightning (Lin et al. 2024, arXiv 2402.13929, sec. 3.3 and 3.4).
 
-It is the teacher's own encoder, which reads noisy latents, times and prompts already, and a small head; all trained.
+It is the teacher's own encoder, which reads noisy latents, times and prompts already, and a small head. A copy of the
+encoder is trained whole, or a LoRA on the teacher's frozen weights; the head always is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import generator
 from distill.models.denoiser import bare, unet_keywords
 from distill.models.families import Teacher
-from distill.models.lora import lora_layers
+from distill.models.lora import add_lora, lora_layers
+from distill.models.shared import on_the_weights_of
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,23 @@ class Discriminator:
     module: nn.Module
 
     @classmethod
-    def of(cls, teacher: Teacher, conditional: bool = False, seed: int = 0) -> Discriminator:
-        """A discriminator that starts as the encoder of the teacher's UNet.
+    def of(
+        cls,
+        teacher: Teacher,
+        conditional: bool = False,
+        seed: int = 0,
+        rank: int | None = None,
+        alpha: float = 64.0,
+    ) -> Discriminator:
+        """A discriminator that starts as the encoder of the teacher's UNet; see `CriticNetwork`.
 
         Raises:
             ValueError: the UNet has adapters, which would be copied with it.
         """
         if lora_layers(teacher.unet):
             raise ValueError("a discriminator is made of the teacher's own network: before it is given a LoRA")
-        return cls(CriticNetwork(teacher.unet, teacher.latent_shape[1:], conditional, seed))
+        unet = teacher.unet if rank is None else teacher.lend()
+        return cls(CriticNetwork(unet, teacher.latent_shape[1:], conditional, seed, rank, alpha))
 
     def __call__(
         self, samples: Sequence[Tensor], t: Tensor, conditioning: Conditioning, origin: Origin | None = None
@@ -71,18 +81,30 @@ class CriticNetwork(nn.Module):
     """The encoder and middle of a UNet, and a head over their features.
 
     Args:
-        unet: whose encoder is copied.
+        unet: whose encoder is copied and trained whole; or, with a rank, serves frozen as it is.
         size: (h, w) of the latents it is meant for; it takes others.
         conditional: the head sees beside a sample's features those of the state it was made from.
-        seed: of the head's weights. Its last layer starts at zero: it finds everything as likely real as fake.
+        seed: of the head's weights and the LoRA's. The head's last layer starts at zero: it finds everything as likely
+            real as fake.
+        rank, alpha: of a LoRA on the encoder.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, size: Sequence[int], conditional: bool = False, seed: int = 0
+        self,
+        unet: UNet2DConditionModel,
+        size: Sequence[int],
+        conditional: bool = False,
+        seed: int = 0,
+        rank: int | None = None,
+        alpha: float = 64.0,
     ) -> None:
         super().__init__()
         self.conditional = conditional
-        self.encoder = encoder_of(unet).requires_grad_(True)
+        if rank is None:
+            self.encoder = encoder_of(unet).requires_grad_(True)
+        else:
+            self.encoder = encoder_of(unet, on_its_weights=True)
+            add_lora(self.encoder, rank, alpha, seed=seed)
         width = unet.config["block_out_channels"][-1]
         halvings = sum(block.downsamplers is not None for block in unet.down_blocks)
         smaller = min(math.ceil(side / 2**halvings) for side in size)
@@ -130,13 +152,16 @@ class CriticNetwork(nn.Module):
         return self.encoder(x[part], index[part], return_dict=False, **given)[0]
 
 
-def encoder_of(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A copy of a UNet that ends after its middle: what it returns are its features [B, width, h', w']."""
-    left_out = {id(unet.up_blocks): nn.ModuleList(), id(unet.conv_out): nn.Identity()}
+def encoder_of(unet: UNet2DConditionModel, on_its_weights: bool = False) -> UNet2DConditionModel:
+    """A UNet that ends after its middle: what it returns are its features [B, width, h', w'].
+
+    It is a copy; or, `on_its_weights`, it computes with the very weights of `unet`.
+    """
+    left_out: dict[int, nn.Module] = {id(unet.up_blocks): nn.ModuleList(), id(unet.conv_out): nn.Identity()}
     if unet.conv_norm_out is not None:
         left_out[id(unet.conv_norm_out)] = nn.Identity()
         left_out[id(unet.conv_act)] = nn.Identity()
-    return copy.deepcopy(unet, left_out)
+    return on_the_weights_of(unet, left_out) if on_its_weights else copy.deepcopy(unet, left_out)
 
 
 class Head(nn.Module):
@@ -200,10 +225,24 @@ class LatentDiscriminator:
 
     Args:
         conditional: it also sees the state that samples were made from.
+        rank, alpha: of a LoRA on the teacher's own frozen weights; rank None trains a copy of its encoder whole.
+
+    Raises:
+        ValueError: a value out of its range, naming it.
     """
 
     conditional: bool = False
+    rank: int | None = None
+    alpha: float = 64.0
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(
+                f"networks.discriminator.rank must be at least 1, or null to train it whole, got {self.rank}"
+            )
+        if self.alpha <= 0:
+            raise ValueError(f"networks.discriminator.alpha must be above 0, got {self.alpha}")
 
     def network(self, teacher: Teacher, seed: int = 0) -> Discriminator:
         """Of a teacher with its UNet, before any adapter is added to that."""
-        return Discriminator.of(teacher, self.conditional, seed)
+        return Discriminator.of(teacher, self.conditional, seed, self.rank, self.alpha)

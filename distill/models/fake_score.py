@@ -1,4 +1,4 @@
-"""The network that learns the score of what a student draws (DMD, Yin et al. 2024): a copy of its teacher's."""
+"""The network that learns the score of what a student draws (DMD, Yin et al. 2024); it starts as its teacher's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.families import Teacher
 from distill.models.lora import add_lora
+from distill.models.shared import on_the_weights_of
 
 
 @dataclass(frozen=True)
 class FakeScore:
-    """A setting: a copy of the teacher's network that is trained whole, or by a LoRA on its frozen weights.
+    """A setting: a copy of the teacher's network that is trained whole, or a LoRA on the teacher's own frozen weights.
 
     Args:
         rank, alpha: of the LoRA; rank None trains the whole copy.
@@ -32,7 +33,9 @@ class FakeScore:
 
     def network(self, teacher: Teacher, seed: int = 0) -> NetworkDenoiser:
         """Of a teacher with its UNet, before any adapter is added to that."""
-        unet = copy.deepcopy(teacher.unet).requires_grad_(True)
-        if self.rank is not None:
+        if self.rank is None:
+            unet = copy.deepcopy(teacher.unet).requires_grad_(True)
+        else:
+            unet = on_the_weights_of(teacher.lend())
             add_lora(unet, self.rank, self.alpha, seed=seed)
         return NetworkDenoiser(unet, teacher.schedule, teacher.prediction)

@@ -189,6 +189,7 @@ class Teacher:
         zeros_for_empty: whether "no prompt" is zeros (SDXL) instead of the encoded empty string.
         weight_files: of its UNet; without them the hash is taken of the network in memory.
         parts: the loaded parts by their names in `PARTS`.
+        lent: whether other networks compute with the weights of its UNet, so that these must stay as they are.
     """
 
     family: Family
@@ -201,12 +202,18 @@ class Teacher:
     zeros_for_empty: bool = False
     weight_files: Sequence[Path] = ()
     parts: dict[str, Any] = field(default_factory=dict)
+    lent: bool = False
     _told_of_cuts: bool = field(default=False, init=False, repr=False)
 
     @property
     def unet(self) -> UNet2DConditionModel:
         """The network; raises ValueError if it was not loaded, as do the other parts."""
         return self._part("unet")
+
+    def lend(self) -> UNet2DConditionModel:
+        """The network, for another one on its weights (`on_the_weights_of`): from now on nobody trains them."""
+        self.lent = True
+        return self.unet
 
     @property
     def text(self) -> tuple[TextTower, ...]:

@@ -185,6 +185,7 @@ class FullStudent:
             networks["teacher"] = _network(teacher, taught_by)
         elif keep_teacher:
             networks["teacher"] = teacher.denoiser()
+        if teacher.lent or (keep_teacher and taught_by is None):
             teacher.parts["unet"] = copy.deepcopy(teacher.unet)
         unet = teacher.unet
         if start is not None and start.is_lora:

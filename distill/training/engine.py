@@ -217,12 +217,13 @@ class Engine:
         """Takes the networks to the device, and those that have a recipe under an optimizer.
 
         What is trained of a network is what asks for gradients now. Networks that share a module stay views of one
-        module (a LoRA student and its teacher). A network that is not trained and shares nothing is frozen; under bf16
-        or fp16 it is cast to that. `helpers` are further frozen modules that losses call by name, like networks; their
-        dtype stays.
+        module (a LoRA student and its teacher), and modules that share frozen weights go on sharing them. A network
+        that is not trained and shares nothing is frozen; under bf16 or fp16 it is cast to that. `helpers` are further
+        frozen modules that losses call by name, like networks; their dtype stays.
 
         Raises:
-            ValueError: a trained network that is not there, has nothing to train, or shares its module with another.
+            ValueError: a trained network that is not there, has nothing to train, or shares its module with another
+                one, or trained weights with any.
             RuntimeError: Accelerate or DeepSpeed did not wrap as asked.
         """
         modules = {name: denoiser.module for name, denoiser in networks.items()}
@@ -326,7 +327,8 @@ class Engine:
     def _ready_for_training(self, name: str, module: nn.Module) -> None:
         module.train()
         for p in module.parameters():
-            p.data = p.data.to(torch.float32 if p.requires_grad else self.frozen_dtype)
+            if p.is_floating_point():  # others are codes of quantized weights
+                p.data = p.data.to(torch.float32 if p.requires_grad else self.frozen_dtype)
         if self.settings.gradient_checkpointing:
             enable: Any = getattr(module, "enable_gradient_checkpointing", None)
             if enable is None:
@@ -568,6 +570,10 @@ def _check_trained(modules: Mapping[str, nn.Module], trained: Collection[str]) -
             raise ValueError(f"network {name!r} is to be trained, but none of its weights asks for gradients")
         if any(modules[other] is modules[name] for other in trained if other != name):
             raise ValueError(f"network {name!r} is to be trained, but shares its module with another trained one")
+        own = {id(p) for p in trainable(modules[name]).values()}
+        for other, module in modules.items():
+            if module is not modules[name] and any(id(p) in own for p in module.parameters()):
+                raise ValueError(f"network {name!r} trains weights that {other!r} computes with")
 
 
 def _check_micro_batches(micro_batches: Sequence[Batch], expected: int) -> None:

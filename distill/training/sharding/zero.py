@@ -22,6 +22,8 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
 
 from distill.models.devices import gpu_is_used, own_device
+from distill.models.quantized import is_quantized
+from distill.models.shared import part_from
 from distill.training import deepspeed_internals
 from distill.training.processes import Processes, drop_launchers_settings, leave_group
 from distill.training.rank_writes import Writes
@@ -112,6 +114,10 @@ class ZeRO(Sharding):
         update: UpdateSettings,
         processes: Processes,
     ) -> dict[str, TrainedNetwork]:
+        for name in recipes:
+            if self.stage_of(name) == 3:  # whose engine cuts up frozen weights too: it needs some of its own
+                _check_can_be_cut(name, modules[name])
+                part_from(modules[name], modules.values())
         accelerators = self._accelerators(list(recipes), update)
         return {
             name: self._wrapped(accelerators[name], name, modules[name], recipe, processes)
@@ -262,6 +268,11 @@ class PartitionedNetwork(TrainedNetwork):
     @property
     def _engine(self) -> Any:
         return self.wrapped
+
+
+def _check_can_be_cut(name: str, module: nn.Module) -> None:
+    if is_quantized(module):
+        raise ValueError(f"engine=zero3 does not cut up quantized weights, of which the {name} has some: use zero2")
 
 
 def _quiet() -> None:
