@@ -49,7 +49,7 @@ class Walked:
 
     def held(self, engines: dict[str, str], ranks: int) -> Held:
         """On each of `ranks`, the trained networks under these engines; in bfloat16."""
-        total, state = frozen(self.beside, bf16=True), optimizer_bytes(build(self.cfg.optimizer))
+        total, state = frozen(Counted(0, self.beside), bf16=True), optimizer_bytes(build(self.cfg.optimizer))
         for name, weights in self.trained.items():
             averaged = self.cfg.ema_decay is not None and name == "student"
             settings: dict[str, Any] = {"bf16": True, "optimizer": state, "averaged": averaged, "bucket": BUCKET}

@@ -56,13 +56,15 @@ def heading(run: PlannedRun) -> Iterator[str]:
 
 
 def networks(run: PlannedRun) -> Iterator[str]:
-    yield from table(
-        ["network", "weights, M", "trained, M"],
-        [
-            [" and ".join(names), f"{(w.trained + w.frozen) / 1e6:.1f}", f"{w.trained / 1e6:.1f}"]
-            for names, w in run.modules.items()
-        ],
-    )
+    columns: dict[str, list[float]] = {
+        "weights, M": [(w.trained + w.frozen) / 1e6 for w in run.modules.values()],
+        "trained, M": [w.trained / 1e6 for w in run.modules.values()],
+        "of another's, M": [w.shared / 1e6 for w in run.modules.values()],
+        "quantized, GiB": [w.packed / GIB for w in run.modules.values()],
+    }
+    shown = [head for head, values in columns.items() if any(values)]  # what no network has is left out
+    rows = zip(run.modules, *(columns[head] for head in shown), strict=True)
+    yield from table(["network", *shown], [[" and ".join(names), *(f"{x:.1f}" for x in row)] for names, *row in rows])
 
 
 def memory(run: PlannedRun) -> Iterator[str]:

@@ -226,6 +226,7 @@ class TrainSettings(Settings):
     max_grad_norm: Annotated[Number, Field(gt=0)] | None
     mixed_precision: Literal["no", "bf16", "fp16"]
     gradient_checkpointing: Flag
+    quantize: Literal["int8", "nf4"] | None = None
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None
     lora_rank: Positive
     lora_alpha: Annotated[Number, Field(gt=0)]

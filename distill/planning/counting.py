@@ -45,6 +45,7 @@ from distill.models.families import (
 from distill.models.folder import read_json
 from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import TEACHING, add_lora
+from distill.models.quantized import quantize
 
 PUBLISHED = ("sd15", "sdxl", "ssd1b")
 """Models of `configs/model/` whose sizes are known without a download."""
@@ -354,6 +355,8 @@ def networks_of(
         requires: what the method requires beside what it trains.
         others: what makes each further trained network.
     """
+    if cfg.quantize is not None:
+        quantize(teacher.unet, cfg.quantize)
     with torch.device("meta"):
         networks = {name: other.network(teacher, cfg.seed) for name, other in others.items()}
         taught = cfg.teacher if "teacher" in requires else None
@@ -376,7 +379,8 @@ def cast(networks: Mapping[str, Any], trains: Sequence[str], bf16: bool, masters
     for network in networks.values():
         network.module.train(id(network.module) in trained)
         for p in network.module.parameters():
-            p.data = p.data.to(torch.float32 if p.requires_grad and not masters else low)
+            if p.is_floating_point():
+                p.data = p.data.to(torch.float32 if p.requires_grad and not masters else low)
 
 
 def batch_of(architecture: Architecture, states: int, samples: int = 1) -> Batch:

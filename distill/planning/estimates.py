@@ -28,16 +28,35 @@ LIVE = 10**9
 
 @dataclass(frozen=True)
 class Counted:
-    """Weights of a network that are trained, and that are not."""
+    """Weights of a network that are trained, and that are not.
+
+    Args:
+        shared: of the frozen ones, those that are in memory with another network already.
+        packed: bytes of quantized weights, which are not among the frozen ones; 0 of shared ones.
+    """
 
     trained: int
     frozen: int
+    shared: int = 0
+    packed: int = 0
 
 
-def counted(module: nn.Module) -> Counted:
-    """Counts the weights of a network, on whatever device."""
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Counted(trained, sum(p.numel() for p in module.parameters()) - trained)
+def counted(module: nn.Module, seen: set[int] | None = None) -> Counted:
+    """Counts the weights of a network, on whatever device.
+
+    Args:
+        seen: ids of parameters that were counted with other networks, and from now on those of this one too.
+    """
+    seen = set() if seen is None else seen
+    there, parameters = set(seen), list(module.parameters())
+    seen.update(id(p) for p in parameters)
+    frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point()]
+    return Counted(
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        frozen=sum(p.numel() for p in frozen),
+        shared=sum(p.numel() for p in frozen if id(p) in there),
+        packed=sum(p.nbytes for p in parameters if not p.is_floating_point() and id(p) not in there),
+    )
 
 
 def optimizer_bytes(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> float:
@@ -85,9 +104,9 @@ class Held:
         return self.states + max(activations, self.step)
 
 
-def frozen(weights: int, bf16: bool) -> Held:
+def frozen(network: Counted, bf16: bool) -> Held:
     """A network beside the trained ones, whole on every process: a teacher."""
-    return Held(weights=(2 if bf16 else 4) * weights)
+    return Held(weights=(2 if bf16 else 4) * (network.frozen + network.trained - network.shared) + network.packed)
 
 
 def held(
@@ -111,12 +130,15 @@ def held(
         bucket: `reduce_bucket_size` of the engine.
     """
     T, F = network.trained, network.frozen
+    if engine != "zero3":  # whose engines have frozen weights of their own
+        F -= network.shared
     if engine in ("single", "ddp"):
         weights = 4 * T + (2 * F + 2 * T if bf16 else 4 * F)  # under autocast, bfloat16 copies of what is trained
+        weights += network.packed
         return Held(weights=weights, gradients=4 * T, optimizer=optimizer * T, average=4 * T if averaged else 0)
     low, share = (2 if bf16 else 4), T / ranks
     common = Held(
-        weights=low * (T + F),
+        weights=low * (T + F) + network.packed,
         masters=4 * share,
         optimizer=optimizer * share,
         average=4 * share if averaged else 0,

@@ -116,7 +116,7 @@ class PlannedRun:
         trains, total = {names for _, names, _ in self.trained()}, Held()
         for names, weights in self.modules.items():
             if names not in trains:
-                total += frozen(weights.frozen + weights.trained, self.bf16)
+                total += frozen(weights, self.bf16)
         settings = (self.cfg.engine.get("deepspeed") or {}).get("zero_optimization", {})
         for name, _, weights in self.trained():
             total += held(
@@ -202,7 +202,8 @@ def prepared(cfg: PlanSettings) -> PlannedRun:
     modules: dict[int, tuple[str, ...]] = {}
     for name, network in made.items():
         modules[id(network.module)] = (*modules.get(id(network.module), ()), name)
-    weights = {names: counted(made[names[0]].module) for names in modules.values()}
+    seen: set[int] = set()
+    weights = {names: counted(made[names[0]].module, seen) for names in modules.values()}
     phases = tuple(phases_of(method, cfg.max_train_steps))
     averages = {f"{name}_ema": made[name] for name in method.trains if f"{name}_ema" in method.requires}
     picked = [len(method.reads(p.first).pick(times, generator("plan"))) for p in phases]

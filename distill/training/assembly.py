@@ -37,6 +37,7 @@ from distill.models.devices import described, own_device
 from distill.models.exported import Exported, open_export
 from distill.models.families import Teacher
 from distill.models.lora import lora_layers
+from distill.models.quantized import quantize
 from distill.models.schedulers import scheduler_settings
 from distill.training.checkpoint import Checkpoints
 from distill.training.ends import PREEMPTED, exit_code, say_end
@@ -186,6 +187,8 @@ class Run:
         )
         with watchdog.over("the networks, or other ranks that load them"):
             teacher = open_teacher(cfg.model, parts=("unet",))
+            if cfg.quantize is not None:
+                quantize(teacher.unet, cfg.quantize)
             networks = {
                 name: other.network(teacher, cfg.seed) for name, other in self.others.items()
             }  # of it untouched

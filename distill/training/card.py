@@ -175,6 +175,7 @@ def _recipe(export: Export) -> dict[str, Any]:
         "learning rate": f"{run.learning_rate:g}, {run.lr_scheduler}, {run.lr_warmup_steps} steps of warm-up",
         "EMA": "none" if run.ema_decay is None else f"{run.ema_decay:g}{', exported' if export.ema else ', left out'}",
         "mixed precision": run.mixed_precision,
+        **({"frozen weights quantized to": run.quantize} if run.quantize else {}),
         "seed": run.seed,
         "dtype of its weights here": export.dtype,
     }

@@ -56,6 +56,7 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
     if unknown := [name for name in cfg.engine.get("stages") or () if name not in method.trains]:
         known = ", ".join(method.trains)
         raise ConfigError(f"engine.stages.{unknown[0]}: no such network is trained; trained are: {known}")
+    check_quantized(cfg, method.trains)
     check_read(cfg, method)
 
 
@@ -71,6 +72,17 @@ def check_read(cfg: TrainSettings, method: Method) -> None:
             raise ConfigError(f"{key} is set, and the method trains no {network}: it trains {', '.join(method.trains)}")
 
 
+def check_quantized(cfg: TrainSettings, trained: Collection[str]) -> None:
+    """Raises ConfigError where weights are to be trained whose codes alone are kept."""
+    nodes = {"student": cfg.student, **{name: cfg.networks[name] for name in trained if name in cfg.networks}}
+    whole = [name for name, node in nodes.items() if node.get("rank") is None]
+    if cfg.quantize is not None and whole:
+        instead = "student=lora" if whole[0] == "student" else f"networks.{whole[0]}.rank, or networks=adapters"
+        raise ConfigError(
+            f"quantize={cfg.quantize} is for frozen weights, and the {whole[0]} is trained whole: set {instead}"
+        )
+
+
 def unread(cfg: TrainSettings, trained: Collection[str]) -> dict[str, str]:
     """The keys that nothing of a run with these settings reads, each with the reason.
 
@@ -78,7 +90,7 @@ def unread(cfg: TrainSettings, trained: Collection[str]) -> dict[str, str]:
         trained: names of the networks that the run trains; of others, no settings are read.
     """
     nodes = [cfg.student, *(cfg.networks[name] for name in trained if name in cfg.networks)]
-    has = {key for node in nodes for key in node}
+    has = {key for node in nodes if node.get("rank", 1) is not None for key in node}
     reasons = {
         "reward_batch_size": cfg.reward is None and "the method uses no reward",
         "lora_rank": "rank" not in has and "no network of this run has a LoRA",
