@@ -33,10 +33,14 @@ from distill.methods.lcm import LCM
 from distill.methods.lightning import LightningAdversarial
 from distill.methods.mlcm import MLCM
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.discriminator import CriticNetwork, Discriminator
+from distill.models.discriminator import CriticNetwork, Discriminator, LatentDiscriminator
+from distill.models.fake_score import FakeScore
 from distill.models.families import StableDiffusionXL, Teacher
 from distill.models.latent_reward import LatentReward
 from distill.models.lora import TEACHING, add_lora
+from distill.models.quantized import quantize
+from distill.models.shared import part_from
+from distill.models.student import LoRAStudent
 from distill.training.checkpoint import Checkpoints
 from distill.training.engine import Engine, EngineSettings
 from distill.training.learning_rate import LearningRate
@@ -206,8 +210,32 @@ def game(networks: dict[str, NetworkDenoiser]) -> dict[str, Any]:
     return {"teacher": teacher, **networks, "discriminator": Discriminator(critic)}
 
 
+def on_one_network(quantized: str | None = None, parted: bool = False) -> dict[str, Any]:
+    """Four networks as adapters and a head on the weights of one; `parted`, each on a copy of its own."""
+    teacher = tiny_teacher({"unet": tiny_unet("sdxl", **TWO_LEVELS).requires_grad_(False)})
+    if quantized is not None:
+        quantize(teacher.unet, quantized)
+    networks: dict[str, Any] = {
+        "discriminator": LatentDiscriminator(conditional=True, rank=2, alpha=4).network(teacher),
+        "fake_score": FakeScore(rank=3, alpha=3).network(teacher),
+        **LoRAStudent(rank=4, alpha=4).networks(teacher),
+    }
+    networks["discriminator"].module.head.logit.weight.data.normal_(0, 0.5, generator=generator("logit"))
+    for network, view in networks.items():
+        for name, p in view.module.named_parameters():
+            if "lora_B" in name and network != "teacher":
+                p.data.normal_(0, 0.05, generator=generator("B", network, name))
+        if parted:
+            part_from(view.module, [other.module for other in networks.values()])
+    return networks
+
+
 def teacher_with_decoder() -> Teacher:
     """What a reward of latents needs of a teacher."""
+    return tiny_teacher({"vae": tiny_pipeline("sdxl").vae.eval()})
+
+
+def tiny_teacher(parts: dict[str, Any]) -> Teacher:
     return Teacher(
         family=StableDiffusionXL(),
         schedule=SCHEDULE,
@@ -216,7 +244,7 @@ def teacher_with_decoder() -> Teacher:
         teacher_id="tiny",
         resolution=16,
         latent_shape=(CHANNELS, 8, 8),
-        parts={"vae": tiny_pipeline("sdxl").vae.eval()},
+        parts=parts,
     )
 
 
@@ -238,6 +266,9 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
     if case["method"] in ("game", "game-lora"):
         method = LightningAdversarial(SCHEDULE, student_steps=4, teacher_steps=8, r1=1.0)
         networks = game(student(lora=case["method"] == "game-lora", taught=True))
+    if case["method"] == "one-network":
+        method = MLCM(SCHEDULE, STAGES, guidance=2.0, r1=1.0)
+        networks = on_one_network()
     if case["method"] == "critics":
         method = MLCM(SCHEDULE, STAGES, guidance=2.0, r1=1.0)
         networks["discriminator"] = Discriminator(CriticNetwork(tiny_unet("sdxl", seed=1, **TWO_LEVELS), (8, 8)))

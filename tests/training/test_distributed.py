@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddp-fp16": ("ddp", "distance", {"mixed_precision": "fp16"}),
     "zero1-bf16": ("zero1", "distance", {"mixed_precision": "bf16", "steps": 1}),
     "zero2-fp16": ("zero2", "distance", {"mixed_precision": "fp16", "save_at": [3, 6]}),
+    "zero2-one-network": ("zero2", "one-network", {"gradient_checkpointing": True, "save_at": [3]}),
     # ZeRO-3 replaces torch's linear for the rest of the process: what comes after it rounds in another way
     "zero3-lora": ("zero3", "distance", {"poison": POISON, "save_at": [3, 6], "validate": True}),
     "zero2-sgd": ("zero2", "distance", {"optimizer": "sgd", "save_at": [3]}),
@@ -70,6 +71,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddp-game": ("ddp", "game", {"gradient_checkpointing": True}),
     "zero2-game-lora": ("zero2", "game-lora", {"gradient_checkpointing": True, "save_at": [3, 6]}),
     "zero32-game": ("zero3/2", "game", {"gradient_checkpointing": True, "save_at": [3, 6]}),
+    "zero3-one-network": ("zero3", "one-network", {}),
     # Last: ZeRO-3 numbers the weights of a process, and its files, which are compared to the bit, have the numbers.
     "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
     "zero3-fp16": ("zero3", "distance", {"mixed_precision": "fp16"}),
@@ -85,7 +87,7 @@ GAMES = {
     if f"{kind.replace('/', '')}-{method}" not in CASES
 }
 # What the cases above have under other engines.
-OTHERS = {f"ddp-{method}": ("ddp", method, {}) for method in ("duel", "critics", "rewarded")}
+OTHERS = {f"ddp-{method}": ("ddp", method, {}) for method in ("duel", "critics", "rewarded", "one-network")}
 OTHERS["zero2-lcm"] = ("zero2", "lcm-ema", {})
 
 
