@@ -4,7 +4,7 @@ distill evaluate student=runs/a output_dir=outputs/a                       # pro
 distill launch evaluate student=exports/a protocol=coco2014-10k \
     protocol.prompts=captions_val2014.json protocol.reference=val2014 weights.inception=inception.pth \
     model.pretrained_model_name_or_path=DIR_OR_HUB_ID \
-    guidance=7.5 dtype=bfloat16 batch_size=8 output_dir=outputs/a
+    guidance=7.5 output_dir=outputs/a
 
 Processes share the work by blocks of pictures; the numbers are those of one process. Killed and started again, it goes
 on; finished blocks are not drawn twice.

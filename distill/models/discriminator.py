@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import group_norm, pad, silu
 from torch.utils._pytree import tree_map_only
 
 from distill.diffusion.adversarial import Origin
@@ -167,6 +168,9 @@ def encoder_of(unet: UNet2DConditionModel, on_its_weights: bool = False) -> UNet
 class Head(nn.Module):
     """`depth` times a 4 x 4 convolution of stride 2, normalisation and SiLU; then a logit, the mean over the map.
 
+    It computes in float32 whatever its features and weights are in: the loss is of differences between logits, and the
+    gradient of all that is judged passes through here. It costs next to nothing beside the encoder.
+
     Args:
         channels: of the features.
         width: of the convolutions.
@@ -175,9 +179,9 @@ class Head(nn.Module):
     def __init__(self, channels: int, width: int, depth: int) -> None:
         super().__init__()
         widths = [channels] + [width] * depth
-        self.convs = nn.ModuleList(nn.Conv2d(a, width, 4, stride=2) for a in widths[:-1])
+        self.convs = nn.ModuleList(InputConv(a, width, 4, stride=2) for a in widths[:-1])
         self.norms = nn.ModuleList(MapNorm(groups_of(width), width) for _ in range(depth))
-        self.logit = nn.Conv2d(width, 1, 1)
+        self.logit = InputConv(width, 1, 1)
 
     @staticmethod
     def depth(size: int) -> int:
@@ -199,19 +203,41 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [N, channels, h', w'] to logits [N]."""
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            h, w = x.shape[2:]
-            x = silu(norm(conv(pad(x, (1, 1 + w % 2, 1, 1 + h % 2)))))  # an odd side is halved upwards, 1 stays 1
-        return self.logit(x).flatten(1).mean(1)
+        with _no_autocast(x.device):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                h, w = x.shape[2:]
+                x = silu(norm(conv(pad(x, (1, 1 + w % 2, 1, 1 + h % 2)))))  # an odd side is halved upwards, 1 stays 1
+            return self.logit(x).flatten(1).mean(1)
+
+
+class InputConv(nn.Conv2d):
+    """A convolution in the dtype of its input, whatever its weights are in.
+
+    It is a module of its own because ZeRO-3 gathers weights where a module is called.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, channels, h, w]."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class MapNorm(nn.GroupNorm):
-    """GroupNorm that leaves a 1 x 1 map's values as they are: of so few in a group it would keep little but signs."""
+    """GroupNorm that leaves a 1 x 1 map's values as they are: of so few in a group it would keep little but signs.
+
+    It computes in the dtype of its input, like `InputConv`.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if x.shape[2] * x.shape[3] > 1:
-            return super().forward(x)
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+            return group_norm(x, self.num_groups, weight, bias, self.eps)
+        return x * weight[:, None, None] + bias[:, None, None]
 
 
 def groups_of(width: int) -> int:

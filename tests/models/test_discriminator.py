@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
 from functools import partial
@@ -54,6 +55,29 @@ def critic(family: str = "sd15", conditional: bool = False, seed: int = 0, **cha
     network = CriticNetwork(tiny_unet(family, **changes), (8, 8), conditional, seed)
     nn.init.normal_(network.head.logit.weight, generator=torch.Generator().manual_seed(1))
     return Discriminator(network)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_head_computes_in_float32_whatever_the_encoder_does(half: torch.dtype, autocast: bool) -> None:
+    """All of a network's weights are halves under ZeRO; elsewhere it is autocast that multiplies in halves."""
+    network = critic().module
+    assert isinstance(network, CriticNetwork)
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    for module in network.head.modules():
+        if isinstance(module, (nn.Conv2d, MapNorm)):
+            module.register_forward_hook(lambda _, given, out: seen.append((given[0].dtype, out.dtype)))
+    features = torch.randn(2, network.encoder.config["block_out_channels"][-1], 4, 4)
+    exact = network.head(features)
+    if not autocast:
+        network = network.to(half)
+        exact = copy.deepcopy(network.head).float()(features.to(half).float())
+    with torch.autocast("cpu", half, enabled=autocast):
+        found = network.head(features if autocast else features.to(half))
+    assert set(seen) == {(torch.float32, torch.float32)} and found.dtype == torch.float32
+    torch.testing.assert_close(found, exact)
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.head.parameters())
 
 
 # --- the encoder ---
