@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from distill.config.settings import EvaluateSettings, SampleSettings, TrainSettings
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.schedule import NoiseSchedule
 from distill.models.denoiser import NetworkDenoiser
@@ -80,6 +81,14 @@ def test_nothing_heavy_is_imported_by_what_comes_before_torch() -> None:
     assert python(f"import sys\narithmetic.prepare()\n{heavy}") == ["[]"]
 
 
+@pytest.fixture
+def restored() -> Any:
+    yield
+    arithmetic.settle()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 COMMAND = """
 import os, sys
 from distill.commands.running import run_script
@@ -87,16 +96,32 @@ from distill.config.settings import TrainSettings
 
 def main(settings):
     import torch
-    print(os.environ.get("MKL_CBWR"), torch.are_deterministic_algorithms_enabled())
+    precision = torch.get_float32_matmul_precision()
+    print(os.environ.get("MKL_CBWR"), torch.are_deterministic_algorithms_enabled(), precision)
 
-sys.argv[1:] = ["experiment=quickstart", "deterministic=%s"]
+sys.argv[1:] = ["experiment=quickstart", *"%s".split()]
 run_script(main, "train", TrainSettings)
 """
 
 
-@pytest.mark.parametrize("word, found", [("auto", "AUTO,STRICT True"), ("false", "None False")])
-def test_every_command_computes_as_its_setting_says(word: str, found: str) -> None:
-    assert python(COMMAND % word, CUDA_VISIBLE_DEVICES="")[-1] == found
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ("deterministic=auto", "AUTO,STRICT True highest"),
+        ("deterministic=false matmul_precision=high", "None False high"),
+    ],
+)
+def test_every_command_computes_as_its_settings_say(given: str, found: str) -> None:
+    assert python(COMMAND % given, CUDA_VISIBLE_DEVICES="")[-1] == found
+
+
+@pytest.mark.parametrize("schema", [TrainSettings, SampleSettings, EvaluateSettings])
+def test_what_multiplies_has_a_setting_of_its_precision(schema: Any, restored: None) -> None:
+    default = schema.model_fields["matmul_precision"].default
+    arithmetic.settle(matmul_precision="high")
+    assert arithmetic.in_force()["torch"]["float32_matmul_precision"] == "high"
+    arithmetic.settle(matmul_precision=default)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_users_own_value_stays_and_false_sets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,14 +134,6 @@ def test_a_users_own_value_stays_and_false_sets_nothing(monkeypatch: pytest.Monk
     assert {name: os.environ[name] for name in arithmetic.VARIABLES} == arithmetic.VARIABLES | {
         "MKL_CBWR": "COMPATIBLE"
     }
-
-
-@pytest.fixture
-def restored() -> Any:
-    yield
-    arithmetic.settle()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.mark.parametrize("deterministic", ["auto", True, False])
