@@ -159,9 +159,7 @@ class ReplicatedNetwork(TrainedNetwork):
 
     def step(self) -> tuple[Tensor | float, Tensor | bool]:
         if self._factor != 1:
-            for p in self.parameters.values():
-                if p.grad is not None:
-                    p.grad.mul_(1 / self._factor)
+            torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], 1 / self._factor)
         norm = clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
         taken = norm.isfinite()
         if self._skips_by_itself:
