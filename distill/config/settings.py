@@ -570,6 +570,19 @@ class ShowMLCMSettings(ShowSettings):
     steps: list[Positive]
 
 
+class LatentLPIPSSettings(Settings):
+    """`configs/latent_lpips.yaml`: weights of a perceptual distance of latents, trained or converted."""
+
+    output_dir: FilePath
+    weights: FilePath | None
+    scale: Annotated[Number, Field(gt=0)]
+    steps: Positive
+    batch_size: Positive
+    learning_rate: Annotated[Number, Field(gt=0)]
+    pictures: Positive
+    seed: Natural
+
+
 class SolvesSettings(Settings):
     """`configs/solves.yaml`: students of the toy over the number of solves that they learn from."""
 

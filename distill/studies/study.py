@@ -11,6 +11,7 @@ from typing import NoReturn
 from distill.commands import Command, run_command
 from distill.config import signatures
 from distill.config.settings import (
+    LatentLPIPSSettings,
     PlugInSettings,
     ScoreRewardSettings,
     ShowMLCMSettings,
@@ -25,6 +26,7 @@ STUDIES = {
     "mlcm": Command("distill.studies.mlcm", "show_mlcm", ShowMLCMSettings),
     "plug_in": Command("distill.studies.plug_in", "plug_in", PlugInSettings),
     "control": Command("distill.studies.control", "toy_control", ToyControlSettings),
+    "latent_lpips": Command("distill.studies.latent_lpips", "latent_lpips", LatentLPIPSSettings),
     "solves": Command("distill.studies.solves", "solves", SolvesSettings),
     "score_reward": Command("distill.studies.score_reward", "score_reward", ScoreRewardSettings),
     "toy_teacher": Command("distill.studies.toy_teacher", "toy_teacher", ToyTeacherSettings),

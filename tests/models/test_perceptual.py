@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import vgg16, vgg16_bn
 
+from distill.config.loading import ConfigError, load
+from distill.config.settings import LatentLPIPSSettings
+from distill.diffusion.losses import l2
+from distill.diffusion.random import generator
+from distill.models.families import load_teacher
 from distill.models.perceptual import LatentPerceptual, load_latent_perceptual
+from distill.studies import latent_lpips
+from distill.toy.teacher import teacher_folder
 
 CHANNELS = 5
 
@@ -88,3 +96,50 @@ def test_other_networks_are_refused_in_a_line(spoil, tmp_path: Path) -> None:  #
     save_file(spoil(published(False)), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"w.safetensors is not of a VGG16 of latents: it has \d+ convolutions"):
         load_latent_perceptual(str(tmp_path / "w.safetensors"))
+
+
+def settings(tmp_path: Path, *more: str) -> LatentLPIPSSettings:
+    given = [f"output_dir={tmp_path / 'out'}", "steps=2", "batch_size=3", "pictures=4", *more]
+    return load("latent_lpips", LatentLPIPSSettings, given)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_published_weights_are_converted_and_mean_the_same(batch_norm: bool, tmp_path: Path) -> None:
+    save_file(published(batch_norm), tmp_path / "weights.safetensors")
+    latent_lpips.main(settings(tmp_path, f"weights={tmp_path}/weights.safetensors"))
+    before = load_latent_perceptual(str(tmp_path / "weights.safetensors"))
+    after = load_latent_perceptual(str(tmp_path / "out" / latent_lpips.FILE))
+    a, b = torch.randn(2, 3, CHANNELS, 8, 8)
+    assert torch.equal(before(a, b), after(a, b)) and before(a, b).any()
+
+
+def test_a_pickle_is_not_converted(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="only .safetensors files are converted, for a pickle may hold code"):
+        latent_lpips.main(settings(tmp_path, f"weights={tmp_path}/weights.pth"))
+
+
+def test_weights_are_trained_on_the_toy_world_and_can_be_used(tmp_path: Path) -> None:
+    """Two steps: the loss of the very triplets that a step learns from is smaller after it."""
+    cfg = settings(tmp_path, "learning_rate=1e-4")
+    teacher = load_teacher(teacher_folder(), parts=("vae",))
+    latent_lpips.main(cfg)
+    after = load_latent_perceptual(str(tmp_path / "out" / latent_lpips.FILE))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert 0 <= report["right"] <= 1 and report["triplets"] == 4
+    assert all((head.weight >= 0).all() for head in after.heads)
+    original, near, far = latent_lpips.triplets(teacher, 3, generator("latent lpips", cfg.seed, 0))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        before = LatentPerceptual(4)
+        latent_lpips.start(before)
+    with torch.no_grad():
+        apart = [float((model(original, near) - model(original, far)).mean()) for model in (before, after)]
+    assert apart[1] < apart[0]
+
+
+def test_what_is_further_away_is_so_and_triplets_depend_on_their_draw_alone() -> None:
+    teacher = load_teacher(teacher_folder(), parts=("vae",))
+    original, near, far = latent_lpips.triplets(teacher, 60, generator("triplets"))
+    again = latent_lpips.triplets(teacher, 60, generator("triplets"))
+    assert all(torch.equal(a, b) for a, b in zip((original, near, far), again, strict=True))
+    assert float((l2(original, near) < l2(original, far)).double().mean()) > 0.6
