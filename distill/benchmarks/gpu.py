@@ -383,19 +383,36 @@ def updated(engine: Engine, turn: Any, batch: Batch, step: int) -> None:
 
 
 def repeat_section(bench: GPUBenchmark) -> None:
-    """Whether the same steps from the same weights give the same bits on this device."""
-    model, ends = bench.model("sd15"), []
+    """Whether the same steps from the same weights give the same bits on this device, as it is set up and with
+    deterministic kernels, and what a step costs in both."""
+    as_set_up = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    try:
+        for deterministic in dict.fromkeys((as_set_up[0], True)):
+            torch.use_deterministic_algorithms(deterministic)
+            torch.backends.cudnn.deterministic = deterministic
+            bench.note("repeat", deterministic=deterministic, **repeated(bench))
+    except RuntimeError as error:  # an operation without a deterministic kernel
+        bench.note("repeat", failed=f"with deterministic kernels: {str(error).partition(chr(10))[0]}")
+    finally:
+        torch.use_deterministic_algorithms(as_set_up[0])
+        torch.backends.cudnn.deterministic = as_set_up[1]
+
+
+def repeated(bench: GPUBenchmark) -> dict[str, Any]:
+    """Of two runs of three steps: how many weights there are, how many differ and by how much; seconds of a step."""
+    model, ends, seconds = bench.model("sd15"), [], []
     for _ in range(2):
         unet = model.build_unet(bench.device, bench.dtype)
         with engine_for(bench, {"student": lora_views(unet, 4)["student"]}) as engine:
             turn = next(iter(LCM(SCHEDULE).turns(0)))
             for step in range(3):
-                engine.update(turn, [batch_of(bench, model, 2, STATES)], step)
+                began = time.perf_counter()
+                engine.update(turn, [batch_of(bench, model, 2, STATES)], step)  # which waits for the device
+                seconds.append(time.perf_counter() - began)
             ends.append(torch.cat([p.detach().float().flatten().cpu() for p in adapters(unet).values()]))
         free_memory()
     differ, largest = int((ends[0] != ends[1]).sum()), float((ends[0] - ends[1]).abs().max())
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    bench.note("repeat", deterministic=deterministic, weights=ends[0].numel(), differ=differ, largest=largest)
+    return {"weights": ends[0].numel(), "differ": differ, "largest": largest, "step_seconds": round(min(seconds), 4)}
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------

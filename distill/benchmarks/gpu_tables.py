@@ -80,7 +80,7 @@ def others(rows: Sequence[Row]) -> str:
             said = "deterministic" if row["deterministic"] else "not deterministic"
             lines.append(
                 f"- three steps twice ({said}): {row['differ']:,} of {row['weights']:,} weights differ, "
-                f"by {row['largest']:.1e} at most"
+                f"by {row['largest']:.1e} at most; {row['step_seconds']:.3g} s a step"
             )
         elif row["section"] == "command" and "exit" in row:
             lines.append(f"- `{row['name']}`: exit code {row['exit']} after {row['seconds']:g} s")

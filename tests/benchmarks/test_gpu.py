@@ -29,10 +29,17 @@ def test_sections_are_measured_and_a_failure_of_one_is_a_line(
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(gpu.SECTIONS, "sdxl", fails)
-    assert gpu.run("tiny", ["machine", "peak", "sdxl", "repeat"], 300, tmp_path) == 1
+    torch.use_deterministic_algorithms(False)  # as it is on a GPU by default
+    try:
+        assert gpu.run("tiny", ["machine", "peak", "sdxl", "repeat"], 300, tmp_path) == 1
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(True)
     rows = {row["section"]: row for row in found(tmp_path)}
     assert rows["machine"]["device"] and rows["machine"]["packages"]["torch"] and rows["peak"]["tflops"] > 0
     assert rows["sdxl"]["failed"] == "RuntimeError: no such kernel" and rows["sdxl"]["trace"]
+    repeats = [row for row in found(tmp_path) if row["section"] == "repeat"]
+    assert [row["deterministic"] for row in repeats] == [False, True] and repeats[1]["step_seconds"] > 0
     assert rows["repeat"]["differ"] == 0 < rows["repeat"]["weights"]  # on a CPU bits repeat themselves
     text = (tmp_path / "gpu.md").read_text()
     assert "failed (RuntimeError: no such kernel)" in text and "three steps twice (deterministic): 0 of" in text
