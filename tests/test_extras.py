@@ -76,7 +76,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Others
 from distill.commands import COMMANDS
 
 root = Path(sys.argv[3]) / "distill"
-rooms = ("diffusion", "data", "models", "toy", "methods", "config", "training", "planning", "commands")
+rooms = ("diffusion", "data", "models", "toy", "methods", "config", "training", "planning", "commands", "benchmarks")
 for path in sorted(path for room in rooms for path in (root / room).glob("*.py")):
     importlib.import_module(".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__"))
 found = {

@@ -26,7 +26,7 @@ from statistics import median
 
 import torch
 
-from distill.benchmarks.common import SCHEDULE, machine, random_store, timed, toy_unet
+from distill.benchmarks.common import SCHEDULE, machine, peak_memory, random_store, timed, toy_unet
 from distill.config.loading import checking
 from distill.config.settings import BenchmarkSettings
 from distill.data.index import ShardInfo, StoreIndex
@@ -127,13 +127,14 @@ def bench_step(size: str, repeats: int, batch_size: int) -> None:
         batches = iter(loader)
         fixed = next(batches).to(engine.processes.device)
         seconds: dict[str, list[float]] = {"step": [], "passes": [], "data": []}
-        for i in range(repeats + 2):
-            waited, batch = timed(partial(next, batches))
-            took, _ = timed(partial(engine.update, turn, [batch], i))
-            bare, _ = timed(partial(bare_passes, student, fixed))
-            if i >= 2:  # the first ones allocate
-                for name, value in (("step", waited + took), ("passes", bare), ("data", waited)):
-                    seconds[name].append(value)
+        with peak_memory() as memory:
+            for i in range(repeats + 2):
+                waited, batch = timed(partial(next, batches))
+                took, _ = timed(partial(engine.update, turn, [batch], i))
+                bare, _ = timed(partial(bare_passes, student, fixed))
+                if i >= 2:  # the first ones allocate
+                    for name, value in (("step", waited + took), ("passes", bare), ("data", waited)):
+                        seconds[name].append(value)
     unet.zero_grad(set_to_none=True)
     step, passes, data = (median(seconds[name]) for name in ("step", "passes", "data"))
     target = {"toy": 1.10, "sd15": 1.03}[size]
@@ -144,6 +145,8 @@ def bench_step(size: str, repeats: int, batch_size: int) -> None:
     print(f"  bare passes         {passes:9.4f} s   student forward and backward, target forward")
     print(f"  ratio               {step / passes:9.3f}     target <= {target}")
     print(f"  of it waiting data  {100 * data / step:9.2f} %")
+    if memory:
+        print(f"  GPU memory          {memory['peak_gib']:9.2f} GiB   at most")
 
 
 def bare_passes(student: NetworkDenoiser, batch: Batch) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -429,7 +430,7 @@ def command(bench: GPUBenchmark, name: str, *arguments: str, limit: float) -> bo
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=max(15.0, min(limit, bench.left - 5)),
+            timeout=max(15.0, min(bench.left - 5, bench.left if bench.tiny else limit)),
         )
         code, said = str(done.returncode), done.stdout
     except subprocess.TimeoutExpired as error:
@@ -441,11 +442,16 @@ def command(bench: GPUBenchmark, name: str, *arguments: str, limit: float) -> bo
 
 def commands_section(bench: GPUBenchmark) -> None:
     """The commands themselves on the toy: a store, ZeRO over the device's own collectives, an export."""
-    out, tiny = bench.folder / "toy", bench.tiny
-    few = ["experiment=quickstart", f"data.num_samples={128 if tiny else 200}", f"data.store={out}/store"]
-    few += ["data.batch_size=64"]
-    if not command(bench, "trajectories", "trajectories", *few, limit=90):
-        return
+    with tempfile.TemporaryDirectory(prefix="toy-", dir=bench.folder) as out:
+        few = ["experiment=quickstart", f"data.num_samples={32 if bench.tiny else 200}", f"data.store={out}/store"]
+        few += ["data.solver_steps=10"] if bench.tiny else []
+        if command(bench, "trajectories", "trajectories", *few, limit=90):
+            train_commands(bench, out, few)
+
+
+def train_commands(bench: GPUBenchmark, out: str, few: Sequence[str]) -> None:
+    """Trainings on a store, and an export of the first one."""
+    tiny = bench.tiny
     steps = 3 if tiny else 120
     common = [*few, f"max_train_steps={steps}", f"validation_steps={steps}", f"checkpointing_steps={steps}"]
     common += ["global_batch_size=16"] if tiny else []
@@ -467,7 +473,8 @@ def quickstart_section(bench: GPUBenchmark) -> None:
     if bench.tiny:
         return bench.note("command", name="quickstart", skipped="size=tiny")
     if not bench.short_of(60, "command", "quickstart"):
-        command(bench, "quickstart", "quickstart", f"output_dir={bench.folder}/quickstart", "n=400", limit=240)
+        with tempfile.TemporaryDirectory(prefix="quickstart-", dir=bench.folder) as out:
+            command(bench, "quickstart", "quickstart", f"output_dir={out}/quickstart", "n=400", limit=240)
 
 
 SECTIONS: dict[str, Callable[[GPUBenchmark], None]] = {

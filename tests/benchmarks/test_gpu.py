@@ -88,16 +88,8 @@ def test_the_usual_step_follows_its_networks_device_and_dtype() -> None:
 
 @pytest.mark.slow
 def test_all_of_it_runs_at_tiny_size(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "distill",
-        "benchmark",
-        "gpu",
-        "size=tiny",
-        "budget=1500",
-        f"output_dir={tmp_path}",
-    ]
+    settings = ["size=tiny", "budget=1500", f"output_dir={tmp_path}"]
+    command = [sys.executable, "-m", "distill", "benchmark", "gpu", *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = found(tmp_path)
