@@ -37,7 +37,7 @@ from distill.toy.teacher import teacher_folder
 
 TEACHER_STEPS, GUIDANCE, STUDENT_STEPS = 25, 7.5, (1, 2, 4, 8)
 PROMPT = "red stripes"
-CPU_SIDE = 32  # of the latents of large models on a CPU, where a picture would take minutes
+CPU_SIDE = 16  # of the latents of large models on a CPU, where a picture would take minutes
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,12 @@ def measured(models: SampledModel, repeats: int, batch_size: int) -> list[dict[s
     rows: list[dict[str, Any]] = []
 
     def row(program: str, network: str, steps: int, generate: Generate) -> None:
-        generate(1, steps)  # allocates
+        generate(1, 1)  # allocates
         with peak_memory() as memory:
             one = median(timed(partial(generate, 1, steps))[0] for _ in range(repeats))
-            many = median(timed(partial(generate, batch_size, steps))[0] for _ in range(repeats))
+            many = one
+            if batch_size > 1:
+                many = median(timed(partial(generate, batch_size, steps))[0] for _ in range(repeats))
         found = {"seconds": round(one, 5), "pictures_per_second": round(batch_size / many, 4), **memory}
         rows.append({"program": program, "network": network, "steps": steps, **found})
         print(json.dumps(rows[-1]), flush=True)
