@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_said_with_what_would(run: plan_run.PlannedRun) -> 
     assert "take engine=ddp gradient_checkpointing=true" in said(plan.verdict(tight))
     room = sum(large.memory(e, True, large.samples // n) for e, n in (("ddp", 2), ("ddp", 1))) / 2
     tighter = changed(large, cluster={"memory_gib": room / plan_run.GIB, "usable": 1.0})
-    assert "gradient_checkpointing=true gradient_accumulation_steps=2" in said(plan.verdict(tighter))
+    assert f"gradient_checkpointing=true micro_batch_size={large.samples // 2}" in said(plan.verdict(tighter))
     none = changed(run, cluster={"memory_gib": 1e-4})
     assert "GPUs with more memory" in said(plan.verdict(none))
 

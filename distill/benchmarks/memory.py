@@ -15,8 +15,9 @@ from distill.config.settings import TrainSettings
 from distill.diffusion.random import Context, generator
 from distill.methods.base import Method
 from distill.planning.counting import PUBLISHED, architecture, batch_of, cast, count, networks_of
-from distill.planning.estimates import Counted, Held, counted, frozen, held, most_samples, optimizer_bytes
+from distill.planning.estimates import Counted, Held, counted, frozen, held, most_samples
 from distill.training.assembly import others_of
+from distill.training.trained_network import optimizer_bytes
 
 GIB = 2**30
 RANKS = 8

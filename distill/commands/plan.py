@@ -48,7 +48,7 @@ def main(cfg: PlanSettings) -> None:
 def heading(run: PlannedRun) -> Iterator[str]:
     cfg, cluster = run.cfg, run.cfg.cluster
     split = f"{counted(run.samples, 'sample')} a {cluster.device}" + (
-        f" x {cfg.gradient_accumulation_steps} micro-batches" if cfg.gradient_accumulation_steps > 1 else ""
+        f" x {run.split.accumulated} micro-batches" if run.split.accumulated > 1 else ""
     )
     yield f"{type(run.method).__name__}, {counted(cfg.max_train_steps, 'step')}, on {machines(cluster)}"
     batch = f"{counted(run.global_batch, 'sample')} a step: {split}"
@@ -201,7 +201,7 @@ def problems(run: PlannedRun) -> Iterator[str]:
     if (need := run.global_batch / step * read / cfg.cluster.nodes) > GB * cfg.cluster.read_gb_s:
         yield f"a node reads {cfg.cluster.read_gb_s:g} GB/s and needs {need / GB:.1f}: keep the store on local disks"
     if not cfg.measured_step_seconds and (sent := sent_seconds(run, run.engine)) > step / 2:
-        yield f"{sent:.2f} s of a step of {step:.2f} s are communication: raise gradient_accumulation_steps"
+        yield f"{sent:.2f} s of a step of {step:.2f} s are communication: raise global_batch_size, or take fewer GPUs"
     yield from rarely_saved(run, step)
 
 
@@ -230,8 +230,7 @@ def advice(run: PlannedRun, room: float) -> str:
                     change = [f"engine={engine}"] if engine != engine_of(run.cfg) else []
                     change += ["gradient_checkpointing=true"] if again != checkpointed else []
                     if samples != run.samples:
-                        micro = run.cfg.gradient_accumulation_steps * run.samples // samples
-                        change += [f"gradient_accumulation_steps={micro}"]
+                        change += [f"micro_batch_size={samples}"]
                     return " ".join(change)
     kind = "GPUs" if run.cfg.cluster.device == "GPU" else "machines"
     return f"{kind} with more memory, or more of them; neither ZeRO, checkpointing nor accumulation is enough"

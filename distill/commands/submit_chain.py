@@ -32,7 +32,7 @@ from distill.commands.submit import (
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import RunChainSettings, SlurmSettings, SubmitChainSettings
 from distill.training.chain import Link, links_of
-from distill.training.fitting import split_batch
+from distill.training.micro_batch import split_batch
 from distill.training.run import write_atomically
 from distill.training.tracking import setup_logging
 

@@ -14,6 +14,7 @@ import logging
 import sys
 
 from distill.config.settings import TrainSettings
+from distill.planning.fitting import fitting_split
 from distill.training.assembly import train_run
 from distill.training.launched import launched_rank, only_one_process
 from distill.training.tracking import setup_logging
@@ -25,5 +26,5 @@ def main(cfg: TrainSettings) -> None:
     setup_logging(launched_rank())
     if line := only_one_process():
         log.warning(line)
-    if code := train_run(cfg):
+    if code := train_run(cfg, fitting_split):
         sys.exit(code)

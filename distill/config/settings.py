@@ -219,6 +219,7 @@ class TrainSettings(Settings):
     max_train_steps: Annotated[Positive, BeforeValidator(follow_stages)]
     global_batch_size: Positive
     gradient_accumulation_steps: Positive
+    micro_batch_size: Positive | Literal["auto"] | None = None  # runs of before it existed have none
     learning_rate: Annotated[Number, Field(gt=0, le=1e6)]
     learning_rate_multipliers: dict[str, Annotated[Number, Field(gt=0)]] = {}
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"]

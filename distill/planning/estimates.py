@@ -7,10 +7,9 @@ Memory is what one process of the run holds, by the engine that it runs under; t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor, nn
 
 from distill.config.settings import ClusterSettings
@@ -57,16 +56,6 @@ def counted(module: nn.Module, seen: set[int] | None = None) -> Counted:
         shared=sum(p.numel() for p in frozen if id(p) in there),
         packed=sum(p.nbytes for p in parameters if not p.is_floating_point() and id(p) not in there),
     )
-
-
-def optimizer_bytes(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> float:
-    """Bytes of state that an optimizer keeps for a weight, found by letting it take a step of a few."""
-    weight = nn.Parameter(torch.zeros(16, 16))
-    weight.grad = torch.zeros_like(weight)
-    optimizer = make([weight])
-    optimizer.step()
-    state = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.ndim]
-    return sum(x.nbytes for x in state) / weight.numel()
 
 
 @dataclass(frozen=True)
@@ -124,7 +113,7 @@ def held(
 
     Args:
         engine: one of `ENGINES`.
-        optimizer: bytes of state a trained weight (`optimizer_bytes`).
+        optimizer: bytes of state a trained weight (`trained_network.optimizer_bytes`).
         averaged: whether its moving average is kept.
         average_answers: whether losses ask that, for which the masters step aside.
         bucket: `reduce_bucket_size` of the engine.

@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -30,7 +30,6 @@ from distill.planning.estimates import (
     counted,
     frozen,
     held,
-    optimizer_bytes,
     passes,
     sample_layout,
     stored_bytes,
@@ -39,6 +38,8 @@ from distill.planning.estimates import (
 from distill.training.assembly import others_of
 from distill.training.engine import EngineSettings
 from distill.training.fitting import check_method
+from distill.training.micro_batch import Split, check_cut
+from distill.training.trained_network import optimizer_bytes
 
 GIB, GB, TERA = 2**30, 1e9, 1e12
 WALKED = 2  # samples of the batch that is walked through
@@ -86,13 +87,48 @@ class PlannedRun:
         return ranks_of(self.cfg.cluster)
 
     @property
+    def whole(self) -> Split:
+        """A process's samples of a step, before `micro_batch_size`; rounded up where they are no whole number."""
+        accumulated = self.cfg.gradient_accumulation_steps
+        parts = self.ranks * accumulated
+        others = {self.samples_in(phase) for phase in range(len(self.phases))} - {self.cfg.global_batch_size}
+        others_of_process = tuple(sorted(accumulated * math.ceil(size / parts) for size in others))
+        return Split(math.ceil(self.cfg.global_batch_size / parts), accumulated, others_of_process)
+
+    def samples_in(self, phase: int) -> int:
+        """Of a step of all processes; a method with stages may have batches of its own."""
+        return self.method.batch_size(self.phases[phase].first) or self.cfg.global_batch_size
+
+    @property
+    def split(self) -> Split:
+        """How a process takes its samples of a step; under `auto` as many at once as the cluster's memory holds."""
+        most = self.cfg.micro_batch_size
+        if most == "auto":
+            return self.fitting(usable(self.cfg.cluster))[0]
+        return self.whole if most is None else self.whole.at_most(most)
+
+    def fitting(self, room: float, split: Split | None = None) -> tuple[Split, float]:
+        """The largest micro-batches for so many bytes, the smallest there are if none fits, and what those take.
+
+        Args:
+            split: that is cut; None: all samples of a process.
+        """
+        split, again = self.whole if split is None else split, self.cfg.gradient_checkpointing
+        while (needed := self.memory(self.engine, again, split.largest)) > room:
+            smaller = split.at_most(split.largest - 1)
+            if smaller.accumulated == split.accumulated:
+                break
+            split = smaller
+        return split, needed
+
+    @property
     def samples(self) -> int:
-        """Of a micro-batch; rounded up where the global batch does not divide."""
-        return math.ceil(self.cfg.global_batch_size / (self.ranks * self.cfg.gradient_accumulation_steps))
+        """Of the largest micro-batch."""
+        return self.split.largest
 
     @property
     def global_batch(self) -> int:
-        return self.samples * self.ranks * self.cfg.gradient_accumulation_steps
+        return self.whole.samples * self.ranks
 
     def costs(self, engine: str, checkpointed: bool) -> list[list[Cost]]:
         return self.walks[_masters(engine), checkpointed]
@@ -155,7 +191,7 @@ class PlannedRun:
                 self.engine_of(engine, name),
                 self.ranks,
                 bf16=self.bf16,
-                micro_batches=self.cfg.gradient_accumulation_steps,
+                micro_batches=self.split.accumulated,
                 passes=passes(costs, (*names, f"{name}_ema"), checkpointed),
                 average_answers=f"{name}_ema" in self.method.requires,
             )
@@ -181,8 +217,16 @@ class PlannedRun:
 # ---- what is counted ----------------------------------------------------------------------------------------------
 
 
-def prepared(cfg: PlanSettings) -> PlannedRun:
-    """Builds the networks without weights and walks through every turn that differs; raises ConfigError."""
+def prepared(cfg: PlanSettings, alone: bool = False) -> PlannedRun:
+    """Builds the networks without weights and walks through every turn that differs.
+
+    Args:
+        alone: for its own engine, with its own `gradient_checkpointing`, and in this process: nothing to compare with.
+
+    Raises:
+        ConfigError: what cannot be planned, or a mistake in the settings.
+    """
+    check_cut(cfg)
     if cfg.teacher is not None and cfg.teacher not in TAUGHT:
         raise ConfigError(f"teacher={cfg.teacher}: a plan reads no export; allowed: {', '.join(TAUGHT)}, null")
     if cfg.start is not None:
@@ -209,8 +253,8 @@ def prepared(cfg: PlanSettings) -> PlannedRun:
     picked = [len(method.reads(p.first).pick(times, generator("plan"))) for p in phases]
     walker = Walker(cfg, method, phases, {**made, **averages}, [batch_of(built, n, WALKED) for n in picked])
     with checking():
-        walks = walker.walks(engine)
-    return PlannedRun(
+        walks = walker.walk_alone(engine) if alone else walker.walks(engine)
+    run = PlannedRun(
         cfg=cfg,
         method=method,
         engine=engine,
@@ -222,6 +266,14 @@ def prepared(cfg: PlanSettings) -> PlannedRun:
         times=times,
         stored=stored,
     )
+    return run if alone or engine == engine_of(cfg) else replace(run, engine=recommended(run))
+
+
+def recommended(run: PlannedRun) -> str:
+    """Of the engines that run on several processes the first that fits, or the first of all."""
+    room, again = usable(run.cfg.cluster), run.cfg.gradient_checkpointing
+    fits = [e for e in engines_of(run) if run.memory(e, again, replace(run, engine=e).samples) <= room]
+    return fits[0] if fits else run.engine
 
 
 def engine_of(cfg: PlanSettings) -> str:
@@ -274,6 +326,11 @@ class Walker:
                 found[way] = costs
                 progress.update(1)
         return found | {(not m, c): costs for (m, c), costs in found.items() if (not m, c) not in found}
+
+    def walk_alone(self, engine: str) -> dict[Way, list[list[Cost]]]:
+        """The same of the run's own way, in this process."""
+        way = _masters(engine), self.cfg.gradient_checkpointing
+        return {way: self.walk(*way)}
 
     def walk(self, masters: bool, checkpointed: bool) -> list[list[Cost]]:
         bf16 = self.cfg.mixed_precision != "no"
@@ -369,8 +426,8 @@ def step_seconds(run: PlannedRun, engine: str) -> float:
     """Of a step: measured, or computation and then communication."""
     if run.cfg.measured_step_seconds is not None:
         return run.cfg.measured_step_seconds
-    samples = run.samples * run.cfg.gradient_accumulation_steps
-    return samples * averaged_over(run, run.flops) / rate_of(run) + sent_seconds(run, engine)
+    computed = averaged_over(run, lambda phase: run.samples_in(phase) / run.ranks * run.flops(phase))
+    return computed / rate_of(run) + sent_seconds(run, engine)
 
 
 def size_save_mtbf_restart(run: PlannedRun) -> tuple[float, float, float, float]:

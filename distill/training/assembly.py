@@ -22,7 +22,7 @@ import torch
 
 from distill.config.loading import ConfigError, build, checking
 from distill.config.settings import TrainSettings
-from distill.data.errors import ReadError
+from distill.data.errors import ReadError, StoreError
 from distill.data.loader import Loader, make_loader
 from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
@@ -52,7 +52,6 @@ from distill.training.fitting import (
     check_packages,
     fitting_store,
     heldout_store,
-    split_batch,
 )
 from distill.training.health import Health
 from distill.training.heldout import MOST_AT_ONCE, HeldOutLoss
@@ -61,6 +60,15 @@ from distill.training.launched import launched_rank, launched_world_size, requir
 from distill.training.learning_rate import LearningRate
 from distill.training.lock import RunLock
 from distill.training.loop import Every, NoData, Observers, train
+from distill.training.micro_batch import (
+    TRAINING_ADVICE,
+    Counting,
+    Split,
+    counted_split,
+    halved,
+    split_batch,
+    within_memory,
+)
 from distill.training.preemption import Preemption
 from distill.training.processes import collectives_timeout
 from distill.training.rank_writes import WriteError
@@ -70,6 +78,7 @@ from distill.training.run import (
     identity,
     kept_files,
     mark_finished,
+    note_batch,
     open_run,
     prepare_folder,
     writing,
@@ -97,7 +106,9 @@ log = logging.getLogger("distill")
 
 @dataclass(frozen=True)
 class ResumedRun:
-    """Where a run resumes: networks, what saves them, the store with the samples that it began with, steps taken."""
+    """Where a run resumes: networks, what saves them, the store with the samples that it began with, steps taken, and
+    how a process takes its samples of a step.
+    """
 
     engine: Engine
     checkpoints: Checkpoints
@@ -105,6 +116,7 @@ class ResumedRun:
     step: int
     heldout: Store | None  # solves that it is measured on, and does not learn from
     restore: Callable[[], None]  # writes what has gone of the small files in the run's folder
+    split: Split
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ class Run:
 
     cfg: TrainSettings
     engine: EngineSettings
-    micro_batch_size: int
+    split: Split
     batch_changes: tuple[tuple[int, int], ...]
     teacher: str
     method: Method
@@ -139,7 +151,8 @@ class Run:
         check_packages(cfg)
         folder, first = Path(cfg.output_dir), launched_rank() == 0
         engine: EngineSettings = build(cfg.engine, on_skipped=partial(note_skipped, folder))
-        micro_batch_size = split_batch(cfg, launched_world_size())
+        world_size = launched_world_size()
+        split_batch(cfg, world_size)
         with checking("preemption_signals: "):
             preemption = Preemption(folder, writes=first, signals=cfg.preemption_signals)
         teacher = open_teacher(cfg.model)
@@ -150,13 +163,14 @@ class Run:
             scheduler_settings(teacher.noise, drawn.sampler, drawn.spacing, steps=drawn.steps)
         exports = exports_of(cfg, teacher)
         cfg = settled(cfg, exports)
+        changes = batch_changes(cfg, method, world_size)
         with checking():
             rate = LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
             return cls(
                 cfg=cfg,
                 engine=engine,
-                micro_batch_size=micro_batch_size,
-                batch_changes=batch_changes(cfg, method, launched_world_size()),
+                split=split_batch(cfg, world_size, [size for _, size in changes]),
+                batch_changes=changes,
                 teacher=f"{teacher.teacher_id} ({teacher.family.name})",
                 method=method,
                 exports=exports,
@@ -168,17 +182,38 @@ class Run:
                 preemption=preemption,
             )
 
-    def resume(self, watchdog: Watchdog) -> ResumedRun:
+    def resume(self, watchdog: Watchdog, counting: Counting | None = None) -> ResumedRun:
         """Joins the other ranks and prepares the networks, as the checkpoint has them that the run resumes from.
 
+        Under `micro_batch_size=auto` a step is rehearsed, in micro-batches that are halved until there is memory for
+        them; nothing that the run computes then differs from what it would be with that number as the setting.
+
+        Args:
+            counting: says which size to begin with; without it, all samples of a process at once.
+
         Raises:
-            ConfigError: a checkpoint, or a store, of another run.
+            ConfigError: a checkpoint, or a store, of another run; or no memory for a single sample.
         """
-        cfg = self.cfg
         restore = kept_files(self.folder) if launched_rank() == 0 else lambda: None
         with joining(launched_rank(), launched_world_size()):
-            engine = self.engine.start(collectives_timeout(cfg.watchdog_minutes))
-        processes = engine.processes
+            engine = self.engine.start(collectives_timeout(self.cfg.watchdog_minutes))
+        if self.cfg.micro_batch_size != "auto":
+            return self._prepared(engine, self.split, restore, watchdog)
+        teaches = self.exports.get("teacher") if "teacher" in self.method.requires else None
+        with watchdog.over("rank 0, which counts how many samples fit"):
+            lora = None if teaches is None else teaches.is_lora
+            split = counted_split(self.cfg, self.split, engine.processes, counting, lora)
+        resumed = self._prepared(engine, split, restore, watchdog)
+        while not self._rehearsed(resumed, watchdog):
+            split, engine = halved(split, engine.processes), engine.restarted()
+            del resumed
+            resumed = self._prepared(engine, split, restore, watchdog)
+        return resumed
+
+    def _prepared(self, engine: Engine, split: Split, restore: Callable[[], None], watchdog: Watchdog) -> ResumedRun:
+        """The networks on their devices, for steps that are split so, as the newest checkpoint has them."""
+        cfg, processes = self.cfg, engine.processes
+        engine.accumulate(split.accumulated)
         hashes = processes.from_main(hashes_of(self.exports) if processes.is_main else {})
         recorded = cfg.model_dump(mode="json")
         own = processes.from_main(identity(self.folder) if processes.is_main else "")
@@ -208,7 +243,18 @@ class Run:
         heldout = heldout if processes.all_agree(heldout is not None) else None
         checkpoints.state = {SAMPLES: len(store), STORE: store.index.identity}
         checkpoints.state |= {} if heldout is None else {HELDOUT_SAMPLES: len(heldout)}
-        return ResumedRun(engine, checkpoints, store, step, heldout, restore)
+        return ResumedRun(engine, checkpoints, store, step, heldout, restore, split)
+
+    def _rehearsed(self, resumed: ResumedRun, watchdog: Watchdog) -> bool:
+        """Whether there is memory for a micro-batch of the next step, and of the first one of each later stage."""
+        last = self.cfg.max_train_steps
+        for step in sorted({resumed.step, *(start for start in self.method.starts if resumed.step < start < last)}):
+            with watchdog.over(f"the rehearsal of step {step + 1}: its computation, or other ranks in it"):
+                with closing(iter(self.loader(resumed, step, workers=0))) as batches:
+                    batch = first_of(batches)
+                if not resumed.engine.rehearse(self.method.turns(step), batch, step):
+                    return False
+        return True
 
     def train(self, resumed: ResumedRun, watchdog: Watchdog) -> int:
         """Takes the steps that are left; returns the exit code (`ends.exit_code`), whatever ends the run."""
@@ -216,6 +262,7 @@ class Run:
         tracker = self.tracker(resumed)
         progress = TrainingProgress(cfg.max_train_steps, resumed.step, main=processes.is_main)
         if processes.is_main:
+            note_batch(self.folder, resumed.split.micro_batch_size, resumed.split.accumulated, processes.world_size)
             self._say_header(resumed)
         with watchdog.over("the validation's prompts and the teacher's own pictures of them"):
             shown = self.validation(resumed.engine, tracker)
@@ -279,11 +326,11 @@ class Run:
         """A line about what the run computes on and how, before anything is loaded."""
         precision = "float32" if self.engine.mixed_precision == "no" else self.engine.mixed_precision
         log.info(
-            "%s; engine=%s in %s, micro-batch %d",
+            "%s; engine=%s in %s, micro-batch %s",
             described(device, launched_world_size()),
             self.engine.name,
             precision,
-            self.micro_batch_size,
+            "to be found" if self.cfg.micro_batch_size == "auto" else self.split.micro_batch_size,
         )
 
     def _say_header(self, resumed: ResumedRun) -> None:
@@ -295,8 +342,8 @@ class Run:
         log.info(
             "batch %d = %d per micro-batch x %d accumulated x %s",
             cfg.global_batch_size,
-            self.micro_batch_size,
-            cfg.gradient_accumulation_steps,
+            resumed.split.micro_batch_size,
+            resumed.split.accumulated,
             counted(processes.world_size, "process", "processes"),
         )
         for step, size in self.batch_changes:
@@ -304,18 +351,18 @@ class Run:
         left = time_left(read_metrics(self.folder, resumed.step), resumed.step, cfg.max_train_steps)
         log.info("steps %d to %d, %s; output_dir=%s", resumed.step + 1, cfg.max_train_steps, left, self.folder)
 
-    def loader(self, resumed: ResumedRun) -> Loader:
-        """This rank's batches from the step on where the run resumes."""
+    def loader(self, resumed: ResumedRun, step: int | None = None, workers: int | None = None) -> Loader:
+        """This rank's batches from a step on, where the run resumes if none is given; read by so many processes."""
         return make_loader(
             resumed.store,
             self.method.reads,
             seed=self.cfg.seed,
             global_batch_size=self.cfg.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=resumed.split.micro_batch_size,
             rank=resumed.engine.processes.rank,
             world_size=resumed.engine.processes.world_size,
-            start_step=resumed.step,
-            num_workers=self.cfg.dataloader_num_workers,
+            start_step=resumed.step if step is None else step,
+            num_workers=self.cfg.dataloader_num_workers if workers is None else workers,
             prompts=self.method.needs_prompts,
             changes=self.batch_changes,
         )
@@ -324,7 +371,7 @@ class Run:
         """Measures the student on solves that it does not learn from, if there are any."""
         if resumed.heldout is None:
             return lambda step: {}
-        at_once = min(self.micro_batch_size, MOST_AT_ONCE)
+        at_once = min(resumed.split.micro_batch_size, MOST_AT_ONCE)
         measure = HeldOutLoss(self.method, resumed.heldout, resumed.store, self.cfg.seed, at_once)
         return partial(measure, resumed.engine)
 
@@ -357,8 +404,11 @@ class Run:
         return partial(draws, engine, tracker)
 
 
-def train_run(cfg: TrainSettings) -> int:
+def train_run(cfg: TrainSettings, counting: Counting | None = None) -> int:
     """Assembles, resumes and trains a run, with its folder locked; returns its exit code, and 0 if it has finished.
+
+    Args:
+        counting: see `Run.resume`.
 
     Raises:
         ConfigError: what the user has to mend, one line.
@@ -370,7 +420,7 @@ def train_run(cfg: TrainSettings) -> int:
         watchdog = Watchdog(cfg.watchdog_minutes, launched_rank())
     if first:
         prepare_folder(folder)
-    with watchdog, ExitStack() as held:
+    with within_memory(TRAINING_ADVICE), watchdog, ExitStack() as held:
         with watchdog.over("the teacher's configs, its hash, and the store's index"):
             run = Run.assemble(cfg)
         if first:
@@ -384,8 +434,16 @@ def train_run(cfg: TrainSettings) -> int:
         if first:
             note_data(folder, run.store)
         with checking():
-            resumed = run.resume(watchdog)
+            resumed = run.resume(watchdog, counting)
         return run.train(resumed, watchdog)
+
+
+def first_of(batches: Iterator[Batch]) -> Batch | None:
+    """The first batch; None if it cannot be had, of which the loop will make something."""
+    try:
+        return next(batches)
+    except (StoreError, ReadError):
+        return None
 
 
 def exports_of(cfg: TrainSettings, teacher: Teacher) -> dict[str, Exported]:

@@ -16,7 +16,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -33,6 +33,7 @@ from distill.diffusion.trajectory import Batch
 from distill.methods.base import Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
 from distill.training.loss_scale import LossScale
+from distill.training.micro_batch import give_back_memory, is_out_of_memory
 from distill.training.processes import NO_LIMIT, Processes, forget_accelerate
 from distill.training.rank_writes import Writes
 from distill.training.sharding import SHARDINGS, read_whole, written_by
@@ -205,6 +206,19 @@ class Engine:
         """Releases, and leaves the process group for good: launched processes do not form another."""
         self.release()
         self.processes.close()
+
+    def restarted(self) -> Engine:
+        """Another engine of the same processes, for which this one is released."""
+        self.release()
+        if self.processes.device.type == "cpu":
+            os.environ["ACCELERATE_USE_CPU"] = "true"  # which the first one has taken from the environment
+        timeout = self.processes.timeout
+        state = self.sharding.join(launched=True, timeout=timeout)
+        return Engine(self.settings, self.sharding, Processes(state, self.sharding.leave, timeout))
+
+    def accumulate(self, micro_batches: int) -> None:
+        """Makes a step of so many micro-batches, of the networks that are prepared from now on."""
+        self.settings = replace(self.settings, gradient_accumulation_steps=micro_batches)
 
     # ---- networks -----------------------------------------------------------------------------------------------
 
@@ -422,6 +436,38 @@ class Engine:
             self.skipped.add(Skipped(one.step, one.network, scalars["loss"], norm, keys), self.processes.is_main)
         scalars |= {"grad_norm": norm, "lr": one.rate, "skipped": float(not was_taken), **scaled}
         return {f"{one.network}/{k}": v for k, v in scalars.items()} if len(self._trained) > 1 else scalars
+
+    def rehearse(self, turns: Iterable[Turn], batch: Batch | None, step: int) -> bool:
+        """Whether there is memory for a micro-batch in all turns of a step; the same answer on all ranks.
+
+        Losses and gradients are computed and dropped: weights, optimizers and torch's generators are then what they
+        were. The optimizer's state, which the first real step allocates, is held meanwhile. Each rank has its answer
+        without the others, except at ZeRO's stage 3, which gathers weights: there all have to run out together, or the
+        watchdog ends them.
+        """
+        enough, device = True, self.processes.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                if batch is not None:
+                    self._rehearse(turns, batch.to(device), step)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                enough = False
+        give_back_memory()
+        return self.processes.all_agree(enough)
+
+    def _rehearse(self, turns: Iterable[Turn], batch: Batch, step: int) -> None:
+        device = self.processes.device
+        to_come = [torch.empty(t.bytes_to_come(), dtype=torch.uint8, device=device) for t in self._trained.values()]
+        for turn in turns:
+            trained = list(self._in_training(turn.updates).parameters.values())
+            with self.networks(turn) as networks:
+                # Not the wrapped one, and not `backward`: neither DDP nor ZeRO sees these gradients, or sends them.
+                bare = {**networks, turn.updates: self._denoisers[turn.updates]}
+                loss = turn.loss(bare, batch, Context(self.settings.seed, step, batch.positions)).total
+                torch.autograd.grad(loss, trained, allow_unused=True)
+        del to_come
 
     def _backward(
         self, turn: Turn, trained: TrainedNetwork, micro_batches: Sequence[Batch], step: int, before: int

@@ -233,14 +233,3 @@ def batch_changes(cfg: TrainSettings, method: Method, world_size: int) -> tuple[
         if size != before:
             changes.append((step, size))
     return tuple(changes)
-
-
-def split_batch(cfg: TrainSettings, world_size: int) -> int:
-    """Samples of one micro-batch of one rank."""
-    parts = world_size * cfg.gradient_accumulation_steps
-    if cfg.global_batch_size % parts:
-        raise ConfigError(
-            f"global_batch_size={cfg.global_batch_size} must be a multiple of {parts}: "
-            f"{world_size} processes x gradient_accumulation_steps={cfg.gradient_accumulation_steps}"
-        )
-    return cfg.global_batch_size // parts

@@ -35,7 +35,8 @@ class Processes:
         self.rank: int = state.process_index
         self.world_size: int = state.num_processes
         self.device: torch.device = state.device
-        self._state, self._leave, self._timeout = state, leave, timeout
+        self.timeout = timeout
+        self._state, self._leave = state, leave
 
     @property
     def is_main(self) -> bool:
@@ -45,7 +46,7 @@ class Processes:
         """Gives the timeout to every process group: libraries make further ones, with 10 minutes for NCCL's."""
         if dist.is_initialized():
             for group in list(distributed_c10d._world.pg_map):
-                _set_timeout(self._timeout, group)
+                _set_timeout(self.timeout, group)
 
     def barrier(self) -> None:
         """Waits for all ranks."""

@@ -65,6 +65,7 @@ FREE = frozenset(
         "max_train_steps",
         "engine",
         "gradient_accumulation_steps",
+        "micro_batch_size",
         "gradient_checkpointing",
         "dataloader_num_workers",
         "resume_from_checkpoint",
@@ -134,6 +135,13 @@ def open_run(settings: TrainSettings) -> Path:
         _warn_of_other_bits(folder, now)
     write_atomically(folder / "environment.json", json.dumps(now, indent=2) + "\n")
     return folder
+
+
+def note_batch(folder: Path, micro_batch_size: int, accumulated: int, processes: int) -> None:
+    """Adds to `environment.json` how the samples of a step are taken, which settings may leave to be found."""
+    path = folder / "environment.json"
+    batch = {"micro_batch_size": micro_batch_size, "accumulated": accumulated, "processes": processes}
+    write_atomically(path, json.dumps({**json.loads(path.read_text()), "batch": batch}, indent=2) + "\n")
 
 
 def _warn_of_other_bits(folder: Path, now: Mapping[str, Any]) -> None:

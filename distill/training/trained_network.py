@@ -81,6 +81,16 @@ class TrainingRecipe:
         return optimizer
 
 
+def optimizer_bytes(make: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]) -> float:
+    """Bytes of state that an optimizer keeps for a weight, found by letting it take a step of a few."""
+    weight = nn.Parameter(torch.zeros(16, 16))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = make([weight])
+    optimizer.step()
+    state = [x for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.ndim]
+    return sum(x.nbytes for x in state) / weight.numel()
+
+
 class TrainedNetwork(ABC):
     """A network in training, its module wrapped or partitioned by then. Methods are called on all ranks alike.
 
@@ -123,6 +133,12 @@ class TrainedNetwork(ABC):
                 yield
         finally:
             self.spread()
+
+    def bytes_to_come(self) -> int:
+        """Of this rank's share of the optimizer's state, which is allocated by its first step."""
+        if self.optimizer.state:
+            return 0
+        return int(optimizer_bytes(self.recipe.optimizer) * sum(master.numel() for master in self.masters()))
 
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         """All trained weights (or their average) by name: whole, float32, on the CPU of rank 0; empty elsewhere."""

@@ -29,11 +29,11 @@ from distill.planning.estimates import (
     held,
     lost_share,
     most_samples,
-    optimizer_bytes,
     read_bytes,
     sample_layout,
     stored_bytes,
 )
+from distill.training.trained_network import optimizer_bytes
 from tests.training.planning_worker import SCHEDULE, adamw, batch_of, student_of, teacher_of
 
 ROOT = Path(__file__).resolve().parents[2]
