@@ -591,6 +591,7 @@ class SolvesSettings(Settings):
     teachers: Annotated[list[Literal["toy", "night"]], Field(min_length=1)]
     solves: Annotated[list[Positive], Field(min_length=1)]
     seeds: Annotated[list[Natural], Field(min_length=1)]
+    fine_tune: list[str]
     overrides: list[str]
     steps: Annotated[list[Positive], Field(min_length=1)]
     n: Annotated[int, Field(ge=100, strict=True)]

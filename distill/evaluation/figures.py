@@ -192,7 +192,7 @@ def draw_lines(
     level: tuple[str, Mapping[str, float]],
     begins: Mapping[str, float] | None = None,
 ) -> None:
-    """Rows as lines against their `x`, "steps" of sampling or the training's "step", a panel for each metric.
+    """Rows as lines against their `x`, "steps" of sampling, the training's "step" or "solves", a panel for each metric.
 
     Args:
         lines: rows by the line's name, in the order of the legend; bars are their standard errors.
@@ -228,9 +228,9 @@ def _draw_rows(axis: Axes, lines: Mapping[str, Sequence[Mapping[str, Any]]], nam
     for (label, rows), (colour, marker) in zip(lines.items(), cycle(LINES), strict=False):
         points = sorted((row for row in rows if _is_number(row.get(name))), key=lambda row: row[x])
         _draw_points(axis, points, x, name, label, colour, marker)
-    if x == "steps":
+    if x in ("steps", "solves"):
         _powers_of_two(axis, {row[x] for rows in lines.values() for row in rows})
-    axis.set_xlabel("steps" if x == "steps" else "training step")
+    axis.set_xlabel("training step" if x == "step" else x)
     axis.set_title(METRICS[name].curve, fontsize=11)
     _open(axis, METRICS[name].logarithmic)
 

@@ -75,8 +75,8 @@ def trained(cfg: LatentLPIPSSettings, teacher: Teacher) -> tuple[LatentPerceptua
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            for head in model.heads:
-                head.weight.clamp_(min=0)
+            for weight in model.heads.parameters():
+                weight.clamp_(min=0)
         progress.update(1)
     model.requires_grad_(False)
     return model, {
@@ -89,11 +89,13 @@ def trained(cfg: LatentLPIPSSettings, teacher: Teacher) -> tuple[LatentPerceptua
 
 def start(model: LatentPerceptual) -> None:
     """Convolutions for ReLU, heads that weigh all features alike."""
-    for convolution in model.convolutions:
-        torch.nn.init.kaiming_normal_(convolution.weight)
-        torch.nn.init.zeros_(convolution.bias)
-    for head in model.heads:
-        torch.nn.init.constant_(head.weight, 1.0)
+    for name, weight in model.convolutions.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(weight)
+        else:
+            torch.nn.init.kaiming_normal_(weight)
+    for weight in model.heads.parameters():
+        torch.nn.init.ones_(weight)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distill.config.loading import load
 from distill.config.settings import PlugInSettings, SolvesSettings, TrainSettings
+from distill.data.words import counted
 from distill.evaluation.blocks import Cache
 from distill.evaluation.compare import Comparison, ComparisonPlan, Row, Setting
 from distill.evaluation.figures import draw_lines
@@ -53,18 +54,19 @@ def main(cfg: SolvesSettings) -> None:
     print(f"report: {output}/report.md, with a picture of each teacher's curves")
 
 
-def teacher_of(name: str, output: Path) -> Path:
+def teacher_of(name: str, cfg: SolvesSettings, output: Path) -> Path:
     """The pipeline of a teacher, fine-tuned first if need be."""
     if name == "toy":
         return teacher_folder()
-    tuning = load("plug_in", PlugInSettings, ["lora=none", f"output_dir={output}"])  # it has no student yet
+    tuning = load("plug_in", PlugInSettings, ["lora=none", f"output_dir={output}", *cfg.fine_tune])  # no student yet
     facts = {"pictures": tuning.pictures, "steps": tuning.fine_tune_steps, "seed": tuning.seed}
+    output.mkdir(parents=True, exist_ok=True)
     return trained(output / "teacher", facts, lambda folder: train_fine_tune(tuning, folder))
 
 
 def rows_of(name: str, cfg: SolvesSettings, output: Path) -> list[Row]:
     """The teacher's row, then one for each number of solves and of steps, over seeds."""
-    pipeline = teacher_of(name, output)
+    pipeline = teacher_of(name, cfg, output)
     # The store grows from one number to the next, and a run resumes with what it began with.
     given = [*cfg.overrides, f"model.pretrained_model_name_or_path={pipeline}", f"data.store={output / 'store'}"]
     given += [f"data.samples_per_shard={SHARD}", "engine=single", "validation_prompts=null"]
@@ -124,7 +126,7 @@ def write(output: Path, cfg: SolvesSettings, rows: dict[str, list[Row]]) -> None
         print(f"{name}\n\n{table}\n")
         lines: dict[str, list[Row]] = {}
         for row in found[1:]:
-            lines.setdefault(f"{row['steps']} steps", []).append(row)
+            lines.setdefault(counted(row["steps"], "step"), []).append(row)
         draw_lines(output / f"{name}.png", lines, "solves", METRICS, ("teacher, 50 steps", found[0]))
         parts += [f"## {name}", table, f"![curves]({name}.png)"]
     (output / "report.md").write_text("\n\n".join(parts) + "\n")
