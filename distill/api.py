@@ -60,6 +60,7 @@ def call(name: str, overrides: tuple[str, ...], settings: dict[str, Any]) -> Non
     hide_gpus_if_asked()
     arithmetic.prepare(deterministic)
     arithmetic.settle(deterministic, getattr(checked, "matmul_precision", "highest"))
+    arithmetic.choose_attention(getattr(checked, "attention", "auto"))
     importlib.import_module(command.module).main(check_components(checked))
 
 

@@ -29,6 +29,7 @@ from distill.data.prompts import read_prompts
 from distill.data.writer import work_split, write_store
 from distill.diffusion.solver import make_times
 from distill.models.devices import described, own_device
+from distill.models.execution import execute
 from distill.models.exported import open_export
 from distill.models.families import Teacher
 from distill.models.student import as_teacher
@@ -59,6 +60,7 @@ def main(cfg: TrainSettings) -> None:
         plan = replace(plan_of(cfg, teacher, own_hash), teacher_dtype=str(dtype).removeprefix("torch."))
         rank, world_size = work_split()
     teacher = teacher.to(device)
+    execute(teacher.unet, cfg.compile, cfg.channels_last)
     log.info("%s, the teacher in %s", described(device, launched_world_size()), plan.teacher_dtype)
     stores = [(cfg.data.store, plan, prompts)]
     if heldout := heldout_samples(cfg.data.heldout_samples, plan.samples):

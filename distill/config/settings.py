@@ -228,6 +228,9 @@ class TrainSettings(Settings):
     mixed_precision: Literal["no", "bf16", "fp16"]
     gradient_checkpointing: Flag
     quantize: Literal["int8", "nf4"] | None = None
+    compile: Flag | Literal["inductor", "aot_eager", "eager"] = False  # runs of before have none of these three
+    channels_last: Flag = False
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None
     lora_rank: Positive
     lora_alpha: Annotated[Number, Field(gt=0)]

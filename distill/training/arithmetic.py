@@ -21,6 +21,7 @@ from distill.models.devices import gpu_is_used
 
 Deterministic = bool | Literal["auto"]
 MatmulPrecision = Literal["highest", "high", "medium"]
+Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
 
 VARIABLES = {
     # MKL: one order of summation at any alignment and on any number of threads ("strict conditional numerical
@@ -50,6 +51,7 @@ def settle(deterministic: Deterministic = "auto", matmul_precision: MatmulPrecis
 
     An operation that has no deterministic kernel is then an error, which names it. `matmul_precision` is of float32
     products of matrices: all 24 bits, or those of TF32 ("high") and bfloat16 ("medium") where the device has them.
+    Convolutions compute in TF32 below "highest".
     """
     import torch
 
@@ -61,6 +63,25 @@ def settle(deterministic: Deterministic = "auto", matmul_precision: MatmulPrecis
         torch.backends.cudnn.benchmark = False  # would choose kernels by their times
     if torch.get_float32_matmul_precision() != matmul_precision:
         torch.set_float32_matmul_precision(matmul_precision)
+    # Convolutions round float32 as products of matrices do: torch's own default is TF32 for the one, not the other.
+    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+
+
+def choose_attention(kernel: Attention = "auto") -> None:
+    """Leaves torch only `kernel` for attention, and the plain one where that cannot take its operands; auto leaves all.
+
+    Flash attention, for instance, takes no float32 on a GPU.
+    """
+    import torch
+
+    switches = {
+        "flash": torch.backends.cuda.enable_flash_sdp,
+        "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
+        "cudnn": torch.backends.cuda.enable_cudnn_sdp,
+    }
+    for name, switch in switches.items():
+        switch(kernel in ("auto", name))
+    torch.backends.cuda.enable_math_sdp(True)
 
 
 def in_force() -> dict[str, Any]:
@@ -75,6 +96,7 @@ def in_force() -> dict[str, Any]:
             "libraries": _libraries(torch.__config__.show()),
             "threads": torch.get_num_threads(),
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+            "attention": [kernel for kernel, has in _attention_kernels().items() if has],
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "cudnn": {
                 "version": torch.backends.cudnn.version(),
@@ -85,6 +107,19 @@ def in_force() -> dict[str, Any]:
         },
         "products_depend_on_alignment": products_depend_on_alignment(),
         "variables": {name: os.environ.get(name) for name in VARIABLES},
+    }
+
+
+def _attention_kernels() -> dict[str, bool]:
+    """Which kernels torch may compute attention with."""
+    import torch
+
+    cuda = torch.backends.cuda
+    return {
+        "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
     }
 
 

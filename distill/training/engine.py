@@ -32,6 +32,7 @@ from distill.diffusion.random import Context, Draw, seed_of
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
+from distill.models.execution import Compile, execute
 from distill.training.loss_scale import LossScale
 from distill.training.micro_batch import give_back_memory, is_out_of_memory
 from distill.training.processes import NO_LIMIT, Processes, forget_accelerate
@@ -111,6 +112,7 @@ class EngineSettings:
         gradient_accumulation_steps: micro-batches of a step.
         max_grad_norm: clip the global norm of a network's gradient to this; None does not.
         gradient_checkpointing: recompute activations of trained networks in the backward pass.
+        compile, channels_last: how networks are executed; see `distill.models.execution`.
         max_nonfinite_steps: give up after so many skipped steps in a row.
         seed: of all randomness that losses draw, and of dropout.
         on_skipped: called on rank 0 with each update that is skipped.
@@ -126,6 +128,8 @@ class EngineSettings:
     gradient_accumulation_steps: int = 1
     max_grad_norm: float | None = 1.0
     gradient_checkpointing: bool = False
+    compile: Compile = False
+    channels_last: bool = False
     max_nonfinite_steps: int = 10
     seed: int = 0
     on_skipped: Callable[[Skipped], None] = lambda skipped: None
@@ -141,7 +145,8 @@ class EngineSettings:
             raise ValueError(f"max_grad_norm must be above 0, or null for no clipping, got {self.max_grad_norm}")
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"engine.max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}")
-        self.sharding()
+        if self.compile is not False:
+            self.sharding().check_compile()
 
     def sharding(self) -> Sharding:
         """The way of sharding, with its own settings."""
@@ -200,6 +205,7 @@ class Engine:
         for trained in self._trained.values():
             trained.close()
         self._trained, self._denoisers, self._helpers = {}, {}, {}
+        self._taken, self._scalars, self._foreseen = [], {}, {}
         forget_accelerate()
 
     def close(self) -> None:
@@ -250,6 +256,8 @@ class Engine:
             elif not any(module is modules[other] for other in recipes):
                 module.requires_grad_(False).eval().to(device, self.frozen_dtype)
         settings = self.settings
+        for module in {id(module): module for module in modules.values()}.values():
+            execute(module, settings.compile, settings.channels_last, self.sharding.keeps_order)
         update = UpdateSettings(settings.mixed_precision, settings.gradient_accumulation_steps, settings.max_grad_norm)
         self._trained = self.sharding.wrap(modules, recipes, update, self.processes)
         self.processes.apply_timeout()

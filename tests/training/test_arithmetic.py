@@ -175,3 +175,16 @@ def test_a_run_that_goes_on_with_other_arithmetic_says_so(tmp_path: Path, caplog
     assert "within rounding, not to the bit" in record.getMessage()
     name = now["arithmetic"]["processor"]["name"]
     assert f"processor.name AMD EPYC, now {name}; processor.instructions; torch.threads 8, now 1" in record.getMessage()
+
+
+def test_convolutions_round_as_products_of_matrices_do() -> None:
+    """On GPUs; what is told to torch can be seen anywhere."""
+    try:
+        cases: tuple[tuple[Any, bool], ...] = (("high", True), ("highest", False))
+        for precision, tf32 in cases:
+            arithmetic.settle(matmul_precision=precision)
+            assert torch.backends.cudnn.allow_tf32 is tf32
+            assert arithmetic.in_force()["torch"]["cudnn"]["allow_tf32"] is tf32
+    finally:
+        arithmetic.settle()
+        torch.use_deterministic_algorithms(True)

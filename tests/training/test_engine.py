@@ -483,12 +483,15 @@ def test_a_setting_out_of_range_is_named_before_anything_starts(settings: dict[s
 def test_every_engine_file_builds_the_engine_of_its_name(name: str) -> None:
     node = OmegaConf.create({"mixed_precision": "bf16", "gradient_accumulation_steps": 2, "max_grad_norm": None})
     node = OmegaConf.merge(
-        node, {"gradient_checkpointing": True, "seed": 3}, {"engine": OmegaConf.load(CONFIGS / f"{name}.yaml")}
+        node,
+        {"gradient_checkpointing": True, "seed": 3, "compile": False, "channels_last": True},
+        {"engine": OmegaConf.load(CONFIGS / f"{name}.yaml")},
     )
     settings: Any = OmegaConf.to_container(node.engine, resolve=True)
     assert settings.pop("_target_") == "distill.training.engine.EngineSettings"
     engine = EngineSettings(**settings)
     assert (engine.name, engine.mixed_precision, engine.gradient_accumulation_steps) == (name, "bf16", 2)
+    assert (engine.compile, engine.channels_last) == (False, True)
 
 
 def test_a_stage_of_a_network_that_is_not_trained_is_named_before_anything_is_wrapped() -> None:

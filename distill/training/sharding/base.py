@@ -38,6 +38,7 @@ class Sharding(ABC):
         kind: its name in `engine.kind`.
         settings_names: of the engine's settings that belong to this way alone.
         holds_whole: whether every rank holds all of the optimizer's state, so that it does not depend on their number.
+        keeps_order: whether weights may lie in memory in another order than that of their elements.
         launch: the command that starts it.
 
     Raises:
@@ -47,6 +48,7 @@ class Sharding(ABC):
     kind: ClassVar[str]
     settings_names: ClassVar[tuple[str, ...]] = ()
     holds_whole: ClassVar[bool] = True
+    keeps_order: ClassVar[bool] = True
     launch: ClassVar[str]
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -57,6 +59,10 @@ class Sharding(ABC):
     def name_of(self, network: str | None = None) -> str:
         """What a network's sharding is called in logs and checkpoints; without one, that of the run."""
         return self.kind
+
+    def check_compile(self) -> None:
+        """Raises ValueError where blocks of networks cannot be compiled."""
+        return
 
     def check_networks(self, trained: Collection[str]) -> None:
         """Raises ValueError where the settings speak of a network that is not trained."""

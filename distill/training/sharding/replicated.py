@@ -217,6 +217,7 @@ class ReplicatedNetwork(TrainedNetwork):
     def load_state(self, folder: Path) -> None:
         self.load_whole(load_file(folder / weights_file()))
         self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+        self._lay_out_state()
 
     def load_optimizer(self, state: WholeState) -> None:
         values: dict[int, dict[str, Any]] = {}
@@ -226,6 +227,15 @@ class ReplicatedNetwork(TrainedNetwork):
                 values[i] = {**state.new_shared(), **of_weight}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": {} if state.is_empty else values, "param_groups": groups})
+        self._lay_out_state()
+
+    def _lay_out_state(self) -> None:
+        """What is kept for a weight's elements lies in memory as the weight does: fused kernels go by the place."""
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                same = isinstance(value, Tensor) and value.shape == parameter.shape
+                if same and value.stride() != parameter.stride():
+                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def close(self) -> None:
         pass

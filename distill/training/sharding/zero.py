@@ -56,6 +56,7 @@ class ZeRO(Sharding):
     kind = "deepspeed"
     settings_names = ("deepspeed", "stages")
     holds_whole = False
+    keeps_order = False  # it joins weights, and sends them as bytes
     launch = "distill launch --num_processes N"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -78,6 +79,10 @@ class ZeRO(Sharding):
 
     def name_of(self, network: str | None = None) -> str:
         return f"zero{self.stage_of(network)}"
+
+    def check_compile(self) -> None:
+        if 3 in (self.stage, *self.stages.values()):
+            raise ValueError("compile needs whole weights on every rank, which ZeRO-3 cuts: set compile=false or zero2")
 
     def check_networks(self, trained: Collection[str]) -> None:
         for name in self.stages:

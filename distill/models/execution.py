@@ -1,0 +1,56 @@
+"""How networks are executed: compiled blocks, and the order of images in memory."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+Compile = bool | Literal["inductor", "aot_eager", "eager"]
+
+RECOMPILATIONS = 64
+"""Of one block: with and without a gradient, a LoRA on and off, guided batches, widths. torch gives up after 8."""
+
+
+def execute(module: nn.Module, compile: Compile = False, channels_last: bool = False, weights: bool = True) -> None:
+    """Has a network computed as settings say; the names and values of its weights stay.
+
+    Args:
+        weights: `channels_last` is of the weights too, not of images alone.
+    """
+    if channels_last:
+        use_channels_last(module, weights)
+    if compile is not False:
+        compile_blocks(module, "inductor" if compile is True else compile)
+
+
+def compile_blocks(module: nn.Module, backend: str) -> None:
+    """Compiles each block of the kinds that a diffusers network repeats, when it is first called.
+
+    Blocks of one kind share what is compiled, so it takes a fraction of the time that the whole network would.
+    """
+    kinds = {kind for part in module.modules() for kind in getattr(part, "_repeated_blocks", None) or ()}
+    blocks = [part for part in module.modules() if type(part).__name__ in kinds]
+    if not blocks:
+        log.warning("compile: %s has no repeated blocks, and is computed as it is", type(module).__name__)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
+    for block in blocks:
+        block.compile(backend=backend)
+
+
+def use_channels_last(module: nn.Module, weights: bool = True) -> None:
+    """Keeps images, and the weights of convolutions, with their channels innermost, as tensor cores want them."""
+    if weights:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):  # the first one decides for what follows, and others where it is lost
+            part.register_forward_pre_hook(_innermost)
+
+
+def _innermost(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x: Tensor = args[0]
+    return (x.contiguous(memory_format=torch.channels_last), *args[1:]) if x.ndim == 4 else args
