@@ -21,6 +21,7 @@ from distill.config.settings import (
     BenchmarkSettings,
     EvaluateSettings,
     ExportSettings,
+    PlanChainSettings,
     PlanSettings,
     QuickstartSettings,
     ReportSettings,
@@ -73,6 +74,7 @@ class Command:
 
 _CHAIN = "distill.commands.submit_chain"
 SUBMIT_CHAIN = Command(_CHAIN, "submit_chain", SubmitChainSettings, sweep=_CHAIN)
+PLAN_CHAIN = Command("distill.commands.plan_chain", "plan_chain", PlanChainSettings)
 COMMANDS = {
     "quickstart": Command("distill.commands.quickstart", "quickstart", QuickstartSettings),
     "trajectories": Command("distill.commands.trajectories", "train", TrainSettings),
@@ -83,7 +85,7 @@ COMMANDS = {
     "evaluate": Command("distill.commands.evaluate", "evaluate", EvaluateSettings),
     "report": Command("distill.commands.report", "report", ReportSettings),
     "chain": Command("distill.commands.chain", "run_chain", RunChainSettings),
-    "plan": Command("distill.commands.plan", "plan", PlanSettings),
+    "plan": Command("distill.commands.plan", "plan", PlanSettings, by_key={"chain": PLAN_CHAIN}),
     "submit": Command(
         "distill.commands.submit",
         "submit",

@@ -52,6 +52,7 @@ from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.training.checkpoint import Checkpoints, mark_best
 from distill.training.export import export_run
+from distill.training.micro_batch import within_memory
 from distill.training.run import checkpoints_of, finished, read_run
 from distill.training.teacher import inference_dtype
 from distill.training.tracking import open_trackers, read_metrics, setup_logging
@@ -72,6 +73,7 @@ class Source:
     settings: dict[str, Any]
 
 
+@within_memory("set a smaller batch_size, or dtype=bfloat16; the same command then resumes with what is left")
 def main(cfg: EvaluateSettings) -> None:
     with checking():
         share = WorkShare.launched()

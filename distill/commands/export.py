@@ -33,6 +33,7 @@ from distill.models.folder import find_pipeline
 from distill.training.card import SAMPLES, sample_steps, write_card
 from distill.training.comfyui import write_workflows
 from distill.training.export import Export, check_formats, published, push, require_login, write_student
+from distill.training.micro_batch import within_memory
 from distill.training.run import read_run
 from distill.training.tracking import setup_logging
 
@@ -40,6 +41,7 @@ CELL = 192  # pixels of a sample on the card
 MOST_PROMPTS = 8  # of a run's validation prompts
 
 
+@within_memory("set card_prompts=[], and generate pictures with distill sample batch_size=1")
 def main(cfg: ExportSettings) -> None:
     setup_logging()
     # What the user may have to mend is checked before anything is loaded or written.

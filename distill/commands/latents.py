@@ -28,6 +28,7 @@ from distill.models.devices import described, own_device
 from distill.models.families import Teacher
 from distill.training.latents import LatentEncoder
 from distill.training.launched import launched_rank, launched_world_size, only_one_process
+from distill.training.micro_batch import within_memory
 from distill.training.teacher import inference_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import stored
@@ -35,6 +36,7 @@ from distill.training.trajectories import stored
 log = logging.getLogger("distill")
 
 
+@within_memory("set a smaller data.batch_size; the same command then resumes with the shards that are left")
 def main(cfg: TrainSettings) -> None:
     setup_logging(launched_rank())
     if line := only_one_process():

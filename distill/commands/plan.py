@@ -17,7 +17,9 @@ from functools import partial
 
 from distill.config.settings import ClusterSettings, PlanSettings
 from distill.data.words import counted
+from distill.diffusion.samplers import SAMPLERS
 from distill.planning.estimates import best_interval, lost_share, most_samples, read_bytes
+from distill.planning.inference import hours, inference, passes
 from distill.planning.phases import (
     GB,
     GIB,
@@ -37,11 +39,14 @@ from distill.planning.phases import (
 )
 from distill.training.tracking import setup_logging
 
+PICTURES = 10_000
+"""Of an evaluation, as most protocols have them."""
+
 
 def main(cfg: PlanSettings) -> None:
     setup_logging(0)
     run = prepared(cfg)
-    for part in (heading, networks, memory, communication, storage, speed, checkpoints, verdict):
+    for part in (heading, networks, memory, communication, storage, speed, checkpoints, around, verdict):
         print("\n".join(part(run)), end="\n\n", flush=True)
 
 
@@ -166,6 +171,26 @@ def checkpoints(run: PlannedRun) -> Iterator[str]:
     yield f"In all: {duration(run, hours)}"
 
 
+def around(run: PlannedRun) -> Iterator[str]:
+    """What is done before and after the run: solves, loading, evaluation."""
+    cfg, cluster, asked = run.cfg, run.cfg.cluster, inference(run.cfg.model, run.bf16)
+    data = cfg.data
+    if data.guidance is not None and data.num_samples is not None:
+        used = hours(data.num_samples * asked.solve_flops(data), cluster, run.bf16)
+        evaluations = SAMPLERS[data.solver].evaluations(data.solver_steps) * passes(data)
+        yield (
+            f"The teacher's solves: {counted(data.num_samples, 'sample')}, {evaluations} evaluations each, "
+            f"{used:.2f} {cluster.device} hours, {used / run.ranks:.2f} h here; "
+            f"data.batch_size={data.batch_size} takes {asked.solve_bytes(data) / GIB:.2f} GiB"
+        )
+    yield f"Loading: {run.loading / GB:.1f} GB of host memory a node, for {cluster.gpus_per_node} processes in float32"
+    student, teacher = (hours(PICTURES * asked.picture_flops(n, n > 8), cluster, run.bf16) for n in (4, 50))
+    yield (
+        f"Evaluation of {PICTURES} pictures: {student:.2f} {cluster.device} hours for a student of 4 steps, "
+        f"{teacher:.2f} for the teacher's 50 guided ones; batch_size=8 takes {asked.drawing_bytes(8) / GIB:.2f} GiB"
+    )
+
+
 def duration(run: PlannedRun, hours: float) -> str:
     return f"{hours:.2f} h, {hours * run.ranks:.1f} {run.cfg.cluster.device} hours"
 
@@ -179,6 +204,12 @@ def verdict(run: PlannedRun) -> Iterator[str]:
 
 def problems(run: PlannedRun) -> Iterator[str]:
     cfg, room = run.cfg, usable(run.cfg.cluster)
+    solves = inference(cfg.model, run.bf16)
+    if cfg.data.guidance is not None and (needed := solves.solve_bytes(cfg.data)) > room:
+        yield (
+            f"data.batch_size={cfg.data.batch_size} needs {needed / GIB:.1f} GiB for the teacher's solves, "
+            f"{room / GIB:.1f} are usable: take a smaller one"
+        )
     parts = run.ranks * cfg.gradient_accumulation_steps
     if run.global_batch != cfg.global_batch_size:
         lower = cfg.global_batch_size // parts * parts

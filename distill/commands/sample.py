@@ -65,6 +65,7 @@ from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
 from distill.training.export import export_run
+from distill.training.micro_batch import within_memory
 from distill.training.run import read_run
 from distill.training.tracking import setup_logging
 
@@ -75,6 +76,7 @@ GRID_COLUMNS = 10
 LARGEST_CELL = 256  # pixels of a picture in the grid
 
 
+@within_memory("set a smaller batch_size")
 def main(cfg: SampleSettings) -> None:
     setup_logging()
     check(cfg)

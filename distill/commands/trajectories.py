@@ -34,6 +34,7 @@ from distill.models.exported import open_export
 from distill.models.families import Teacher
 from distill.models.student import as_teacher
 from distill.training.launched import launched_rank, launched_world_size, only_one_process
+from distill.training.micro_batch import within_memory
 from distill.training.teacher import inference_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored
@@ -41,6 +42,7 @@ from distill.training.trajectories import TrajectorySolver, stored
 log = logging.getLogger("distill")
 
 
+@within_memory("set a smaller data.batch_size; the same command then resumes with the shards that are left")
 def main(cfg: TrainSettings) -> None:
     setup_logging(launched_rank())
     if line := only_one_process():

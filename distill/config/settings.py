@@ -680,6 +680,15 @@ class RunChainSettings(Settings):
     list: Flag | Literal["commands"]
 
 
+class PlanChainSettings(Settings):
+    """`configs/plan_chain.yaml`: a chain, and where it is to run."""
+
+    chain: ChainSettings
+    cluster: ClusterSettings
+    output_dir: FilePath
+    overrides: Strings
+
+
 class QuickstartSettings(Settings):
     """`configs/quickstart.yaml`: the bundled toy teacher, from nothing to a report."""
 

@@ -205,6 +205,11 @@ class Walk(TorchDispatchMode):
         self._highest = max(outer, self._highest)
         return out
 
+    @property
+    def most(self) -> int:
+        """Bytes that have lived at once."""
+        return max([self._most, *(growing for growing, _ in self._moments)])
+
     def cost(self, updates: str, samples: int) -> Cost:
         """What was counted, for a batch of `samples`."""
         moments = sorted({*self._moments, (self._most, self._fixed)}, reverse=True)
@@ -301,6 +306,18 @@ def _parameters(network: Any) -> Iterator[Tensor]:
     if module is not None:
         yield from module.parameters()
         yield from module.buffers()
+
+
+def forward(module: nn.Module, samples: int, *args: Any, **kwargs: Any) -> tuple[float, float]:
+    """FLOPs of a sample in a forward pass without gradients, and the bytes that then live at once beside the weights.
+
+    Args:
+        module: on the meta device, as are the arguments, of so many samples.
+    """
+    walk = Walk([*module.parameters(), *module.buffers()], [])
+    with walk, torch.no_grad(), _Kernels(False):
+        module(*args, **kwargs)
+    return walk.flops / samples, walk.most / samples
 
 
 # ---- what is walked through ---------------------------------------------------------------------------------------

@@ -83,6 +83,12 @@ class PlannedRun:
         return self.cfg.mixed_precision != "no"
 
     @property
+    def loading(self) -> float:
+        """Bytes of host memory on a node while its processes load their networks, in float32."""
+        weights = sum(w.trained + w.frozen for w in self.modules.values())
+        return 4 * weights * self.cfg.cluster.gpus_per_node
+
+    @property
     def ranks(self) -> int:
         return ranks_of(self.cfg.cluster)
 
@@ -226,6 +232,19 @@ def prepared(cfg: PlanSettings, alone: bool = False) -> PlannedRun:
     Raises:
         ConfigError: what cannot be planned, or a mistake in the settings.
     """
+    run, walker = unwalked(cfg)
+    with checking():
+        walks = walker.walk_alone(run.engine) if alone else walker.walks(run.engine)
+    run = replace(run, walks=walks)
+    return run if alone or run.engine == engine_of(cfg) else replace(run, engine=recommended(run))
+
+
+def unwalked(cfg: PlanSettings) -> tuple[PlannedRun, Walker]:
+    """A run whose turns have not been walked through, so that it knows its states and nothing else, and what does that.
+
+    Raises:
+        ConfigError: see `prepared`.
+    """
     check_cut(cfg)
     if cfg.teacher is not None and cfg.teacher not in TAUGHT:
         raise ConfigError(f"teacher={cfg.teacher}: a plan reads no export; allowed: {', '.join(TAUGHT)}, null")
@@ -252,21 +271,19 @@ def prepared(cfg: PlanSettings, alone: bool = False) -> PlannedRun:
     averages = {f"{name}_ema": made[name] for name in method.trains if f"{name}_ema" in method.requires}
     picked = [len(method.reads(p.first).pick(times, generator("plan"))) for p in phases]
     walker = Walker(cfg, method, phases, {**made, **averages}, [batch_of(built, n, WALKED) for n in picked])
-    with checking():
-        walks = walker.walk_alone(engine) if alone else walker.walks(engine)
     run = PlannedRun(
         cfg=cfg,
         method=method,
         engine=engine,
         phases=phases,
         modules=weights,
-        walks=walks,
+        walks={},
         optimizer=optimizer_bytes(build(cfg.optimizer)),
         layout=layout,
         times=times,
         stored=stored,
     )
-    return run if alone or engine == engine_of(cfg) else replace(run, engine=recommended(run))
+    return run, walker
 
 
 def recommended(run: PlannedRun) -> str:
@@ -382,6 +399,11 @@ def sample_of(cfg: PlanSettings, built: Architecture) -> tuple[Layout, tuple[int
     facts |= {"teacher_id": teacher.teacher_id, "teacher_hash": "0" * 16, "schedule_fingerprint": "0" * 16}
     facts |= {"solver": data.solver, "solver_steps": data.solver_steps, "spacing": "trailing"}
     return layout, times, stored_bytes(layout, facts)
+
+
+def sample_bytes(cfg: PlanSettings) -> int:
+    """Of a sample in its store."""
+    return sample_of(cfg, architecture(cfg.model))[2]
 
 
 # ---- numbers of several parts -------------------------------------------------------------------------------------

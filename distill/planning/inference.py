@@ -1,0 +1,148 @@
+"""What a plan says of networks that only answer: the teacher's solves, pictures of an evaluation, and loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from distill.config.settings import ClusterSettings, DataSettings, ModelSettings
+from distill.diffusion.samplers import SAMPLERS
+from distill.models.folder import read_json
+from distill.planning.counting import Architecture, architecture, batch_of, forward
+
+WALKED = 2
+ENCODERS = {"sd15": 123.1e6, "sdxl": 817.7e6}
+"""Weights of the published models' text encoders: CLIP ViT-L/14's, and OpenCLIP ViT-bigG/14's beside it."""
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+"""The published models' autoencoder, as diffusers' config has it."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A teacher that answers. Bytes are in the dtype of its computation, of whole networks or of one sample.
+
+    Args:
+        weights: how many its network has.
+        flops: of an evaluation of the network.
+        activations: bytes of an evaluation.
+        encoders: weights of its text encoders.
+        vae_weights: of its autoencoder.
+        decoding: FLOPs of a picture's decoding.
+        decoded: bytes of activations of that, in float32.
+        encoded: bytes of activations of a picture's encoding, in float32.
+        width: bytes of a number.
+    """
+
+    weights: float
+    flops: float
+    activations: float
+    encoders: float
+    vae_weights: float
+    decoding: float
+    decoded: float
+    encoded: float
+    width: int
+
+    def solve_flops(self, data: DataSettings) -> float:
+        """Of one of a store's solves."""
+        return SAMPLERS[data.solver].evaluations(data.solver_steps) * passes(data) * self.flops
+
+    def solve_bytes(self, data: DataSettings) -> float:
+        """Of a process that makes a store: the text encoders stay, in float32 at most."""
+        held = self.width * self.weights + 4 * self.encoders
+        return held + data.batch_size * passes(data) * self.activations
+
+    def encoding_bytes(self, data: DataSettings) -> float:
+        """Of a process that makes a store of pictures, in float32."""
+        return 4 * (self.encoders + self.vae_weights) + data.batch_size * self.encoded
+
+    def picture_flops(self, steps: int, guided: bool) -> float:
+        """Of a picture of `steps` evaluations, each of them two if it is guided."""
+        return steps * (2 if guided else 1) * self.flops + self.decoding
+
+    def drawing_bytes(self, samples: int, guided: bool = True) -> float:
+        """Of a process that draws so many pictures at once and decodes them one after another, in float32."""
+        held = self.width * self.weights + 4 * (self.encoders + self.vae_weights)
+        return held + max(samples * (2 if guided else 1) * self.activations, self.decoded)
+
+
+def passes(data: DataSettings) -> int:
+    """Of the network, for an evaluation of the teacher: two where it is guided."""
+    return 1 if data.guidance == 1 else 2
+
+
+def inference(model: ModelSettings, half: bool) -> Inference:
+    """Walks through an evaluation of a teacher and through the decoding of a picture, without weights.
+
+    Raises:
+        ConfigError: see `counting.architecture`.
+    """
+    built = architecture(model)
+    unet = built.teacher.unet
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
+    batch = batch_of(built, 1, WALKED)
+    side = batch.states[:, 0].to(next(unet.parameters()).dtype)
+    text = {name: value.to(side.dtype) for name, value in batch.conditioning.items()}
+    added = {name: text.pop(name) for name in ("text_embeds", "time_ids") if name in text}
+    more = {"added_cond_kwargs": added} if added else {}
+    flops, most = forward(unet, WALKED, side, batch.times[:, 0], **text, **more)
+    vae = _autoencoder(model)
+    with torch.device("meta"):
+        latents = torch.empty(1, *built.teacher.latent_shape)
+        picture = torch.empty(1, 3, built.teacher.resolution, built.teacher.resolution)
+    decoding, decoded = forward(_Method(vae, "decode"), 1, latents)
+    _, encoded = forward(_Method(vae, "encode"), 1, picture)
+    return Inference(
+        weights=sum(p.numel() for p in unet.parameters()),
+        flops=flops,
+        activations=most,
+        encoders=_encoders(built, model),
+        vae_weights=sum(p.numel() for p in vae.parameters()),
+        decoding=decoding,
+        decoded=decoded,
+        encoded=encoded,
+        width=2 if half else 4,
+    )
+
+
+class _Method(torch.nn.Module):
+    """A network whose call is one of its methods."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return getattr(self.module, self.name)(x)
+
+
+def _autoencoder(model: ModelSettings) -> Any:
+    folder = Path(model.pretrained_model_name_or_path)
+    config = read_json(folder, "vae/config.json") if folder.is_dir() else VAE
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(config)
+
+
+def _encoders(built: Architecture, model: ModelSettings) -> float:
+    """Weights of the text encoders; of a folder by the size of its files, as if they were in float32."""
+    folder = Path(model.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        return ENCODERS[built.teacher.family.name]
+    files = (path for name in built.teacher.family.towers for path in (folder / name[1]).glob("*.safetensors"))
+    return sum(path.stat().st_size for path in files) / 4
+
+
+def hours(flops: float, cluster: ClusterSettings, half: bool) -> float:
+    """Of a GPU, for so many FLOPs, at the share of its arithmetic that a training step is assumed to reach."""
+    return flops / (1e12 * cluster.mfu * (cluster.tflops if half else cluster.tflops_float32)) / 3600
