@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from distill.config import signatures
 from distill.config.mistakes import rule, shown, suggest
+from distill.config.packages import EXTRAS, install_line, is_installed
 from distill.data.errors import short
 from distill.diffusion.registry import PLUGINS
 
@@ -25,6 +26,7 @@ TARGETS = (
     "distill.training.health.",
     "distill.training.tracking.",
     "torch.optim.",
+    "bitsandbytes.optim.",
 )
 """Where what settings may build is defined. A run's settings may be another person's: they must not call anything."""
 RENAMED = {"distill.training.engine.Engine": "distill.training.engine.EngineSettings"}
@@ -137,6 +139,9 @@ def _allowed_target(path: object) -> tuple[str, str]:
         allowed = ", ".join(f"{start}*" for start in targets())
         hint = f"; {OTHERS}=PACKAGE allows those of a package that you trust" if "." in str(path) else ""
         raise ValueError(f"_target_ {short(repr(path))} is not one of {allowed}{hint}")
+    package = module.partition(".")[0]
+    if package in EXTRAS and not is_installed(package):
+        raise ValueError(f"_target_ {path} needs the package {package}, which is not there: {install_line(package)}")
     return module, name
 
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from distill.config.mistakes import ConfigError
 
 EXTRAS = {
+    "bitsandbytes": "8bit",
     "deepspeed": "deepspeed",
     "open_clip": "evaluation",
     "optuna": "sweeps",
