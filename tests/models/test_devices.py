@@ -108,3 +108,9 @@ def test_a_training_that_would_leave_out_a_gpu_ends_with_one_line(tmp_path: Path
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert done.stderr.startswith("error: SLURM has given this job GPUs (SLURM_GPUS_ON_NODE=2)")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_line_names_what_computes() -> None:
+    assert devices.described(torch.device("cpu")).startswith(f"the CPU ({torch.get_num_threads()} threads); torch ")
+    assert devices.described(torch.device("cpu"), 4).startswith("4 x CPU")
+    assert torch.__version__ in devices.described(torch.device("cpu"))
