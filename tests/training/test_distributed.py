@@ -71,7 +71,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddp-game": ("ddp", "game", {"gradient_checkpointing": True}),
     "zero2-game-lora": ("zero2", "game-lora", {"gradient_checkpointing": True, "save_at": [3, 6]}),
     "zero32-game": ("zero3/2", "game", {"gradient_checkpointing": True, "save_at": [3, 6]}),
-    "zero3-one-network": ("zero3", "one-network", {}),
     # Last: ZeRO-3 numbers the weights of a process, and its files, which are compared to the bit, have the numbers.
     "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
     "zero3-fp16": ("zero3", "distance", {"mixed_precision": "fp16"}),
