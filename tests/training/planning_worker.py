@@ -21,8 +21,12 @@ from distill.diffusion.prediction import Prediction
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
 from distill.methods.lcm import LCM
+from distill.methods.mlcm import MLCM
+from distill.models.discriminator import LatentDiscriminator
+from distill.models.fake_score import FakeScore
 from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher
 from distill.models.full_size import build_unet
+from distill.models.quantized import quantize
 from distill.models.student import FullStudent, LoRAStudent
 from distill.training.engine import EngineSettings
 from distill.training.trained_network import TrainingRecipe
@@ -76,6 +80,39 @@ def batch_of(teacher: Teacher, samples: int, states: int = 2) -> Batch:
 
 
 adamw = partial(torch.optim.AdamW, lr=1e-4, fused=True)
+
+
+CRITICS: list[Any] = [
+    {"segments": 1, "grid": 8, "skip": 125, "source": "student", "student_steps": 2, "iterations": 2}
+    | {"matching": 1.0, "adversarial": 1.0}
+]
+
+
+def game_of(teacher: Teacher, quantized: str | None) -> tuple[MLCM, dict[str, Any]]:
+    """A method with all critics, and its networks as adapters and a head on the teacher's weights."""
+    if quantized is not None:
+        quantize(teacher.unet, quantized)
+    others = {"discriminator": LatentDiscriminator(rank=8), "fake_score": FakeScore(rank=8)}
+    networks: dict[str, Any] = {name: other.network(teacher) for name, other in others.items()}
+    return MLCM(SCHEDULE, CRITICS, guidance=2.0), networks | LoRAStudent(16, 16).networks(teacher)
+
+
+def measure_game(family: str, samples: int, side: int, quantized: str | None) -> dict[str, float]:
+    """`measure`, of all three turns of a step of `game_of`, with checkpointing."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        teacher = teacher_of(family, "cpu", side)
+        method, networks = game_of(teacher, quantized)
+        running = EngineSettings(gradient_checkpointing=True).start()
+        running.prepare(networks, dict.fromkeys(method.trains, TrainingRecipe(adamw)))
+        batch = batch_of(teacher, samples, states=1)
+        for step in range(2):
+            with torch.profiler.record_function(f"measured step {step}"):
+                for turn in method.turns(step):
+                    scalars = running.update(turn, [batch], step)
+                    assert scalars[f"{turn.updates}/skipped"] == 0
+    found = peaks(profiler)
+    running.close()
+    return found
 
 
 def measure(
@@ -133,6 +170,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = []
     for step in json.loads(sys.argv[1]):
-        found.append(measure(**step))
+        found.append(measure_game(**step) if "quantized" in step else measure(**step))
         gc.collect()
     print(json.dumps(found))

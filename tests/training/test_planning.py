@@ -34,7 +34,7 @@ from distill.planning.estimates import (
     stored_bytes,
 )
 from distill.training.trained_network import optimizer_bytes
-from tests.training.planning_worker import SCHEDULE, adamw, batch_of, student_of, teacher_of
+from tests.training.planning_worker import SCHEDULE, adamw, batch_of, game_of, student_of, teacher_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Both families, both students, both ways to hold activations, with a teacher in the step and with an average.
@@ -79,6 +79,33 @@ def test_memory_is_what_real_steps_take() -> None:
         assert states.states - states.gradients == pytest.approx(found["before"], rel=0.02)
         assert expected == pytest.approx(found["peak"], rel=0.05)
         assert cost.activations(step["samples"]) > found["peak"] / 3
+
+
+GAMES: list[dict[str, Any]] = [{"family": "sd15", "quantized": None}, {"family": "sdxl", "quantized": "int8"}]
+
+
+@pytest.mark.slow
+def test_memory_of_four_networks_on_one_is_what_a_real_step_takes() -> None:
+    """Of which the weights that all compute with are counted once."""
+    steps = [{"samples": 3, "side": 24, **game} for game in GAMES]
+    for step, found in zip(steps, measured(steps), strict=True):
+        with torch.device("meta"):
+            teacher = teacher_of(step["family"], "meta", step["side"])
+            method, networks = game_of(teacher, step["quantized"])
+        cast(networks, method.trains, bf16=False, masters=False)
+        batch = batch_of(teacher, 2, states=1).to("meta")
+        context = Context(0, 0, batch.positions)
+        costs = [count(turn, networks, batch, context, checkpointed=True) for turn in method.turns(0)]
+        seen: set[int] = set()
+        weights = [counted(networks[name].module, seen) for name in method.trains]
+        state = optimizer_bytes(adamw)
+        parts = [held(w, "single", 1, bf16=False, optimizer=state, averaged=False) for w in weights]
+        states = sum(part.states - part.gradients for part in parts)
+        expected = states + max(cost.peak(step["samples"]) for cost in costs)
+        print(step, f"planned {expected / 1e6:.1f} MB, measured {found['peak'] / 1e6:.1f} MB")
+        assert states == pytest.approx(found["before"], rel=0.03)
+        assert expected == pytest.approx(found["peak"], rel=0.07)
+        assert all(w.shared for w in weights[1:])
 
 
 @pytest.mark.slow
