@@ -126,7 +126,8 @@ def test_what_the_workflow_runs_is_there() -> None:
 def test_the_oldest_versions_are_the_declared_bounds() -> None:
     lines = text("pyproject.toml").partition("\ndev = ")[0]
     written = re.findall(r'"([\w.-]+)>=([\w.]+)[^"]*"', lines.partition("\ndependencies = ")[2])
-    assert OLDEST["oldest"](OLDEST["declared"]()) == [f"{name}=={version}" for name, version in written]
+    pinned = [pin.partition(";")[0] for pin in OLDEST["oldest"](OLDEST["declared"]())]
+    assert pinned == [f"{name}=={version}" for name, version in written]
     assert {"torch", "deepspeed", "wandb"} <= {name for name, _ in written}
 
 
