@@ -101,8 +101,15 @@ def check_cut(cfg: TrainSettings) -> None:
 def counted_split(
     cfg: TrainSettings, split: Split, processes: Processes, counting: Counting | None, teacher_is_lora: bool | None
 ) -> Split:
-    """The split that a run with `micro_batch_size=auto` begins with, the same on all ranks; the main one counts."""
+    """The split that a run with `micro_batch_size=auto` begins with, the same on all ranks; the main one counts.
+
+    Where no limit is known, as on a CPU, nothing is counted: all samples are taken at once.
+    """
     room = min(processes.gathered(free_memory(processes.device)))
+    if math.isinf(room):
+        if processes.is_main:
+            log.info("micro_batch_size=auto: %s at once, no limit is known here", counted(split.largest, "sample"))
+        return split
     found = None
     if counting is not None and processes.is_main:
         found = counting(cfg, split, processes.world_size, room, teacher_is_lora)
@@ -110,8 +117,8 @@ def counted_split(
     chosen, needed = found if found is not None else (split, math.nan)
     if processes.is_main:
         takes = "cannot be counted" if math.isnan(needed) else f"take {needed / GIB:.2f} GiB by the plan's counting"
-        limit = "no limit is known here" if math.isinf(room) else f"{room / GIB:.2f} GiB are free"
-        log.info("micro_batch_size=auto: %s at once %s, %s", counted(chosen.largest, "sample"), takes, limit)
+        free = f"{room / GIB:.2f} GiB are free"
+        log.info("micro_batch_size=auto: %s at once %s, %s", counted(chosen.largest, "sample"), takes, free)
     return chosen
 
 

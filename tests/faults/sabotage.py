@@ -190,14 +190,14 @@ def _spoil(fault: Fault) -> None:
 
 
 def _around_loss(fault: Fault, change: Callable[[Losses], Losses]) -> None:
-    update = Engine.update
+    take = Engine.take
 
-    def changed(engine: Engine, turn: Turn, micro_batches: Any, step: int, *more: Any) -> dict[str, float]:
+    def changed(engine: Engine, turn: Turn, micro_batches: Any, step: int, *more: Any) -> None:
         if step == fault["step"]:
             turn = Turn(turn.updates, lambda *args, loss=turn.loss: change(loss(*args)))
-        return update(engine, turn, micro_batches, step, *more)
+        take(engine, turn, micro_batches, step, *more)
 
-    Engine.update = changed  # type: ignore[method-assign]
+    Engine.take = changed  # type: ignore[method-assign]
 
 
 def run(script: str, arguments: Sequence[str]) -> None:
