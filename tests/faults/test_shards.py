@@ -143,8 +143,11 @@ def test_what_rank_1_alone_finds_damaged_stops_both_and_nothing_is_lost(
     assert (run / "checkpoints/step-00000003").is_dir()
     ended = runs.run(run, ranks=2, more=[f"data.store={store}", "data.max_bad_fraction=0.1"])
     assert ended.codes == [0, 0], ended.said[-3000:]
-    (line,) = [said for said in ended.said.splitlines() if "skipped sample" in said]
-    assert "[1] WARNING" in line and f"000000-{sample:06d} in shard-000000.tar" in line and "(1 of 1 allowed)" in line
+    lines = [said for said in ended.said.splitlines() if "skipped sample" in said]
+    assert 1 <= len(lines) <= 2  # the training says so, and the loss on some of its samples at validations
+    for line in lines:
+        assert "[1] WARNING" in line and f"000000-{sample:06d} in shard-000000.tar" in line
+        assert "(1 of 1 allowed)" in line
     fault(6, BROKEN).tried(seconds=ended.seconds)
 
 
