@@ -21,7 +21,7 @@ from distill.diffusion.registry import import_plugins
 from distill.diffusion.samplers import SAMPLERS
 from distill.diffusion.schedule import NoiseSchedule
 from distill.evaluation.compare import Setting
-from distill.evaluation.metrics import METRICS, drawn
+from distill.evaluation.metrics import METRICS, plotted
 from distill.evaluation.protocol import Captions, Protocol, build_scorer
 from distill.evaluation.report import format_table
 from distill.methods.lcm import LCM
@@ -205,7 +205,7 @@ def test_a_metric_of_another_package_is_measured_and_has_its_column(plugged: Pat
     measured = scorer.measure(torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1).expand(2, 3, 8, 8), ["a", "b"])
     row = {"model": "student"} | scorer.summarise(measured, "report")
     assert row["redness"] == pytest.approx(0.75, abs=0.01)
-    assert format_table([row]).splitlines()[0] == "| model   | redness ↑ |" and "redness" in drawn()
+    assert format_table([row]).splitlines()[0] == "| model   | redness ↑ |" and "redness" in plotted()
 
 
 def test_a_plug_in_that_cannot_be_imported_is_one_line(plugged: Path) -> None:

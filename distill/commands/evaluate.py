@@ -37,7 +37,7 @@ from distill.data.reader import open_store
 from distill.diffusion.registry import import_plugins
 from distill.evaluation.blocks import Cache, WorkShare
 from distill.evaluation.compare import Comparison, ComparisonPlan, Scorer, seeds_of
-from distill.evaluation.metrics import METRICS, drawn, find_metric, known_weights
+from distill.evaluation.metrics import METRICS, find_metric, known_weights, plotted
 from distill.evaluation.pipelines import images_at_once, plain_pipeline_agrees
 from distill.evaluation.report import RunFacts, format_table, write_report
 from distill.evaluation.side_by_side import flat
@@ -86,7 +86,7 @@ def main(cfg: EvaluateSettings) -> None:
         with checking():
             comparison = build(cfg, source, share)
             if share.rank > 0:
-                return comparison.draw(comparison.settings())
+                return comparison.generate(comparison.settings())
         try:
             report(cfg, comparison, source)
         except TimeoutError as error:
@@ -100,11 +100,11 @@ def watch(cfg: EvaluateSettings, run: Path, share: WorkShare) -> None:
     """
     if share.world_size > 1 or cfg.student is not None:
         raise ConfigError("watch=RUN is for one process, and takes the place of student=")
-    if cfg.watch_metric not in drawn():
+    if cfg.watch_metric not in plotted():
         with checking():
             import_plugins()
-    if cfg.watch_metric not in drawn():
-        raise ConfigError(f"watch_metric={cfg.watch_metric} is not known; allowed: {', '.join(drawn())}")
+    if cfg.watch_metric not in plotted():
+        raise ConfigError(f"watch_metric={cfg.watch_metric} is not known; allowed: {', '.join(plotted())}")
     settings, folder = read_run(run), run / "evaluation"
     rows = read_metrics(folder, sys.maxsize)
     last = max((int(row["step"]) for row in rows), default=0)
@@ -137,7 +137,7 @@ def judge(cfg: EvaluateSettings, run: Path, step: int) -> dict[str, float] | Non
             comparison = build(cfg, source, WorkShare())
         judged = [comparison.row(comparison.plan.student(steps)) for steps in comparison.plan.steps]
     log.info("step %d\n%s", step, format_table(judged))
-    return {f"{name}/{row['steps']}": row[name] for row in judged for name in drawn() if name in row}
+    return {f"{name}/{row['steps']}": row[name] for row in judged for name in plotted() if name in row}
 
 
 def mark(run: Path, rows: Sequence[Mapping[str, float]], metric: str) -> None:

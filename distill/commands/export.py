@@ -25,7 +25,7 @@ from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
 from distill.diffusion.prediction import Prediction
 from distill.evaluation.figures import GridRow, draw_grid
-from distill.evaluation.pipelines import draw, load_pipeline, timesteps_of, use_sampler
+from distill.evaluation.pipelines import generate_images, load_pipeline, timesteps_of, use_sampler
 from distill.evaluation.report import all_columns, format_table
 from distill.models.devices import own_device
 from distill.models.families import load_unet
@@ -58,7 +58,7 @@ def main(cfg: ExportSettings) -> None:
         dtype = getattr(torch, cfg.dtype)
         export = write_student(folder, cfg.run, name, cfg.checkpoint, cfg.use_ema, cfg.formats, dtype, cfg.guidance)
         if prompts:
-            draw_samples(folder, export, prompts)
+            generate_samples(folder, export, prompts)
         write_workflows(folder, export)
         write_card(folder, export, metrics, cfg.push_to_hub)
     for path in sorted(p for p in final.rglob("*") if p.is_file()):
@@ -91,7 +91,7 @@ def table_of(path: Path) -> str:
     return format_table(rows)
 
 
-def draw_samples(folder: Path, export: Export, prompts: list[str]) -> None:
+def generate_samples(folder: Path, export: Export, prompts: list[str]) -> None:
     """The card's picture, drawn from the files as they will be used."""
     pipeline = pipeline_of(folder, export)
     if (device := own_device()).type == "cuda":
@@ -103,7 +103,7 @@ def draw_samples(folder: Path, export: Export, prompts: list[str]) -> None:
         times = timesteps_of(pipeline, export.sampling.spacing, steps)
         for seed, prompt in enumerate(prompts):
             resolution = export.settings.model.resolution
-            one = draw(pipeline, [prompt], [seed], steps, export.guidance_scale, resolution, timesteps=times)
+            one = generate_images(pipeline, [prompt], [seed], steps, export.guidance_scale, resolution, timesteps=times)
             images.append(one.float().cpu())
             progress.update(1)
         rows.append(GridRow(f"{steps} {'step' if steps == 1 else 'steps'}", "", torch.cat(images) * 2 - 1))

@@ -37,8 +37,8 @@ from distill.data.words import counted
 from distill.diffusion.samplers import check_pair, usual_spacing
 from distill.evaluation.figures import CELL, GridRow, draw_grid
 from distill.evaluation.pipelines import (
-    draw,
     embeds_guidance,
+    generate_images,
     is_student,
     load_pipeline,
     sampling_of,
@@ -87,11 +87,11 @@ def main(cfg: SampleSettings) -> None:
     pipeline, sampling = load_student(cfg, model)
     pipeline = on_device(pipeline)
     if cfg.sweep is None:
-        draw_pictures(cfg, pipeline, sampling, model, prompts)
+        sample_pictures(cfg, pipeline, sampling, model, prompts)
     elif sampling is not None and sampling.sampler != "lcm":
         raise ConfigError(f"a sweep draws with LCM's sampler, and this student is drawn by {sampling.sampler}")
     else:
-        draw_sweep(cfg, pipeline, model, prompts)
+        sample_sweep(cfg, pipeline, model, prompts)
 
 
 def check(cfg: SampleSettings) -> None:
@@ -146,7 +146,7 @@ def chosen_sampling(cfg: SampleSettings, own: Sampling | None) -> Sampling:
         return Sampling(sampler, cfg.spacing or usual, own.steps)
 
 
-def draw_pictures(
+def sample_pictures(
     cfg: SampleSettings, pipeline: Any, own: Sampling | None, model: ModelSettings, prompts: Sequence[str]
 ) -> None:
     """A folder of pictures, or one for each number of steps, and a grid of the first of them."""
@@ -170,7 +170,9 @@ def draw_pictures(
         for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=counted(steps, "step"), unit="batch"):
             chunk = prompts[start : start + cfg.batch_size]
             seeds = [cfg.seed + start + i for i in range(len(chunk))]
-            images = draw(pipeline, chunk, seeds, steps, guidance, model.resolution, cfg.negative_prompt, times[steps])
+            images = generate_images(
+                pipeline, chunk, seeds, steps, guidance, model.resolution, cfg.negative_prompt, times[steps]
+            )
             for prompt, seed, image in zip(chunk, seeds, images, strict=True):
                 name = f"{len(pictures):05d}.png"
                 with checking():
@@ -209,7 +211,7 @@ def pictures_of(folder: Path) -> list[str]:
     return found
 
 
-def draw_sweep(cfg: SampleSettings, pipeline: Any, model: ModelSettings, prompts: Sequence[str]) -> None:
+def sample_sweep(cfg: SampleSettings, pipeline: Any, model: ModelSettings, prompts: Sequence[str]) -> None:
     """One grid and one table."""
     if not is_student(pipeline):
         raise ConfigError("a sweep needs a student: set run=... or lora=..., or a pipeline that has an LCMScheduler")

@@ -31,8 +31,8 @@ Origin = tuple[Tensor, Tensor]
 class Critic(Protocol):
     """A discriminator: several batches [B, C, h, w] of one time t [B] each to logits [B] that they are real.
 
-    `origin` is for a conditional one, which asks whether a sample is what ought to become of that state; others leave
-    it alone.
+    `origin` is for a conditional one, which decides whether a sample is what ought to become of that state; others
+    ignore it.
     """
 
     def __call__(
@@ -133,7 +133,7 @@ class Adversary:
         origin: Origin | None = None,
         s: Tensor | None = None,
     ) -> Tensor:
-        """What samples `fake` [B, C, h, w] cost who drew them, [B]; differentiable with respect to them.
+        """The loss of the network that generated `fake` [B, C, h, w], [B]; differentiable with respect to them.
 
         They are of time s [B], and clean without it.
         """
@@ -169,8 +169,8 @@ class Adversary:
 
     def sample_time(self, context: Context, device: torch.device) -> Tensor:
         """t* [B]."""
-        drawn = context.uniform(0, 1, "t*", device).double()
-        return self._times.on(device)[torch.bucketize(drawn, self._shares.on(device), right=True)]
+        uniform = context.uniform(0, 1, "t*", device).double()
+        return self._times.on(device)[torch.bucketize(uniform, self._shares.on(device), right=True)]
 
     def renoised(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
         """Clean samples at t*, all with the same noise: a pair then differs by what it was before."""
@@ -178,13 +178,13 @@ class Adversary:
 
 
 def generator_loss(fake: Tensor, loss: str = "nonsaturating") -> Tensor:
-    """Of the fakes' logits [B]: -log D(fake), D their sigmoid; or for hinge -fake. [B] in float32 or wider."""
+    """-log D(fake) for logits `fake` [B], D being their sigmoid; or for hinge -fake. [B] in float32 or wider."""
     fake = wide(fake)
     return softplus(-fake) if loss == "nonsaturating" else -fake
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, loss: str = "nonsaturating") -> Tensor:
-    """Of both logits [B]: -log D(real) - log(1 - D(fake)); or for hinge how far they are within -1 ... 1. [B]"""
+    """-log D(real) - log(1 - D(fake)) for logits [B]; or for hinge how far they are within -1 ... 1. [B]"""
     real, fake = wide(real), wide(fake)
     if loss == "nonsaturating":
         return softplus(-real) + softplus(fake)

@@ -1,7 +1,7 @@
 """Distribution matching: DMD (Yin et al. 2024, arXiv 2311.18828) and DMD2 (arXiv 2405.14867).
 
 The divergence of a generator's distribution from the data's has, once both are noised, the difference of their scores
-for its gradient. The data's is the teacher's; the generator's is a network's that learns to denoise what it draws.
+for its gradient. The data's is the teacher's; the generator's is that of a network which learns to denoise its samples.
 """
 
 from __future__ import annotations

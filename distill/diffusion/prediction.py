@@ -1,7 +1,7 @@
 """What a network predicts, and the wall at which that question ends.
 
 Above this module everything is a `Denoiser`: it sees (x_t, t, conditioning) and answers with the clean data and the
-noise that it believes x_t to be made of. Whether its network predicts noise, velocity or data is not asked again.
+noise that it believes x_t to be made of. Whether its network predicts noise, velocity or data no longer matters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.diffusion.schedule import NoiseSchedule, wide
 
 Conditioning = Mapping[str, Tensor]
-"""What a network is told beside x_t and t: its keyword tensors, each [B, ...]."""
+"""The inputs of a network beside x_t and t: its keyword tensors, each [B, ...]."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Denoised:
 class Denoiser(Protocol):
     """A network behind the wall: x_t [B, C, h, w] and t [B] (int64, 1 ... T) to `Denoised`.
 
-    Of a sample at t = 0, which is clean, nothing is asked but that x0 be finite: whoever asked gives it no weight.
+    At t = 0, where a sample is clean, x0 has to be finite and nothing else: callers give it no weight.
     """
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised: ...

@@ -1,8 +1,8 @@
-"""Randomness that depends on what a draw is for, never on when, where or after what it is made.
+"""Random numbers that depend on what they are for, never on when, where or after what they are sampled.
 
-Every draw is keyed by (seed, step, position of the sample in the global batch, name of the stream), and in further
-turns of the same network by the number of the turn. So a resumed run needs no stored generator state, and 1, 2 or 4
-ranks with the same global batch draw the same numbers.
+Their key is (seed, step, position of the sample in the global batch, name of the stream), and in further turns of the
+same network the number of the turn. So a resumed run needs no stored generator state, and 1, 2 or 4 ranks with the
+same global batch have the same numbers.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def starting_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What a loss draws for each of its samples.
+class RandomRequest:
+    """The random numbers that a loss takes for each of its samples.
 
     Args:
-        stream: its name; draws of one name have the same random numbers.
+        stream: its name; requests of one name have the same random numbers.
         shape: of one sample's, `[B, *shape]` in all; `dtype` is its type.
         bounds: of `integers` low ... high - 1, of `uniform` [low, high); None is a normal distribution.
     """
@@ -65,60 +65,60 @@ class Draw:
 
 @dataclass(frozen=True)
 class Context:
-    """What a loss may draw from: one micro-batch's place in the run.
+    """The random numbers of a loss: one micro-batch's place in the run determines them.
 
-    Numbers are drawn on the CPU, so that they are the same on all machines. `foresee` draws and copies ahead what a
-    loss is known to ask for; anything else is copied when it is asked for, and the device is waited for.
+    Numbers are sampled on the CPU, so that they are the same on all machines. `foresee` samples and copies ahead what a
+    loss is known to request; anything else is copied when it is requested, which makes the host wait for the device.
 
     Args:
         seed: the run's.
         step: optimizer steps taken so far.
         positions: place of each of the B samples in the stream of global batches.
-        turn: turns of the same network before this one in the step. The first turns of different networks draw the
-            same numbers, so that a discriminator can learn about what the student is about to be judged by.
+        turn: turns of the same network before this one in the step. The first turns of different networks have the
+            same numbers, so that a discriminator learns from those that the student's turn will use.
     """
 
     seed: int
     step: int
     positions: tuple[int, ...]
     turn: int = 0
-    _ahead: dict[Draw, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _asked: dict[Draw, None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ahead: dict[RandomRequest, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _requested: dict[RandomRequest, None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def normal(self, like: Tensor, stream: str) -> Tensor:
         """Standard normal noise of the shape [B, ...], device and wide dtype of `like`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return self._draw(Draw(stream, tuple(like.shape[1:]), dtype), like.device)
+        return self._numbers(RandomRequest(stream, tuple(like.shape[1:]), dtype), like.device)
 
     def uniform(self, low: float, high: float, stream: str, device: torch.device | str = "cpu") -> Tensor:
         """[B] float32, uniform in [low, high)."""
-        return self._draw(Draw(stream, (), torch.float32, (low, high)), torch.device(device))
+        return self._numbers(RandomRequest(stream, (), torch.float32, (low, high)), torch.device(device))
 
     def integers(self, low: int, high: int, stream: str, device: torch.device | str = "cpu") -> Tensor:
         """[B] int64, uniform in low ... high - 1."""
-        return self._draw(Draw(stream, (), torch.int64, (low, high)), torch.device(device))
+        return self._numbers(RandomRequest(stream, (), torch.int64, (low, high)), torch.device(device))
 
     @property
-    def asked(self) -> tuple[Draw, ...]:
-        """What has been drawn for devices other than the CPU so far."""
-        return tuple(self._asked)
+    def requested(self) -> tuple[RandomRequest, ...]:
+        """What has been requested for devices other than the CPU so far."""
+        return tuple(self._requested)
 
-    def foresee(self, draws: Sequence[Draw], device: torch.device) -> None:
-        """Draws what a loss is going to ask for on `device`, and copies it there at once. On a CPU there is no need."""
-        if draws and device.type != "cpu":
-            self._ahead.update(zip(draws, packed([self._on_cpu(draw) for draw in draws], device), strict=True))
+    def foresee(self, requests: Sequence[RandomRequest], device: torch.device) -> None:
+        """Samples what a loss is going to request on `device`, and copies it there at once. A CPU needs no copies."""
+        if requests and device.type != "cpu":
+            self._ahead.update(zip(requests, packed([self._on_cpu(one) for one in requests], device), strict=True))
 
-    def _draw(self, draw: Draw, device: torch.device) -> Tensor:
+    def _numbers(self, request: RandomRequest, device: torch.device) -> Tensor:
         if device.type == "cpu":
-            return self._on_cpu(draw)
-        self._asked[draw] = None
-        ahead = self._ahead.get(draw)
-        return ahead if ahead is not None and ahead.device == device else self._on_cpu(draw).to(device)
+            return self._on_cpu(request)
+        self._requested[request] = None
+        ahead = self._ahead.get(request)
+        return ahead if ahead is not None and ahead.device == device else self._on_cpu(request).to(device)
 
-    def _on_cpu(self, draw: Draw) -> Tensor:
-        turn = ("turn", self.turn) if self.turn else ()  # so the first one draws what it always has
-        parts = [(self.seed, self.step, p, draw.stream, *turn) for p in self.positions]
-        return torch.stack([draw.of(generator(*part)) for part in parts])
+    def _on_cpu(self, request: RandomRequest) -> Tensor:
+        turn = ("turn", self.turn) if self.turn else ()  # the first turn has the numbers that it has always had
+        parts = [(self.seed, self.step, p, request.stream, *turn) for p in self.positions]
+        return torch.stack([request.of(generator(*part)) for part in parts])
 
 
 def packed(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

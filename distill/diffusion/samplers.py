@@ -79,7 +79,7 @@ class Sampler:
 
 
 def _lcm(solver_steps: int) -> Scheduler:
-    """Of 8, its 1, 2, 4 and 8 steps are at trailing times."""
+    """LCM's scheduler; with 8 `solver_steps` its 1, 2, 4 and 8 steps are at trailing times."""
     return "LCMScheduler", {"original_inference_steps": solver_steps}
 
 

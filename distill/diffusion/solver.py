@@ -146,7 +146,7 @@ def lcm_times(T: int, steps: int, solver_steps: int = 50) -> list[int]:
 
 
 def milestone_times(T: int, steps: int) -> list[int]:
-    """Of the eight milestones of MLCM those that its published inference visits in so many steps, and 0."""
+    """Those of MLCM's eight milestones that its published inference visits in so many steps, and 0."""
     _check_steps(len(MLCM_MILESTONES), steps)
     return [round(i * T / len(MLCM_MILESTONES)) for i in MLCM_MILESTONES[steps]] + [0]
 

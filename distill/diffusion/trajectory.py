@@ -41,7 +41,7 @@ class Transition:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a method's loss sees: for each of B samples the n states that it asked for.
+    """What a method's loss sees: for each of B samples the n states that the method reads.
 
     `states` [B, n, C, h, w] at `times` [B, n] (int64); `conditioning` and `unconditional` hold the network's keyword
     tensors [B, ...]; `guidance` [B] is the teacher's w; `positions` are places in the stream of global batches;
@@ -89,7 +89,7 @@ class Reads(Protocol):
         """Raises ValueError if a trajectory stored at `times` cannot serve this."""
 
     def pick(self, times: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
-        """Places in `times` of the states to fetch, drawn with `generator`."""
+        """Places in `times` of the states to fetch, chosen at random with `generator`."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Pair:
     """Two states, x_t and the one `skip` later in the solve, uniformly among all t that have one.
 
     From times nearer to clean data than `skip` it is the clean end itself, and with `segments` (milestones) none spans
-    the start of t's segment. So every stored time is taught, and every chain of pairs runs down to the start. With the
+    the start of t's segment. So every stored time is trained, and every chain of pairs runs down to the start. With the
     solver's own step as `skip` a pair is one step of the solver; a longer one spans several, no less exactly, since
-    both states lie on the solve. `apart` draws t from its multiples alone.
+    both states lie on the solve. With `apart` t is one of its multiples.
     """
 
     skip: int
@@ -121,9 +121,9 @@ class Pair:
     @lru_cache(maxsize=64)  # noqa: B019 - a few objects, which last as long as the run
     def _pairs(self, times: tuple[int, ...]) -> list[tuple[int, int]]:
         place = {int(t): i for i, t in enumerate(times)}
-        drawn = [t for t in place if t > 0 and (self.apart is None or t % self.apart == 0)]
-        ends = self.segments.start(torch.tensor(drawn)).tolist() if self.segments else [0] * len(drawn)
-        follows = {t: max(t - self.skip, end) for t, end in zip(drawn, ends, strict=True)}
+        starts = [t for t in place if t > 0 and (self.apart is None or t % self.apart == 0)]
+        ends = self.segments.start(torch.tensor(starts)).tolist() if self.segments else [0] * len(starts)
+        follows = {t: max(t - self.skip, end) for t, end in zip(starts, ends, strict=True)}
         return [(place[t], place[s]) for t, s in follows.items() if s in place]
 
 

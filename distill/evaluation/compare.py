@@ -278,7 +278,7 @@ class Comparison:
         of the teacher's best.
         """
         settings = self.settings()
-        self.draw(settings)
+        self.generate(settings)
         tuned = set(self.tune().values()) if len(self.plan.candidates(1)) > 1 else set()
         progress = Progress("summing up", len(settings), "rows", bar=self.share.rank == 0)
         rows = []
@@ -291,17 +291,17 @@ class Comparison:
         """The row of one setting, of the student's or the teacher's."""
         return self.cache.value(self._row_facts(setting), lambda: self._row(setting)) | self._stated(setting)
 
-    def draw(self, settings: Sequence[Setting]) -> None:
+    def generate(self, settings: Sequence[Setting]) -> None:
         """Makes this process's blocks of rows: all that a process has to do whose rank is not 0."""
         todo = [s for s in settings if self._row_facts(s) not in self.cache]
-        self._draw("evaluation", "report", todo)
+        self._generate_blocks("evaluation", "report", todo)
         if self.stored is not None:
-            self._draw("stored solves", "stored", todo)
+            self._generate_blocks("stored solves", "stored", todo)
 
     def measured(self, setting: Setting, split: str = "report") -> dict[str, Tensor]:
         """What the scorer finds in each picture of a row, and `teacher_distance`, its latents' from the teacher's: all
         [n, ...], picture by picture of the same prompts and noise as those of any other row."""
-        self._draw(f"{setting.model}, {setting.steps} steps", split, [setting])
+        self._generate_blocks(f"{setting.model}, {setting.steps} steps", split, [setting])
         return _together(self.cache.awaited([self._block_facts(setting, split, b) for b in self._blocks(split)]))
 
     def settings(self) -> list[Setting]:
@@ -318,7 +318,7 @@ class Comparison:
         tried = {steps: self.plan.candidates(steps) for steps in self.plan.steps}
         several = [s for settings in tried.values() if len(settings) > 1 for s in settings]
         todo = [s for s in several if self._facts(s, "tuning") not in self.cache]
-        self._draw("tuning the teacher", "tuning", todo)
+        self._generate_blocks("tuning the teacher", "tuning", todo)
 
         def frechet(setting: Setting) -> float:
             row = self.cache.value(self._facts(setting, "tuning"), lambda: self._tuning_row(setting))
@@ -379,7 +379,7 @@ class Comparison:
         size, n = self.plan.block_size, self._n(split)
         return [range(first, min(first + size, n)) for first in range(0, n, size)]
 
-    def _draw(self, what: str, split: str, settings: Sequence[Setting]) -> None:
+    def _generate_blocks(self, what: str, split: str, settings: Sequence[Setting]) -> None:
         """Makes those of this process's blocks that are not there yet."""
         own = self.share.own(self._blocks(split))  # the same of every row: their reference is made by the same process
         pieces = [(s, block, self._block_facts(s, split, block)) for s in settings for block in own]

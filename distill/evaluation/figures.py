@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distill.data.words import counted
 from distill.diffusion.samplers import SAMPLERS
-from distill.evaluation.metrics import METRICS, drawn
+from distill.evaluation.metrics import METRICS, plotted
 
 CELL, GAP, LABEL_WIDTH, HEADER = 96, 4, 230, 44  # pixels
 TITLE_LINE = 18  # pixels
@@ -142,7 +142,7 @@ def curve_figures(rows: Sequence[Mapping[str, Any]], real: Mapping[str, float] |
 
 def measured_in(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The metrics that rows have numbers of: one that was left out has no curve."""
-    return [name for name in drawn() if any(_is_number(row.get(name)) for row in rows)]
+    return [name for name in plotted() if any(_is_number(row.get(name)) for row in rows)]
 
 
 def _is_number(value: Any) -> bool:

@@ -240,7 +240,7 @@ METRICS: Registry[Metric] = Registry(
 )
 
 
-def drawn() -> list[str]:
+def plotted() -> list[str]:
     """The names of the metrics that have curves, and by which a best one can be chosen."""
     return [metric.name for metric in METRICS.values() if metric.better is not None]
 

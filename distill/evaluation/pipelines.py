@@ -46,14 +46,14 @@ def load_pipeline(
     pipeline, _ = open_pipeline(str(pretrained_model_name_or_path), revision, variant)
     if lora is not None and _is_network(Path(lora)):
         pipeline.register_modules(unet=load_unet(Path(lora) / "unet", pipeline.unet.config, torch.float32))
-        draw_as_exported(pipeline, lora)
+        use_export_sampler(pipeline, lora)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
     if lora is not None and not _is_network(Path(lora)):
         _load_lora(pipeline, lora, lora_scale)
         if not own_scheduler and sampling_of(lora):
-            draw_as_exported(pipeline, lora)
+            use_export_sampler(pipeline, lora)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -101,7 +101,7 @@ def sampling_of(folder: str | Path) -> Sampling | None:
     return Sampling(**read_export(folder).sampling) if (Path(folder) / FACTS).is_file() else None
 
 
-def draw_as_exported(pipeline: Any, folder: str | Path) -> None:
+def use_export_sampler(pipeline: Any, folder: str | Path) -> None:
     """Gives the pipeline an exported student's scheduler: LCM's where nothing is said."""
     sampling = sampling_of(folder)
     if sampling is None:
@@ -115,8 +115,8 @@ def use_sampler(
 ) -> None:
     """Replaces the scheduler by that of `scheduler_settings`, which keeps the noise of the old one and nothing else.
 
-    With `steps` it is for that number alone; without, for any. `draw` has to be given `timesteps_of`, and any other
-    call of the pipeline `timesteps=` where that is not None.
+    With `steps` it is for that number alone; without, for any. `generate_images` has to be given `timesteps_of`, and
+    any other call of the pipeline `timesteps=` where that is not None.
 
     Raises:
         ValueError: a sampler or a spacing that is not known, that do not go together, or not on this noise.
@@ -162,7 +162,7 @@ def images_at_once(resolution: int) -> int:
 
 
 @torch.no_grad()
-def draw(
+def generate_images(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -222,7 +222,7 @@ def plain_pipeline_agrees(
     if sampling is None:
         use_sampler(pipeline, "lcm", "lcm")
     times = timesteps_of(pipeline, "lcm" if sampling is None else sampling.spacing, steps)
-    drawn = draw(pipeline, prompts, seeds, steps, guidance, timesteps=times) * 2 - 1
+    drawn = generate_images(pipeline, prompts, seeds, steps, guidance, timesteps=times) * 2 - 1
     if drawn.shape != expected.shape:
         raise ValueError(f"the pipeline draws {tuple(drawn.shape)}, expected are {tuple(expected.shape)}")
     return float((drawn.float().cpu() - expected.cpu()).abs().max())

@@ -20,7 +20,7 @@ from distill.data.progress import Progress
 from distill.data.words import counted as said
 from distill.evaluation.figures import CELL, GridRow, draw_grid
 from distill.evaluation.metrics import METRICS
-from distill.evaluation.pipelines import draw, use_adapters, use_sampler
+from distill.evaluation.pipelines import generate_images, use_adapters, use_sampler
 from distill.evaluation.report import format_table
 from distill.evaluation.statistics import laplacian_energy, rmse
 
@@ -224,7 +224,7 @@ def counted(network: nn.Module) -> Iterator[Counter[str]]:
 
 def _warm_up(models: Models, way: SweepSetting, prompt: str, resolution: int | None) -> None:
     """The first call of a pipeline takes longer than others."""
-    draw(models.ready(way), [prompt], [0], 1, way.guidance, resolution)
+    generate_images(models.ready(way), [prompt], [0], 1, way.guidance, resolution)
 
 
 def _draw(
@@ -234,7 +234,11 @@ def _draw(
     pipeline = models.ready(way)
     began = time.perf_counter()
     with counted(pipeline.unet) as count:
-        images = draw(pipeline, prompts, seeds, way.steps, way.guidance, resolution, way.negative_prompt).float().cpu()
+        images = (
+            generate_images(pipeline, prompts, seeds, way.steps, way.guidance, resolution, way.negative_prompt)
+            .float()
+            .cpu()
+        )
     seconds = time.perf_counter() - began
     return images, {"n": len(images), "evaluations": count["evaluations"], "seconds": seconds}
 

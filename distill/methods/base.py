@@ -19,7 +19,7 @@ from distill.diffusion.trajectory import Batch, Reads
 from distill.methods.sampling import Sampling
 
 Networks = Mapping[str, Any]
-"""Networks by name: "student", "teacher" (`Denoiser`s), and what else a method trains or asks for."""
+"""Networks by name: "student", "teacher" (`Denoiser`s), and what else a method trains or requires."""
 Reward = Callable[..., tuple[Tensor, ...]]
 """Latents [B, C, h, w], then lists of B prompts -> for each list the scores [B], differentiable in the latents."""
 
@@ -70,7 +70,7 @@ class Method(ABC):
     steps: int | None = None
     """How many steps a run has to take, if the method says."""
     sampling: Sampling = Sampling()
-    """How its students are drawn."""
+    """How its students are sampled."""
     guidance: tuple[float, float] | None = None
     """The lowest and the highest w at which its losses call the teacher, in any step; None if they never guide it.
 
@@ -82,7 +82,7 @@ class Method(ABC):
 
     @property
     def helpers(self) -> tuple[str, ...]:
-        """Of what its losses call, what is no network: "reward" and the like, by the names of the settings."""
+        """What its losses call beside networks: "reward" and the like, by the names of the settings."""
         networks = {"teacher", *(f"{name}_ema" for name in self.trains)}
         return tuple(name for name in self.requires if name not in networks)
 
@@ -106,8 +106,8 @@ class Method(ABC):
     def turns(self, step: int) -> Iterable[Turn]:
         """The turns of one step, in order; a pure function of `step`.
 
-        A network may have several: each is an optimizer step on the same samples, with its own draws from `context`.
-        Of their scalars those of the last one are logged.
+        A network may have several: each is an optimizer step on the same samples, with its own random numbers from
+        `context`. The scalars of the last one are logged.
         """
 
     def held_out(self, step: int) -> Turn | None:

@@ -33,7 +33,7 @@ class LCM(Method):
         target: whose answer at x_s is matched: the `student` itself without gradient (LCM-LoRA), or the moving average
             of its weights (`ema`: the paper's theta⁻, for full networks).
         skip: t - s, in units of time: T divided by the number of solver steps (the papers' k = 20).
-        w_min, w_max: guidance of the noised source, drawn uniformly a sample, in this project's convention
+        w_min, w_max: guidance of the noised source, uniform for each sample, in this project's convention
             (`uncond + w (cond - uncond)`: the papers' printed w plus 1). A trajectory has its own.
         loss: `huber` (the pseudo-Huber distance with constant `huber_c`) or `l2`.
 
@@ -107,7 +107,7 @@ class LCM(Method):
 
     @torch.no_grad()
     def noised(self, teacher: Denoiser, batch: Batch, context: Context) -> tuple[Transition, Tensor]:
-        """From clean latents, noised to a time of the solver's grid, one DDIM step of the teacher; and its w [B]."""
+        """One DDIM step of the teacher from clean latents noised to a time of the solver's grid; and its w [B]."""
         x_0 = batch.states[:, 0]  # [B, C, h, w]
         device = x_0.device
         t = self.skip * context.integers(1, self.schedule.T // self.skip + 1, "t", device)

@@ -37,10 +37,10 @@ class Progressive(Method):
         schedule: the teacher's.
         student_steps: N of the student; its times are the trailing ones.
         teacher_steps: N of the teacher, which takes the steps of its own trailing times from t to the student's next.
-        source: of x_t. `noised`: noised clean data, from which the teacher goes on (the paper, sec. 2.3).
+        source: of x_t. `noised`: noised clean data, from which the teacher continues (the paper, sec. 2.3).
             `trajectory`: two states of the teacher's own stored solve, and no teacher in memory.
-        guidance: w of the teacher where it is asked; stored trajectories have their own.
-        times: that t is drawn from instead; the student goes on from each by its stride, to clean data at most.
+        guidance: w of the teacher where it is called; stored trajectories have their own.
+        times: from which t is sampled instead; the student steps from each by its stride, to clean data at most.
             The paper takes 250, 500, 750 and 1000 for students of one and two steps (sec. 3.7).
         x_T: the network's input at t = T: `noise` (the paper, eq. 24) or `scaled`, sigma_T times that, which is what
             diffusers' EulerDiscreteScheduler shows it.
@@ -72,7 +72,7 @@ class Progressive(Method):
         if x_T not in NOISIEST:
             raise ValueError(f"method.x_T must be one of {', '.join(NOISIEST)}, got {x_T!r}")
         if x_T == "scaled" and source == "trajectory":
-            raise ValueError("method.x_T=scaled needs method.source=noised: stored solves start at plain noise")
+            raise ValueError("method.x_T=scaled needs method.source=noised: stored solves start at unscaled noise")
         if not 0 <= guidance < math.inf:
             raise ValueError(f"method.guidance must be at least 0, got {guidance}")
         self.schedule, self.source, self.w, self.x_T = schedule, source, guidance, x_T
@@ -142,8 +142,8 @@ class LightningAdversarial(Progressive):
 
     Args (beside those of `Progressive`):
         discriminator_learning_rate: None keeps the run's.
-        discriminator_warmup: the first so many steps train the discriminator alone; as long as the run, they probe
-            whether it can tell the student from the teacher at all.
+        discriminator_warmup: how many steps at first train the discriminator alone; with as many as the run has, it
+            shows whether it can distinguish the student from the teacher at all.
         adversarial_loss: `nonsaturating` (eq. 18-21) or `hinge`.
         renoise_times: the discriminator sees clean samples noised to one of these times (eq. 25-26); none of them, and
             it sees them as they are, as it does the samples of every other time.
@@ -198,7 +198,7 @@ class LightningAdversarial(Progressive):
             yield Turn("student", self.loss)
 
     def held_out(self, step: int) -> Turn:
-        """How far the student's step ends from the teacher's, which the discriminator judges in its own way."""
+        """How far the student's step ends from the teacher's: the adversarial loss itself measures no distance."""
         return Turn("student", self.squared_error)
 
     def loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
@@ -249,7 +249,7 @@ class LightningConvert(Progressive):
 
 
 def _ends(T: int, steps: int, times: Sequence[int] | None) -> dict[int, int]:
-    """From each of the student's times to where its step ends; off its own grid, T/steps later or at clean data."""
+    """Where the student's step from each of its times ends; off its own grid, T/steps later or at clean data."""
     grid = trailing_times(T, steps)
     following = dict(pairwise(grid))
     if times is None:
@@ -257,7 +257,7 @@ def _ends(T: int, steps: int, times: Sequence[int] | None) -> dict[int, int]:
     if not times or not all(1 <= t <= T for t in times):
         raise ValueError(f"method.times must be within 1 ... {T}, got {list(times)}")
     if T % steps and (off := sorted(set(times) - set(grid))):
-        raise ValueError(f"method.times: {off} are off the student's {steps} times, whose stride is not whole")
+        raise ValueError(f"method.times: {off} are off the student's {steps} times, whose stride is not a whole number")
     return {t: following.get(t, max(t - T // steps, 0)) for t in sorted(times, reverse=True)}
 
 

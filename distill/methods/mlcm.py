@@ -37,11 +37,11 @@ class Stage:
     Args:
         segments: M; the student jumps from t to the start of t's segment. 1 is consistency down to clean data.
         skip: t - s of a pair, which ends at the segment's start if that is nearer.
-        grid: the times that t is drawn from are T/grid apart; None takes all there are (the stored ones, or 1 ... T).
+        grid: t is sampled from times that are T/grid apart; None takes all there are (the stored ones, or 1 ... T).
         source: of the pairs. `trajectory`: stored states, no teacher in memory. `rollout`: the teacher solves from
             noise to x_t in M - segment + 1 steps (the paper's multistep denoising, algorithm 1), and on to x_s.
-            `student`: x_t is noised from a sample that the student draws in `student_steps`; the teacher goes on to
-            x_s in `substeps` (the paper's second stage, algorithm 2).
+            `student`: x_t is noised from a sample that the student generates in `student_steps`; the teacher
+            continues to x_s in `substeps` (the paper's second stage, algorithm 2).
         loss_space: where the two answers are compared: where they land (`z_end`), as the x0 that leads there (`x0`),
             or that with weight SNR + 1 (`v`, Heek et al. 2024: it is the distance of the velocities).
         distance: `l2`, `huber` (with `huber_c`), or `perceptual`: the one of latents that the run is given.
@@ -50,8 +50,8 @@ class Stage:
             paper's third stage, eq. 11); `maximise` raises it without end.
         matching: the weight of distribution matching, which pulls the student's answers to the teacher's distribution
             (the paper's eq. 12). From student samples only; a "fake_score" learns beside the student.
-        adversarial: the weight of the student's loss against a "discriminator", which tells its answers in one
-            step from its samples in `student_steps` (the paper's eq. 13). From student samples only.
+        adversarial: the weight of the student's loss against a "discriminator", which separates its answers
+            in one step from its samples in `student_steps` (the paper's eq. 13). From student samples only.
         batch_size: samples of a step, over all ranks; None keeps the run's.
         learning_rate: the student's; None keeps the run's.
         fresh_optimizer: forgets the optimizer's state when the stage begins.
@@ -114,7 +114,7 @@ class MLCM(Method):
     Args:
         schedule: the teacher's.
         stages: `Stage`s, or their arguments. The last one lasts as long as the run does.
-        guidance: w of the teacher where it is asked; stored trajectories have their own.
+        guidance: w of the teacher where it is called; stored trajectories have their own.
         discriminator_learning_rate, fake_learning_rate: of the other two networks; None keeps the run's.
         adversarial_loss: `nonsaturating` or `hinge`.
         renoise_times, renoise_weights: the discriminator sees samples at one of these times, with these odds.
@@ -161,10 +161,10 @@ class MLCM(Method):
         self.steps = sum(lengths)
         self.requires = ("teacher",) if any(stage.source != "trajectory" for stage in self.stages) else ()
         self.guidance = (guidance, guidance) if self.requires else None
-        judged = any(stage.adversarial > 0 for stage in self.stages)
+        adversarial = any(stage.adversarial > 0 for stage in self.stages)
         matched = any(stage.matching > 0 for stage in self.stages)
-        self.trains = ("student", *["discriminator"] * judged, *["fake_score"] * matched)
-        self.adversarial = AdversarialScalars() if judged else None
+        self.trains = ("student", *["discriminator"] * adversarial, *["fake_score"] * matched)
+        self.adversarial = AdversarialScalars() if adversarial else None
         scored = [stage for stage in self.stages if stage.reward > 0]
         self.requires += ("reward",) if scored else ()
         self.requires += ("perceptual",) if any(stage.distance == "perceptual" for stage in self.stages) else ()
@@ -359,7 +359,7 @@ class MLCM(Method):
     def from_student(
         self, stage: Stage, teacher: Denoiser, student: Denoiser, batch: Batch, context: Context
     ) -> Transition:
-        """The student's own sample, noised to a milestone; the teacher goes on from there to the next one (alg. 2)."""
+        """The student's own sample, noised to a milestone; the teacher continues to the next one (alg. 2)."""
         _, x_t, t = self.own_state(stage, student, batch, context)
         s = (t - stage.skip).clamp(min=0)
         x = x_t

@@ -1,4 +1,4 @@
-"""Sampling from students and teachers: one generator a picture, so that a plain diffusers pipeline draws the same."""
+"""Sampling from students and teachers, with one generator per picture: stock diffusers pipelines give the same."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def sample(
         denoiser: guided already, if it is to be.
         times: falling, ending at 0; one network call for each but the last (two, for Heun).
         sampler: one of `distill.diffusion.samplers.SAMPLERS`.
-        generators: one a picture, for samplers that add fresh noise.
+        generators: one per picture, for samplers that add fresh noise.
 
     Raises:
         ValueError: unknown sampler, or times that do not fall to 0.

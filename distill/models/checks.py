@@ -28,7 +28,7 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """The `model_index.json` of a pipeline folder, once nothing in the folder is code or asks for code to be run.
+    """The `model_index.json` of a pipeline folder, once nothing in the folder is code or has code run.
 
     Raises:
         FileNotFoundError, ValueError: there is none, it is malformed, or there is code. It names the file.
@@ -156,7 +156,7 @@ def elements(file: Path) -> int:
         with safe_open(file, framework="pt") as opened:
             shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({first_line(error)})") from None
+        raise ValueError(f"{file} is not a complete safetensors file ({first_line(error)})") from None
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 

@@ -31,7 +31,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "safety_checker": ("stable_diffusion", ("StableDiffusionSafetyChecker",)),
 }
 COPIED = tuple(_PARTS)
-_OPTIONAL = ("feature_extractor", "image_encoder", "safety_checker")  # a pipeline without them draws
+_OPTIONAL = ("feature_extractor", "image_encoder", "safety_checker")  # a pipeline works without them
 _EARLIER_CLASSES = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # renamed in transformers, the files are the same
 _OF_TOKENIZERS = (
     "vocab.json",
@@ -53,7 +53,7 @@ def copy_parts(source: Path, folder: Path, variant: str | None = None) -> dict[s
     """Copies a pipeline's parts, all but its UNet and scheduler; returns their entries for `model_index.json`.
 
     Links are followed, a variant's files lose its name, and paths of the machine that wrote a config are left out.
-    A part that a pipeline can draw without is left out, with the entry [None, None], if its weights are not there as
+    A part that a pipeline works without is left out, with the entry [None, None], if its weights are not there as
     safetensors, or if it is of a class that is not known here.
 
     Raises:
@@ -123,8 +123,8 @@ def _copy_model(source: Path, folder: Path, name: str, variant: str | None) -> N
             files = listed.get("weight_map", {})
             if set(files.values()) == targets.keys():
                 listed["weight_map"] = {tensor: targets[file] for tensor, file in files.items()}
-                plain = path.name.split(".index")[0] + ".index.json"
-                (folder / name / plain).write_text(json.dumps(listed, indent=2) + "\n")
+                unnamed = path.name.split(".index")[0] + ".index.json"
+                (folder / name / unnamed).write_text(json.dumps(listed, indent=2) + "\n")
     # transformers 5 loads a model in the dtype of its files where the config names none, and the UNet is loaded as
     # float32: a pipeline of both would not run.
     loads_as = config.get("dtype", config.get("torch_dtype"))
@@ -194,11 +194,11 @@ def _complete_tokenizer(folder: Path) -> None:
     """
     if not (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
         return
-    whole = read_json(folder, "tokenizer.json")
-    model = whole.get("model")
+    tokenizer = read_json(folder, "tokenizer.json")
+    model = tokenizer.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         return
-    vocab = model["vocab"] | {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+    vocab = model["vocab"] | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     by_number = dict(sorted(vocab.items(), key=lambda item: item[1]))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(by_number, ensure_ascii=False), encoding="utf-8")

@@ -36,7 +36,7 @@ class NetworkDenoiser:
         module: a diffusers UNet2DConditionModel, bare or wrapped.
         schedule: of the noise it was trained on.
         prediction: what it predicts.
-        adapter: the LoRA that it computes with, alone. The trained one is on whenever nothing else is asked for; None
+        adapter: the LoRA that it computes with, alone. The trained one is on whenever no other is named; None
             switches all off around each call, which makes a LoRA student its own teacher; another one takes its place
             there, for calls without a gradient.
     """

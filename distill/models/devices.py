@@ -1,7 +1,7 @@
 """Which device a process computes on: one answer for training, stores, sampling, evaluation and benchmarks.
 
 A GPU is taken where there is one that torch can use. The CPU is taken where there is none, where
-`ACCELERATE_USE_CPU=true` asks for it, and where `CUDA_VISIBLE_DEVICES` hides every GPU. GPUs that are there and that
+`ACCELERATE_USE_CPU=true` chooses it, and where `CUDA_VISIBLE_DEVICES` hides every GPU. GPUs that are there and that
 torch cannot use are an error, not a reason to compute on the CPU for days.
 
 The environment is read in functions: a command may still change it before torch looks for GPUs.
@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # loaded where a device is asked for, and not by commands that only look at the environment
+if TYPE_CHECKING:  # loaded where a device is needed, and not by commands that only look at the environment
     import torch
 
 USE_CPU, VISIBLE = "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"
@@ -25,7 +25,7 @@ _YES = ("1", "true", "t", "yes", "y", "on")  # as Accelerate reads it
 _A_GPU = re.compile(r"\s*(\d+|GPU-|MIG-)")
 _SLURM_COUNTS, _SLURM_LISTS = ("SLURM_GPUS_ON_NODE",), ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
 NEEDED_DRIVERS = {13: 580, 12: 525, 11: 450}
-"""By the major version of CUDA, the oldest driver of Linux that runs programs built for it (NVIDIA's "CUDA
+"""The oldest driver of Linux that runs programs built for a major version of CUDA, by that version (NVIDIA's "CUDA
 Compatibility", minor version compatibility)."""
 ON_CPU = f"to compute on the CPU, set {USE_CPU}=true"
 
@@ -42,7 +42,7 @@ def cpu_is_asked_for(environment: MutableMapping[str, str] = os.environ) -> bool
 
 
 def hide_gpus_if_asked(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Hides GPUs from torch and all that use it, also from processes that are started, where the CPU is asked for.
+    """Where the environment chooses the CPU, hides GPUs from torch, all that use it, and processes started later.
 
     It has to be called before torch looks for GPUs.
     """
@@ -71,7 +71,7 @@ def own_device(local_rank: int | None = None) -> torch.device:
         local_rank: of the process on its machine; None: what its launcher says.
 
     Raises:
-        UnusableGPU: there are GPUs that torch cannot use, and nobody has asked for the CPU.
+        UnusableGPU: there are GPUs that torch cannot use, and the environment does not choose the CPU.
     """
     import torch
 
@@ -84,7 +84,7 @@ def own_device(local_rank: int | None = None) -> torch.device:
 
 
 def check_no_gpu_is_left_out() -> None:
-    """Raises UnusableGPU if there are GPUs which torch cannot use, unless the CPU is asked for."""
+    """Raises UnusableGPU if there are GPUs which torch cannot use, unless the environment chooses the CPU."""
     import torch
 
     if cpu_is_asked_for() or torch.cuda.is_available():

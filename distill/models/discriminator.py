@@ -1,7 +1,7 @@
 """The latent discriminator of SDXL-Lightning (Lin et al. 2024, arXiv 2402.13929, sec. 3.3 and 3.4).
 
-It is the teacher's own encoder, which reads noisy latents, times and prompts already, and a small head. A copy of the
-encoder is trained whole, or a LoRA on the teacher's frozen weights; the head always is.
+It is the teacher's own encoder, which reads noisy latents, times and prompts already, and a small head. Either all
+weights of a copy of the encoder are trained, or a LoRA on the teacher's frozen weights; the head always is.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class CriticNetwork(nn.Module):
     """The encoder and middle of a UNet, and a head over their features.
 
     Args:
-        unet: whose encoder is copied and trained whole; or, with a rank, serves frozen as it is.
+        unet: whose encoder is copied and fully trained; or, with a rank, serves frozen as it is.
         size: (h, w) of the latents it is meant for; it takes others.
         conditional: the head sees beside a sample's features those of the state it was made from.
         seed: of the head's weights and the LoRA's. The head's last layer starts at zero: it finds everything as likely
@@ -109,14 +109,14 @@ class CriticNetwork(nn.Module):
         width = unet.config["block_out_channels"][-1]
         halvings = sum(block.downsamplers is not None for block in unet.down_blocks)
         smaller = min(math.ceil(side / 2**halvings) for side in size)
-        with torch.device("meta"):  # or torch would draw weights, and from the global generator
+        with torch.device("meta"):  # or torch would initialise the weights, from the global generator
             head = Head(width * (1 + conditional), width, Head.depth(smaller))
         self.head = head.to(self.dtype).to_empty(device=unet.conv_in.weight.device)
-        self.head.draw(seed)
+        self.head.initialise(seed)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the inputs it expects."""
+        """The dtype of the inputs it expects."""
         return self.encoder.conv_in.weight.dtype
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
@@ -137,8 +137,8 @@ class CriticNetwork(nn.Module):
     def _features(self, x: Tensor, index: Tensor, batches: int, keywords: Mapping[str, Any]) -> Tensor:
         """What the encoder makes of all batches.
 
-        While it is judged with, not trained, what it makes of the state that samples came from is a constant: it is
-        made without a graph, which saves its activations, and the passes backwards through them.
+        In the student's turn it is not trained, and what it makes of the state that samples came from is a constant:
+        computed without a graph, which saves the activations and the backward passes through them.
         """
         if not (self.conditional and torch.is_grad_enabled()) or any(p.requires_grad for p in self.parameters()):
             return self.encoder(x, index, return_dict=False, **keywords)[0]
@@ -148,7 +148,7 @@ class CriticNetwork(nn.Module):
         return torch.cat([self._of(slice(made), x, index, keywords), origin])
 
     def _of(self, part: slice, x: Tensor, index: Tensor, keywords: Mapping[str, Any]) -> Tensor:
-        """Of a part of the samples."""
+        """What the encoder makes of a part of the samples."""
         given = tree_map_only(Tensor, lambda entry: entry[part], dict(keywords))
         return self.encoder(x[part], index[part], return_dict=False, **given)[0]
 
@@ -169,7 +169,7 @@ class Head(nn.Module):
     """`depth` times a 4 x 4 convolution of stride 2, normalisation and SiLU; then a logit, the mean over the map.
 
     It computes in float32 whatever its features and weights are in: the loss is of differences between logits, and the
-    gradient of all that is judged passes through here. It costs next to nothing beside the encoder.
+    gradients of all samples pass through here. It costs next to nothing beside the encoder.
 
     Args:
         channels: of the features.
@@ -188,8 +188,8 @@ class Head(nn.Module):
         """How many convolutions bring a map of `size` near 2 x 2."""
         return max(1, round(math.log2(size)) - 1)
 
-    def draw(self, seed: int) -> None:
-        """Draws the convolutions' weights as torch does by default, but from `seed`; biases and the logit's are 0."""
+    def initialise(self, seed: int) -> None:
+        """Initialises the convolutions as torch does by default, but from `seed`; biases and the logit's are 0."""
         for name, module in self.named_modules():
             if isinstance(module, MapNorm):
                 module.reset_parameters()
@@ -197,9 +197,9 @@ class Head(nn.Module):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(cast(Tensor, module.bias))
                 if module is not self.logit and not module.weight.is_meta:
-                    bound, drawn = module.weight[0].numel() ** -0.5, torch.empty(module.weight.shape)
-                    drawn.uniform_(-bound, bound, generator=generator("discriminator", seed, name))
-                    module.weight.data.copy_(drawn)
+                    bound, start = module.weight[0].numel() ** -0.5, torch.empty(module.weight.shape)
+                    start.uniform_(-bound, bound, generator=generator("discriminator", seed, name))
+                    module.weight.data.copy_(start)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [N, channels, h', w'] to logits [N]."""
@@ -251,7 +251,7 @@ class LatentDiscriminator:
 
     Args:
         conditional: it also sees the state that samples were made from.
-        rank, alpha: of a LoRA on the teacher's own frozen weights; rank None trains a copy of its encoder whole.
+        rank, alpha: of a LoRA on the teacher's own frozen weights; rank None trains all of a copy of its encoder.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -264,11 +264,11 @@ class LatentDiscriminator:
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise ValueError(
-                f"networks.discriminator.rank must be at least 1, or null to train it whole, got {self.rank}"
+                f"networks.discriminator.rank must be at least 1, or null to train all of it, got {self.rank}"
             )
         if self.alpha <= 0:
             raise ValueError(f"networks.discriminator.alpha must be above 0, got {self.alpha}")
 
     def network(self, teacher: Teacher, seed: int = 0) -> Discriminator:
-        """Of a teacher with its UNet, before any adapter is added to that."""
+        """The network for a teacher with its UNet, before any adapter is added to that."""
         return Discriminator.of(teacher, self.conditional, seed, self.rank, self.alpha)

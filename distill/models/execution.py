@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 Compile = bool | Literal["inductor", "aot_eager", "eager"]
 
 RECOMPILATIONS = 64
-"""Of one block: with and without a gradient, a LoRA on and off, guided batches, widths. torch gives up after 8."""
+"""How often a block may be compiled: gradients or none, LoRA on or off, batch sizes, widths. torch stops at 8."""
 
 
 def execute(module: nn.Module, compile: Compile = False, channels_last: bool = False, weights: bool = True) -> None:
@@ -31,7 +31,7 @@ def execute(module: nn.Module, compile: Compile = False, channels_last: bool = F
 def compile_blocks(module: nn.Module, backend: str) -> None:
     """Compiles each block of the kinds that a diffusers network repeats, when it is first called.
 
-    Blocks of one kind share what is compiled, so it takes a fraction of the time that the whole network would.
+    Blocks of one kind share what is compiled, so it takes a fraction of the time of compiling the whole network.
     """
     kinds = {kind for part in module.modules() for kind in getattr(part, "_repeated_blocks", None) or ()}
     blocks = [part for part in module.modules() if type(part).__name__ in kinds]

@@ -15,7 +15,7 @@ from distill.models.formats import FOLDER_FORMATS
 from distill.models.lora import lora_file
 
 FACTS = "distill.json"
-"""In every export: what it is and which files it wrote, for machines. `README.md` is for people."""
+"""A file of every export: what it is and which files it wrote, for machines. `README.md` is for people."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Exported:
         formats: those it holds.
         base_hash: identity of the model that it was distilled from, which its LoRA belongs on.
         prediction: what its network predicts; None, in exports that do not say, is what that model predicts.
-        sampling: how it is drawn, by the names of `Sampling`'s fields; empty in exports that do not say.
+        sampling: how it is sampled, by the names of `Sampling`'s fields; empty in exports that do not say.
     """
 
     folder: Path
@@ -38,12 +38,12 @@ class Exported:
 
     @property
     def is_lora(self) -> bool:
-        """Whether a LoRA is taken from it, which it then has in full precision of its dtype; else its whole network."""
+        """Whether its LoRA is used, which it then has in full precision of its dtype; else its full network."""
         return "diffusers" in self.formats
 
     @property
     def files(self) -> Sequence[Path]:
-        """Of the weights that are taken; raises FileNotFoundError if they are gone."""
+        """The files of the weights that are used; raises FileNotFoundError if they are gone."""
         return [lora_file(self.folder)] if self.is_lora else weight_files(self.folder, "unet")
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The network that learns the score of what a student draws (DMD, Yin et al. 2024); it starts as its teacher's."""
+"""The network that learns the score of a student's samples (DMD, Yin et al. 2024); it starts as the teacher's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distill.models.shared import on_the_weights_of
 
 @dataclass(frozen=True)
 class FakeScore:
-    """A setting: a copy of the teacher's network that is trained whole, or a LoRA on the teacher's own frozen weights.
+    """A setting: a fully trained copy of the teacher's network, or a LoRA on the teacher's own frozen weights.
 
     Args:
-        rank, alpha: of the LoRA; rank None trains the whole copy.
+        rank, alpha: of the LoRA; rank None trains all weights of the copy.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -27,12 +27,14 @@ class FakeScore:
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"networks.fake_score.rank must be at least 1, or null to train it whole, got {self.rank}")
+            raise ValueError(
+                f"networks.fake_score.rank must be at least 1, or null to train all of it, got {self.rank}"
+            )
         if self.alpha <= 0:
             raise ValueError(f"networks.fake_score.alpha must be above 0, got {self.alpha}")
 
     def network(self, teacher: Teacher, seed: int = 0) -> NetworkDenoiser:
-        """Of a teacher with its UNet, before any adapter is added to that."""
+        """The network for a teacher with its UNet, before any adapter is added to that."""
         if self.rank is None:
             unet = copy.deepcopy(teacher.unet).requires_grad_(True)
         else:

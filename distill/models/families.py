@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 PARTS = ("unet", "text", "vae")
 """What `load_teacher` can load: the network, the tokenizers with their text encoders, the autoencoder."""
 DECODED_PIXELS = 2**20
-"""At once, or a picture if it has more: a float32 autoencoder takes some 7 GB for a picture of 1024 x 1024."""
+"""Pixels decoded at once, or one picture if it has more: in float32, 1024 x 1024 pixels take some 7 GB."""
 Size = tuple[int, int]
 
 
@@ -67,7 +67,7 @@ class TextTower:
 
 
 SD2_WIDTH = 1024
-"""Of the text states that SD 2.x reads; SD 1.x reads 768."""
+"""Width of the text states that SD 2.x reads; SD 1.x reads 768."""
 
 
 class Family(Protocol):
@@ -166,7 +166,7 @@ class StableDiffusionXL:
 
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (StableDiffusion(), StableDiffusionXL())}
-"""By the names that settings and exports call them by."""
+"""The families by their names in settings and exports."""
 
 
 def family_of(unet: Mapping[str, Any]) -> Family:
@@ -176,7 +176,7 @@ def family_of(unet: Mapping[str, Any]) -> Family:
 
 @dataclass
 class Teacher:
-    """A pretrained text-to-image model: what is known of it, and those of its parts that were asked for.
+    """A pretrained text-to-image model: what is known of it, and those of its parts that were loaded.
 
     Args:
         family: how its prompts become conditioning.
@@ -203,7 +203,7 @@ class Teacher:
     weight_files: Sequence[Path] = ()
     parts: dict[str, Any] = field(default_factory=dict)
     lent: bool = False
-    _told_of_cuts: bool = field(default=False, init=False, repr=False)
+    _warned_of_cuts: bool = field(default=False, init=False, repr=False)
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -243,7 +243,7 @@ class Teacher:
         return NetworkDenoiser(self.unet, self.schedule, self.prediction, adapter=None)
 
     def pipeline(self, scheduler: Any) -> Any:
-        """A plain diffusers pipeline of all its parts, in the class that its own folder names, with this scheduler.
+        """A stock diffusers pipeline of all its parts, in the class that its own folder names, with this scheduler.
 
         Made of parts that are loaded already, it opens nothing: no safety checker, and nothing that a folder names.
         """
@@ -288,8 +288,8 @@ class Teacher:
         return text | {key: tensor.to(device) for key, tensor in sizes.items()}
 
     def _tell_of_cuts(self, prompts: Sequence[str]) -> None:
-        if not self._told_of_cuts and (cut := self.text[0].cuts(prompts)):
-            self._told_of_cuts = True
+        if not self._warned_of_cuts and (cut := self.text[0].cuts(prompts)):
+            self._warned_of_cuts = True
             length = self.text[0].tokenizer.model_max_length
             _log.warning("prompts are cut after %d tokens (said once); the first: %r", length, cut[0])
 
@@ -317,7 +317,7 @@ class Teacher:
     def encode_pictures(self, pictures: Tensor, noise: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] to latents [B, C, h, w], float32: what `decode` takes.
 
-        They are drawn from the autoencoder's posterior with the standard normal `noise` [B, C, h, w].
+        They are sampled from the autoencoder's posterior with the standard normal `noise` [B, C, h, w].
         """
         weight = next(self.vae.parameters())
         posterior = self.vae.encode(pictures.to(weight), return_dict=False)[0]
@@ -460,7 +460,7 @@ def require_family(path: str, found: Family, wanted: str | None) -> None:
 def open_pipeline(
     path: str, revision: str | None = None, variant: str | None = None, unet: UNet2DConditionModel | None = None
 ) -> tuple[Any, PipelineFacts]:
-    """A plain diffusers pipeline in float32, a teacher's or an exported student's, and what its folder says.
+    """A stock diffusers pipeline in float32, a teacher's or an exported student's, and what its folder says.
 
     What `DiffusionPipeline.from_pretrained` gives, without a safety checker; but the folder has no say in what is run.
 
@@ -535,7 +535,7 @@ def _recognise(
 MOST_TOKENS = 10**6
 """Stands for a tokenizer that does not say how many tokens it takes."""
 MOST_SIDE = 8192
-"""Of latents: a picture of 65,536 pixels a side."""
+"""The largest side of latents: a picture has 65,536 pixels per side."""
 
 
 def _check_unet(path: str, file: Path, kind: str, family: Family, unet: Mapping[str, Any]) -> None:

@@ -89,7 +89,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a component: of the variant, or the plain ones where other components have it alone.
+    """The safetensors files of a component: of the variant, or those without one where only other components have it.
 
     Raises:
         FileNotFoundError: if there are none; it names the variants or the pickles that are there instead.
@@ -109,8 +109,8 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
 
 
 def variant_of(folder: Path, component: str, variant: str | None) -> str | None:
-    """The variant in which a component is there: as diffusers does it, the plain one if it lacks this one and another
-    component of the pipeline has it."""
+    """The variant in which a component is there: as in diffusers, None if it lacks this one and another component of the
+    pipeline has it."""
     if variant is None or _weights(folder, component, variant):
         return variant
     return None if any(folder.glob(f"*/*.{variant}*.safetensors")) else variant

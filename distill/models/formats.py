@@ -1,4 +1,4 @@
-"""The formats a student is exported in, and those that hold a whole network: a UNet's folder, a pipeline's folder."""
+"""The formats a student is exported in, and those that hold a full network: a UNet's folder, a pipeline's folder."""
 
 from __future__ import annotations
 
@@ -67,27 +67,27 @@ def save_pipeline(
     """Writes the teacher's pipeline with `unet` in the place of its own, and with what `scheduler` makes of its noise.
 
     `DiffusionPipeline.from_pretrained(folder)` is then the student. Its other parts are the teacher's files, copied
-    (see `copy_parts`), in the teacher's precision; `dtype` is the UNet's. A safety checker that is not whole is left
-    out.
+    (see `copy_parts`), in the teacher's precision; `dtype` is the UNet's. A safety checker that lacks a file is
+    left out.
 
     Raises:
-        FileNotFoundError: the pipeline lacks a file that diffusers asks for.
+        FileNotFoundError: the pipeline lacks a file that diffusers needs.
         ValueError: a weight that the dtype cannot hold; a part of a class that is not known.
     """
     source = find_pipeline(pretrained_model_name_or_path, COPIED, revision, variant)
     index = check_folder(source)
-    drawing = scheduler(
+    sampling_scheduler = scheduler(
         read_noise(component(source, index, "scheduler")[1], read_json(source, "scheduler/scheduler_config.json"))
     )
     save_unet(folder, unet, dtype)
-    drawing.save_pretrained(folder / "scheduler")
+    sampling_scheduler.save_pretrained(folder / "scheduler")
     _forget_paths(folder / "scheduler")
     entries = copy_parts(source, folder, variant)
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = bool(entries.get("safety_checker", [None])[0])
     written = {key: index[key] for key in _OF_PIPELINES if isinstance(index.get(key), (str, bool))} | entries
     written["unet"] = ["diffusers", type(unet).__name__]
-    written["scheduler"] = ["diffusers", type(drawing).__name__]
+    written["scheduler"] = ["diffusers", type(sampling_scheduler).__name__]
     (folder / "model_index.json").write_text(json.dumps(written, indent=2) + "\n")
 
 

@@ -27,7 +27,7 @@ def save_kohya(path: Path, teacher: Teacher, state: Mapping[str, Tensor], dtype:
 
 
 def kohya_metadata(teacher: Teacher, name: str) -> dict[str, str]:
-    """Of a LoRA of `teacher.unet`: kohya-ss' keys and those of ModelSpec."""
+    """The metadata of a LoRA of `teacher.unet`: kohya-ss' keys and those of ModelSpec."""
     config = lora_config(teacher.unet)
     alpha = f"{config.lora_alpha:g}"
     version, architecture = _architecture(teacher, teacher.prediction)
@@ -44,7 +44,7 @@ def kohya_metadata(teacher: Teacher, name: str) -> dict[str, str]:
 
 
 def checkpoint_metadata(teacher: Teacher, prediction: Prediction, name: str) -> dict[str, str]:
-    """Of a whole student in one file, by the keys of ModelSpec."""
+    """The metadata of a full student in one file, by the keys of ModelSpec."""
     return _modelspec(teacher, prediction, name, _architecture(teacher, prediction)[1])
 
 

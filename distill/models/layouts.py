@@ -86,7 +86,7 @@ def kohya_modules(modules: Iterable[str], unet: Mapping[str, Any]) -> dict[str, 
     """The key of each of a UNet's modules in a kohya-ss file.
 
     SDXL's are the original paths, which alone A1111 reads to the last module, unless diffusers would misread them:
-    it tells an upsampler by its place behind an attention, and blocks by the beginning of their numbers.
+    it recognises an upsampler by its place behind an attention, and blocks by the beginning of their numbers.
     """
     original = unet.get("addition_embed_type") == "text_time" and _read_as_sgm(unet)
     paths = {module: original_module(module, unet) if original else module for module in modules}

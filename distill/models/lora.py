@@ -69,7 +69,7 @@ def add_lora(
     Without `targets` they are those of `LCM_LORA_TARGETS` that the network has: a small one may lack a level.
 
     An adapted layer computes `base(x) + alpha / rank * B A x`. B starts at zero, so the network starts unchanged; A
-    starts as in torch's Linear, drawn from `seed` and the layer's name.
+    starts as in torch's Linear, with random numbers that depend on `seed` and the layer's name.
 
     Raises:
         ValueError: for a rank, alpha or dropout out of range, or a target that no module matches.
@@ -77,15 +77,15 @@ def add_lora(
     targets = [t for t in LCM_LORA_TARGETS if _matches(unet, t)] if targets is None else list(targets)
     _check(unet, rank, alpha, dropout, targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws A globally; ours replaces it
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft samples A globally; ours replaces it
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
         unet.add_adapter(config, adapter_name=adapter)  # freezes the rest, earlier adapters too, which are then off
     for name, parameter in adapters(unet, adapter).items():
         parameter.data = parameter.data.float()
         if "lora_A" in name and not parameter.is_meta:
             bound = parameter[0].numel() ** -0.5
-            drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator("lora", seed, name))
-            parameter.data.copy_(drawn)
+            start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator("lora", seed, name))
+            parameter.data.copy_(start)
     return list(adapters(unet, adapter).values())
 
 
@@ -211,7 +211,7 @@ def save_lora_file(
 ) -> None:
     """Writes the adapters to one file in kohya-ss' layout: each with an `.alpha` of its own.
 
-    Every program that reads LoRAs reads that layout whole and at its scale. In peft's names alpha would stand in the
+    Every program that reads LoRAs reads all of that layout, and at its scale. In peft's names alpha would stand in the
     header alone, where diffusers before 0.35 and ComfyUI do not look.
 
     Args:
@@ -229,7 +229,7 @@ def save_lora_file(
 
 
 def merge_lora(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None = None) -> None:
-    """Adds the adapters to the weights they adapt and takes them off: a plain network that computes the same.
+    """Adds the adapters to the weights they adapt and takes them off: an ordinary network that computes the same.
 
     For `state` see `lora_state_dict`.
 

@@ -30,7 +30,7 @@ class _Packed(nn.Module):
     """What a quantized layer is beside the layer that it takes the place of, whose class is its second base.
 
     `weight` holds codes, `scale` their units. These are values of bfloat16, so that a cast to it loses nothing. Until
-    `pack` it is a plain layer: peft makes the convolutions of an adapter of the class of the layer that it adapts.
+    `pack` it is an ordinary layer: peft makes the convolutions of an adapter of the class of the layer that it adapts.
     """
 
     scale: nn.Parameter

@@ -38,7 +38,7 @@ def scheduler_settings(
 
     Args:
         prediction: what the student predicts; None takes the noise's own, its teacher's.
-        steps: the only number of steps that it will be asked for; None leaves it open.
+        steps: the only number of steps that it will be used with; None leaves it open.
 
     Raises:
         ValueError: a sampler or a spacing that is not known, a pair that does not exist, or one that no scheduler of
@@ -86,7 +86,7 @@ def timesteps_for(scheduler: Any, spacing: str, steps: int) -> list[int] | None:
     own = type(scheduler)(**{key: scheduler.config[key] for key in _said(scheduler)})
     try:
         own.set_timesteps(steps)
-    except ValueError:  # LCM's, asked for more steps than it has times
+    except ValueError:  # LCM's, for more steps than it has times
         return wanted
     return None if list(dict.fromkeys(own.timesteps.tolist())) == wanted else wanted
 

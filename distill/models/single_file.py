@@ -1,4 +1,4 @@
-"""A student with all that it draws with in one file, in the layout of the original checkpoints: for user interfaces.
+"""A student with its text encoders and autoencoder in one file, as the original checkpoints: for user interfaces.
 
 ComfyUI, A1111, Forge, InvokeAI and `from_single_file` of diffusers read it. UNet under `model.diffusion_model.`,
 autoencoder under `first_stage_model.`, text encoders under `cond_stage_model.` (Stable Diffusion 1.x and 2.x) or

@@ -121,7 +121,7 @@ class LoRAStudent:
             save_kohya(folder / "kohya" / f"{name}.safetensors", teacher, weights, dtype)
 
     def finish(self, teacher: Teacher, weights: Mapping[str, Tensor]) -> None:
-        """Merges trained `weights` into `teacher.unet`, which is then a plain network that computes the student."""
+        """Merges trained `weights` into `teacher.unet`, which is then an ordinary network that computes the student."""
         merge_lora(teacher.unet, weights)
 
 
@@ -130,7 +130,7 @@ class FullStudent:
 
     Args:
         guidance_embedding_dim: of the Fourier features of w, for a network that does not take them already. None adds
-            none: the student is not told the guidance.
+            none: the student does not take guidance as an input.
         guidance_start: of their projection into the time embedding. `zero`: the student starts as it was, blind to w.
             `random`: as torch starts a layer, so that w counts from the first step on, and changes what the student
             starts as.
@@ -224,7 +224,7 @@ def embed_guidance(unet: UNet2DConditionModel, dim: int, seed: int | None = None
 
 @torch.no_grad()
 def build_in_guidance(unet: UNet2DConditionModel, w: float) -> None:
-    """Fixes the guidance that `unet` takes as an input to w: a plain network that computes what it did at w.
+    """Fixes the guidance that `unet` takes as an input to w: an ordinary network that computes what it did at w.
 
     Exact: w comes in as an addition to what the time embedding's first layer reads, so it moves into that one's bias.
 
@@ -275,7 +275,7 @@ def _merge(unet: UNet2DConditionModel, export: Exported) -> None:
 
 @torch.no_grad()
 def _fill(unet: UNet2DConditionModel, export: Exported) -> None:
-    """Sets the weights to those of an exported network, which need not be told guidance where this one is."""
+    """Sets the weights to those of an exported network, which need not take guidance as an input if this one does."""
     own = unet.state_dict()
     left = set(own)
     for name, tensor in stored_tensors(export.files):

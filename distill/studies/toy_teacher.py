@@ -400,13 +400,13 @@ def evaluate(output: Path, count: int, tuning_count: int) -> None:
         tried = []
         for spacing in SPACING:
             for guidance in GUIDANCE:
-                pictures = draw(pipeline, tuning_count, 7, steps, spacing, guidance)
+                pictures = generate_images(pipeline, tuning_count, 7, steps, spacing, guidance)
                 tried.append(measure("tuning", [pictures], steps, spacing, guidance))
                 print(describe(tried[-1]), flush=True)
         tuning += tried
         best = min(tried, key=lambda row: row.distance)
         spacing, guidance = str(best.spacing), float(best.guidance or 0)
-        drawn = [draw(pipeline, count, seed, steps, spacing, guidance) for seed in seeds]
+        drawn = [generate_images(pipeline, count, seed, steps, spacing, guidance) for seed in seeds]
         rows.append(measure("teacher", drawn, steps, spacing, guidance))
         print(describe(rows[-1]), flush=True)
     stored = {
@@ -427,7 +427,7 @@ def reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw(
+def generate_images(
     pipeline: StableDiffusionXLPipeline, count: int, seed: int, steps: int, spacing: str, guidance: float
 ) -> Tensor:
     """Pictures [count, 3, 32, 32] of balanced captions by DDIM, the pipeline's own arithmetic without its overhead."""

@@ -1,4 +1,4 @@
-"""A control for the toy teacher, the pattern's mask, and how well a picture follows it, told from pixels."""
+"""A control for the toy teacher, the pattern's mask, and how well a picture follows it, measured in pixels."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from distill.toy.world import SIZE
 def build_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
     """A ControlNet for the toy's network, untrained: a copy of its encoder behind layers of zeros, for masks as RGB.
 
-    Two strided layers bring a mask to the latents' size (Stable Diffusion's eightfold VAE needs three). They are
-    drawn wider than diffusers draws them, and end without a layer of zeros: otherwise they tell one mask from another
-    so faintly that the first hundreds of steps teach nothing.
+    Two strided layers bring a mask to the latents' size (Stable Diffusion's eightfold VAE needs three). Their weights
+    start larger than diffusers' and they end without a layer of zeros: otherwise they distinguish one mask from
+    another so faintly that the first hundreds of steps teach nothing.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""A judge of toy pictures: says which caption a picture shows, and gives features for Frechet distances.
+"""The classifier of toy pictures ("judge"): which caption a picture shows, and features for Fréchet distances.
 
-A small CNN trained on real renders. Beside the caption it has learnt to tell background, geometry and blur, so that its
-features see what the caption leaves open and notice a picture that is an average of several.
+A small CNN trained on real renders. Beside the caption it has learnt to recognise background, geometry and blur, so
+that its features see what the caption leaves open and notice a picture that is an average of several.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def judge_file() -> Path:
-    """The bundled judge's weights."""
+    """The weights of the bundled classifier."""
     return Path(__file__).parent / "judge.safetensors"
 
 
 def load_judge(path: Path | None = None) -> Judge:
-    """The bundled judge, or the one at `path`, frozen and in evaluation mode."""
+    """The bundled classifier, or the one at `path`, frozen and in evaluation mode."""
     judge = Judge()
     judge.load_state_dict(load_file(path or judge_file()))
     return judge.eval().requires_grad_(False)

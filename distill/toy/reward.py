@@ -1,7 +1,8 @@
 """What a student of the toy may be rewarded for: the caption's log-odds, by a network that never evaluates.
 
-The judge (`judge.py`) measures; this one is trained on. It is another architecture, was trained with another seed, on
-sharp pictures alone, and is smaller: a student can please it with pictures that the judge does not take for real ones.
+The classifier (`judge.py`) measures; students are trained on this one. It has another architecture, was trained with
+another seed, on sharp pictures alone, and is smaller: a student can please it with pictures that the classifier does
+not take for real ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Changed toy worlds, for fine-tunes and style LoRAs, and how far a picture is in a style, without the judge.
+"""Changed toy worlds, for fine-tunes and style LoRAs, and how far a picture is in a style, without the classifier.
 
-A style fixes what the plain world leaves to chance, so captions keep their meaning. It stays within what the bundled
-autoencoder has learnt to draw: it makes mud of backgrounds or frames that it has never seen.
+A style fixes what the unstyled world leaves to chance, so captions keep their meaning. It stays within what the bundled
+autoencoder has learnt to decode: it blurs backgrounds or frames that it has never seen.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Style:
     concerns: Callable[[Tensor], Tensor]
 
     def render(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Pictures [B, 3, 32, 32] in [-1, 1] of the styled world; the same draws as the plain world's `render`."""
+        """Pictures [B, 3, 32, 32] in [-1, 1] of the styled world, from the random numbers of the unstyled `render`."""
         return paint(self.change(draw_scene(labels, generator)))
 
     def seen(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The toy teacher: SDXL's shape at a millionth of its price, for 32 px pictures.
 
-Two CLIP text encoders, pooled embeddings, time ids, a VAE and an epsilon-predicting UNet, stored as a plain diffusers
+Two CLIP text encoders, pooled embeddings, time ids, a VAE and an epsilon-predicting UNet, stored as a stock diffusers
 StableDiffusionXLPipeline folder. The `build_*` functions make the untrained parts; `distill study toy_teacher`
 trains them.
 """

@@ -44,7 +44,7 @@ class Scene:
     period: Tensor  # [B] full period of stripes, rings and checks; the discs' radius is a share of it
     centre: Tensor  # [B, 2] x, y: the rings' centre, the checks' and stripes' origin
     dots: Tensor  # [B, 5, 2] x, y of the discs
-    dot_count: Tensor  # [B] how many of those are drawn
+    dot_count: Tensor  # [B] how many of those are painted
 
 
 def label_of(caption: str) -> int:
@@ -77,7 +77,7 @@ def render(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_scene(labels: Tensor, generator: torch.Generator) -> Scene:
-    """Draws what the captions leave open. The same draws are made whatever the labels are."""
+    """Samples what the captions leave open. The random numbers are the same whatever the labels are."""
     if labels.ndim != 1 or (labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(CAPTIONS)):
         raise ValueError(
             f"toy labels must be [B] with values in 0..{len(CAPTIONS) - 1}, got shape {tuple(labels.shape)}"
@@ -141,8 +141,8 @@ def _dots(scene: Scene, chosen: Tensor) -> Tensor:
     x, y = _grid()
     centres = scene.dots[chosen]
     distance = torch.hypot(x - centres[..., 0, None, None], y - centres[..., 1, None, None])  # [b, 5, 32, 32]
-    drawn = torch.arange(_MAX_DOTS) < scene.dot_count[chosen, None]
-    distance = torch.where(drawn[..., None, None], distance, torch.inf)
+    painted = torch.arange(_MAX_DOTS) < scene.dot_count[chosen, None]
+    distance = torch.where(painted[..., None, None], distance, torch.inf)
     return _dot_radius(scene.period[chosen])[:, None, None] - distance.amin(dim=1)
 
 

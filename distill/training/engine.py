@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
-from distill.diffusion.random import Context, Draw, seed_of
+from distill.diffusion.random import Context, RandomRequest, seed_of
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
@@ -198,7 +198,7 @@ class Engine:
         self._scales: dict[str, LossScale] = {}
         self._taken: list[Taken] = []
         self._scalars: dict[str, float] = {}
-        self._foreseen: dict[tuple[str, int], tuple[Draw, ...]] = {}  # what each turn drew the last time
+        self._foreseen: dict[tuple[str, int], tuple[RandomRequest, ...]] = {}  # what each turn drew the last time
 
     def release(self) -> None:
         """Lets go of the networks and their memory. Another engine may start in this process, with the same others."""
@@ -496,7 +496,7 @@ class Engine:
                     context = Context(self.settings.seed, step, batch.positions, before)
                     context.foresee(self._foreseen.get(key, ()), self.processes.device)
                     losses = turn.loss(networks, batch, context)
-                    self._foreseen[key] = context.asked
+                    self._foreseen[key] = context.requested
                     scalars = {"loss": losses.total, **{k: v for k, v in losses.parts.items() if k != "loss"}}
                     rows.append(_row(scalars))
                     loss = losses.total

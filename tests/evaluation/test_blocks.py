@@ -27,7 +27,7 @@ def evaluations(study: Comparison) -> int:
 
 def together(studies: list[Comparison]) -> list[dict[str, object]]:
     """The rows of rank 0, the others working beside it."""
-    others = [Thread(target=lambda s=study: s.draw(s.settings())) for study in studies[1:]]
+    others = [Thread(target=lambda s=study: s.generate(s.settings())) for study in studies[1:]]
     for other in others:
         other.start()
     rows = studies[0].rows()

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.evaluation import pipelines
-from distill.evaluation.pipelines import draw, images_at_once
+from distill.evaluation.pipelines import generate_images, images_at_once
 from distill.evaluation.students import load_student
 from distill.models.families import load_teacher
 from distill.models.lora import add_lora, save_lora
@@ -76,6 +76,6 @@ def test_a_half_pipeline_decodes_large_pictures_one_by_one_and_in_what_its_autoe
     pipeline.set_progress_bar_config(disable=True)
     decoded: list[tuple[int, torch.dtype]] = []
     pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: decoded.append((len(args[0]), args[0].dtype)))
-    pictures = draw(pipeline, ["a cat", "two dogs"], [0, 1], steps=1)
+    pictures = generate_images(pipeline, ["a cat", "two dogs"], [0, 1], steps=1)
     assert decoded == [(1, torch.float32)] * 2
     assert pictures.isfinite().all() and pictures.std() > 0

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from distill.diffusion.samplers import pairs
 from distill.evaluation.compare import Setting, generate
-from distill.evaluation.pipelines import draw, load_pipeline, plain_pipeline_agrees, timesteps_of, use_sampler
+from distill.evaluation.pipelines import (
+    generate_images,
+    load_pipeline,
+    plain_pipeline_agrees,
+    timesteps_of,
+    use_sampler,
+)
 from distill.models.families import Teacher, load_teacher
 from distill.models.lora import ADAPTER, add_lora, save_lora
 from tests.tiny import FAMILIES, save_tiny
@@ -67,7 +73,7 @@ def test_a_plain_pipeline_generates_the_same_by_every_sampler_at_all_its_times(
     )
     use_sampler(pipeline, sampler, spacing)
     times = timesteps_of(pipeline, spacing, steps)
-    drawn = draw(pipeline, PROMPTS, SEEDS, steps, timesteps=times) * 2 - 1
+    drawn = generate_images(pipeline, PROMPTS, SEEDS, steps, timesteps=times) * 2 - 1
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
     assert (drawn[0] - drawn[1]).abs().max() > 0.05
 

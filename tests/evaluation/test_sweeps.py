@@ -18,7 +18,7 @@ from distill.commands import sample
 from distill.config.loading import ConfigError, load
 from distill.config.settings import ModelSettings, SampleSettings
 from distill.evaluation.figures import CELL, GAP, HEADER, LABEL_WIDTH
-from distill.evaluation.pipelines import draw, is_student, load_pipeline
+from distill.evaluation.pipelines import generate_images, is_student, load_pipeline
 from distill.evaluation.sweeps import Models, Sweep, SweepSetting, guidance_sweep, lora_sweep, run_sweep, steps_sweep
 from distill.models.lora import LORA_FILE, add_lora, save_lora
 from distill.toy.teacher import teacher_folder
@@ -81,7 +81,7 @@ def test_switched_to_and_fro_each_model_draws_what_it_draws_alone(files: tuple[s
     _, teacher, lora = files
     student, undistilled = SweepSetting(True, 3), SweepSetting(False, 4, 2.5)
     for way, alone in ((student, plain(teacher, lora, 3, 1.0)), (undistilled, plain(teacher, None, 4, 2.5))) * 2:
-        drawn = draw(models.ready(way), PROMPTS[:2], SEEDS[:2], way.steps, way.guidance)
+        drawn = generate_images(models.ready(way), PROMPTS[:2], SEEDS[:2], way.steps, way.guidance)
         assert torch.equal(drawn, alone)
     restored = models.ready(undistilled).scheduler
     original = DiffusionPipeline.from_pretrained(teacher, safety_checker=None).scheduler
@@ -180,7 +180,7 @@ def test_an_exported_network_replaces_the_teachers(whole: Any, tmp_path: Path) -
     whole.unet.save_pretrained(tmp_path / "export" / "unet")
     pipeline = load_pipeline(save_tiny(tmp_path / "teacher"), tmp_path / "export")
     assert is_student(pipeline)
-    drawn, expected = (draw(one, PROMPTS, SEEDS, 2, 7.5) for one in (pipeline, whole))
+    drawn, expected = (generate_images(one, PROMPTS, SEEDS, 2, 7.5) for one in (pipeline, whole))
     assert torch.equal(drawn, expected)
 
 

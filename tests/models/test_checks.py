@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 import distill
-from distill.evaluation.pipelines import draw, load_pipeline
+from distill.evaluation.pipelines import generate_images, load_pipeline
 from distill.models.copied import copy_parts
 from distill.models.families import PARTS, load_teacher, open_pipeline, prompt_tokens
 from distill.models.formats import save_pipeline
@@ -205,7 +205,7 @@ def test_a_tokenizer_that_says_no_length_has_the_encoders(folder: Path) -> None:
     assert prompt_tokens(folder) == TOKENS
     pipeline = load_pipeline(str(folder))
     assert pipeline.tokenizer.model_max_length == TOKENS
-    assert draw(pipeline, ["a cat"], [0], 1).shape[0] == 1
+    assert generate_images(pipeline, ["a cat"], [0], 1).shape[0] == 1
     copy_parts(folder, folder.with_name("copied"))
     copied = json.loads((folder.with_name("copied") / "tokenizer/tokenizer_config.json").read_text())
     assert copied["model_max_length"] == TOKENS, "plain diffusers reads it there"
@@ -217,7 +217,7 @@ def test_a_variant_of_some_parts_is_theirs_and_the_others_are_plain(folder: Path
     half.unet.save_pretrained(folder / "unet", variant="fp16")
     teacher = load_teacher(folder, parts=PARTS, variant="fp16")
     assert teacher.unet.dtype == torch.float32
-    assert draw(load_pipeline(str(folder), variant="fp16"), ["a cat"], [0], 1).isfinite().all()
+    assert generate_images(load_pipeline(str(folder), variant="fp16"), ["a cat"], [0], 1).isfinite().all()
     with pytest.raises(FileNotFoundError, match="of variant 'fp61'"):
         load_teacher(folder, parts=PARTS, variant="fp61")
 
@@ -256,7 +256,7 @@ def test_a_safety_checker_hinders_nothing_whatever_its_state(folder: Path, tmp_p
     )
     whole: Any = DiffusionPipeline.from_pretrained(tmp_path / "export")
     assert (whole.safety_checker is not None) == (checker == "whole")
-    assert draw(load_pipeline(str(tmp_path / "export")), ["a cat"], [0], 1).isfinite().all()
+    assert generate_images(load_pipeline(str(tmp_path / "export")), ["a cat"], [0], 1).isfinite().all()
 
 
 def test_a_student_that_takes_guidance_is_no_teacher_but_opens_as_a_pipeline(tmp_path: Path) -> None:

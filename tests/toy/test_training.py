@@ -56,7 +56,7 @@ def test_the_evaluation_draws_what_the_pipeline_draws() -> None:
     torch.manual_seed(0)
     pipeline = training.toy.build_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    ours = training.draw(pipeline, 20, seed=3, steps=3, spacing="trailing", guidance=2.0)
+    ours = training.generate_images(pipeline, 20, seed=3, steps=3, spacing="trailing", guidance=2.0)
     pipeline.scheduler = training.DDIMScheduler.from_config(
         pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
     )

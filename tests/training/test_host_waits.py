@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.diffusion.prediction import Prediction, to_denoised
-from distill.diffusion.random import Context, Draw, packed
+from distill.diffusion.random import Context, RandomRequest, packed
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method, Turn
@@ -130,13 +130,13 @@ def turns_seen(method: Method, networks: Mapping[str, Any], batch: Batch) -> Ite
     """Of each turn what crosses in its second step, and its draws; within the mode for tensors without numbers."""
     moved = batch.to(GPU)
     for turn in method.turns(0):
-        asked: tuple[Draw, ...] = ()
+        asked: tuple[RandomRequest, ...] = ()
         for step in (0, 1):
             seen, context = Crossings(), Context(0, step, batch.positions)
             with seen:
                 context.foresee(asked, GPU)
                 losses = turn.loss(networks, moved, context)
-            asked = context.asked
+            asked = context.requested
         scalars = [x for x in (losses.total, *losses.parts.values()) if isinstance(x, Tensor)]
         assert {x.device for x in scalars} == {GPU}
         yield turn, seen, context
@@ -153,7 +153,7 @@ def test_of_what_a_turn_draws_there_is_one_copy_to_the_device_and_no_wait(name: 
         batch = tiny_batch(times, (CHANNELS, 4, 4), {"encoder_hidden_states": 32, "text_embeds": 28})
         for turn, seen, context in turns_seen(method, networks, batch):
             assert not seen.waits
-            assert sum(seen.copies.values()) == bool(context.asked), f"{turn.updates}: {dict(seen.copies)}"
+            assert sum(seen.copies.values()) == bool(context.requested), f"{turn.updates}: {dict(seen.copies)}"
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_nor_do_the_networks_of_a_turn_copy_or_wait(name: str, pipeline: str) ->
         batch = tiny_batch(times, teacher.latent_shape, {"encoder_hidden_states": 32, "text_embeds": 28})
         for turn, seen, context in turns_seen(method, networks, batch):
             assert not seen.waits
-            assert sum(seen.copies.values()) == bool(context.asked), f"{turn.updates}: {dict(seen.copies)}"
+            assert sum(seen.copies.values()) == bool(context.requested), f"{turn.updates}: {dict(seen.copies)}"
 
 
 def test_a_number_that_is_made_or_read_within_a_turn_is_seen() -> None:
