@@ -14,10 +14,10 @@ R = TypeVar("R")
 
 
 def read_ahead(workers: Iterable[Callable[[T], R]], items: Iterable[T], ahead: int) -> Generator[R, None, None]:
-    """What a call gives for each item, in their order, of which `ahead` are done, or begun, before they are asked for.
+    """What a call gives for each item, in their order; `ahead` of them are done, or begun, before they are wanted.
 
-    Threads and not processes: reading and checksums let go of the interpreter, and what they give is in memory that
-    needs no copy. The threads end with the generator; a process that ends does not wait for them.
+    Threads and not processes: reading and checksums release the interpreter's lock, and what they give is in memory
+    that needs no copy. The threads end with the generator; a process that ends does not wait for them.
 
     Args:
         workers: a call for each thread, which it alone makes.

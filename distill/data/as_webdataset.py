@@ -25,7 +25,7 @@ def as_webdataset(url: str, shuffle: int = 0, **options: Any) -> webdataset.WebD
 
     Args:
         url: a local folder.
-        shuffle: samples that are kept to draw the next one from, and whether the order of shards is drawn; 0 is none.
+        shuffle: size of the buffer from which the next sample is chosen at random; shards are shuffled too. 0: neither.
         options: of `webdataset.WebDataset`.
 
     Raises:

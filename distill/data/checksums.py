@@ -1,7 +1,7 @@
 """Checksums of what is read of a sample, so that what was written is what is trained on, to the bit.
 
 Beside each shard lies `shard-000000.crc32`: a row of numbers for each of its samples, in their order. A number is the
-CRC-32 of one part that is read as a whole: the head (all of the safetensors payload but the states), each state, and
+CRC-32 of one part that is read at once: the head (all of the safetensors payload but the states), each state, and
 the JSON member. The last one is of the row itself. Each begins from the store and the key, so that a part of another
 sample, or of another store, fits no better than a damaged one. What is read of a sample is checked by one more read of
 a few hundred bytes and a pass over the bytes that are there anyway.
@@ -85,7 +85,7 @@ def check_row(
 
 
 def _chained(pieces: Iterable[memoryview], start: int) -> int:
-    """Of pieces as if they were one."""
+    """The CRC-32 of pieces as if they were one."""
     for piece in pieces:
         start = crc32(piece, start)
     return start

@@ -29,9 +29,9 @@ def is_there(url: str) -> bool:
     return bool(Folder(within(url)).sizes())
 
 
-def heldout_samples(asked: int | Literal["auto"], samples: int) -> int:
-    """How many solves are held out beside so many samples: as many as asked for, or a fiftieth, 64 at most."""
-    return min(samples // SHARE, MOST) if asked == "auto" else asked
+def heldout_samples(wanted: int | Literal["auto"], samples: int) -> int:
+    """How many solves are held out beside so many samples: as many as wanted, or a fiftieth, 64 at most."""
+    return min(samples // SHARE, MOST) if wanted == "auto" else wanted
 
 
 def heldout_plan(plan: StorePlan, samples: int) -> StorePlan:

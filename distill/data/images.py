@@ -45,7 +45,7 @@ LIMIT = MAX_BYTES + 1
 GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """What makes one file unreadable for good. Other errors may pass: the listing stops, and is taken up again."""
 
-_Told = Callable[[], str]
+_Caption = Callable[[], str]
 
 
 class File(NamedTuple):
@@ -111,10 +111,10 @@ class Listing:
         return [picture.caption for picture in self.pictures]
 
     def read(self, indices: Sequence[int]) -> list[bytes | BadPicture]:
-        """The files of these pictures; remote ones in parallel. Of one that is gone or has changed, why it is left out.
+        """The files of these pictures, remote ones in parallel; for one that is gone or has changed, why it is left out.
 
         Raises:
-            ReadError: what they are read from is gone as a whole, or cannot be read for a while; names it.
+            ReadError: the shard or folder itself is gone, or cannot be read for a while; names it.
         """
         wanted, patience = [self.pictures[i] for i in indices], Patience()
         starts, ends = [p.start for p in wanted], [p.start + p.size for p in wanted]
@@ -257,12 +257,12 @@ class _Shard:
         return _basename(self.file.path)
 
     def locate(self, name: str) -> tuple[str, str]:
-        """Path, and name for people, of a picture of this source."""
+        """The path of a picture of this source, and its name for people."""
         return self.file.path, f"{self.name}/{name}"
 
     def scan(self, accept: Accept, seen: Callable[[int], None]) -> Iterator[dict[str, Any]]:
         """Lines of the listing, in the order of keys."""
-        told = 0
+        reported = 0
         with self.file as stream:
             try:
                 members = list(tar.walk(stream))
@@ -270,11 +270,11 @@ class _Shard:
                 raise ValueError(f"pictures in {self.file.path}: {error}") from None
             for candidate in sorted(_candidates(stream, members, accept.column), key=lambda c: (c.name, c.start)):
                 yield candidate.facts(accept)
-                if (done := (candidate.start + candidate.size) >> 20) > told:  # keys mostly rise as places do
-                    seen(done - told)
-                    told = done
+                if (done := (candidate.start + candidate.size) >> 20) > reported:  # keys mostly rise as places do
+                    seen(done - reported)
+                    reported = done
         yield from _unread(member.name for member in members)
-        seen(self.work - told)
+        seen(self.work - reported)
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class _PictureFolder:
 
     @property
     def bytes(self) -> int:
-        """Of pictures and of what holds captions."""
+        """Bytes of the pictures and of the files that hold captions."""
         return sum(file.size for name, file in self.files.items() if _is_read(name))
 
     @property
@@ -307,18 +307,20 @@ class _PictureFolder:
         return f"{file_system(url)[1]}/".startswith(f"{self.path}/")
 
     def scan(self, accept: Accept, seen: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-        told, texts = self._told(accept.column), dict[str, dict[str, str]]()
+        listed, texts = self._captions_of_metadata(accept.column), dict[str, dict[str, str]]()
         for name in self.files:
             if _ending(name) in CAPTION_ENDINGS:
                 texts.setdefault(_stem(name), {})[_ending(name)] = name
-        for name in sorted({*self.files, *told}):
-            if _ending(name) in ENDINGS or name in told:
-                yield self._candidate(name, told.get(name), texts.get(_stem(name), {}), accept.column).facts(accept)
+        for name in sorted({*self.files, *listed}):
+            if _ending(name) in ENDINGS or name in listed:
+                yield self._candidate(name, listed.get(name), texts.get(_stem(name), {}), accept.column).facts(accept)
             if name in self.files:
                 seen(1)
-        yield from _unread(name for name in self.files if name not in told)
+        yield from _unread(name for name in self.files if name not in listed)
 
-    def _candidate(self, name: str, told: _Told | None, texts: Mapping[str, str], column: str | None) -> _Candidate:
+    def _candidate(
+        self, name: str, listed: _Caption | None, texts: Mapping[str, str], column: str | None
+    ) -> _Candidate:
         file = self.files.get(name, NOT_THERE)
         problem, path = (
             ("no such file" if file is NOT_THERE else file.problem and "cannot be read"),
@@ -328,20 +330,20 @@ class _PictureFolder:
             problem = f"not {', '.join(ENDINGS)}"
 
         def caption() -> str:
-            if told is not None:
-                return told()
+            if listed is not None:
+                return listed()
             found = {ending: self.fs.cat_file(f"{self.path}/{text}", 0, LIMIT) for ending, text in texts.items()}
             return caption_in_files(_basename(_stem(name)), found, column)
 
         def read(start: int, end: int) -> bytes:
             return self.fs.cat_file(path, start, end)
 
-        looked_for = "its line of metadata.jsonl" if told is not None else ", ".join(_beside(name))
+        looked_for = "its line of metadata.jsonl" if listed is not None else ", ".join(_beside(name))
         return _Candidate(name, file.size, read, caption, looked_for, problem=problem, detail=file.problem)
 
-    def _told(self, column: str | None) -> dict[str, _Told]:
+    def _captions_of_metadata(self, column: str | None) -> dict[str, _Caption]:
         """What reads their captions, by relative name, from every metadata.jsonl."""
-        found: dict[str, _Told] = {}
+        found: dict[str, _Caption] = {}
         for file in sorted(self.files):
             if _basename(file) != METADATA:
                 continue
@@ -496,7 +498,7 @@ def _metadata_row(line: str, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def _reason(error: OSError) -> str:
-    """Of a file that cannot be read, without its name."""
+    """Why a file cannot be read, without its name."""
     return error.strerror or type(error).__name__
 
 

@@ -38,7 +38,7 @@ INDEX, PLAN, UNCONDITIONAL = "index.json", "plan.json", "unconditional.safetenso
 NUMBERS = {"guidance": float, "times": int}
 COUNTS = ("solver_steps", "resolution", "samples", "samples_per_shard", "batch_size")
 MOST, MOST_BYTES = 10**12, 2**62
-"""Of samples and other things that are counted, and of a shard's bytes: arithmetic stays within 64 bits."""
+"""The most samples (and whatever else is counted), and bytes of a shard: arithmetic stays within 64 bits."""
 KINDS = ("trajectories", "pictures")
 TEACHER_DTYPES = ("float32", "float16", "bfloat16")
 NO_SOLVE = "none"
@@ -73,7 +73,7 @@ SETTINGS = {
 
 
 class StoreMismatch(StoreError):
-    """A store and what is asked of it differ; the message names both values."""
+    """A store and what is wanted of it differ; the message names both values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class StorePlan:
         schedule_fingerprint: `NoiseSchedule.fingerprint`.
         solver, solver_steps, spacing: the ODE solve, and the grid it runs on (`make_times`); none, 0 and none for
             pictures.
-        guidance: w of every sample, or [w_min, w_max] when each draws its own; w = 1 is none.
+        guidance: w of every sample, or [w_min, w_max] when each has a random one of its own; w = 1 is none.
         times: those of the states kept, falling (`kept_times`).
         dtype: of the states: float16 or float32.
         resolution: of the images, in pixels.
@@ -225,7 +225,7 @@ PROVENANCE = ("teacher_id", "teacher_hash", "schedule_fingerprint", "solver", "s
 
 
 OPTIONAL = ("skipped", "crc32")
-"""Of a shard: what is not written down where it is empty."""
+"""Fields of a shard that are not written down where they are empty."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreIndex(StorePlan):
-    """A plan, and what has been written of it: the shards that are whole, and what is in each sample."""
+    """A plan, and what has been written of it: the finished shards, and what is in each sample."""
 
     layout: Layout
     shards: tuple[ShardInfo, ...]

@@ -47,7 +47,7 @@ def make_loader(
     """A loader of this rank's micro-batches, from optimizer step `start_step` on; nothing is fast-forwarded.
 
     Args:
-        reads: which states of each trajectory, at an optimizer step; they are drawn from (seed, position).
+        reads: which states of each trajectory, at an optimizer step; they are random, by (seed, position).
         num_workers: threads that read ahead, each `prefetch_factor` micro-batches; 0 reads when a batch is wanted.
         prompts: read every sample's prompt too, and that of the next one.
         changes: of the global batch's size; see `BatchShare`.
@@ -113,7 +113,7 @@ class Loader:
             log.warning("skipped %s (%d of %d allowed)", problem, len(self.skipped), self.allowed)
 
     def _batch(self, found: Found) -> Batch:
-        """Of the prompts there is one more, that of the sample which follows the micro-batch."""
+        """A micro-batch; `found` has one prompt more than it has samples, that of the next sample."""
         B, rows = len(found.positions) - self._prompts, found.rows
         conditioning = {name: x[:B] for name, x in rows.conditioning.items()}
         empty = {name: x.expand(B, *x.shape[1:]) for name, x in self.store.unconditional.items()}

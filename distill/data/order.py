@@ -2,7 +2,7 @@
 
 Positions number the samples of a run from 0 on; step s of a run with global batch G covers [s G, (s + 1) G). Where the
 batch changes its size within a run, each step begins where the one before has ended. Each N positions are an epoch, in
-which every one of N samples stands once, in an order drawn from (seed, epoch). An epoch may end within a batch, which
+which every one of N samples stands once, in a random order by (seed, epoch). An epoch may end within a batch, which
 is then filled from the next: there is no tail to drop, and no rank has fewer steps.
 """
 
@@ -77,7 +77,7 @@ class BatchShare:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of a rank in a step."""
+        """How many micro-batches a rank has in a step."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
     def step_of(self, position: int) -> int:
@@ -111,7 +111,7 @@ class BatchShare:
         return first + (step - start) * size, size
 
     def _parts(self) -> list[tuple[int, int, int]]:
-        """Of each part of the run with batches of one size: its first position, its first step, the size."""
+        """The parts of the run with batches of one size: first position, first step, and size of each."""
         parts = [(0, 0, self.global_batch_size)]
         for step, size in self.changes:
             first, start, before = parts[-1]

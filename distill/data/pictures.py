@@ -16,7 +16,7 @@ from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 80_000_000
-"""Of one picture: 0.3 GB once decoded. (Pillow itself warns from 89 million on.)"""
+"""The most pixels of a picture: 0.3 GB once decoded. (Pillow itself warns from 89 million on.)"""
 CROPS = ("center", "random")
 
 
@@ -65,7 +65,7 @@ def upright(data: bytes) -> Image.Image:
 def cut_square(data: bytes, side: int, generator: torch.Generator | None = None) -> Square:
     """Decodes a picture, turns it upright (EXIF), resizes its shorter side to `side` pixels and cuts a square of it.
 
-    The square is the middle one, or drawn uniformly with `generator`. What is transparent becomes white.
+    The square is the middle one, or a uniformly random one by `generator`. What is transparent becomes white.
 
     Raises:
         BadPicture: it cannot be decoded to its end, or has more than `MAX_PIXELS`.

@@ -37,8 +37,8 @@ def read_prompts(source: str | Sequence[str], column: str | None = None) -> list
     """Reads every prompt of a source, in order; empty ones are left out. Sample i of a store has prompt i mod n.
 
     Args:
-        source: a list of prompts, which may be empty texts, or one prompt; or a path or fsspec URL, told apart by its
-            ending: `.txt` (a prompt a line), `.jsonl` (a string or an object a line), `.json` (a list, or COCO's
+        source: a list of prompts, which may be empty texts, or one prompt; or a path or fsspec URL, read by its
+            ending: `.txt` (a prompt per line), `.jsonl` (a string or an object per line), `.json` (a list, or COCO's
             captions), `.csv`, `.tsv` (which knows no quoting), `.parquet`, or `.tar` with captions as `KEY.txt`,
             `KEY.caption` or an entry of `KEY.json`. `*` and `?` match several files, read in order of their names.
         column: of objects and tables; by default the first there is of `prompt`, `caption` and `text`. In JSON and
@@ -133,7 +133,7 @@ def _json(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
 
 
 def _csv(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
-    """Of RFC 4180, strictly: a quotation mark that is not closed would swallow the rest of the file."""
+    """Captions of a CSV file, read strictly (RFC 4180): an open quotation mark would swallow the rest of the file."""
     rows = csv.reader(_lines(stream, path), strict=True)
 
     def numbered() -> Iterator[tuple[int, list[str]]]:

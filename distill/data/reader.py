@@ -1,4 +1,4 @@
-"""Reads a trajectory store: of each sample only the states that are asked for.
+"""Reads a trajectory store: of each sample only the states that are wanted.
 
 A sample's head (its tar header, safetensors header, times, guidance and conditioning) and each of its states are byte
 ranges known from the index alone, read straight into the tensors of a batch (see `rows`). The head is compared with
@@ -42,7 +42,7 @@ from distill.diffusion.prediction import Conditioning
 
 log = logging.getLogger(__name__)
 MOST_KEPT_BYTES = 1 << 26
-"""Of checksums, in each process; those of a larger store are read again with each sample."""
+"""The most bytes of checksums that a process keeps; those of a larger store are read with each sample."""
 MAX_UNCONDITIONAL_BYTES = 1 << 28
 Request = tuple[int, tuple[int, ...]]
 """Index of a sample, and places of the states wanted."""
@@ -97,7 +97,7 @@ def open_store(
 
 
 def _check_permissions(folder: Folder) -> None:
-    """Raises StoreError for what this user may not read: time mends other failures, but not that one."""
+    """Raises StoreError for what this user may not read: other failures may pass with time, but not that one."""
     if folder.local is None:
         return
     for path, needed in ((folder.local, os.R_OK | os.X_OK), (folder.local / INDEX, os.R_OK)):
@@ -174,7 +174,7 @@ class Store:
     def read(self, i: int, states: Sequence[int] | None = None, prompts: bool = False) -> Sample:
         """Sample i with the states at these places of `index.times` (all of them by default), in the order given.
 
-        Its prompt is read only if `prompts` asks for it.
+        Its prompt is read only with `prompts`.
 
         Raises:
             BadSample: it is not what the index says and was written, or not finite; names its key and shard.
@@ -329,7 +329,7 @@ class Reading:
         self.rows, self.row, self.states = rows, row, states
         self._parts = [(part, rows.buffer(part, row, states)) for span in spans for part in span.parts]
         self.buffers = {part.name: buffer for part, buffer in self._parts}
-        """Of what there is but one of, by name."""
+        """The buffers of parts that a sample has once, by name."""
 
     def requests(self) -> Iterator[Scattered]:
         """What to read, span by span."""
@@ -396,7 +396,7 @@ def _check_sizes(folder: Folder, index: StoreIndex, tolerant: bool) -> None:
         name, expected = checksums_name(shard.name), shard.samples * row_bytes(len(index.times))
         if shard.crc32 and sizes.get(name) != expected:
             found = f"has {sizes[name]} bytes, not {expected}" if name in sizes else "is missing"
-            again = f"distill verify {folder.url} add_checksums=true makes it anew"
+            again = f"distill verify {folder.url} add_checksums=true writes it again"
             raise BadShard(f"{name} of {folder.url} {found}: {again}")
 
 

@@ -136,7 +136,7 @@ class Sample:
     """Some states of one trajectory.
 
     `states` [n, C, h, w] at `times` [n] (int64); `conditioning` holds tensors without a batch dimension; `prompt` is
-    read where it is asked for.
+    read only where it is wanted.
     """
 
     key: str

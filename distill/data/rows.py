@@ -170,5 +170,5 @@ class Rows:
 def _bytes_of(x: Tensor) -> memoryview:
     if math.prod(x.shape) == 0:
         return memoryview(b"")
-    whole: Any = x.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(whole).cast("B")
+    data: Any = x.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data).cast("B")

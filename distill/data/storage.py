@@ -37,7 +37,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 MOST_OPEN_FILES = 128
 STREAM_BYTES = 1 << 22
 CLAIM_SECONDS = 60.0
-"""After which whoever claimed a name, and has not published the file, counts as dead."""
+"""A process that claimed a name and has not published the file for so long counts as dead."""
 STALE_SECONDS = 24 * 3600
 HOST = re.sub("[^A-Za-z0-9]", "-", socket.gethostname())
 TEMPORARY = re.compile(r".+\.(?P<host>[A-Za-z0-9-]+)\.[0-9a-f]{12}\.tmp")
@@ -131,12 +131,12 @@ class Folder:
         return found
 
     def read(self, name: str) -> bytes:
-        """A whole small file. Raises FileNotFoundError, at once, and ReadError."""
+        """All bytes of a small file. Raises FileNotFoundError, at once, and ReadError."""
 
-        def whole() -> bytes:
+        def content() -> bytes:
             return (self.local / name).read_bytes() if self.local is not None else self.fs.cat_file(self.path(name))
 
-        return self._tried(self.path(name), whole)
+        return self._tried(self.path(name), content)
 
     def open(self, name: str, size: int) -> io.BufferedReader:
         """A stream over the `size` bytes of a file, to be read from start to end; its reads may raise ReadError."""
@@ -254,7 +254,7 @@ class Folder:
         return self._open[name].fileno()
 
     def forget(self, *names: str) -> None:
-        """Opens these files anew when they are read next: others may have replaced them."""
+        """Opens these files again when they are read next: others may have replaced them."""
         for name in names:
             if name in self._open:
                 with suppress(OSError):
@@ -288,7 +288,7 @@ class Folder:
         remove_stale(self.staging)
 
     def publish(self, name: str, data: bytes) -> None:
-        """Writes a file that is either whole or absent, whenever the process dies."""
+        """Writes a file that is either complete or absent, whenever the process dies."""
         if self.local is None:
             self.fs.pipe_file(self.path(name), data)
             return
@@ -324,7 +324,7 @@ class Folder:
             commit(path, file, self.local / name)
         else:
             file.flush()
-            self.fs.put_file(str(path), self.path(name))  # object stores show an object once it is whole
+            self.fs.put_file(str(path), self.path(name))  # object stores show an object once it is complete
 
 
 class Patience:
@@ -445,7 +445,7 @@ def sync(file: IO[bytes]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable; nothing on file systems that cannot be asked to."""
+    """Makes the names in a folder durable; nothing on file systems that cannot do it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

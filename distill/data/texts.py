@@ -14,9 +14,9 @@ COLUMNS = ("prompt", "caption", "text")
 PLAIN, JSON = (".txt", ".caption"), ".json"
 """Endings of the files that hold a picture's caption beside it. (`.caption` is how sd-scripts writes them.)"""
 MAX_BYTES = 1 << 20
-"""Of a file that holds one caption, such as `KEY.txt` or `KEY.json`."""
+"""The most bytes of a file that holds one caption, such as `KEY.txt` or `KEY.json`."""
 MAX_CHARACTERS = 10_000
-"""Of a caption. Text encoders read its first 77 tokens, and tokenizing a text of megabytes takes minutes."""
+"""The most characters of a caption: text encoders read 77 tokens, and tokenizing megabytes takes minutes."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
@@ -172,7 +172,7 @@ def coco_captions(content: Any) -> tuple[list[str], list[str]]:
 
 
 def entries_of(content: Any) -> list[Any]:
-    """The entries of a whole JSON file: of a list, or the values of an object of objects, as MJHQ-30K has them.
+    """The entries of a JSON file: of a list, or the values of an object of objects, as MJHQ-30K has them.
 
     Raises:
         ValueError: it is neither.

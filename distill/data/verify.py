@@ -45,7 +45,7 @@ def verify_shard(
 ) -> ShardReport:
     """Checks a shard's size, sha256, tar structure and checksums, and every sample's schema, times, numbers and facts.
 
-    One pass over the file, one sample in memory. `seen` is told of each sample.
+    One pass over the file, one sample in memory. `seen` is called after each sample.
 
     Raises:
         ReadError: the shard cannot be read.
@@ -78,10 +78,10 @@ def add_checksums(
 def _checksums_problem(folder: Folder, shard: ShardInfo, rows: bytes) -> str | None:
     name = checksums_name(shard.name)
     if name not in folder.sizes():
-        return f"{name} is missing; add_checksums=true makes it anew"
+        return f"{name} is missing; add_checksums=true writes it again"
     (data,) = folder.ranges([(name, 0, len(rows) + 1)])
     if bytes(data) != rows or f"{zlib.crc32(data):08x}" != shard.crc32:
-        return f"{name} does not hold the checksums of its samples; add_checksums=true makes it anew"
+        return f"{name} does not hold the checksums of its samples; add_checksums=true writes it again"
     return None
 
 
@@ -106,7 +106,7 @@ def _verified(
             if file.read(len(tar.END) + 1) != tar.END:
                 problems.append(f"no end mark at byte {file.at}, after its last sample")
         except StoreError as error:
-            problems.append(str(error))  # the tar itself is broken here: no telling what follows
+            problems.append(str(error))  # the tar itself is broken here: what follows cannot be read
         while file.read(1 << 22):
             pass
     if file.sha256.hexdigest() != shard.sha256:

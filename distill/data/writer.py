@@ -2,8 +2,8 @@
 
 The teacher arrives as a function; nothing here knows a model. Work is split by shard and the processes never talk: each
 writes its shards, a note beside every finished one, and an index made from all the notes it sees. A process may die at
-any moment. Started again it skips what is finished and redoes the shard it was in. Asked for more samples than a store
-has, it adds those that are missing.
+any moment. Started again it skips what is finished and redoes the shard it was in. If the plan has more samples than a
+store, it adds those that are missing.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def write_store(
     """Writes this process's shards of a store, and the index over everybody's.
 
     A store that has fewer samples than the plan grows: full shards stay as they are, and the new ones are what they
-    would be if all had been written at once. A last shard that was not full is written anew, whole; until that is
-    done the store is unfinished. Without such a shard it stays what it was until it has grown.
+    would be if all had been written at once. A last shard that was not full is written again, with all its samples;
+    until then the store is unfinished. Without such a shard it stays what it was until it has grown.
 
     Args:
         url: a folder or an fsspec URL.
@@ -217,15 +217,15 @@ class Notes:
         self._read: dict[int, tuple[ShardInfo, str, tuple[str, ...]]] = {}
 
     def finished(self, shards: Iterable[int] | None = None) -> dict[int, ShardInfo]:
-        """Of these shards (or of all), the ones with a note of this plan and a file of the size it says."""
+        """Those of these shards (or of all) with a note of this plan and a file of the size it says."""
         sizes = self.folder.sizes()
-        asked = range(self.plan.planned_shards) if shards is None else shards
-        noted = [shard for shard in asked if note_name(shard) in sizes]
+        wanted = range(self.plan.planned_shards) if shards is None else shards
+        noted = [shard for shard in wanted if note_name(shard) in sizes]
         self._read_notes({shard: sizes[note_name(shard)] for shard in noted if shard not in self._read})
         found = {shard: self._read[shard][0] for shard in noted if shard in self._read}
-        return {shard: info for shard, info in found.items() if self._is_whole(info, sizes)}
+        return {shard: info for shard, info in found.items() if self._is_complete(info, sizes)}
 
-    def _is_whole(self, info: ShardInfo, sizes: Mapping[str, int]) -> bool:
+    def _is_complete(self, info: ShardInfo, sizes: Mapping[str, int]) -> bool:
         checked = not info.crc32 or sizes.get(checksums_name(info.name)) == info.samples * row_bytes(
             len(self.plan.times)
         )
@@ -233,7 +233,7 @@ class Notes:
 
     @property
     def shows_growth(self) -> bool:
-        """Whether the index cannot stay while the store grows: a shard that it lists is to be written anew."""
+        """Whether the index cannot stay while the store grows: a shard that it lists is to be written again."""
         return any(one.samples % one.samples_per_shard for one in self.earlier)
 
     def _stays(self, shards: Mapping[int, ShardInfo]) -> bool:
@@ -250,7 +250,7 @@ class Notes:
         """Writes the index over all finished shards.
 
         Two processes may do so at once, and the one that saw less may come last. So each looks again after it wrote,
-        until what it wrote is all there is: whoever is last has listed everything. There is none over shards that
+        until what it wrote is all there is: the last process has listed everything. There is none over shards that
         hold no sample.
         """
         listed: set[int] | None = None
@@ -281,7 +281,7 @@ class Notes:
         log.warning("%s", said)
 
     def _read_notes(self, sizes: Mapping[int, int]) -> None:
-        self.folder.forget(*map(note_name, sizes))  # those of a shard that is written anew are replaced
+        self.folder.forget(*map(note_name, sizes))  # those of a shard that is written again are replaced
         found = self.folder.ranges([(note_name(shard), 0, size) for shard, size in sizes.items()])
         for shard, data in zip(sizes, found, strict=True):
             note = f"{note_name(shard)} of {self.folder.url}"
@@ -399,14 +399,14 @@ def _check(trajectory: Trajectory, plan: StorePlan, key: str, B: int) -> None:
 
 
 def _as_recorded(folder: Folder, plan: StorePlan) -> StorePlan:
-    """The plan, without what a store that earlier versions began says nothing of: it goes on without."""
+    """The plan, without what a store that an earlier version began does not record: it continues without."""
     try:
         facts = load_facts(folder.read(PLAN), f"{PLAN} of {folder.url}")
     except FileNotFoundError:
         return plan
     unsaid: dict[str, Any] = {name: "" for name in LATER if getattr(plan, name) and name not in facts}
     if unsaid:
-        log.warning("%s does not record %s, and goes on without", folder.url, ", ".join(unsaid))
+        log.warning("%s does not record %s, and continues without", folder.url, ", ".join(unsaid))
     return replace(plan, **unsaid)
 
 

@@ -109,8 +109,8 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
 
 
 def variant_of(folder: Path, component: str, variant: str | None) -> str | None:
-    """The variant in which a component is there: as in diffusers, None if it lacks this one and another component of the
-    pipeline has it."""
+    """The variant in which a component is there: as in diffusers, None if it lacks this one and another component
+    of the pipeline has it."""
     if variant is None or _weights(folder, component, variant):
         return variant
     return None if any(folder.glob(f"*/*.{variant}*.safetensors")) else variant

@@ -81,7 +81,7 @@ def test_a_store_that_does_not_say_what_its_teacher_computed_in_grows_without(
     write(tmp_path / "store", SMALL)
     assert "teacher_dtype" not in (tmp_path / "store" / INDEX).read_text()
     write(tmp_path / "store", replace(LARGE, teacher_dtype="float16"))
-    assert "does not record teacher_dtype, and goes on without" in caplog.text
+    assert "does not record teacher_dtype, and continues without" in caplog.text
     assert without_plan(files(tmp_path / "store")) == without_plan(files(write(tmp_path / "once", LARGE)))
 
 
