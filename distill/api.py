@@ -1,7 +1,7 @@
 """The commands as functions, for notebooks and programs of one's own.
 
 Each takes settings as the command line does, `"key=value"`, or as arguments, `key=value`; where both are given, the
-latter count. What a person has to mend is a `ConfigError`, a `StoreError` or a `FileNotFoundError`, in one line.
+latter count. What a person has to correct is a `ConfigError`, a `StoreError` or a `FileNotFoundError`, in one line.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_an_alarm_ends_a_run_that_is_told_to_stop(settings: list[str], tmp_path:
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 3, ended.stderr
     assert ended.stderr.count("WARNING chance: discriminator does no better than guessing") == 1
-    assert ended.stderr.splitlines()[-1].endswith("ended at step 4, for chance; health.stop=false goes on")
+    assert ended.stderr.splitlines()[-1].endswith("ended at step 4, for chance; health.stop=false continues")
     assert [row.get("alarm/chance") for row in metrics(tmp_path / "run")] == [None, None, None, 1]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"
     assert not any((tmp_path / "run" / name).exists() for name in ("DONE", "PREEMPTED"))

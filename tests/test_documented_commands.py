@@ -122,7 +122,7 @@ def bytes_of(command: Documented, whole: bool) -> float:
     """Of a GPU. Without a walk, one sample is as large as the largest of docs/recipes.md."""
     if command.name in ("evaluate", "sample"):  # of SDXL, where the page does not say
         model = load("plan", PlanSettings, ["model=sdxl"]).model
-        return answering(model.model_dump_json(), "dtype=bfloat16" in command.settings).drawing_bytes(
+        return answering(model.model_dump_json(), "dtype=bfloat16" in command.settings).sampling_bytes(
             int(command.value("batch_size", "8"))
         )
     if any(s.startswith("chain=") for s in command.settings):

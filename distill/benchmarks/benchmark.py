@@ -8,7 +8,7 @@ distill benchmark memory               # what the experiments hold, counted with
 distill benchmark reader               # planned reads against a sequential read of the same bytes
 distill benchmark checksums            # what comparing all that is read with its checksums costs
 distill benchmark start                # from an index to the first batch, for 10^3, 10^5, 10^7 samples
-distill benchmark sample size=toy      # seconds a picture of teacher and student, here and in diffusers' own pipeline
+distill benchmark sample size=toy      # seconds per picture of teacher and student, here and in diffusers' own pipeline
 distill benchmark gpu                  # what only a GPU can show, within 8 minutes; size=tiny tries it on a CPU
 """
 
@@ -179,7 +179,7 @@ def bench_reader(samples: int, workers: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(folder, config, (128, 128), 77, samples=samples, solver_steps=40)
         shards = sorted(Path(folder).glob("shard-*.tar"))
-        whole = sum(shard.stat().st_size for shard in shards)
+        total = sum(shard.stat().st_size for shard in shards)
         ratios, rates = [], []
         for repeat in range(3):
             loader = make_loader(
@@ -194,8 +194,8 @@ def bench_reader(samples: int, workers: int) -> None:
             rates.append((samples - 8) / seconds)
             del batches
         print(f"{samples} samples of 41 states [4, 128, 128] fp16 and text [77, 2048]; {machine('cpu')}")
-        print(f"  stored a sample            {whole / samples / 2**20:8.2f} MiB")
-        print(f"  read a sample, planned     {before / 2**20:8.2f} MiB")
+        print(f"  stored per sample          {total / samples / 2**20:8.2f} MiB")
+        print(f"  read per sample, planned   {before / 2**20:8.2f} MiB")
         print(f"  planned reads              {median(rates):8.1f} samples/s, {workers} worker(s), batches assembled")
         print(f"  time against the same bytes read in a row {median(ratios):5.2f} x")
 
@@ -218,8 +218,10 @@ def bench_checksums() -> None:
                 for name, one in (("with", store), ("without", bare)):
                     took, _ = timed(partial(one.read_many, list(enumerate(picks))))
                     seconds[name].append(took / 64)
-            checked, plain = (1e3 * median(seconds[name]) for name in ("with", "without"))
-            print(f"{size:>5}: {checked:.3f} ms a sample, {plain:.3f} without checksums: {checked - plain:.3f} ms more")
+            checked, unchecked = (1e3 * median(seconds[name]) for name in ("with", "without"))
+            print(
+                f"{size:>5}: {checked:.3f} ms per sample, {unchecked:.3f} without checksums: {checked - unchecked:.3f} ms more"
+            )
 
 
 def without_checksums(index: StoreIndex) -> StoreIndex:
@@ -247,7 +249,7 @@ def read_in_a_row(files: Sequence[Path], wanted: float) -> int:
 
 
 def bench_start(counts: Sequence[int]) -> None:
-    """Synthetic indexes over one real shard's layout; the first batch's order is drawn, its bytes are not read."""
+    """Synthetic indexes over one real shard's layout; the first batch's order is computed, its bytes are not read."""
     from distill.data.order import BatchShare, Order
 
     with tempfile.TemporaryDirectory() as folder:

@@ -271,7 +271,7 @@ class Measured:
 
 
 def lcm_section(bench: GPUBenchmark, size: str, batches: Batches, compiled: Batches, repeats: int) -> None:
-    """LCM-LoRA's step on stored states: plain, checkpointed and compiled; and the usual recipe on the same card."""
+    """LCM-LoRA's step on stored states: as it is, checkpointed and compiled; and the usual recipe on the same card."""
     shared = 2 if bench.tiny else 4  # samples of what is compared with the recipe
     own_rows(bench, size, batches, compiled, shared, repeats)
     free_memory()  # the recipe has all of the card, too
@@ -314,7 +314,7 @@ def compiled_rows(of: Measured, unet: Any, batches: Batches, repeats: int) -> No
 
 
 def recipe(bench: GPUBenchmark, size: str, model: Model, B: int, repeats: int) -> None:
-    """The step of the usual scripts: autoencoder and text encoders in it, a second UNet asked twice; checkpointed."""
+    """The step of the usual scripts: autoencoder and text encoders in it, a second UNet called twice; checkpointed."""
     if bench.short_of(60, "recipe", size):
         return
     where = (bench.device, bench.dtype)
@@ -342,7 +342,7 @@ def sd15_section(bench: GPUBenchmark) -> None:
 
 
 def lightning_section(bench: GPUBenchmark) -> None:
-    """Both turns of adversarial training: a LoRA student, its network as teacher, the discriminator whole."""
+    """Both turns of adversarial training: a LoRA student, its network as teacher, all of the discriminator trained."""
     model = bench.model("sdxl")
     for conditional in (False, True):
         if bench.short_of(70, "lightning", f"conditional={conditional}"):
@@ -400,7 +400,7 @@ def repeat_section(bench: GPUBenchmark) -> None:
 
 
 def repeated(bench: GPUBenchmark) -> dict[str, Any]:
-    """Of two runs of three steps: how many weights there are, how many differ and by how much; seconds of a step."""
+    """Compares two runs of three steps: how many weights differ, of how many, and by how much; seconds of a step."""
     model, ends, seconds = bench.model("sd15"), [], []
     for _ in range(2):
         unet = model.build_unet(bench.device, bench.dtype)
@@ -469,7 +469,7 @@ def train_commands(bench: GPUBenchmark, out: str, few: Sequence[str]) -> None:
 
 
 def quickstart_section(bench: GPUBenchmark) -> None:
-    """The quickstart as it is typed, with a judged report, if there is time."""
+    """The quickstart as it is typed, with its evaluation, if there is time."""
     if bench.tiny:
         return bench.note("command", name="quickstart", skipped="size=tiny")
     if not bench.short_of(60, "command", "quickstart"):

@@ -1,7 +1,7 @@
 """`distill benchmark lcm`: LCM-LoRA's step here, from either source, beside the step of the usual scripts.
 
 The usual step (diffusers' examples/consistency_distillation, written here from its description) encodes the raw picture
-and the prompt, asks a second copy of the UNet with the prompt and without it one after the other, and then trains.
+and the prompt, calls a second copy of the UNet with the prompt and without it one after the other, and then trains.
 Each variant runs in processes of its own, in turn, so that its peak memory is its own. Networks are of the real sizes,
 with random weights; pictures are in memory already, so that reading and decoding them costs the usual step nothing.
 """

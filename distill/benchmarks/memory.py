@@ -40,7 +40,7 @@ ADVERSARIAL = {  # student; teacher; discriminator
 
 @dataclass(frozen=True)
 class Walked:
-    """A run's weights and activations (bytes of a sample, at most over its turns: plain, recomputed)."""
+    """A run's weights and activations (bytes per sample, at most over its turns: kept, recomputed)."""
 
     cfg: TrainSettings
     method: Method
@@ -111,10 +111,10 @@ def adversarial(size: str = "sdxl") -> None:
             stage: run.held(dict(zip(("student", "discriminator"), engines, strict=True)), RANKS)
             for stage, engines in STAGES.items()
         }
-        student, judge = (run.trained[n].trained / 1e6 for n in ("student", "discriminator"))
+        student, discriminator = (run.trained[n].trained / 1e6 for n in ("student", "discriminator"))
         most = [most_samples(USABLE * GIB, by_stage["2"], x) for x in run.activations]
         print(
-            f"| {name} | {student:.0f} + {judge:.0f} | "
+            f"| {name} | {student:.0f} + {discriminator:.0f} | "
             + " | ".join(f"{h.total(0) / GIB:.1f}" for h in by_stage.values())
             + f" | {run.activations[0] / GIB:.1f} | {run.activations[1] / GIB:.2f} | {most[0]}, {most[1]} |",
             flush=True,

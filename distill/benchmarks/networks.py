@@ -109,7 +109,7 @@ MODELS = {
 
 
 def build_pipeline(model: Model, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """A plain diffusers pipeline of a model's networks."""
+    """A stock diffusers pipeline of a model's networks."""
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
     )
@@ -125,8 +125,8 @@ def build_pipeline(model: Model, device: torch.device | str, dtype: torch.dtype)
         parts |= {"tokenizer_2": byte_tokenizer(model.tokens), "text_encoder_2": encoders[1]}
         pipeline: Any = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:
-        plain = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionPipeline(**parts, **plain)
+        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline(**parts, **nothing)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

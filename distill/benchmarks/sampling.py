@@ -1,6 +1,6 @@
 """`distill benchmark sample`: what a picture of a teacher and of its student costs, here and in diffusers.
 
-Of each number of steps: seconds from a prompt to one picture, and pictures a second of a batch, text encoders and
+For each number of steps: seconds from a prompt to one picture, and pictures per second of a batch, text encoders and
 autoencoder included. The teacher takes 25 guided steps, as in the announcement of LCM-LoRA, whose 7 and 10 times faster
 pictures these are (4 steps without guidance). A LoRA is measured as it is loaded, and merged into the weights. Networks
 are of the real sizes; what they have learnt makes no difference.
@@ -131,13 +131,13 @@ def measured(models: SampledModel, repeats: int, batch_size: int) -> list[dict[s
 
 
 def theirs(models: SampledModel, spacing: str, guidance: float, B: int, steps: int) -> Tensor:
-    """By diffusers' own pipeline."""
+    """Pictures by diffusers' own pipeline."""
     times = timesteps_of(models.pipeline, spacing, steps)
     return generate_images(models.pipeline, [PROMPT] * B, range(B), steps, guidance, models.pixels, timesteps=times)
 
 
 def ours(teacher: Teacher, denoiser: Denoiser, sampler: str, spacing: str, B: int, steps: int) -> Tensor:
-    """By the sampler here, as `distill evaluate` generates."""
+    """Pictures by the sampler here, as `distill evaluate` generates."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(B)]
     x = starting_noise(generators, teacher.latent_shape).to(teacher.unet.device)
     times = make_times(spacing, teacher.schedule.T, steps)

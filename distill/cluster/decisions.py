@@ -17,7 +17,7 @@ class Attempt:
     Args:
         code: the exit code of its work.
         before, after: how far the work was when it started, and is now, in words.
-        stopped: whether it was asked to end, before its time was up or by the cluster.
+        stopped: whether a signal stopped it, before its time was up or from the cluster.
         cancelled: whether somebody has cancelled the job.
         failures: how many of its earlier starts count as failed.
     """

@@ -49,7 +49,7 @@ class Job:
     max_failures: int = 3
 
     def write(self, path: Path) -> None:
-        """Puts it where the job reads it. Nobody meets half a file."""
+        """Puts it where the job reads it. Nobody reads half a file."""
         aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         aside.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         aside.replace(path)

@@ -24,7 +24,7 @@ NEEDED = ("SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NODEID")
 
 
 def main(arguments: list[str]) -> int:
-    """Of the command line; returns the exit code of the process that failed first on this node, or 0."""
+    """Runs the command line; returns the exit code of the process that failed first on this node, or 0."""
     if arguments in ([], ["-h"], ["--help"]):
         print(__doc__)
         return 0 if arguments else 2

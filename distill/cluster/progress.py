@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 STEP = re.compile(r"step-(\d{8,})")
-"""The folder of a checkpoint; one without a `manifest.json` is not whole."""
+"""The folder of a checkpoint; one without a `manifest.json` is not complete."""
 
 
 def checkpoints_of(folder: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a supervisor asks of SLURM about its own job."""
+"""What a supervisor does with SLURM about its own job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRIES, PAUSE = 6, 10.0  # a controller that is restarted is back within a minute
 
 
 def with_signals() -> None:
-    """In a child, before it runs its program: it hears of the signals that the supervisor holds back for itself."""
+    """Lets a child, before it runs its program, receive the signals that the supervisor blocks for itself."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, LISTENED)
 
 
@@ -33,7 +33,7 @@ class Slurm:
         self.job = job_of(environment)
 
     def settings(self) -> dict[str, str]:
-        """Variables for the work: where its processes meet, and the CPUs of each, which srun does not take over."""
+        """Variables for the work: where its processes connect, and the CPUs of each, which srun does not pass on."""
         number = int(self.environment["SLURM_JOB_ID"])
         found = {"MASTER_ADDR": first_host(self.environment), "MASTER_PORT": str(20000 + number % 20000)}
         if cpus := self.environment.get("SLURM_CPUS_PER_TASK"):
@@ -41,8 +41,8 @@ class Slurm:
         return found
 
     def signal(self, child: subprocess.Popen[bytes], number: int) -> None:
-        """To the steps of this job, which are the launchers and what they have started. SIGTERM to the child, too: what
-        has no steps does not listen to USR1."""
+        """Sends a signal to the steps of this job, which are the launchers and what they have started; SIGTERM to the
+        child, too: what has no steps does not listen to USR1."""
         if number != signal.SIGUSR1:
             child.send_signal(number)
         called("scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", self.job)
@@ -73,25 +73,25 @@ class Alone:
         return {}
 
     def signal(self, child: subprocess.Popen[bytes], number: int) -> None:
-        """To the work."""
+        """Sends a signal to the work."""
         child.send_signal(number)
 
     def cancelled(self) -> bool:
-        """Nobody can."""
+        """False: nobody can."""
         return False
 
     def requeue(self) -> bool:
-        """There is no queue."""
+        """False: there is no queue."""
         return False
 
 
 def scheduler(environment: Mapping[str, str] = os.environ) -> Slurm | Alone:
-    """SLURM within a job of it."""
+    """SLURM within one of its jobs, otherwise this machine alone."""
     return Slurm(environment) if "SLURM_JOB_ID" in environment else Alone()
 
 
 def job_of(environment: Mapping[str, str]) -> str:
-    """The job's id. A task of an array is named by the array: the last task's own number is that of the whole array,
+    """The job's id. A task of an array is named by the array: the last task's own number is that of the array,
     which must not be signalled or requeued for it."""
     if array := environment.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}"

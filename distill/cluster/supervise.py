@@ -28,7 +28,7 @@ LAST_SECONDS = 60  # before the end of its time, work that has not ended since U
 
 
 def main(arguments: list[str]) -> int:
-    """Of the command line; returns the exit code of the job."""
+    """Runs the command line; returns the exit code of the job."""
     try:
         if arguments in ([], ["-h"], ["--help"]):
             print(__doc__)
@@ -130,7 +130,7 @@ def failures_in(notes: Path) -> int:
 
 
 def write(path: Path, number: int) -> None:
-    """A small file that is whole or not there."""
+    """Writes a small file that is complete or not there."""
     aside = path.with_name(f"{path.name}.tmp")
     aside.write_text(f"{number}\n")
     aside.replace(path)

@@ -35,7 +35,7 @@ from distill.training.tracking import setup_logging
 log = logging.getLogger("distill")
 
 NAMES = {"make_trajectories": "trajectories", "make_latents": "latents", "verify_shards": "verify"}
-"""Of commands, by what the files of chains call them."""
+"""The names of commands, by what the files of chains call them."""
 
 
 def main(cfg: RunChainSettings) -> None:
@@ -90,7 +90,7 @@ def command(link: Link, launch: str | None) -> list[str]:
 
 
 def time_left(links: Sequence[Link]) -> str:
-    """For the log, once there is a pace to judge by."""
+    """What the log says of the time left, once steps have been timed."""
     seconds = seconds_left(links)
     return "" if seconds is None else f"; about {tqdm.format_interval(int(seconds))} of training left in all"
 
@@ -101,7 +101,7 @@ def take(link: Link, launch: str | None, relay: Relay) -> int:
         marker = link.folder / MARKER
         before = modified(marker)
         if not link.made() and (code := relay.run(command(link, launch), [lock.fileno()])):
-            # A launcher has exit codes of its own: what tells is the mark that a run leaves when it was asked to stop.
+            # A launcher has exit codes of its own: what counts is the mark that a run leaves when a signal stops it.
             return PREEMPTED if modified(marker) not in (None, before) else code
         if link.reads:
             link.mark()
@@ -113,7 +113,7 @@ def take(link: Link, launch: str | None, relay: Relay) -> int:
 def ended(link: Link, code: int) -> int:
     """Says in one line why the chain ends here; returns its exit code."""
     if code == PREEMPTED:
-        log.info("link %s was stopped and is saved in %s: the same command goes on from there", link.name, link.folder)
+        log.info("link %s was stopped and is saved in %s: the same command resumes from there", link.name, link.folder)
     elif code == INTERRUPTED:
         log.info("link %s was interrupted: the same command continues from what is finished of it", link.name)
     else:

@@ -17,7 +17,7 @@ from distill.config.mistakes import ConfigError, suggest
 
 
 def main() -> int:
-    """Of the command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     try:
         print(answer(sys.argv[1:]))
     except (ConfigError, OSError) as error:
@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def answer(arguments: list[str]) -> str:
-    """What a command line asks for.
+    """The answer to a command line.
 
     Raises:
         ConfigError: there is no such group, file or action.

@@ -3,7 +3,7 @@
     distill doctor                     # versions, devices, processes that compute together, the disk of this folder
     distill doctor path=/scratch/me    # the disk at another place
 
-Exit code 0 if training can be begun, 1 if something has to be mended first.
+Exit code 0 if training can be begun, 1 if something has to be repaired first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from distill.models.devices import (
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 WRITTEN_BYTES = 64 << 20
-SECONDS = 120.0  # for two processes to start, meet and sum a tensor
+SECONDS = 120.0  # for two processes to start, connect and sum a tensor
 RANK = """
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -67,7 +67,7 @@ class Finding:
 
 
 def main() -> int:
-    """Of the command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in ("-h", "--help"):
         print((__doc__ or "").strip())
@@ -204,7 +204,7 @@ def scheduler() -> Finding:
 
 
 def ranks() -> Finding:
-    """Two processes that meet and sum a tensor, as those of a run do."""
+    """Two processes that connect and sum a tensor, as those of a run do."""
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         script = Path(folder) / "rank.py"
         script.write_text(RANK)
@@ -215,10 +215,12 @@ def ranks() -> Finding:
             done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=SECONDS)
         except subprocess.TimeoutExpired:
             remedy = "set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface that connects nodes"
-            return Finding(BAD, "processes", f"two have not met within {SECONDS:.0f} s", remedy)
+            return Finding(BAD, "processes", f"two have not connected within {SECONDS:.0f} s", remedy)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no words"])[-1]
         return Finding(
-            BAD, "processes", f"two have not met: {last[:200]}", "see the error; a firewall may be in the way"
+            BAD, "processes", f"two have not connected: {last[:200]}", "see the error; a firewall may be in the way"
         )
-    return Finding(OK, "processes", f"two met and summed a tensor over gloo in {time.perf_counter() - start:.0f} s")
+    return Finding(
+        OK, "processes", f"two connected and summed a tensor over gloo in {time.perf_counter() - start:.0f} s"
+    )

@@ -6,8 +6,8 @@ distill launch evaluate student=exports/a protocol=coco2014-10k \
     model.pretrained_model_name_or_path=DIR_OR_HUB_ID \
     guidance=7.5 output_dir=outputs/a
 
-Processes share the work by blocks of pictures; the numbers are those of one process. Killed and started again, it goes
-on; finished blocks are not drawn twice.
+Processes share the work by blocks of pictures; the numbers are those of one process. Killed and started again, it
+resumes; finished blocks are not generated twice.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from distill.training.teacher import inference_dtype
 from distill.training.tracking import open_trackers, read_metrics, setup_logging
 
 log = logging.getLogger("distill")
-PROVEN = 20  # pictures that a plain pipeline draws too
+PROVEN = 20  # pictures that a stock pipeline generates too
 STEPS = (1, 2, 4, 8)
 JUDGED = 100  # pictures, at least, for the judge's Fréchet distance
 TOY = "toy"
@@ -94,7 +94,7 @@ def main(cfg: EvaluateSettings) -> None:
 
 
 def watch(cfg: EvaluateSettings, run: Path, share: WorkShare) -> None:
-    """Judges each new checkpoint of a run, beside it, until it is done and all are; marks the best.
+    """Evaluates each new checkpoint of a run, beside it, until it is done and all are; marks the best.
 
     What it finds goes to RUN/evaluation/, to trackers of the run's kinds there.
     """
@@ -110,11 +110,11 @@ def watch(cfg: EvaluateSettings, run: Path, share: WorkShare) -> None:
     last = max((int(row["step"]) for row in rows), default=0)
     tracker = open_trackers(settings.tracking, folder, settings.model_dump(mode="json"), resume_step=last)
     while True:
-        over = finished(run, settings.max_train_steps)  # asked before looking: what is saved meanwhile is not missed
-        judged = {int(row["step"]) for row in rows}
-        new = sorted(step for step, _ in Checkpoints(checkpoints_of(run)).found() if step not in judged)
+        over = finished(run, settings.max_train_steps)  # before looking: what is saved meanwhile is not missed
+        evaluated = {int(row["step"]) for row in rows}
+        new = sorted(step for step, _ in Checkpoints(checkpoints_of(run)).found() if step not in evaluated)
         for step in new:
-            if (found := judge(cfg, run, step)) is not None:
+            if (found := evaluate_checkpoint(cfg, run, step)) is not None:
                 tracker.log(found, step)
                 rows.append({"step": step} | found)
                 mark(run, rows, cfg.watch_metric)
@@ -124,24 +124,24 @@ def watch(cfg: EvaluateSettings, run: Path, share: WorkShare) -> None:
     tracker.close()
 
 
-def judge(cfg: EvaluateSettings, run: Path, step: int) -> dict[str, float] | None:
+def evaluate_checkpoint(cfg: EvaluateSettings, run: Path, step: int) -> dict[str, float] | None:
     """METRIC/STEPS of a checkpoint's student; None for one that has been dropped meanwhile."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             exported = export_run(run, Path(scratch) / "student", checkpoint=step, dtype=torch.float16)
         except ConfigError as error:
-            log.warning("step %d is not judged: %s", step, error)
+            log.warning("step %d is not evaluated: %s", step, error)
             return None
         source = Source(exported, run, read_run(run).model_dump(mode="json"))
         with checking():
             comparison = build(cfg, source, WorkShare())
-        judged = [comparison.row(comparison.plan.student(steps)) for steps in comparison.plan.steps]
-    log.info("step %d\n%s", step, format_table(judged))
-    return {f"{name}/{row['steps']}": row[name] for row in judged for name in plotted() if name in row}
+        measured = [comparison.row(comparison.plan.student(steps)) for steps in comparison.plan.steps]
+    log.info("step %d\n%s", step, format_table(measured))
+    return {f"{name}/{row['steps']}": row[name] for row in measured for name in plotted() if name in row}
 
 
 def mark(run: Path, rows: Sequence[Mapping[str, float]], metric: str) -> None:
-    """The best of all, at the most steps of sampling that it was judged by."""
+    """Marks the best of all, at the most steps of sampling that were measured."""
     keys = [key for row in rows for key in row if key.startswith(f"{metric}/")]
     if not keys:
         raise ConfigError(f"watch_metric={metric} is not among what is measured: {', '.join(rows[-1])}")
@@ -153,7 +153,7 @@ def mark(run: Path, rows: Sequence[Mapping[str, float]], metric: str) -> None:
 
 
 def find_student(student: str, scratch: Path) -> Source:
-    """A run's student is exported first, to `scratch`: what is judged is what people get.
+    """A run's student is exported first, to `scratch`: what is evaluated is what people get.
 
     Raises FileNotFoundError: nothing there that could be a student.
     """
@@ -202,21 +202,21 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
     )
 
 
-def at_resolution(teacher: Teacher, asked: int | None) -> Teacher:
-    """The teacher for pictures of the side that is asked for; says so where it is not its own."""
-    if asked not in (None, teacher.resolution):
+def at_resolution(teacher: Teacher, wanted: int | None) -> Teacher:
+    """The teacher for pictures of another side, in pixels, with a warning where that is not its own."""
+    if wanted not in (None, teacher.resolution):
         own = f"the teacher's own is {teacher.resolution}: protocol.resolution=null takes that"
-        log.warning("pictures of %d px are drawn, as protocol.resolution says; %s", asked, own)
-    return teacher.at_resolution(asked)
+        log.warning("pictures of %d px are generated, as protocol.resolution says; %s", wanted, own)
+    return teacher.at_resolution(wanted)
 
 
 def stated(weights: str, dtype: torch.dtype) -> str:
-    """Weights in another precision draw other pictures."""
+    """The hash of weights with their precision: in another one they generate other pictures."""
     return weights if dtype == torch.float32 else f"{weights} in {str(dtype).removeprefix('torch.')}"
 
 
 def teacher_path(cfg: EvaluateSettings, source: Source | None) -> str:
-    """What is asked for, or what the student was distilled from where that is known to be there."""
+    """The teacher that is set, or the one that the student was distilled from where that is known to be there."""
     own = {} if source is None else source.settings.get("model", {})
     path = cfg.model.pretrained_model_name_or_path or own.get("pretrained_model_name_or_path")
     if cfg.model.pretrained_model_name_or_path is None and source is not None and source.run is None:
@@ -257,7 +257,7 @@ def scorer_of(cfg: EvaluateSettings, teacher: Teacher, kept: Path, device: str) 
 
 def check_metrics(cfg: EvaluateSettings) -> None:
     """Raises ConfigError for a metric that is not known, or weights that none is loaded from."""
-    if cfg.protocol.prompts is None:  # the toy's judge is none of them
+    if cfg.protocol.prompts is None:  # the toy's classifier is none of them
         return
     with checking():
         for name in cfg.protocol.metrics:
@@ -286,7 +286,7 @@ def plan_of(
     if student is None:
         return plan
     if own is not None and plan.steps != (own,):
-        log.warning("the student was made for %d steps, and is drawn in %s", own, ", ".join(map(str, plan.steps)))
+        log.warning("the student was made for %d steps, and is sampled in %s", own, ", ".join(map(str, plan.steps)))
     samplings = [parse_sampler(text, student.sampling) for text in cfg.samplers or [student.sampling.sampler]]
     return with_student(plan, student, samplings, cfg.guidances or [guidance if student.embedded else 1.0])
 
@@ -331,7 +331,7 @@ def report(cfg: EvaluateSettings, comparison: Comparison, source: Source | None)
 
 
 def facts_of(run: Path) -> RunFacts:
-    """What the report tells of the run that a student comes from."""
+    """What the report says of the run that a student comes from."""
     metrics = run / "metrics.jsonl"
     environment = json.loads((run / "environment.json").read_text()) if (run / "environment.json").is_file() else {}
     environment |= {"packages": ", ".join(f"{name} {v}" for name, v in environment.get("packages", {}).items() if v)}
@@ -359,17 +359,17 @@ def departures(run: Path) -> dict[str, tuple[Any, Any]] | None:
 
 
 def agreement(cfg: EvaluateSettings, comparison: Comparison, source: Source) -> float:
-    """How far a plain diffusers pipeline with the exported student is from our own pictures; raises if it is far."""
+    """How far a stock diffusers pipeline with the exported student is from our own pictures; raises if it is far."""
     steps = 4 if 4 in comparison.plan.steps else comparison.plan.steps[0]
     expected = comparison.pictures(comparison.plan.student(steps), range(PROVEN))
     prompts, seeds = comparison.scorer.prompts("report", PROVEN), seeds_of("report", PROVEN)
     guidance = comparison.plan.student_guidance
     path = teacher_path(cfg, source)
-    log.info("drawing %d pictures in a plain diffusers pipeline too", PROVEN)
+    log.info("generating %d pictures in a stock diffusers pipeline too", PROVEN)
     difference = plain_pipeline_agrees(path, source.folder, prompts, seeds, steps, expected, guidance)
     if difference > 1e-2:
         raise RuntimeError(
-            f"a plain diffusers pipeline draws other pictures: greatest difference {difference:.3g} of 2"
+            f"a stock diffusers pipeline generates other pictures: greatest difference {difference:.3g} of 2"
         )
     return difference
 

@@ -44,7 +44,7 @@ MOST_PROMPTS = 8  # of a run's validation prompts
 @within_memory("set card_prompts=[], and generate pictures with distill sample batch_size=1")
 def main(cfg: ExportSettings) -> None:
     setup_logging()
-    # What the user may have to mend is checked before anything is loaded or written.
+    # What the user may have to correct is checked before anything is loaded or written.
     run = read_run(cfg.run)
     check_formats(run, cfg.formats)
     prompts = prompts_of(cfg, run)
@@ -92,7 +92,7 @@ def table_of(path: Path) -> str:
 
 
 def generate_samples(folder: Path, export: Export, prompts: list[str]) -> None:
-    """The card's picture, drawn from the files as they will be used."""
+    """The card's picture, generated from the files as they will be used."""
     pipeline = pipeline_of(folder, export)
     if (device := own_device()).type == "cuda":
         pipeline.to(device, torch.float16)
@@ -111,7 +111,7 @@ def generate_samples(folder: Path, export: Export, prompts: list[str]) -> None:
 
 
 def pipeline_of(folder: Path, export: Export) -> Any:
-    """A plain diffusers pipeline with the exported student."""
+    """A stock diffusers pipeline with the exported student."""
     if "pipeline" in export.formats:
         return load_pipeline(str(folder))
     files = {"diffusers": folder, "kohya": folder / "kohya" / f"{export.name}.safetensors"}

@@ -14,7 +14,7 @@ from typing import NoReturn
 INTERRUPTED = 130  # exit code, as shells say it
 KEPT = {
     "evaluate": "what was evaluated is kept, and the same command continues",
-    "export": "an export is in output_dir whole or not at all, and an earlier one is as it was until then",
+    "export": "an export is in output_dir complete or not at all, and an earlier one is as it was until then",
     "latents": "the shards that are finished are kept, and the same command continues",
     "trajectories": "the shards that are finished are kept, and the same command continues",
     "chain": "the links that are done are kept, and the same command continues",

@@ -32,7 +32,7 @@ _KINDS = ("multi_gpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "tpu", "c
 
 
 def main() -> int:
-    """Of the command line: the launcher's flags, and a command of `distill` or a script; returns the exit code."""
+    """Runs the launcher's flags, and a command of `distill` or a script, of the command line; returns the exit code."""
     code = launch(sys.argv[1:])
     return code if code >= 0 else 128 - code  # as shells say it
 
@@ -42,7 +42,7 @@ def launch(arguments: list[str]) -> int:
     logging.disable(logging.ERROR)  # the launchers' own words; what they raise is handled below
     relay = SignalsToChildren()
     relay.listen()  # before seconds of imports
-    hide_gpus_if_asked()  # from the ranks: Accelerate tells a single one that nobody has asked for the CPU
+    hide_gpus_if_asked()  # from the ranks: Accelerate sets for a single one that the CPU is not chosen
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

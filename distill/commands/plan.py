@@ -40,7 +40,7 @@ from distill.planning.phases import (
 from distill.training.tracking import setup_logging
 
 PICTURES = 10_000
-"""Of an evaluation, as most protocols have them."""
+"""How many an evaluation has, as in most protocols."""
 
 
 def main(cfg: PlanSettings) -> None:
@@ -121,29 +121,29 @@ def storage(run: PlannedRun) -> Iterator[str]:
     samples = cfg.data.num_samples
     read = max(read_bytes(run.layout, picked(run, phase)) for phase in run.phases)
     rate = run.global_batch / step_seconds(run, run.engine)
-    yield f"Store: {run.stored / 2**20:.2f} MiB a sample of {len(run.times)} states" + (
+    yield f"Store: {run.stored / 2**20:.2f} MiB per sample of {len(run.times)} states" + (
         f", {samples * run.stored / GIB:.1f} GiB for {counted(samples, 'sample')}" if samples else ""
     )
     need = rate * read / cluster.nodes
     yield (
-        f"Reading: {read / 2**20:.2f} MiB a sample, {need / 1e6:.1f} MB/s a node "
+        f"Reading: {read / 2**20:.2f} MiB per sample, {need / 1e6:.1f} MB/s per node "
         f"({100 * need / (GB * cluster.read_gb_s):.1f} % of the {cluster.read_gb_s:g} GB/s it reads)"
     )
 
 
 def speed(run: PlannedRun) -> Iterator[str]:
     cfg, cluster = run.cfg, run.cfg.cluster
-    yield "Network evaluations a sample, and TFLOP (forward, backward and recomputed)"
+    yield "Network evaluations per sample, and TFLOP (forward, backward and recomputed)"
     rows = []
     for i, phase in enumerate(run.phases):
         for cost in run.costs(run.engine, cfg.gradient_checkpointing)[i]:
-            asked = ", ".join(f"{name} {n:g}" for name, n in cost.evaluations.items())
+            evaluations = ", ".join(f"{name} {n:g}" for name, n in cost.evaluations.items())
             graded = ", ".join(f"{name} {n:g}" for name, n in cost.with_gradient.items())
             steps = f"{phase.first} ... {phase.first + phase.steps - 1}"
-            rows.append([steps, cost.updates, asked, graded, f"{cost.flops / TERA:.2f}"])
+            rows.append([steps, cost.updates, evaluations, graded, f"{cost.flops / TERA:.2f}"])
     yield from table(["steps", "turn of", "evaluations", "of them with a gradient", "TFLOP"], rows)
     step = step_seconds(run, run.engine)
-    how = "as measured" if cfg.measured_step_seconds else f"at {rate_of(run) / TERA:.4g} TFLOP/s a {cluster.device}"
+    how = "as measured" if cfg.measured_step_seconds else f"at {rate_of(run) / TERA:.4g} TFLOP/s per {cluster.device}"
     if not cfg.measured_step_seconds:
         how += f" (mfu {cluster.mfu:g}) and {sent_seconds(run, run.engine):.3f} s of communication beside nothing"
     yield f"A step: {step:.3f} s {how}; {run.global_batch / step:.1f} samples/s"
@@ -173,21 +173,21 @@ def checkpoints(run: PlannedRun) -> Iterator[str]:
 
 def around(run: PlannedRun) -> Iterator[str]:
     """What is done before and after the run: solves, loading, evaluation."""
-    cfg, cluster, asked = run.cfg, run.cfg.cluster, inference(run.cfg.model, run.bf16)
+    cfg, cluster, model = run.cfg, run.cfg.cluster, inference(run.cfg.model, run.bf16)
     data = cfg.data
     if data.guidance is not None and data.num_samples is not None:
-        used = hours(data.num_samples * asked.solve_flops(data), cluster, run.bf16)
+        used = hours(data.num_samples * model.solve_flops(data), cluster, run.bf16)
         evaluations = SAMPLERS[data.solver].evaluations(data.solver_steps) * passes(data)
         yield (
             f"The teacher's solves: {counted(data.num_samples, 'sample')}, {evaluations} evaluations each, "
             f"{used:.2f} {cluster.device} hours, {used / run.ranks:.2f} h here; "
-            f"data.batch_size={data.batch_size} takes {asked.solve_bytes(data) / GIB:.2f} GiB"
+            f"data.batch_size={data.batch_size} takes {model.solve_bytes(data) / GIB:.2f} GiB"
         )
-    yield f"Loading: {run.loading / GB:.1f} GB of host memory a node, for {cluster.gpus_per_node} processes in float32"
-    student, teacher = (hours(PICTURES * asked.picture_flops(n, n > 8), cluster, run.bf16) for n in (4, 50))
+    yield f"Loading: {run.loading / GB:.1f} GB of host memory per node: {cluster.gpus_per_node} processes in float32"
+    student, teacher = (hours(PICTURES * model.picture_flops(n, n > 8), cluster, run.bf16) for n in (4, 50))
     yield (
         f"Evaluation of {PICTURES} pictures: {student:.2f} {cluster.device} hours for a student of 4 steps, "
-        f"{teacher:.2f} for the teacher's 50 guided ones; batch_size=8 takes {asked.drawing_bytes(8) / GIB:.2f} GiB"
+        f"{teacher:.2f} for the teacher's 50 guided ones; batch_size=8 takes {model.sampling_bytes(8) / GIB:.2f} GiB"
     )
 
 
@@ -218,13 +218,13 @@ def problems(run: PlannedRun) -> Iterator[str]:
             f"global_batch_size={cfg.global_batch_size} is no multiple of {devices(run)} x "
             f"{cfg.gradient_accumulation_steps} micro-batches: take {nearest} (planned with {run.global_batch})"
         )
-    if (asked := engine_of(cfg)) != run.engine:
-        yield f"engine={asked} is one process, there are {devices(run)}: take a launcher and {advice(run, room)}"
+    if (engine := engine_of(cfg)) != run.engine:
+        yield f"engine={engine} is one process, there are {devices(run)}: take a launcher and {advice(run, room)}"
     elif run.memory(run.engine, cfg.gradient_checkpointing, run.samples) > room:
         needed = run.memory(run.engine, cfg.gradient_checkpointing, run.samples)
         batch = counted(run.samples, "sample")
         yield (
-            f"engine={run.engine} needs {needed / GIB:.1f} GiB a {cfg.cluster.device} for {batch}, "
+            f"engine={run.engine} needs {needed / GIB:.1f} GiB per {cfg.cluster.device} for {batch}, "
             f"{room / GIB:.1f} are usable: take {advice(run, room)}"
         )
     step = step_seconds(run, run.engine)

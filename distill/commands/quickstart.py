@@ -57,7 +57,7 @@ class Part:
         name: of its folder; title: for people.
         seconds: about what it takes on two CPU cores, with the settings as they come; what is left follows from these.
         command: as a process is started.
-        done: asked before it is run.
+        done: called before it is run: true skips it.
         mark: called after it has ended well.
     """
 
@@ -168,7 +168,7 @@ def evaluation_of(cfg: QuickstartSettings) -> list[str]:
 
 
 def processes_of(cfg: QuickstartSettings) -> int:
-    """Those that are asked for, or as many as there are GPUs, or two, as far as they share the batch evenly."""
+    """As many as set, or as there are GPUs, or two, as far as they share the batch evenly."""
     if cfg.processes is not None:
         return cfg.processes
     batch = load("train", TrainSettings, [f"experiment={EXPERIMENT}", *cfg.overrides]).global_batch_size

@@ -1,4 +1,4 @@
-"""Runs one command after another, and hands on to the one that runs what this process is asked: to save and end."""
+"""Runs one command after another; a signal to this process is passed on to the one that runs: it saves and ends."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def held(file: Path, taken: str, shared: bool = False) -> Iterator[IO[str]]:
 
 
 class Relay:
-    """Runs commands while entered. SIGTERM and SIGUSR1 go on, as SIGTERM, to the one that runs: it saves and ends.
+    """Runs commands while entered. SIGTERM and SIGUSR1 reach the one that runs as SIGTERM: it saves and ends.
 
     So does Ctrl-C, which the terminal has sent to that one too; a second one ends both at once.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._stopped = False
         self._interrupted: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
-    def asked(self) -> bool:
+    def stopped(self) -> bool:
         """Whether a signal has come: nothing new is started."""
-        return self._asked
+        return self._stopped
 
     def __enter__(self) -> Relay:
         self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGUSR1)}
@@ -63,16 +63,16 @@ class Relay:
 
     def run(self, command: Sequence[str], files: Sequence[int] = ()) -> int:
         """The exit code of a command, as shells say it; `files` are open files that it inherits, such as a lock."""
-        if self._asked:
+        if self._stopped:
             return PREEMPTED
         self._process = subprocess.Popen(command, pass_fds=files)
-        if self._asked:  # between the two lines above
+        if self._stopped:  # between the two lines above
             self._process.terminate()
         code = self._process.wait()
         return code if code >= 0 else 128 - code
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self._stopped = True
         now = time.monotonic()
         if self._interrupted is not None and now - self._interrupted > SAME_SECONDS:
             end_children()
@@ -82,6 +82,6 @@ class Relay:
             self._process.send_signal(signal.SIGINT)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self._stopped = True
         if self._process is not None:
             self._process.terminate()

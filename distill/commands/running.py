@@ -41,7 +41,7 @@ def run_script(
     sweep: str = "",
     words: Sequence[str] = (),
 ) -> int:
-    """What every command calls: settings from the command line, one line and exit code 2 for what the user can mend.
+    """What every command calls: settings from the command line, one line and exit code 2 for a user's mistakes.
 
     `--cfg` prints the composed settings and stops; `settings=FILE` takes what it printed, instead of composing any.
     `--help` says what the command does, and which settings there are, `--info` what they are composed of; `-m` runs it
@@ -51,7 +51,7 @@ def run_script(
         main: what runs with the settings, or the module whose `main` does, which is imported once they are right. Where
             it returns a number, that is the exit code.
         command: what is typed before the settings, for the runs of a sweep.
-        sweep: the module whose `sweep` does what -m asks for; empty: one combination runs after another.
+        sweep: the module whose `sweep` runs a command line with -m; empty: one combination runs after another.
         words: keys of what may be given without its key.
     """
     try:
@@ -80,7 +80,7 @@ def _answered(
     sweep: str,
     words: Sequence[str],
 ) -> int:
-    """What the command line asks for: something printed, a sweep, or a run. The arguments are those of `run_script`."""
+    """Does what the command line says: prints, sweeps or runs. The arguments are those of `run_script`."""
     flags = flags_of(sys.argv[1:])
     if flags.shows == "help":
         print(help_of(main if isinstance(main, str) else main.__module__, config_name, schema))
@@ -194,7 +194,7 @@ def _line(one: Described) -> str:
 def fail(error: Exception, code: int = 2) -> int:
     """Prints the one line of what ends the program; returns its exit code, which is 2 for a mistake.
 
-    Of several ranks that meet it, the first one says it.
+    Where several ranks fail alike, the first one prints it.
     """
     said = _file_line(error) if isinstance(error, OSError) and error.errno else str(error)
     if launched_rank() > 0:

@@ -89,7 +89,7 @@ def main(cfg: SampleSettings) -> None:
     if cfg.sweep is None:
         sample_pictures(cfg, pipeline, sampling, model, prompts)
     elif sampling is not None and sampling.sampler != "lcm":
-        raise ConfigError(f"a sweep draws with LCM's sampler, and this student is drawn by {sampling.sampler}")
+        raise ConfigError(f"a sweep uses LCM's sampler, and this student is for {sampling.sampler}")
     else:
         sample_sweep(cfg, pipeline, model, prompts)
 
@@ -103,7 +103,7 @@ def check(cfg: SampleSettings) -> None:
     if cfg.sweep == "guidance" and cfg.negative_prompt is None:
         raise ConfigError("sweep=guidance compares with and without a negative prompt: set negative_prompt=...")
     if cfg.sweep is not None and (cfg.sampler or cfg.spacing):
-        raise ConfigError("a sweep draws with LCM's sampler and the pipeline's own: leave sampler and spacing null")
+        raise ConfigError("a sweep uses LCM's sampler and the pipeline's own: leave sampler and spacing null")
     if cfg.sampler is not None and cfg.spacing is not None:
         with checking():
             check_pair(cfg.sampler, cfg.spacing)
@@ -112,7 +112,7 @@ def check(cfg: SampleSettings) -> None:
 
 
 def load_student(cfg: SampleSettings, model: ModelSettings) -> tuple[Any, Sampling | None]:
-    """The pipeline, and how its student is drawn; None for one that is not known to be a student's."""
+    """The pipeline, and how its student is sampled; None for one that is not known to be a student's."""
     path = model.pretrained_model_name_or_path
     with tempfile.TemporaryDirectory() as scratch, checking():
         files = cfg.lora if cfg.run is None else export_run(cfg.run, Path(scratch) / "student")
@@ -131,14 +131,14 @@ def on_device(pipeline: Any) -> Any:
 
 
 def one_guidance(cfg: SampleSettings, pipeline: Any, student: bool) -> float:
-    """A student that is not told guidance has its teacher's built in; all others are told theirs."""
+    """Guidance 1 for a student that does not take it as an input: its teacher's is built in; otherwise the set one."""
     if isinstance(cfg.guidance, float):
         return cfg.guidance
     return 1.0 if student and not embeds_guidance(pipeline) else cfg.teacher_guidance
 
 
 def chosen_sampling(cfg: SampleSettings, own: Sampling | None) -> Sampling:
-    """How to draw: as the settings say, where they are silent as the student asks for, or as teachers are drawn."""
+    """How to sample: by the settings; where they say nothing, as the student was made for, or as teachers are."""
     own = own or Sampling("ddim", "trailing")
     sampler = cfg.sampler or own.sampler
     usual = own.spacing if sampler == own.sampler else usual_spacing(sampler)
@@ -163,7 +163,9 @@ def sample_pictures(
     rows = []
     for steps in numbers:
         if sampling.steps not in (None, steps):
-            log.warning("the student was made for %s, and is drawn in %d", counted(sampling.steps or 0, "step"), steps)
+            log.warning(
+                "the student was made for %s, and is sampled in %d", counted(sampling.steps or 0, "step"), steps
+            )
         under = f"steps-{steps}/" if isinstance(cfg.steps, list) else ""
         pictures: list[dict[str, Any]] = []
         shown: list[Tensor] = []
@@ -234,7 +236,7 @@ def load_teacher(cfg: SampleSettings, pipeline: Any, model: ModelSettings) -> An
     """The undistilled pipeline, where it is not the student's own without its LoRA and is known."""
     if cfg.teacher is not None:
         return on_device(load_pipeline(cfg.teacher))
-    if (cfg.run or cfg.lora) and not pipeline.get_list_adapters():  # a whole network has taken its teacher's place
+    if (cfg.run or cfg.lora) and not pipeline.get_list_adapters():  # a full network has taken its teacher's place
         path = model.pretrained_model_name_or_path
         return on_device(load_pipeline(path, revision=model.revision, variant=model.variant))
     return None
@@ -258,6 +260,6 @@ def chosen_sweep(cfg: SampleSettings, models: Models) -> Sweep:
 
 
 def judge_of(model: ModelSettings, prompts: Sequence[str]) -> Right | None:
-    """The toy's judge, for the toy's teacher and captions."""
+    """The toy's classifier, for the toy's teacher and captions."""
     toy = Path(model.pretrained_model_name_or_path) == teacher_folder() and set(prompts) <= set(CAPTIONS)
     return partial(captions_right, load_judge()) if toy else None

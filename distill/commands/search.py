@@ -34,7 +34,7 @@ def search(
     """
     assert swept.search is not None
     if "log_every" not in settings.model_fields:
-        raise ConfigError("hydra/sweeper=optuna is for distill train: other commands have no metric to be judged by")
+        raise ConfigError("hydra/sweeper=optuna is for distill train: other commands have no metric to optimise")
     require("hydra/sweeper=optuna", "optuna")
     base = folder_of(config, settings, swept, ends(swept))
     values: dict[str, float] = {}
@@ -59,7 +59,7 @@ def search(
 
 
 def study_of(settings: Search) -> Any:
-    """An empty study, whose proposals follow from the seed and from what it is told."""
+    """An empty study, whose proposals follow from the seed and from the results reported to it."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -72,7 +72,7 @@ def space_of(swept: Swept) -> dict[str, Any]:
 
     space: dict[str, Any] = {key: CategoricalDistribution(values) for key, values in swept.choices.items()}
     for key, interval in swept.intervals.items():
-        if interval.whole:
+        if interval.integer:
             space[key] = IntDistribution(int(interval.low), int(interval.high), log=interval.log)
         else:
             space[key] = FloatDistribution(interval.low, interval.high, log=interval.log)
@@ -80,7 +80,7 @@ def space_of(swept: Swept) -> dict[str, Any]:
 
 
 def outcome(value: float) -> tuple[Any, Any]:
-    """What a trial is told: its value, or that it failed."""
+    """What is reported of a trial: its value, or that it failed."""
     from optuna.trial import TrialState
 
     return (None, TrialState.FAIL) if math.isnan(value) else (value, TrialState.COMPLETE)

@@ -103,7 +103,7 @@ def launched_as(count: int) -> Iterator[None]:
 
 
 def processes(slurm: SlurmSettings) -> int:
-    """Of the whole job."""
+    """How many processes a job has, on all nodes."""
     return slurm.nodes * (slurm.processes_per_node or slurm.gpus_per_node or 1)
 
 
@@ -129,7 +129,7 @@ def launcher_of(slurm: SlurmSettings) -> Launcher:
 
 
 def limits_of(slurm: SlurmSettings) -> dict[str, int]:
-    """Of a job's supervision."""
+    """The limits of a job's supervision."""
     return {"grace_seconds": slurm.grace_seconds, "max_failures": slurm.max_failures}
 
 

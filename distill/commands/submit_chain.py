@@ -105,7 +105,7 @@ def all_done(links: Sequence[Link], names: Sequence[str]) -> bool:
 
 
 def link_settings(link: Link, cfg: SubmitChainSettings) -> dict[str, object]:
-    """Of `distill chain`, for one link; what it launches is started on all nodes."""
+    """The settings of `distill chain` for one link; what it launches is started on all nodes."""
     launch = None if link.reads else shlex.join(launcher_of(cfg.slurm).command())
     given = cfg.model_dump(mode="json", exclude={"slurm", "dry_run"})
     found = RunChainSettings.model_validate({**given, "launch": launch, "link": link.name, "list": False})

@@ -92,7 +92,7 @@ def sweep(config: str, arguments: Sequence[str]) -> int:
 
 
 def tasks_of(config: str, arguments: Sequence[str]) -> tuple[Path, JobSettings, bool, list[SweepTask]]:
-    """The folder of a sweep, what its jobs ask for, whether only to show them, and its runs. Raises ConfigError."""
+    """The folder of a sweep, the settings of its jobs, whether only to show them, and its runs. Raises ConfigError."""
     runs = runs_of(config, SubmitSettings, arguments)
     first = load(config, SubmitSettings, runs[0].overrides)
     if first.slurm.script != "train" or first.slurm.array is not None:
@@ -156,14 +156,14 @@ def write_page(file: Path) -> int:
     """Compares the runs of a sweep; returns 0 if all are finished, and otherwise says which are not."""
     facts = json.loads(file.read_text(encoding="utf-8"))
     runs = [SweptRun(Path(fact["folder"]), (), fact["chosen"]) for fact in facts.values()]
-    whole = {run.name: finished(run.folder, facts[run.name]["steps"]) for run in runs}
-    codes = {run.name: 0 if whole[run.name] else last_code(run.folder / "slurm") for run in runs}
+    complete = {run.name: finished(run.folder, facts[run.name]["steps"]) for run in runs}
+    codes = {run.name: 0 if complete[run.name] else last_code(run.folder / "slurm") for run in runs}
     compare(file.parents[1], runs, {name: code for name, code in codes.items() if code is not None})
     for run in runs:
-        if not whole[run.name]:
+        if not complete[run.name]:
             at, steps = steps_taken(run.folder), facts[run.name]["steps"]
             print(f"not finished: {run.name}, at step {at} of {steps}", flush=True)
-    return 0 if all(whole.values()) else 1
+    return 0 if all(complete.values()) else 1
 
 
 def last_code(notes: Path) -> int | None:

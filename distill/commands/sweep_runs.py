@@ -47,7 +47,7 @@ class SweepRunner:
         typed = [sys.executable, "-m", "distill", *self.command, *run.overrides]
         code = self._start(run) if self._start else self._relay.run(typed, self._files)
         self.codes[run.name] = code
-        self.stopped = code in STOPPED or self._relay.asked
+        self.stopped = code in STOPPED or self._relay.stopped
         return code
 
     def code(self) -> int:

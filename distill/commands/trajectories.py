@@ -75,7 +75,7 @@ def main(cfg: TrainSettings) -> None:
 
 
 def prompts_of(cfg: TrainSettings) -> list[str]:
-    """Checks that the settings are whole, as far as it can be told without the teacher."""
+    """The prompts, once the settings are checked, as far as they can be without the teacher."""
     data = cfg.data
     if data.guidance is None:
         raise ConfigError("data.guidance has no value: set data.guidance=W (data=images is for distill latents)")

@@ -3,7 +3,7 @@
     distill verify STORE [SHARD ...] [add_checksums=true]
 
 STORE is a folder or an fsspec URL; SHARD limits the check to some shards (`shard-000003.tar`). `add_checksums=true`
-writes the checksums that training compares what it reads with, of shards that are found whole: for a store that an
+writes the checksums that training compares what it reads with, of shards that are found intact: for a store that an
 earlier version wrote without, or where they are lost. Exit status 0 if all is well, 1 if something is wrong, 2 if STORE
 cannot be opened, 75 if something could not be read.
 """

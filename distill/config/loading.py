@@ -126,7 +126,7 @@ def validated(settings: Any, schema: type[S]) -> S:
 
 
 def read_settings(path: str | Path, schema: type[S]) -> S:
-    """Settings that were written down whole, as `--cfg` prints them and a run's folder holds them.
+    """Settings from a file that has all of them, as `--cfg` prints them and a run's folder holds them.
 
     Raises:
         ConfigError: one line about the first mistake.
@@ -213,7 +213,7 @@ def _validation_line(error: ValidationError, schema: type[Settings]) -> str:
     first = min(error.errors(), key=lambda e: e["type"] == "value_error")
     # Names of union members and the like stand in `loc` beside keys; only keys help the reader.
     path = [str(part) for part in first["loc"] if re.fullmatch(r"[a-z_]\w*|\d+", str(part)) and part not in _KINDS]
-    key = short(".".join(path) or "the whole of it")
+    key = short(".".join(path) or "all of it")
     if first["type"] == "extra_forbidden":
         key = short(".".join(map(str, first["loc"])))
         return f"unknown key {key!r}{suggest(key, keys_of(schema))}"

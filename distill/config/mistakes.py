@@ -73,7 +73,7 @@ def suggest(key: str, known: Sequence[str]) -> str:
 
 @contextmanager
 def checking(what: str = "") -> Iterator[None]:
-    """Turns a ValueError of whatever is checked inside into a ConfigError: the user's to mend, not a bug."""
+    """Turns a ValueError of whatever is checked inside into a ConfigError: a mistake in the settings, not a bug."""
     try:
         yield
     except ConfigError:

@@ -1,6 +1,6 @@
 """What a command line says: `key=value`, each value read as the type of its key wants it.
 
-A text is taken as it was written, whatever its characters: `output_dir=runs/lr=1e-4(1)`. Quotes around the whole of it
+A text is taken as it was written, whatever its characters: `output_dir=runs/lr=1e-4(1)`. Quotes around all of it
 are left out, and `${other.key}` in it is filled in. Numbers, lists and dictionaries are read by Hydra's grammar.
 """
 
@@ -130,8 +130,8 @@ def _read(raw: str) -> Any:
 
 def _list(key: str, raw: str, hint: Any) -> Any:
     if not raw.endswith("]"):
-        whole = f"a setting with spaces is put into quotes, '{key}=[...]'"
-        raise ConfigError(f"{key}={short(raw)}: its bracket is not closed ({whole})")
+        quoted = f"a setting with spaces is put into quotes, '{key}=[...]'"
+        raise ConfigError(f"{key}={short(raw)}: its bracket is not closed ({quoted})")
     if kinds_of(_element(hint)) == {str}:
         return [_text(part) for part in _split(raw[1:-1])]
     found = _read(raw)
@@ -145,7 +145,7 @@ def _text(written: str) -> str | None:
 
 
 def _unquoted(raw: str) -> str | None:
-    """What stands between quotes, if they are around the whole; `\\'` in it is a quote."""
+    """What stands between quotes, if they are around all of it; `\\'` in it is a quote."""
     if len(raw) < 2 or raw[0] not in "'\"" or raw[-1] != raw[0]:
         return None
     quote, inner = raw[0], raw[1:-1]

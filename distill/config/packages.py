@@ -18,7 +18,7 @@ EXTRAS = {
     "wandb": "wandb",
     "webdataset": "webdataset",
 }
-"""By the names that packages are imported by: the extra of pyproject.toml that installs them."""
+"""The extra of pyproject.toml that installs a package, by the name under which it is imported."""
 
 
 def is_installed(package: str) -> bool:

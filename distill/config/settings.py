@@ -109,8 +109,8 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """The store: how it is written (all but `heldout` and the last three) and read.
 
-    `guidance` is the teacher's w in `uncond + w (cond - uncond)`: a number, or a range [w_min, w_max] that every
-    trajectory draws its own from; null where nothing was solved. `keep` is all, milestones (the edges of `segments`
+    `guidance` is the teacher's w in `uncond + w (cond - uncond)`: a number, or a range [w_min, w_max] from which
+    each trajectory's is sampled; null where nothing was solved. `keep` is all, milestones (the edges of `segments`
     equal segments), or times. `teacher_dtype` is what the teacher's network computes in while it solves (from pictures:
     the autoencoder given as `vae`): auto is float16 on GPUs, which rounds x0 an eighth as much as bfloat16 does, and
     float32 on CPUs. Text encoders compute in float32.
@@ -152,7 +152,7 @@ class DataSettings(Settings):
 
 
 def follow_stages(steps: Any, info: ValidationInfo) -> Any:
-    """In the place of null what the stages of the method take. Raises ValueError: it has none."""
+    """Replaces null by what the stages of the method take. Raises ValueError: it has none."""
     if steps is not None or "method" not in info.data:  # which is wrong itself, and said to be so
         return 1 if steps is None else steps
     stages = info.data["method"].get("stages")
@@ -448,7 +448,7 @@ class ReportSettings(Settings):
 
 
 class ScoreRewardSettings(Settings):
-    """`configs/score_reward.yaml`: the checkpoints of toy runs, by a reward and by the judge."""
+    """`configs/score_reward.yaml`: the checkpoints of toy runs, by a reward and by the toy's classifier."""
 
     reward: Component
     run: FilePath | Annotated[list[FilePath], Field(min_length=1)]
@@ -507,7 +507,7 @@ class BenchmarkSettings(Settings):
 
     @model_validator(mode="after")
     def filled_in(self) -> BenchmarkSettings:
-        """With the measurement's defaults in the place of null. Raises ValueError for what it has no use for."""
+        """Replaces null by the measurement's defaults. Raises ValueError for what the measurement does not use."""
         own = BENCHMARKS[self.measure]
         given = {name: value for name, value in self if name in BENCHMARK_KEYS and value is not None}
         if useless := [name for name in given if name not in own]:
@@ -540,7 +540,7 @@ BENCHMARK_KEYS = (
 
 
 class ToyTeacherSettings(Settings):
-    """`configs/toy_teacher.yaml`: the toy teacher, its judge and its reward, from nothing."""
+    """`configs/toy_teacher.yaml`: the toy teacher, its classifier (judge) and its reward, from nothing."""
 
     output_dir: FilePath
     stages: Annotated[list[Literal["vae", "judge", "denoiser", "reward"]], Field(min_length=1)]
@@ -624,7 +624,7 @@ class LinkSettings(Settings):
 
 
 def each_seed(links: list[LinkSettings]) -> list[LinkSettings]:
-    """With a link for each of its seeds in the place of one that has them."""
+    """Replaces each link that has seeds by one link per seed."""
 
     def seeded(link: LinkSettings, seed: int) -> LinkSettings:
         given = {"name": f"{link.name}-{seed}", "overrides": [*link.overrides, f"seed={seed}"], "seeds": None}
@@ -702,7 +702,7 @@ class QuickstartSettings(Settings):
 
 
 def like(pattern: str, what: str) -> BeforeValidator:
-    """Refuses what does not match, whole, and says what would."""
+    """Refuses a text that does not match from its beginning to its end, and says what would."""
 
     def check(value: Any) -> Any:
         if value is not None and (not isinstance(value, str) or not re.fullmatch(pattern, value)):
@@ -729,7 +729,7 @@ def in_a_word(value: Any) -> Any:
 
 
 class SlurmSettings(Settings):
-    """Of jobs: the files of `configs/slurm/`. What is null is left to the cluster."""
+    """Settings of jobs: the files of `configs/slurm/`. What is null is left to the cluster."""
 
     nodes: Positive
     gpus_per_node: Positive | None
@@ -751,20 +751,20 @@ class SlurmSettings(Settings):
 
 
 class JobSettings(SlurmSettings):
-    """Of a job, and which command it runs: `slurm` in `configs/submit.yaml`."""
+    """Settings of a job, and which command it runs: `slurm` in `configs/submit.yaml`."""
 
     script: Annotated[Literal["train", "trajectories"], BeforeValidator(in_a_word)]
 
 
 class SubmitSettings(TrainSettings):
-    """`configs/submit.yaml`: a run, and the job that it is to be."""
+    """`configs/submit.yaml`: a run, and the job that runs it."""
 
     slurm: JobSettings
     dry_run: Flag
 
 
 class SubmitChainSettings(Settings):
-    """`configs/submit_chain.yaml`: a chain, and the jobs that its links are to be."""
+    """`configs/submit_chain.yaml`: a chain, and the jobs that run its links."""
 
     chain: ChainSettings
     output_dir: FilePath

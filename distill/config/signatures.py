@@ -1,6 +1,6 @@
 """What a class or function takes, read from its source: a setting can be checked before torch is loaded.
 
-Only what a reader sees at once is understood: arguments with plain types, dataclasses, imported names, base classes.
+Only what a reader sees at once is understood: arguments with built-in types, dataclasses, imported names, base classes.
 What is not understood is `UNKNOWN`, and left to the check of the real signature.
 """
 
@@ -155,7 +155,7 @@ def _is_dataclass(decorator: ast.expr) -> bool:
 
 
 def _type(annotation: ast.expr | None) -> Any:
-    """A type made of plain ones alone."""
+    """A type made of built-in ones alone."""
     if annotation is None:
         return UNKNOWN
     names = [node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)]

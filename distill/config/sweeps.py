@@ -47,7 +47,7 @@ class Search(Settings):
     Args:
         n_trials: runs in all, those of an earlier call with the same settings included.
         direction: which way `metric` is better.
-        metric: the scalar of a run's `metrics.jsonl` that it is judged by.
+        metric: the scalar of a run's `metrics.jsonl` to optimise.
         seed: of what is tried.
     """
 
@@ -63,7 +63,7 @@ class SweptRun:
 
     Args:
         folder: its `output_dir`, within that of the sweep.
-        overrides: its whole command line, `output_dir` included.
+        overrides: its command line, `output_dir` included.
         chosen: what makes it different from the others.
     """
 
@@ -83,7 +83,7 @@ class Interval:
     low: float
     high: float
     log: bool
-    whole: bool
+    integer: bool
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def combinations(config: str, settings: type[Settings], swept: Swept) -> list[Sw
 
 
 def folder_of(config: str, settings: type[Settings], swept: Swept, found: Sequence[Mapping[str, str]]) -> Path:
-    """The `output_dir` of a whole sweep; the settings of every combination are checked for it. Raises ConfigError."""
+    """The `output_dir` of a sweep; the settings of every combination are checked for it. Raises ConfigError."""
     checked = [load(config, settings, [*swept.fixed, *typed(chosen)]) for chosen in found]
     folders = {one.output_dir for one in checked}  # type: ignore[attr-defined]
     if len(folders) > 1:
@@ -208,11 +208,11 @@ def _interval(key: str, sweep: Any, hint: Any) -> Interval:
     """Raises ConfigError for an interval that has no inside, or no logarithm."""
     assert isinstance(sweep, IntervalSweep) and sweep.start is not None and sweep.end is not None
     kinds, log = kinds_of(hint), "log" in sweep.tags
-    whole = type(sweep.start) is int or (int in kinds and float not in kinds)
-    low, high = (int(end) if whole else end for end in (sweep.start, sweep.end))
+    integer = type(sweep.start) is int or (int in kinds and float not in kinds)
+    low, high = (int(end) if integer else end for end in (sweep.start, sweep.end))
     if low >= high or (log and low <= 0):
         raise ConfigError(f"{key}=interval({low},{high}): the first number is the smaller one{', above 0' * log}")
-    return Interval(low, high, log, whole)
+    return Interval(low, high, log, integer)
 
 
 def without_hydra(arguments: Sequence[str]) -> tuple[list[str], Search | None]:

@@ -111,7 +111,7 @@ class Listing:
         return [picture.caption for picture in self.pictures]
 
     def read(self, indices: Sequence[int]) -> list[bytes | BadPicture]:
-        """The files of these pictures, remote ones in parallel; for one that is gone or has changed, why it is left out.
+        """The files of these pictures, remote ones in parallel; or why one that is gone or has changed is left out.
 
         Raises:
             ReadError: the shard or folder itself is gone, or cannot be read for a while; names it.

@@ -1,6 +1,6 @@
 """The blocks of an evaluation: which of them this process makes, and a folder that keeps those that are finished.
 
-Several processes meet in one folder, and none talks to another: tensors appear in it whole or not at all, and one
+Several processes share one folder, and none talks to another: tensors appear in it complete or not at all, and one
 process writes the lines. An evaluation that was killed resumes from the folder.
 """
 
@@ -29,7 +29,7 @@ POLL_SECONDS, SAY_SECONDS, PATIENCE_SECONDS = 0.2, 30.0, 2 * 3600.0
 
 T = TypeVar("T")
 
-# What a launcher tells each process: its rank, how many there are. SLURM's are those of a step, which `srun` starts.
+# What a launcher sets for each process: its rank, how many there are. SLURM's are those of a step, which `srun` starts.
 _LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
 
 
@@ -109,9 +109,9 @@ class Cache:
         """What `tensors` does, without reading them."""
         path = self._file(facts)
         if not path.exists():
-            whole = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.tmp")
-            save_file({name: tensor.contiguous() for name, tensor in compute().items()}, whole)
-            replace_whole(whole, path)
+            aside = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.tmp")
+            save_file({name: tensor.contiguous() for name, tensor in compute().items()}, aside)
+            replace_whole(aside, path)
 
     def awaited(
         self, pieces: Sequence[Mapping[str, Any]], patience: float = PATIENCE_SECONDS

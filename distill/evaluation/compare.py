@@ -1,6 +1,6 @@
 """Student against teacher on the same prompts and noise, at equal steps and at equal network evaluations.
 
-What is reported is drawn from prompts and seeds of the split "report"; what is chosen (the teacher's guidance and
+What is reported is generated from prompts and seeds of the split "report"; what is chosen (the teacher's guidance and
 spacing at few steps) is chosen on those of the split "tuning". The work is cut into blocks of pictures that do not
 depend on how many processes share it: neither do the numbers.
 """
@@ -61,7 +61,7 @@ class Scorer(Protocol):
 
     @property
     def name(self) -> str:
-        """Says which judge and which protocol; results are kept under it."""
+        """Says which classifier and which protocol; results are kept under it."""
 
     @property
     def protocol(self) -> str:
@@ -69,7 +69,7 @@ class Scorer(Protocol):
 
     @property
     def against(self) -> str:
-        """What pictures are held against that are not measured with them, such as FID's reference; or nothing."""
+        """What pictures are compared with that is not measured with them, such as FID's reference; or nothing."""
 
     @property
     def notes(self) -> Sequence[str]:
@@ -80,10 +80,10 @@ class Scorer(Protocol):
         """Metrics of the protocol that could not be measured, and why not."""
 
     def prompts(self, split: str, n: int) -> list[str]:
-        """n prompts; those of "report" and "tuning" are drawn with different noise, and may be the same."""
+        """n prompts; those of "report" and "tuning" have different noise, and may be the same."""
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Of each of the images [B, 3, H, W] in [-1, 1], whatever `summarise` needs: tensors [B, ...]."""
+        """What `summarise` needs of each of the images [B, 3, H, W] in [-1, 1]: tensors [B, ...]."""
 
     def summarise(self, measured: Mapping[str, Tensor], split: str) -> dict[str, float]:
         """The metrics of all pictures of a split, "frechet" among them if a teacher is tuned."""
@@ -102,7 +102,7 @@ class StoredSolves(Protocol):
     def notes(self) -> Sequence[str]: ...
 
     def measure(self, denoiser: Denoiser, setting: Setting, places: range, batch_size: int) -> dict[str, Tensor]:
-        """How far the end points that `denoiser` draws are from those of these solves: tensors [len(places)]."""
+        """How far the end points that `denoiser` reaches are from those of these solves: tensors [len(places)]."""
 
 
 @dataclass(frozen=True)
@@ -149,18 +149,18 @@ class Counting:
     """A denoiser that reports its evaluations, a unit of work for each sample of each."""
 
     def __init__(self, denoiser: Denoiser, advance: Advance) -> None:
-        self._denoiser, self._advance, self._told = denoiser, advance, 0
+        self._denoiser, self._advance, self._reported = denoiser, advance, 0
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
         out = self._denoiser(x_t, t, conditioning)
-        self._told += len(x_t)
+        self._reported += len(x_t)
         self._advance(len(x_t))
         return out
 
     def complete(self, work: int) -> None:
         """Reports what is left of a batch's work."""
-        self._advance(work - self._told)
-        self._told = 0
+        self._advance(work - self._reported)
+        self._reported = 0
 
 
 @torch.no_grad()
@@ -173,15 +173,15 @@ def generate(
     batch_size: int = 64,
     advance: Advance = lambda work: None,
 ) -> Iterator[Generated]:
-    """Draws pictures in batches. Each has a CPU generator of its own, as a diffusers pipeline given a list of them.
+    """Generates pictures in batches. Each has a CPU generator of its own, as a diffusers pipeline given a list of them.
 
     `advance` gets the work done after each network evaluation, and that of decoding after each batch.
 
     Raises:
-        ValueError: not one seed a prompt.
+        ValueError: not one seed per prompt.
     """
     if len(prompts) != len(seeds):
-        raise ValueError(f"need one seed a prompt, got {len(seeds)} for {len(prompts)}")
+        raise ValueError(f"need one seed per prompt, got {len(seeds)} for {len(prompts)}")
     times = make_times(setting.spacing, teacher.schedule.T, setting.steps)
     counting = Counting(denoiser, advance)
     follow = counting if setting.embedded else guided(counting, teacher.unconditional(), setting.guidance)
@@ -329,7 +329,7 @@ class Comparison:
         }
 
     def pictures(self, setting: Setting, places: Sequence[int], advance: Advance = lambda work: None) -> Tensor:
-        """Pictures of a row, drawn again: [len(places), 3, H, W] in [-1, 1]."""
+        """Pictures of a row, generated again: [len(places), 3, H, W] in [-1, 1]."""
         prompts, seeds = self.scorer.prompts("report", self.plan.n), seeds_of("report", self.plan.n)
         batches = generate(
             self.teacher,
@@ -422,7 +422,7 @@ class Comparison:
         """Final latents of the teacher at full steps, [len(block), C, h, w]."""
         setting = self.plan.reference()
         facts = {"latents": self._block_facts(setting, "report", block)}
-        batches = self._generate(setting, "report", block, advance)  # nothing is drawn until it is asked for
+        batches = self._generate(setting, "report", block, advance)  # nothing is generated until it is iterated over
         return self.cache.tensor(facts, lambda: torch.cat([batch.latents for batch in batches]))
 
     def _decoded(self, latents: Sequence[Tensor], block: range) -> Iterator[Generated]:

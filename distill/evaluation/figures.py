@@ -272,7 +272,7 @@ def series_of(rows: Iterable[Mapping[str, Any]]) -> list[Series]:
 
 
 def _apart(row: Mapping[str, Any]) -> dict[str, str]:
-    """What tells lines of one kind apart, in words; of a tuned teacher nothing does, whose settings are its best."""
+    """What distinguishes lines of one kind, in words; nothing for a tuned teacher, whose settings are its best."""
     if row.get("tuned"):
         return {"tuned": TUNED}
     evaluation = row.get("evaluation", "")
@@ -284,7 +284,7 @@ def _apart(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _label(kind: str, row: Mapping[str, Any], others: Sequence[Mapping[str, str]]) -> str:
-    """Its kind, and of what tells lines apart as much as differs among those of its kind."""
+    """A line's label: its kind, and those of its settings that differ among the lines of that kind."""
     own = _apart(row)
     if "tuned" in own:
         return f"{NAMES[kind]}, {TUNED}"

@@ -26,7 +26,7 @@ from torchvision.models.inception import (
 from distill.models.rewards import fill, load_weights
 
 SIDE = 299
-"""Of the squares that the network is shown, in pixels."""
+"""Side of the squares that the network is shown, in pixels."""
 FEATURES = 2048
 _CLASSES = 1008
 

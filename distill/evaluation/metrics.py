@@ -26,10 +26,10 @@ class Measurer(Protocol):
         """Which it is and which weights it has."""
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Of each of the images [B, 3, H, W] in [0, 1], what `summarise` needs: tensors [B, ...] on the CPU."""
+        """What `summarise` needs of each of the images [B, 3, H, W] in [0, 1]: tensors [B, ...] on the CPU."""
 
     def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of all images together: values by name, standard errors as `NAME_se`."""
+        """The values for all images together, by name, standard errors as `NAME_se`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Metric:
         paper: where it was published.
         load: dotted name of a function that makes the `Measurer` of a `distill.evaluation.protocol.Sources`. It raises
             FileNotFoundError, with the reason, where the metric cannot be measured. "" for a number that no protocol
-            asks for by name: the toy's judge measures it, or every row has it, or a study.
+            can name: the toy's classifier measures it, or every row has it, or a study.
         weights, optional_weights: the names of `weights.NAME=` without which it is left out, and with which it may be
             changed.
         needs_reference: whether it compares with real images.
@@ -94,7 +94,7 @@ class Metric:
 
 _SCORES = "distill.evaluation.scores"
 _HEUSEL = "Heusel et al. 2017, arXiv 1706.08500"
-_TOY = "the toy's judge"
+_TOY = "the toy's classifier"
 
 METRICS: Registry[Metric] = Registry(
     "metric",
@@ -104,7 +104,7 @@ METRICS: Registry[Metric] = Registry(
             "caption accuracy",
             3,
             "higher",
-            unit="share of images in which the judge reads the prompt",
+            unit="share of images that the classifier labels as their prompt",
             paper=_TOY,
             brief="captions {:.0%}",
         ),
@@ -113,7 +113,7 @@ METRICS: Registry[Metric] = Registry(
             "Fréchet",
             3,
             "lower",
-            unit="distance between the judge's features of images and of as many real ones",
+            unit="distance between the classifier's features of images and of as many real ones",
             title="Fréchet distance",
             logarithmic=True,
             paper=_TOY,
@@ -246,7 +246,7 @@ def plotted() -> list[str]:
 
 
 def protocol_metrics() -> list[str]:
-    """The names of the metrics that a protocol may ask for."""
+    """The names of the metrics that a protocol may have."""
     return [metric.name for metric in METRICS.values() if metric.load]
 
 
@@ -257,7 +257,7 @@ def known_weights() -> list[str]:
 
 
 def find_metric(name: str) -> Metric:
-    """A metric that a protocol may ask for.
+    """A metric that a protocol may have.
 
     Raises:
         ValueError: there is none of that name.

@@ -24,7 +24,7 @@ SMALL = 96  # pixels a side: smaller pictures are magnified pixel by pixel
 
 
 def write_page(path: Path, title: str, parts: Iterable[str], magnified: bool = False) -> None:
-    """The page, of parts that the functions below have made. It asks the network for nothing.
+    """The page, of parts that the functions below have made. It loads nothing from a network.
 
     Args:
         magnified: its pictures are small: their pixels stay squares.
@@ -126,7 +126,7 @@ def _strip(row: GridRow, cell: int) -> str:
 
 
 def _data(picture: Image.Image) -> str:
-    """Of a picture whose pixels matter, without loss; of a large one as a photograph."""
+    """The picture as a data URL: a small one, whose pixels matter, without loss; a large one as a JPEG."""
     file = io.BytesIO()
     kind = "png" if picture.height <= SMALL else "jpeg"
     picture.save(file, format=kind, optimize=True, quality=88)

@@ -28,13 +28,13 @@ def load_pipeline(
     variant: str | None = None,
     own_scheduler: bool = False,
 ) -> Any:
-    """A plain diffusers pipeline of the folder's or repository's parts, with a LoRA file or folder if one is given.
+    """A stock diffusers pipeline of the folder's or repository's parts, with a LoRA file or folder if one is given.
 
     Its networks are frozen: torch multiplies in another way, which rounds otherwise, where a weight could be trained,
     and diffusers freezes a network when it loads a LoRA into it. So, with the LoRA off, it is the same to the bit.
 
-    Instead of a LoRA, the export of a student that is a whole network (a folder with `unet`) replaces the pipeline's
-    network. An export's scheduler is the one that it asks for; with `own_scheduler` a LoRA's stays the model's own.
+    Instead of a LoRA, the export of a student that is a full network (a folder with `unet`) replaces the pipeline's
+    network. An export's scheduler is the one that it names; with `own_scheduler` a LoRA's stays the model's own.
 
     Raises:
         FileNotFoundError: no pipeline or no LoRA there.
@@ -63,10 +63,10 @@ def _is_network(folder: Path) -> bool:
 
 
 def _load_lora(pipeline: Any, lora: str | Path, scale: float) -> None:
-    """Puts a LoRA of any format that diffusers reads onto the pipeline, whole, or not at all."""
+    """Puts a LoRA of any format that diffusers reads onto the pipeline, all of it or nothing."""
     named: dict[str, Any] = {"use_safetensors": True}
     if (Path(lora) / LORA_FILE).is_file():
-        named["weight_name"] = LORA_FILE  # diffusers 0.38 asks the hub otherwise
+        named["weight_name"] = LORA_FILE  # diffusers 0.38 contacts the hub otherwise
     with naming(Path(lora)):
         state = pipeline.lora_state_dict(str(lora), unet_config=pipeline.unet.config, **named)[0]
         tensors = {key.removeprefix("unet."): x for key, x in state.items() if key.startswith("unet.")}
@@ -93,7 +93,7 @@ def _fits(modules: Mapping[str, Any], key: str, tensor: Tensor) -> bool:
 
 
 def sampling_of(folder: str | Path) -> Sampling | None:
-    """How the student in an export's folder is drawn, of a whole pipeline's too; None for any other folder or file.
+    """How the student in an export's folder is sampled, that of a pipeline too; None for any other folder or file.
 
     Raises:
         ValueError: an export that is not readable.
@@ -157,7 +157,7 @@ def embeds_guidance(pipeline: Any) -> bool:
 
 
 def images_at_once(resolution: int) -> int:
-    """How many pictures of so many pixels a side a GPU of 24 GB draws at once, guided, in float16; at most 100."""
+    """How many guided pictures of `resolution` a GPU of 24 GB generates at once in float16; at most 100."""
     return max(1, min(100, 4 * 1024**2 // resolution**2))
 
 
@@ -206,12 +206,12 @@ def plain_pipeline_agrees(
     """The greatest difference of any pixel between our sampler's pictures and those of diffusers' own pipeline: the
     proof that exported files are right.
 
-    `expected` [B, 3, H, W] in [-1, 1] are ours; the pipeline draws with the scheduler that the export asks for, or with
+    `expected` [B, 3, H, W] in [-1, 1] are ours; the pipeline samples with the scheduler that the export names, or with
     LCMScheduler, after `load_lora_weights(lora)` or with the UNet of an exported network. `guidance` is for one that
     takes it as an input.
 
     Raises:
-        ValueError: not one prompt and seed a picture, or pictures of another size.
+        ValueError: not one prompt and seed per picture, or pictures of another size.
     """
     if not len(prompts) == len(seeds) == len(expected):
         raise ValueError(
@@ -222,7 +222,7 @@ def plain_pipeline_agrees(
     if sampling is None:
         use_sampler(pipeline, "lcm", "lcm")
     times = timesteps_of(pipeline, "lcm" if sampling is None else sampling.spacing, steps)
-    drawn = generate_images(pipeline, prompts, seeds, steps, guidance, timesteps=times) * 2 - 1
-    if drawn.shape != expected.shape:
-        raise ValueError(f"the pipeline draws {tuple(drawn.shape)}, expected are {tuple(expected.shape)}")
-    return float((drawn.float().cpu() - expected.cpu()).abs().max())
+    images = generate_images(pipeline, prompts, seeds, steps, guidance, timesteps=times) * 2 - 1
+    if images.shape != expected.shape:
+        raise ValueError(f"the pipeline generates {tuple(images.shape)}, expected are {tuple(expected.shape)}")
+    return float((images.float().cpu() - expected.cpu()).abs().max())

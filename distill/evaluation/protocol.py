@@ -1,4 +1,4 @@
-"""Published ways to evaluate, by name: what is drawn, what it is held against, and by which models it is scored."""
+"""Published ways to evaluate, by name: what is generated, what it is compared with, and which models score it."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Protocol:
 
     Args:
         name: of the protocol; used_by: papers that report by it.
-        n: pictures a row.
-        side: of the pictures that are drawn, in pixels.
+        n: pictures per row.
+        side: of the pictures that are generated, in pixels.
         reference: real pictures (a folder, tars), or statistics of them (`.safetensors`); None is none.
         matching: of the reference only the pictures that the prompts describe, which COCO's files say.
         shown_at: pixels to which pictures are shrunk before FID's network sees them; None leaves them.
@@ -141,7 +141,7 @@ class Reference:
     def statistics(
         self, key: str, network_name: str, prepare: Prepare, network: Callable[[Tensor], Tensor]
     ) -> Statistics:
-        """Of one metric's features of the real pictures.
+        """Statistics of one metric's features of the real pictures.
 
         Raises:
             ValueError: a statistics file without this metric.
@@ -198,7 +198,7 @@ class MetricScorer:
     def prompts(self, split: str, n: int) -> list[str]:
         """The first n, of any split. Raises ValueError: fewer are there."""
         if n > len(self.captions.prompts):
-            raise ValueError(f"the protocol has {counted(len(self.captions.prompts), 'prompt')}, asked for are {n}")
+            raise ValueError(f"the protocol has {counted(len(self.captions.prompts), 'prompt')}, and n={n} are needed")
         return list(self.captions.prompts[:n])
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

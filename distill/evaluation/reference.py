@@ -30,7 +30,7 @@ Prepare = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the features of n pictures: mean [F] and covariance [F, F], float64."""
+    """Statistics of the features of n pictures: mean [F] and covariance [F, F], float64."""
 
     mean: Tensor
     covariance: Tensor
@@ -113,7 +113,7 @@ def decoded(data: bytes) -> Tensor:
 def statistics_of(
     pictures: Pictures, prepare: Prepare, network: Callable[[Tensor], Tensor], what: str = "reference"
 ) -> Statistics:
-    """Of the features that the network gives for real pictures, in float64.
+    """Statistics of the network's features of real pictures, in float64.
 
     Pictures that `prepare` refuses are left out: n says how many there were in the end.
 

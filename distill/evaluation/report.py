@@ -45,7 +45,7 @@ TUNED_TEACHER = f"{NAMES['teacher']}, {TUNED}"  # in the grid it is "teacher": i
 CONFIG = "config.yaml"
 TITLE = "Student and teacher compared"
 SAME_NOISE = "Each column has one prompt and one starting noise."
-IN_DIFFUSERS = "In a plain diffusers pipeline"
+IN_DIFFUSERS = "In a stock diffusers pipeline"
 NOT_THE_EXPERIMENTS = "What is not as in its experiment:"
 
 
@@ -99,7 +99,7 @@ def _cell(row: Row, key: str, pattern: str) -> str:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The training run that a student comes from, as its folder tells it.
+    """The training run that a student comes from, as its folder describes it.
 
     Args:
         metrics_file: its metrics.jsonl, if there is one.
@@ -132,7 +132,7 @@ def write_report(
         reproduce: the commands that do all of it again.
         real: metrics of real pictures, the best that can be reached.
         run: of the student's training.
-        agreement: greatest difference between our pictures and those of a plain diffusers pipeline, see `proof`.
+        agreement: greatest difference between our pictures and those of a stock diffusers pipeline, see `proof`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = comparison.rows()
@@ -240,11 +240,11 @@ def _protocol(comparison: Comparison, real: Mapping[str, float] | None) -> str:
         text += f"- teacher, {plan.student_sampler}: the undistilled teacher, guided, in the student's sampler.\n"
     text += f"""\
 - w: guidance, `uncond + w (cond - uncond)`; 1 is none. A student has its teacher's guidance built in.
-- NFE: network evaluations a picture; a guided step takes two. Compare at equal NFE as well as at equal steps.
+- NFE: network evaluations per picture; a guided step takes two. Compare at equal NFE as well as at equal steps.
 - {LEGEND} From teacher: mean squared difference, per latent element, from the teacher's {plan.teacher_steps}-step end
   point from the same noise and prompt. A sampler that adds fresh noise cannot reach 0.
 - Protocol: {scorer.protocol}, N = {plan.n}. Results of another one do not compare with these.
-- Judged by: {scorer.name}. Fréchet distances compare at equal n only.
+- Measured by: {scorer.name}. Fréchet distances compare at equal n only.
 """
     text += "".join(f"- {note}\n" for note in (*scorer.notes, *(comparison.stored.notes if comparison.stored else ())))
     text += "".join(f"- Left out: {name}, {reason}\n" for name, reason in scorer.left_out.items())
@@ -256,7 +256,7 @@ def _protocol(comparison: Comparison, real: Mapping[str, float] | None) -> str:
 
 
 def _agreement(difference: float) -> str:
-    return f"""The exported student in diffusers' own pipeline, with its own scheduler, draws the same pictures: the
+    return f"""The exported student in diffusers' own pipeline, with its own scheduler, generates the same pictures: the
 greatest difference of any pixel is {difference:.1e}, of a range of 2."""
 
 

@@ -41,7 +41,7 @@ def runs_page(path: Path, title: str, runs: Mapping[str, Path], about: Mapping[s
 
 
 def scalars(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl` that are whole; none if there is no such file."""
+    """The lines of a run's `metrics.jsonl` that are complete; none if there is no such file."""
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -75,7 +75,7 @@ class FrechetMetric:
 
 
 class _AsGiven(nn.Module):
-    """In the place of torchmetrics' network, for what are features already."""
+    """Takes the place of torchmetrics' network for what are features already."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def _fetched(architecture: str, tag: str | None) -> Any:
 
 
 def _image_size(model: Any) -> int:
-    """Of the square that the model is shown."""
+    """The side of the square that the model is shown, in pixels."""
     import open_clip
 
     shown = open_clip.get_model_preprocess_cfg(model)

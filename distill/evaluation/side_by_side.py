@@ -104,8 +104,8 @@ def _lines(rows: Sequence[Row]) -> dict[str, Sequence[Row]]:
     """Students' rows, and the teacher's of as few steps, by the line that they belong to."""
     most = max((row["steps"] for row in rows if row["model"] == "student"), default=0)
     few = [row for row in rows if row["model"] == "student" or row["steps"] <= max(most, 1)]
-    drawn = series_of(row for row in few if line_of(row) != "undistilled")
-    return {line.label: [dict(row) for row in line.rows] for line in drawn}
+    lines = series_of(row for row in few if line_of(row) != "undistilled")
+    return {line.label: [dict(row) for row in line.rows] for line in lines}
 
 
 def _about(reports: Mapping[str, Path]) -> str:

@@ -41,9 +41,9 @@ class HeldOut:
     def __post_init__(self) -> None:
         times, url = self.store.index.times, self.store.folder.url
         if (times[0], times[-1]) != (self.schedule.T, 0):
-            raise ValueError(f"store={url} holds no whole solves: its times run from {times[0]} to {times[-1]}")
+            raise ValueError(f"store={url} holds no complete solves: its times run from {times[0]} to {times[-1]}")
         if self.n > len(self.store):
-            raise ValueError(f"store={url} holds {len(self.store)} samples, asked for are {self.n}")
+            raise ValueError(f"store={url} holds {len(self.store)} samples, and {self.n} are needed")
 
     @property
     def name(self) -> str:
@@ -52,10 +52,10 @@ class HeldOut:
         return f"last {self.n} of {len(self.store)} in {shards[0].sha256[:16]} ... {shards[-1].sha256[:16]}"
 
     def measure(self, denoiser: Denoiser, setting: Setting, places: range, batch_size: int) -> dict[str, Tensor]:
-        """`consistency`, the mean squared difference per latent element of what is drawn from a solve's noise and
-        conditioning from its end point, and `cosine`, of the two as vectors: float64 [len(places)].
+        """`consistency`, the mean squared difference per latent element between a sample from a solve's noise and
+        conditioning and the solve's end point, and `cosine`, of the two as vectors: float64 [len(places)].
 
-        It is drawn as `setting` says, whatever the guidance of the stored solve.
+        It is sampled as `setting` says, whatever the guidance of the stored solve.
         """
         parts = [
             self._measure(denoiser, setting, places[i : i + batch_size]) for i in range(0, len(places), batch_size)
@@ -76,6 +76,6 @@ class HeldOut:
         follow = denoiser if setting.embedded else guided(denoiser, unconditional, setting.guidance)
         generators = [torch.Generator().manual_seed(FIRST_SEED["stored"] + i) for i in places]
         times = make_times(setting.spacing, self.schedule.T, setting.steps)
-        drawn = sample(follow, self.schedule, x, times, conditioning, setting.sampler, generators)
-        cosine = F.cosine_similarity(drawn.double().flatten(1), end.double().flatten(1))
-        return {"consistency": l2(drawn, end).double().cpu(), "cosine": cosine.cpu()}
+        found = sample(follow, self.schedule, x, times, conditioning, setting.sampler, generators)
+        cosine = F.cosine_similarity(found.double().flatten(1), end.double().flatten(1))
+        return {"consistency": l2(found, end).double().cpu(), "cosine": cosine.cpu()}

@@ -1,4 +1,4 @@
-"""Students as they are in folders, and the settings that they and their teachers are drawn with."""
+"""Students as they are in folders, and the settings that they and their teachers are sampled with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distill.models.lora import ADAPTER, load_lora, lora_file
 
 @dataclass(frozen=True)
 class LoadedStudent:
-    """A student on its teacher's schedule, the hash of its weights, and how it is drawn."""
+    """A student on its teacher's schedule, the hash of its weights, and how it is sampled."""
 
     denoiser: NetworkDenoiser
     weights: str
@@ -35,7 +35,7 @@ class LoadedStudent:
 def load_student(folder: str | Path, teacher: Teacher) -> LoadedStudent:
     """The student in a folder: a LoRA, which is put onto the teacher's network, or the UNet of `unet/`.
 
-    An export says how it is drawn; any other folder's student is taken for one that LCM's sampler draws.
+    An export says how it is sampled; the student of any other folder is taken to be one for LCM's sampler.
 
     Raises:
         FileNotFoundError: neither is there.

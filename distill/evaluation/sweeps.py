@@ -47,7 +47,7 @@ COLUMNS = {  # row key: heading, format
 
 Row = dict[str, Any]
 Right = Callable[[Tensor, Sequence[str]], Tensor]
-"""Pictures [B, 3, H, W] in [-1, 1] and their prompts -> [B], 1 where a judge reads the prompt in the picture."""
+"""Pictures [B, 3, H, W] in [-1, 1] and their prompts -> [B], 1 where a classifier labels the picture as its prompt."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SweepSetting:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is drawn.
+    """What is generated.
 
     Args:
         columns: headings of the grid's columns.
@@ -108,7 +108,7 @@ def guidance_sweep(
 
 
 def lora_sweep(steps: Sequence[int], guidance: float, reference: SweepSetting) -> Sweep:
-    """With the LoRA and without it at the same numbers of steps; without it all else is the reference's."""
+    """Compares the model with the LoRA and without, at equal steps; without it all else is the reference's."""
     lines = {
         "with the LoRA": tuple(SweepSetting(True, n, guidance, reference.negative_prompt) for n in steps),
         "without": tuple(replace(reference, steps=n) for n in steps),
@@ -129,7 +129,7 @@ class Models:
 
     Args:
         schedulers: the student's (True), LCM's, and the undistilled model's own (False), as it was loaded.
-        adapters: the student's LoRA weights by adapter name; none for a student that is a whole network.
+        adapters: the student's LoRA weights by adapter name; none for a student that is a full network.
     """
 
     student: Any
@@ -139,7 +139,7 @@ class Models:
 
     @classmethod
     def of(cls, pipeline: Any, teacher: Any | None = None, lora_scale: float = 1.0) -> Models:
-        """From a freshly loaded pipeline: one with a LoRA, or a student's own and perhaps its teacher's beside it."""
+        """The models of a freshly loaded pipeline: one with a LoRA, or a student's, perhaps with its teacher's."""
         adapters = {name: lora_scale for names in pipeline.get_list_adapters().values() for name in names}
         undistilled = teacher or (pipeline if adapters else None)
         own = undistilled.scheduler if undistilled else None
@@ -148,14 +148,14 @@ class Models:
         return cls(pipeline, undistilled, {True: pipeline.scheduler, False: own}, adapters)
 
     def ready(self, way: SweepSetting) -> Any:
-        """The pipeline that draws `way`, its scheduler and LoRA set for it.
+        """The pipeline that generates `way`, its scheduler and LoRA set for it.
 
         Raises:
-            ValueError: the undistilled model is asked for, and there is none.
+            ValueError: the undistilled model is needed, and there is none.
         """
         pipeline = self.student if way.student else self.undistilled
         if pipeline is None:
-            raise ValueError("there is no undistilled model: a student that is a whole network needs teacher=...")
+            raise ValueError("there is no undistilled model: a student that is a full network needs teacher=...")
         use_adapters(pipeline, self.adapters if way.student else {})
         pipeline.scheduler = self.schedulers[way.student]
         return pipeline
@@ -172,19 +172,19 @@ def run_sweep(
     resolution: int | None = None,
     right: Right | None = None,
 ) -> str:
-    """Draws all ways of a sweep, each with the same prompts and seeds, and writes `<name>.png`, `.md` and `.json`.
+    """Generates all ways of a sweep, each with the same prompts and seeds, and writes `<name>.png`, `.md` and `.json`.
 
-    A row of the table holds its way, the scheduler, nfe (network evaluations a picture, counted), seconds a picture
+    A row of the table holds its way, the scheduler, nfe (network evaluations per picture, counted), seconds per picture
     (text and decoding included), difference (RMSE of pixels in [0, 1] from the reference, mean over pictures), energy
     (mean squared Laplacian) and, given `right`, caption_accuracy. Standard errors over pictures are called `*_se`.
-    Pictures with a negative prompt that are drawn without it too have negative_change, the RMSE between both; it is 0
-    only where they are equal to the bit.
+    Pictures with a negative prompt that are generated without it too have negative_change, the RMSE between both; it
+    is 0 only where they are equal to the bit.
 
     Returns:
         The Markdown.
 
     Raises:
-        ValueError: no prompt, or not one seed a prompt.
+        ValueError: no prompt, or not one seed per prompt.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"need prompts and one seed for each, got {len(prompts)} and {len(seeds)}")

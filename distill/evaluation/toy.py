@@ -1,4 +1,4 @@
-"""The toy world's protocol: prompts balanced over its captions, a judge trained on real pictures."""
+"""The toy world's protocol: prompts balanced over its captions, a classifier trained on real pictures."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from distill.toy.world import CAPTIONS, balanced_labels, labels_of, render
 
 
 class JudgeScorer:
-    """Scores toy pictures with the judge.
+    """Scores toy pictures with the toy's classifier, called the judge.
 
-    Metrics: caption_accuracy, the share in which the judge reads the prompt, and its standard error; frechet, between
-    the judge's features of the pictures and of as many real ones of the same captions, and its standard error;
+    Metrics: caption_accuracy, the share that it labels as their prompt, and its standard error; frechet, between
+    its features of the pictures and of as many real ones of the same captions, and its standard error;
     sharpness, the high-frequency energy relative to those real ones (1: as sharp, less: blurred); diversity, the
     variance of features between pictures of one caption relative to those real ones (0: one picture for all noises).
 
     Args:
-        real: draws real pictures of labels; those of a styled world are another function's.
+        real: makes real pictures of labels; those of a styled world come from another function.
     """
 
     protocol, against = "toy", ""
@@ -107,6 +107,6 @@ def _spread(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def captions_right(judge: Judge, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Whether the judge reads each of the pictures [B, 3, 32, 32] in [-1, 1] as its prompt: float64 [B], 1 or 0."""
+    """Whether the classifier labels each picture [B, 3, 32, 32] in [-1, 1] as its prompt: float64 [B], 1 or 0."""
     device = next(judge.parameters()).device
     return (judge.logits(images.to(device)).argmax(1).cpu() == labels_of(prompts)).double()

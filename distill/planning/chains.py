@@ -80,7 +80,7 @@ def planned_links(links: Sequence[Link], cluster: ClusterSettings) -> list[Plann
 
 
 def settings_of(link: Link, links: Sequence[Link], cluster: ClusterSettings) -> PlanSettings:
-    """Of a link, whose teacher stands for itself and whose engine is one that runs on all GPUs."""
+    """The settings to plan a link with: its teacher by kind, and an engine that runs on all GPUs."""
     given = link.settings.model_dump()
     if given["teacher"] is not None:
         teacher = next(other for other in links if str(other.export) == str(given["teacher"]))
@@ -133,14 +133,14 @@ def _trained(link: Link, cfg: PlanSettings, run: PlannedRun) -> PlannedLink:
 
 def _written(link: Link, cfg: PlanSettings) -> PlannedLink:
     half, samples = cfg.mixed_precision != "no", cfg.data.num_samples or 0
-    asked = inference(cfg.model, half)
-    needed = asked.solve_bytes(cfg.data)
+    teacher = inference(cfg.model, half)
+    needed = teacher.solve_bytes(cfg.data)
     return PlannedLink(
         name=link.name,
         work=f"{samples} samples",
         engine=f"solves, {cfg.data.batch_size} at once",
         memory=needed,
         fits=needed <= usable(cfg.cluster),
-        hours=hours(samples * asked.solve_flops(cfg.data), cfg.cluster, half) / ranks_of(cfg.cluster),
+        hours=hours(samples * teacher.solve_flops(cfg.data), cfg.cluster, half) / ranks_of(cfg.cluster),
         disk=samples * sample_bytes(cfg),
     )

@@ -50,7 +50,7 @@ from distill.models.quantized import quantize
 PUBLISHED = ("sd15", "sdxl", "ssd1b")
 """Models of `configs/model/` whose sizes are known without a download."""
 TOKENS = 77
-TAUGHT = ("lora", "whole")
+TEACHERS = ("lora", "whole")
 """What `teacher` may be where there is no export yet."""
 # What CUDA's autocast computes in bfloat16, and in float32; of what UNets are made of.
 _LOWER = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
@@ -104,10 +104,10 @@ def count(
     Args:
         checkpointed: networks with gradient checkpointing use it.
         autocast: names of networks whose modules compute under bfloat16 autocast.
-        repeated: what calls without a gradient cost, as far as it is known, and from then on; of the same networks.
+        repeated: what calls of the same networks without a gradient cost; calls that are new are added to it.
 
     Raises:
-        ValueError: the number of network calls depends on what is drawn.
+        ValueError: the number of network calls depends on random numbers.
     """
     modules = {name: n.module for name, n in networks.items() if hasattr(n, "module")}
     trained = [p for p in modules[turn.updates].parameters() if p.requires_grad]
@@ -128,7 +128,7 @@ def count(
     except RuntimeError as error:
         if "meta tensors" not in str(error):
             raise
-        raise ValueError("it cannot be counted: how often networks are called depends on what is drawn") from None
+        raise ValueError("it cannot be counted: how often networks are called depends on random numbers") from None
     finally:
         for p in others:
             p.requires_grad_(True)
@@ -235,7 +235,7 @@ def _shape_of(x: Tensor) -> Tensor:
 
 
 class _Watched(nn.Module):
-    """A network that tells `walk` of its calls. Those without a gradient repeat each other: one is walked through."""
+    """A network that reports its calls to `walk`. Those without a gradient are alike: one is walked through."""
 
     def __init__(self, name: str, module: nn.Module, walk: Walk, autocast: bool) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ def _parameters(network: Any) -> Iterator[Tensor]:
 
 
 def forward(module: nn.Module, samples: int, *args: Any, **kwargs: Any) -> tuple[float, float]:
-    """FLOPs of a sample in a forward pass without gradients, and the bytes that then live at once beside the weights.
+    """FLOPs per sample of a forward pass without gradients, and the bytes that then live at once beside the weights.
 
     Args:
         module: on the meta device, as are the arguments, of so many samples.
@@ -366,7 +366,7 @@ def _settings_of(name: str) -> dict[str, Any]:
 def networks_of(
     cfg: TrainSettings, teacher: Teacher, requires: Sequence[str], others: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The networks of a run, made as the run makes them. `cfg.teacher` may be one of `TAUGHT`, without weights.
+    """The networks of a run, made as the run makes them. `cfg.teacher` may be one of `TEACHERS`, without weights.
 
     Args:
         requires: what the method requires beside what it trains.
@@ -376,15 +376,15 @@ def networks_of(
         quantize(teacher.unet, cfg.quantize)
     with torch.device("meta"):
         networks = {name: other.network(teacher, cfg.seed) for name, other in others.items()}
-        taught = cfg.teacher if "teacher" in requires else None
+        kind = cfg.teacher if "teacher" in requires else None
         teaching = NetworkDenoiser(teacher.unet, teacher.schedule, teacher.prediction, adapter=None)
-        if taught == "lora":
+        if kind == "lora":
             add_lora(teacher.unet, cfg.lora_rank, cfg.lora_alpha, adapter=TEACHING)
             teaching = replace(teaching, adapter=TEACHING)
-        elif taught == "whole":
+        elif kind == "whole":
             teaching = replace(teaching, module=build_unet(teacher.unet.config, device="meta").requires_grad_(False))
         networks |= build(cfg.student).networks(teacher, cfg.seed, "teacher" in requires)
-    if taught is not None:
+    if kind is not None:
         networks["teacher"] = teaching
     return networks
 

@@ -1,4 +1,4 @@
-"""What a run asks of machines: bytes, seconds and failures, worked out from counted networks and counted turns.
+"""What a run needs of machines: bytes, seconds and failures, worked out from counted networks and counted turns.
 
 Memory is what one process of the run holds, by the engine that it runs under; the parts that only DeepSpeed decides
 (which copies it keeps, what it sends) are those of its version 0.19.
@@ -65,7 +65,7 @@ class Held:
     Args:
         weights: as the networks compute with them, frozen ones and copies that autocast makes among them.
         masters: float32 copies that an optimizer updates.
-        gradients: that stay for the whole step.
+        gradients: that stay until the step ends.
         optimizer: its state.
         average: the moving average.
         buffers: that are allocated once, or last as long as the activations do.
@@ -94,7 +94,7 @@ class Held:
 
 
 def frozen(network: Counted, bf16: bool) -> Held:
-    """A network beside the trained ones, whole on every process: a teacher."""
+    """A network beside the trained ones, all of it on every process: a teacher."""
     return Held(weights=(2 if bf16 else 4) * (network.frozen + network.trained - network.shared) + network.packed)
 
 
@@ -113,9 +113,9 @@ def held(
 
     Args:
         engine: one of `ENGINES`.
-        optimizer: bytes of state a trained weight (`trained_network.optimizer_bytes`).
+        optimizer: bytes of state per trained weight (`trained_network.optimizer_bytes`).
         averaged: whether its moving average is kept.
-        average_answers: whether losses ask that, for which the masters step aside.
+        average_answers: whether losses call that average, which then takes the masters' place.
         bucket: `reduce_bucket_size` of the engine.
     """
     T, F = network.trained, network.frozen
@@ -139,8 +139,10 @@ def held(
         kept = T if engine == "zero1" else share
         return common + Held(gradients=low * kept, step=4 * share)
     gathered = low * min(T + F, LIVE)
-    whole, cut = low * (T + F), low * (T + F) / ranks
-    return common + Held(weights=cut - whole, gradients=4 * share, buffers=gathered if ranks > 1 else 0, step=4 * share)
+    full, sharded = low * (T + F), low * (T + F) / ranks
+    return common + Held(
+        weights=sharded - full, gradients=4 * share, buffers=gathered if ranks > 1 else 0, step=4 * share
+    )
 
 
 @dataclass(frozen=True)
@@ -190,19 +192,19 @@ def traffic(
 
 
 def passes(costs: Sequence[Cost], names: Sequence[str], checkpointed: bool) -> int:
-    """Over the weights of the networks `names`, which share a module, in a micro-batch of each turn."""
-    plain = sum(cost.calls.get(name, 0) for cost in costs for name in names)
+    """Passes over the weights of the networks `names`, which share a module, in a micro-batch of each turn."""
+    called = sum(cost.calls.get(name, 0) for cost in costs for name in names)
     graded = sum(cost.calls_with_gradient.get(name, 0) for cost in costs for name in names)
-    return plain + (2 if checkpointed else 1) * graded
+    return called + (2 if checkpointed else 1) * graded
 
 
 def checkpoint_bytes(network: Counted, engine: str, *, bf16: bool, optimizer: float, averaged: bool) -> float:
-    """Of a trained network: its whole weights, their average, and every rank's share of the optimizer's state."""
+    """Bytes for a trained network: its weights, their average, and every rank's share of the optimizer's state."""
     T = network.trained
-    whole = 4 * T * (2 if averaged else 1)
+    weights = 4 * T * (2 if averaged else 1)
     if engine in ("single", "ddp"):
-        return whole + optimizer * T
-    return whole + (4 + optimizer) * T + (2 if bf16 else 4) * T  # with the masters, and DeepSpeed's own file of weights
+        return weights + optimizer * T
+    return weights + (4 + optimizer) * T + (2 if bf16 else 4) * T  # with the masters, and DeepSpeed's file of weights
 
 
 def sample_layout(states: Tensor, times: Sequence[int], conditioning: Mapping[str, Tensor]) -> Layout:
@@ -211,12 +213,12 @@ def sample_layout(states: Tensor, times: Sequence[int], conditioning: Mapping[st
 
 
 def stored_bytes(layout: Layout, facts: Mapping[str, object]) -> int:
-    """Of a sample in its shard: both members of the archive, `facts` being those of its JSON."""
+    """Bytes of a sample in its shard: both members of the archive, `facts` being those of its JSON."""
     return sum(tar.BLOCK + size + tar.padding(size) for size in (layout.payload_bytes, len(describe(**facts))))
 
 
 def read_bytes(layout: Layout, states: Sequence[int]) -> int:
-    """That are read of a sample for some of its states."""
+    """Bytes that are read of a sample for some of its states."""
     return sum(span.end - span.begin for span in plan_reads(layout, tuple(states)))
 
 
@@ -225,7 +227,7 @@ def best_interval(save: float, mtbf: float) -> float:
 
     Args:
         save: seconds a checkpoint takes.
-        mtbf: mean seconds between failures of the whole job.
+        mtbf: mean seconds between failures of any part of the job.
     """
     if save >= 2 * mtbf:
         return mtbf

@@ -21,8 +21,8 @@ def fitting_split(
 ) -> tuple[Split, float] | None:
     """A `distill.training.micro_batch.Counting`, by a walk through the run's own turns on the meta device."""
     machines = ClusterSettings.model_validate({**yaml_of(ANY), "nodes": 1, "gpus_per_node": ranks})
-    taught = None if teacher_is_lora is None else "lora" if teacher_is_lora else "whole"
-    given = {**cfg.model_dump(), "teacher": taught, "start": None, "micro_batch_size": None}
+    teacher = None if teacher_is_lora is None else "lora" if teacher_is_lora else "whole"
+    given = {**cfg.model_dump(), "teacher": teacher, "start": None, "micro_batch_size": None}
     try:
         planned = PlanSettings.model_validate({**given, "cluster": machines, "measured_step_seconds": None})
         with torch.random.fork_rng(devices=[]):

@@ -29,7 +29,7 @@ VAE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Inference:
-    """A teacher that answers. Bytes are in the dtype of its computation, of whole networks or of one sample.
+    """What a teacher takes when it is only called: bytes in the dtype it computes in, per network or per sample.
 
     Args:
         weights: how many its network has.
@@ -54,30 +54,30 @@ class Inference:
     width: int
 
     def solve_flops(self, data: DataSettings) -> float:
-        """Of one of a store's solves."""
+        """FLOPs of one of a store's solves."""
         return SAMPLERS[data.solver].evaluations(data.solver_steps) * passes(data) * self.flops
 
     def solve_bytes(self, data: DataSettings) -> float:
-        """Of a process that makes a store: the text encoders stay, in float32 at most."""
+        """Bytes of a process that makes a store: the text encoders stay, in float32 at most."""
         held = self.width * self.weights + 4 * self.encoders
         return held + data.batch_size * passes(data) * self.activations
 
     def encoding_bytes(self, data: DataSettings) -> float:
-        """Of a process that makes a store of pictures, in float32."""
+        """Bytes of a process that makes a store of pictures, in float32."""
         return 4 * (self.encoders + self.vae_weights) + data.batch_size * self.encoded
 
     def picture_flops(self, steps: int, guided: bool) -> float:
-        """Of a picture of `steps` evaluations, each of them two if it is guided."""
+        """FLOPs of a picture of `steps` evaluations, each of them two if it is guided."""
         return steps * (2 if guided else 1) * self.flops + self.decoding
 
-    def drawing_bytes(self, samples: int, guided: bool = True) -> float:
-        """Of a process that draws so many pictures at once and decodes them one after another, in float32."""
+    def sampling_bytes(self, samples: int, guided: bool = True) -> float:
+        """Bytes of a process that generates so many pictures at once and decodes them one by one, in float32."""
         held = self.width * self.weights + 4 * (self.encoders + self.vae_weights)
         return held + max(samples * (2 if guided else 1) * self.activations, self.decoded)
 
 
 def passes(data: DataSettings) -> int:
-    """Of the network, for an evaluation of the teacher: two where it is guided."""
+    """Passes of the network for an evaluation of the teacher: two where it is guided."""
     return 1 if data.guidance == 1 else 2
 
 
@@ -144,5 +144,5 @@ def _encoders(built: Architecture, model: ModelSettings) -> float:
 
 
 def hours(flops: float, cluster: ClusterSettings, half: bool) -> float:
-    """Of a GPU, for so many FLOPs, at the share of its arithmetic that a training step is assumed to reach."""
+    """Hours of a GPU for so many FLOPs, at the share of its peak that a training step is assumed to reach."""
     return flops / (1e12 * cluster.mfu * (cluster.tflops if half else cluster.tflops_float32)) / 3600

@@ -21,7 +21,7 @@ from distill.diffusion.random import Context, generator
 from distill.diffusion.solver import make_times
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
-from distill.planning.counting import TAUGHT, Architecture, Cost, architecture, batch_of, cast, count, networks_of
+from distill.planning.counting import TEACHERS, Architecture, Cost, architecture, batch_of, cast, count, networks_of
 from distill.planning.estimates import (
     Counted,
     Held,
@@ -94,7 +94,7 @@ class PlannedRun:
 
     @property
     def whole(self) -> Split:
-        """A process's samples of a step, before `micro_batch_size`; rounded up where they are no whole number."""
+        """A process's samples of a step, before `micro_batch_size`; rounded up to a whole number."""
         accumulated = self.cfg.gradient_accumulation_steps
         parts = self.ranks * accumulated
         others = {self.samples_in(phase) for phase in range(len(self.phases))} - {self.cfg.global_batch_size}
@@ -102,7 +102,7 @@ class PlannedRun:
         return Split(math.ceil(self.cfg.global_batch_size / parts), accumulated, others_of_process)
 
     def samples_in(self, phase: int) -> int:
-        """Of a step of all processes; a method with stages may have batches of its own."""
+        """Samples of a step of all processes; a method with stages may have batches of its own."""
         return self.method.batch_size(self.phases[phase].first) or self.cfg.global_batch_size
 
     @property
@@ -114,10 +114,10 @@ class PlannedRun:
         return self.whole if most is None else self.whole.at_most(most)
 
     def fitting(self, room: float, split: Split | None = None) -> tuple[Split, float]:
-        """The largest micro-batches for so many bytes, the smallest there are if none fits, and what those take.
+        """The largest micro-batches that fit into `room` bytes, or the smallest if none fits, and the bytes they take.
 
         Args:
-            split: that is cut; None: all samples of a process.
+            split: the one to divide; None: all samples of a process.
         """
         split, again = self.whole if split is None else split, self.cfg.gradient_checkpointing
         while (needed := self.memory(self.engine, again, split.largest)) > room:
@@ -129,7 +129,7 @@ class PlannedRun:
 
     @property
     def samples(self) -> int:
-        """Of the largest micro-batch."""
+        """Samples of the largest micro-batch."""
         return self.split.largest
 
     @property
@@ -147,7 +147,7 @@ class PlannedRun:
                     yield name, names, weights
 
     def engine_of(self, engine: str, name: str) -> str:
-        """Of a network: the run's own engine may have other stages for some."""
+        """The engine for a network: the run's own may have other stages for some."""
         stages = self.cfg.engine.get("stages") or {}
         return f"zero{stages[name]}" if engine == self.engine and name in stages else engine
 
@@ -174,7 +174,7 @@ class PlannedRun:
         return total
 
     def activations(self, engine: str, checkpointed: bool) -> float:
-        """Of a sample, at most over all turns."""
+        """Bytes of activations per sample, at most over all turns."""
         return max(cost.activations(1) for phase in self.costs(engine, checkpointed) for cost in phase)
 
     def memory(self, engine: str, checkpointed: bool, samples: int) -> float:
@@ -204,7 +204,7 @@ class PlannedRun:
         return total
 
     def flops(self, phase: int) -> float:
-        """Of a sample."""
+        """FLOPs per sample."""
         return sum(cost.flops for cost in self.costs(self.engine, self.cfg.gradient_checkpointing)[phase])
 
     def checkpoint(self, engine: str) -> float:
@@ -246,8 +246,8 @@ def unwalked(cfg: PlanSettings) -> tuple[PlannedRun, Walker]:
         ConfigError: see `prepared`.
     """
     check_cut(cfg)
-    if cfg.teacher is not None and cfg.teacher not in TAUGHT:
-        raise ConfigError(f"teacher={cfg.teacher}: a plan reads no export; allowed: {', '.join(TAUGHT)}, null")
+    if cfg.teacher is not None and cfg.teacher not in TEACHERS:
+        raise ConfigError(f"teacher={cfg.teacher}: a plan reads no export; allowed: {', '.join(TEACHERS)}, null")
     if cfg.start is not None:
         raise ConfigError("start: a plan needs none, what a student starts as takes no memory")
     engine = engine_of(cfg)
@@ -287,7 +287,7 @@ def unwalked(cfg: PlanSettings) -> tuple[PlannedRun, Walker]:
 
 
 def recommended(run: PlannedRun) -> str:
-    """Of the engines that run on several processes the first that fits, or the first of all."""
+    """The first that fits of the engines that run on several processes, or the first of all."""
     room, again = usable(run.cfg.cluster), run.cfg.gradient_checkpointing
     fits = [e for e in engines_of(run) if run.memory(e, again, replace(run, engine=e).samples) <= room]
     return fits[0] if fits else run.engine
@@ -328,7 +328,7 @@ class Walker:
     batches: Sequence[Batch]
 
     def ways(self, engine: str) -> list[Way]:
-        """Those that differ: float32 weights are the same whoever keeps them, and one process needs no other way."""
+        """Those that differ: float32 weights are the same wherever they are kept, and one process has only one way."""
         alone = ranks_of(self.cfg.cluster) == 1
         kept = [_masters(engine)] if alone or self.cfg.mixed_precision == "no" else [True, False]
         return [(masters, checkpointed) for checkpointed in (False, True) for masters in kept]
@@ -402,7 +402,7 @@ def sample_of(cfg: PlanSettings, built: Architecture) -> tuple[Layout, tuple[int
 
 
 def sample_bytes(cfg: PlanSettings) -> int:
-    """Of a sample in its store."""
+    """Bytes of a sample in its store."""
     return sample_of(cfg, architecture(cfg.model))[2]
 
 
@@ -445,7 +445,7 @@ def rate_of(run: PlannedRun) -> float:
 
 
 def step_seconds(run: PlannedRun, engine: str) -> float:
-    """Of a step: measured, or computation and then communication."""
+    """Seconds of a step: measured, or computation and then communication."""
     if run.cfg.measured_step_seconds is not None:
         return run.cfg.measured_step_seconds
     computed = averaged_over(run, lambda phase: run.samples_in(phase) / run.ranks * run.flops(phase))
@@ -453,7 +453,7 @@ def step_seconds(run: PlannedRun, engine: str) -> float:
 
 
 def size_save_mtbf_restart(run: PlannedRun) -> tuple[float, float, float, float]:
-    """Bytes of a checkpoint, and in seconds: to save it, between failures of the job, from one to the next step."""
+    """Bytes of a checkpoint, and seconds: to save it, between failures of the job, from a failure to a next step."""
     cluster, size = run.cfg.cluster, run.checkpoint(run.engine)
     read = GB * cluster.read_gb_s * cluster.nodes
     save = size / (GB * cluster.write_gb_s) + size / read
@@ -462,5 +462,5 @@ def size_save_mtbf_restart(run: PlannedRun) -> tuple[float, float, float, float]
 
 
 def picked(run: PlannedRun, phase: Phase) -> tuple[int, ...]:
-    """Places of the states that a sample of this phase reads, for example."""
+    """Places of the states that a sample of this phase reads, one random choice."""
     return run.method.reads(phase.first).pick(run.times, generator("plan"))

@@ -1,8 +1,8 @@
-"""Uses a few-step LoRA of the toy teacher under a ControlNet of its teacher and from pictures, and judges it there:
+"""Uses a few-step LoRA of the toy teacher under a ControlNet of its teacher and from pictures, and measures it there:
 
 distill study control lora=outputs/quickstart/lora
 
-Trains the ControlNet on the teacher first; what is there is not trained again, and finished rows are not drawn again.
+Trains the ControlNet on the teacher first; what is there is not trained again, and finished rows are kept.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(cfg: ToyControlSettings) -> None:
 
 
 def train_controlnet(cfg: ToyControlSettings, folder: Path) -> None:
-    """With the teacher frozen: only the ControlNet, which is shown the pattern's mask, learns."""
+    """Trains the ControlNet alone, which is shown the pattern's mask; the teacher is frozen."""
     pipeline = frozen_teacher()
     controlnet = build_controlnet(pipeline.unet, seed_of("toy control", cfg.seed, "start"))
     schedule = NoiseSchedule.of(noise_of(pipeline.scheduler))
@@ -91,7 +91,7 @@ def train_controlnet(cfg: ToyControlSettings, folder: Path) -> None:
 
 
 def some_captions(captions: tuple[Tensor, Tensor], labels: Tensor, random: torch.Generator) -> dict[str, Tensor]:
-    """Of labels [B], a tenth of them dropped, as in the teacher's training: guidance needs it."""
+    """Conditioning for labels [B], a tenth of them dropped, as in the teacher's training: guidance needs it."""
     keep = (torch.rand(len(labels), generator=random) >= 0.1).float()
     text, pooled = (embedding[labels] for embedding in captions)
     return {
@@ -126,7 +126,7 @@ def encoded(vae: Any, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class UseSection:
-    """A section of the report: its rows are drawn in `ways`, after `others`, pictures that are only judged.
+    """A section of the report: its rows are generated in `ways`, after `others`, pictures that are only scored.
 
     `given` names the pictures that the pipeline is given.
     """
@@ -140,7 +140,7 @@ class UseSection:
 
 
 def control_part(cfg: ToyControlSettings, pipeline: Any, controlnet: Path) -> UseSection:
-    """Drawing under masks, and with masks of no weight: the floor."""
+    """Pictures under masks, and with masks of no weight: the floor."""
     scene = draw_scene(balanced_labels(cfg.n), generator("toy control", cfg.seed, "controls"))
     ways = [floor(cfg, 0.0), ControlRow([teacher(cfg)], {}, 0.0), ControlRow([teacher(cfg)], {}, 1.0)]
     for steps in cfg.steps:
@@ -156,9 +156,9 @@ def control_part(cfg: ToyControlSettings, pipeline: Any, controlnet: Path) -> Us
 
 
 def restyle_part(cfg: ToyControlSettings, pipeline: Any) -> UseSection:
-    """Pictures of every caption, drawn again in the next colour: their layout can be kept. The floor: from noise."""
+    """Pictures of every caption, to be changed to the next colour in the same layout. The floor: from noise."""
     labels = balanced_labels(cfg.n)
-    before, wanted = (  # the same draws, so the same layout
+    before, wanted = (  # the same random numbers, so the same layout
         draw_scene(which, generator("toy control", cfg.seed, "sources"))
         for which in ((labels - len(PATTERNS)) % len(CAPTIONS), labels)
     )
@@ -208,7 +208,7 @@ def write_report(output: Path, cfg: ToyControlSettings, parts: Sequence[UseSecti
         draw_part(output / f"{part.name}.png", part, rows)
         if part.name == "restyle":
             rows = [row | {"from": starts(row)} for row in rows]
-        results[part.name] = [{"model": name} | part.use.judged(images) for name, images in part.others.items()] + rows
+        results[part.name] = [{"model": name} | part.use.scored(images) for name, images in part.others.items()] + rows
         sections += [f"## {part.title}", format_table(results[part.name], COLUMNS), f"![pictures]({part.name}.png)"]
     (output / "report.md").write_text("\n\n".join(sections) + "\n")
     (output / "report.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -233,14 +233,14 @@ def protocol(cfg: ToyControlSettings) -> str:
     w = ", ".join(f"{w:g}" for w in cfg.guidances)
     return f"""The LoRA was distilled from the bundled teacher, from prompts alone. The ControlNet was trained for
 {cfg.control_steps} steps on that teacher, undistilled, with masks of the pattern (white where there is foreground); the
-student draws under it as it is. From a picture: image-to-image with the prompt's next colour, the pattern kept.
+student is used with it as it is. From a picture: image-to-image with the prompt's next colour, the pattern kept.
 
 - Every row: the same {cfg.n} prompts, noises and given pictures. ± is the standard error over these, of one training.
 - follows: correlation over pixels of the picture's colourfulness with the mask (of the source picture, in the second
-  table), told without the judge. "{BEST}" shows what can be reached.
+  table), measured without the classifier. "{BEST}" shows what can be reached.
 - strength: of the control, 0 for none; of image-to-image, where 1 starts from noise that hides the picture.
-- steps: those that are taken. For these an image-to-image pipeline has to be asked for more: of n it takes the last
+- steps: those that are taken. For these an image-to-image pipeline needs a larger number: of n it takes the last
   int(n × strength), from the time t that stands in the table, which at few steps is not strength × 1000.
 - ddim, below {cfg.teacher_steps} steps: the undistilled teacher's best, by Fréchet distance, of w in {{{w}}}, and under
   a control of {{leading, trailing}} times, chosen on the very pictures that are reported, which favours it.
-- w: guidance, 1 is none. NFE: evaluations of the network a picture; the ControlNet is evaluated as often."""
+- w: guidance, 1 is none. NFE: evaluations of the network per picture; the ControlNet is evaluated as often."""

@@ -1,5 +1,5 @@
-"""Other uses of a few-step LoRA in plain diffusers pipelines, judged in the toy world: drawing under a control, and
-from a picture."""
+"""Other uses of a few-step LoRA in stock diffusers pipelines, measured in the toy world: under a control, and from a
+picture."""
 
 from __future__ import annotations
 
@@ -47,33 +47,33 @@ def under_control(steps: int, strength: float) -> dict[str, Any]:
 
 
 def from_picture(steps: int, strength: float) -> dict[str, Any]:
-    """Of an image-to-image pipeline, which takes only the last `strength` of the steps that it is asked for."""
-    return {"num_inference_steps": asked_steps(steps, strength), "strength": strength}
+    """Arguments of an image-to-image pipeline, which takes only the last `strength` of its num_inference_steps."""
+    return {"num_inference_steps": nominal_steps(steps, strength), "strength": strength}
 
 
-def asked_steps(steps: int, strength: float) -> int:
-    """The fewest steps to ask of an image-to-image pipeline so that it takes `steps`: int(asked * strength) of them.
+def nominal_steps(steps: int, strength: float) -> int:
+    """The fewest num_inference_steps n of an image-to-image pipeline at which it takes `steps`, int(n * strength).
 
     Raises:
         ValueError: strength outside (0, 1], at which no number would do.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be in (0, 1], got {strength:g}")
-    return next(asked for asked in count(steps) if int(asked * strength) >= steps)
+    return next(n for n in count(steps) if int(n * strength) >= steps)
 
 
 def start_time(spacing: str, T: int, steps: int, strength: float) -> int:
     """The time t to which such a pipeline noises the picture: at few steps it is far from strength * T.
 
-    Asked for n steps it takes the last int(n * strength) of the n times that it would take from noise.
+    With n num_inference_steps it takes the last int(n * strength) of the n times that it would take from noise.
     """
-    asked = asked_steps(steps, strength)
-    return make_times(spacing, T, asked)[asked - steps]
+    n = nominal_steps(steps, strength)
+    return make_times(spacing, T, n)[n - steps]
 
 
 @dataclass(frozen=True)
 class ControlRow:
-    """A row to be: the best of some settings by Fréchet distance, with these LoRAs on (name: weight)."""
+    """A row to measure: the best of some settings by Fréchet distance, with these LoRAs on (name: weight)."""
 
     settings: Sequence[Setting]
     adapters: Mapping[str, float]
@@ -82,12 +82,12 @@ class ControlRow:
 
 @dataclass(frozen=True)
 class ControlBench:
-    """A pipeline that is given pictures, and how what it draws is judged.
+    """A pipeline that is given pictures, and how its results are scored.
 
     Args:
         pipeline: with all its LoRAs loaded.
-        arguments: how steps and strength are told to it.
-        images: [n, 3, 32, 32] in [0, 1], as pipelines take them: what it is given for each picture to draw.
+        arguments: of a call, from steps and strength.
+        images: [n, 3, 32, 32] in [0, 1], as pipelines take them: what it is given for each picture.
         coverage: [n, 1, 32, 32], the layout which that picture ought to have, see `distill.toy.world`.
         cache: of finished rows: killed and started again, it resumes.
     """
@@ -103,7 +103,7 @@ class ControlBench:
     def rows(self, what: str, ways: Sequence[ControlRow]) -> list[Row]:
         """A row for each way: its best setting, chosen on the very pictures that are reported.
 
-        It holds the setting, strength, nfe and what `judged` says.
+        It holds the setting, strength, nfe and what `scored` says.
         """
         todo = [s for way in ways for s in way.settings if self._facts(way, s) not in self.cache]
         progress = Progress(what, len(self.images) * sum(setting.work for setting in todo), WORK)
@@ -115,10 +115,10 @@ class ControlBench:
         return [min((row(way, s) for s in way.settings), key=lambda found: found["frechet"]) for way in ways]
 
     def pictures(self, row: Row, way: ControlRow, places: Sequence[int]) -> Tensor:
-        """Pictures of a row, drawn again: [len(places), 3, 32, 32] in [-1, 1]."""
-        return self._drawn(way, setting_of(row), places)
+        """Pictures of a row, generated again: [len(places), 3, 32, 32] in [-1, 1]."""
+        return self._generated(way, setting_of(row), places)
 
-    def judged(self, images: Tensor) -> dict[str, float]:
+    def scored(self, images: Tensor) -> dict[str, float]:
         """The scorer's metrics of n pictures [n, 3, 32, 32] in [-1, 1], and "follows", the mean correlation with the
         coverage. Standard errors are called `*_se`."""
         measured = self.scorer.measure(images, self._prompts())
@@ -143,17 +143,17 @@ class ControlBench:
     def _measured(self, way: ControlRow, setting: Setting, progress: Progress) -> Row:
         batches = []
         for places in torch.arange(len(self.images)).split(self.batch_size):
-            batches.append(self._drawn(way, setting, places.tolist()))
+            batches.append(self._generated(way, setting, places.tolist()))
             progress.update(setting.work * len(places))
-        return self.judged(torch.cat(batches))
+        return self.scored(torch.cat(batches))
 
-    def _drawn(self, way: ControlRow, setting: Setting, places: Sequence[int]) -> Tensor:
+    def _generated(self, way: ControlRow, setting: Setting, places: Sequence[int]) -> Tensor:
         use_adapters(self.pipeline, way.adapters)
         use_sampler(self.pipeline, setting.sampler, setting.spacing)
         prompts, seeds = self._prompts(), seeds_of("report", len(self.images))
         arguments = self.arguments(setting.steps, way.strength)
         times = timesteps_of(self.pipeline, setting.spacing, arguments["num_inference_steps"])
-        drawn = self.pipeline(
+        generated = self.pipeline(
             prompt=[prompts[i] for i in places],
             image=self.images[list(places)],
             guidance_scale=setting.guidance,
@@ -161,4 +161,4 @@ class ControlBench:
             output_type="pt",
             **arguments | ({} if times is None else {"timesteps": times}),
         )
-        return drawn.images.float().cpu() * 2 - 1
+        return generated.images.float().cpu() * 2 - 1

@@ -43,7 +43,7 @@ def main(cfg: LatentLPIPSSettings) -> None:
         if not cfg.weights.endswith(".safetensors"):
             raise ConfigError(
                 f"weights={cfg.weights}: only .safetensors files are converted, for a pickle may hold code. "
-                "perceptual.path itself reads a .pth, if it holds plain tensors alone"
+                "perceptual.path itself reads a .pth, if it holds nothing but tensors"
             )
         with checking("weights: "):
             model = load_latent_perceptual(cfg.weights, cfg.scale)
@@ -100,7 +100,7 @@ def start(model: LatentPerceptual) -> None:
 
 @torch.no_grad()
 def right(distance: Distance, teacher: Teacher, cfg: LatentLPIPSSettings) -> float:
-    """In which share of held-out triplets the nearer one has the smaller distance."""
+    """The share of held-out triplets in which the nearer one has the smaller distance."""
     found = []
     for first in range(0, cfg.pictures, cfg.batch_size):
         count = min(cfg.batch_size, cfg.pictures - first)
@@ -122,8 +122,8 @@ def triplets(teacher: Teacher, count: int, random: torch.Generator) -> tuple[Ten
     for kind, change in enumerate(changes):
         chosen = kinds == kind
         for target, strength in ((near, weak), (far, strong)):
-            drawn = torch.Generator().manual_seed(seed)  # the same change, weaker and stronger
-            target[chosen] = change(pictures, strength[:, None, None, None], drawn)[chosen]
+            same = torch.Generator().manual_seed(seed)  # the same change, weaker and stronger
+            target[chosen] = change(pictures, strength[:, None, None, None], same)[chosen]
     noise = torch.zeros(count, *teacher.latent_shape)  # the mean of each posterior
     first, second, third = (teacher.encode_pictures(x.clamp(-1, 1), noise) for x in (pictures, near, far))
     return first, second, third

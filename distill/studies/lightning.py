@@ -3,7 +3,7 @@
 distill study lightning            # about 200 CPU minutes; killed and started again, it resumes
 
 A chain (configs/chain/lightning_compare.yaml) makes students by mean squared error until more of it gains little. Each
-of them goes on, with each seed, in two or three ways that take about as long: more of the same, or adversarial
+of them is continued, with each seed, in two or three ways that take about as long: more of the same, or adversarial
 training. All sample the same prompts from the same noise, so that how far two of them are apart is known better than
 how good each is; the report says both.
 """
@@ -134,12 +134,12 @@ def write(output: Path, cfg: ShowSettings, rows: list[Row], apart: list[Row]) ->
     text = format_table(rows, title | {k: columns[k] for k in ("steps", "nfe", *METRICS)})
     paired = format_table(apart, title | {k: columns[k] for k in ("steps", *PAIRED)})
     print(f"{text}\n\n{paired}")
-    about = f"""n = {cfg.n} pictures a row and seed. The seeds, {len(cfg.seeds)}, are those of the training that is
+    about = f"""n = {cfg.n} pictures per row and seed. The seeds, {len(cfg.seeds)}, are those of the training that is
 compared; of one number of steps all begin with one student, of 2 steps a LoRA of rank 1. ± is the standard error of the
 mean, over pictures or over seeds, whichever is greater. Sharpness: high-frequency energy relative to real pictures.
 Diversity: variance of features within a caption, relative to real pictures. Teacher consistency: mean squared
 difference of the final latents from the teacher's at 50 steps, from the same noise."""
-    of_differences = """Of two students that draw the same prompts from the same noise: what these do to both cancels,
+    of_differences = """Of two students that sample the same prompts from the same noise: what these do to both cancels,
 and ± is the standard error of the difference."""
     parts = ["# Adversarial training beside mean squared error", about, text, "## Differences", of_differences, paired]
     parts += ["## Pictures", "![pictures](grid.png)"]
@@ -153,7 +153,7 @@ def picture(path: Path, comparisons: Comparisons, cfg: ShowSettings) -> None:
     groups = [[GridRow("teacher, 50 steps", "", one.pictures(one.plan.reference(), places))]]
     for steps in (8, 4, 2, 1):
         students = [student for student in STUDENTS if student.steps == steps and student.kind != "m"]
-        drawn = [comparisons[student, cfg.seeds[0]].pictures(student.setting, places) for student in students]
+        pictures = [comparisons[student, cfg.seeds[0]].pictures(student.setting, places) for student in students]
         kinds = [(TITLES[student.kind], f"{steps} steps" if steps > 1 else "1 step") for student in students]
-        groups.append([GridRow(*kind, images) for kind, images in zip(kinds, drawn, strict=True)])
+        groups.append([GridRow(*kind, images) for kind, images in zip(kinds, pictures, strict=True)])
     draw_grid(path, one.scorer.prompts("report", cfg.n)[:GRID_COLUMNS], groups)

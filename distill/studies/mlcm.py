@@ -2,8 +2,8 @@
 
 distill study mlcm                 # about 40 CPU minutes; killed and started again, it resumes
 
-Both learn from one store for as many steps of as many samples. What is judged is the moving average at the end, and for
-MLCM after its first stage too, by both samplers. All draw the same prompts from the same noise: the report also has
+Both learn from one store for as many steps of as many samples. The moving average is evaluated at the end, and for MLCM
+after its first stage too, by both samplers. All sample the same prompts from the same noise: the report also has
 differences between students, whose errors are less than two errors together.
 """
 
@@ -174,11 +174,11 @@ def write(output: Path, cfg: ShowMLCMSettings, rows: list[Row], apart: list[Row]
     text = format_table(rows, title | {k: all_columns()[k] for k in ("steps", "nfe", *METRICS)})
     paired = format_table(apart, title | {k: all_columns()[k] for k in ("steps", *PAIRED)})
     print(f"{text}\n\n{paired}")
-    about = f"""n = {cfg.n} pictures a row and seed, {len(cfg.seeds)} training seeds. ± is the standard error of the
+    about = f"""n = {cfg.n} pictures per row and seed, {len(cfg.seeds)} training seeds. ± is the standard error of the
 mean, over pictures or over seeds, whichever is greater. Teacher consistency: mean squared difference of the final
 latents from the teacher's at 50 steps, from the same noise. The tuned teacher's settings were chosen on other
 pictures."""
-    of_differences = """Of two students that draw the same prompts from the same noise: what these do to both cancels,
+    of_differences = """Of two students that sample the same prompts from the same noise: what these do to both cancels,
 and ± is the standard error of the difference."""
     lines: dict[str, list[Row]] = {}
     for row in rows[1:]:
@@ -199,7 +199,7 @@ def picture(path: Path, cfg: ShowMLCMSettings, students: list[ComparedStudent], 
         group = []
         for student in students:
             comparison = comparisons[student.method, student.step, seed]
-            drawn = comparison.pictures(student.setting(steps), places)
-            group.append(GridRow(student.title, f"{steps} steps", drawn))
+            pictures = comparison.pictures(student.setting(steps), places)
+            group.append(GridRow(student.title, f"{steps} steps", pictures))
         groups.append(group)
     draw_grid(path, one.scorer.prompts("report", cfg.n)[:GRID_COLUMNS], groups)

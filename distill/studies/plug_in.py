@@ -1,9 +1,9 @@
-"""Plugs a few-step LoRA of the toy teacher into models that it was not distilled from, and judges it there:
+"""Plugs a few-step LoRA of the toy teacher into models that it was not distilled from, and measures it there:
 
 distill study plug_in lora=outputs/quickstart/lora
 
 Trains a fine-tuned copy of the teacher ("night") and a style LoRA ("upright") first; what is there is not trained
-again, and finished rows are not drawn again.
+again, and finished rows are not generated again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS, balanced_labels
 from distill.training.tracking import setup_logging
 
-FEW = 4  # steps at which the style's weights are compared, where the LoRA can be drawn in as many
+FEW = 4  # steps at which the style's weights are compared, where the LoRA can be sampled in as many
 GRID_COLUMNS = 10
 STUDENT = {"student": 1.0}  # the adapter's weight
 
@@ -82,13 +82,13 @@ def trained(folder: Path, facts: dict[str, Any], train: Callable[[Path], None]) 
         os.replace(aside, folder)
     elif json.loads(record.read_text()) != facts:
         raise ConfigError(
-            f"{folder} was trained with other settings, {record.read_text().strip()}: delete it to train anew"
+            f"{folder} was trained with other settings, {record.read_text().strip()}: delete it to train again"
         )
     return folder
 
 
 def train_fine_tune(cfg: PlugInSettings, folder: Path) -> None:
-    """All of the teacher's denoiser; a whole pipeline is written."""
+    """Trains all of the teacher's denoiser, and writes a full pipeline."""
     pipeline = frozen_teacher()
     parameters = list(pipeline.unet.requires_grad_(True).parameters())
     train(cfg, pipeline, parameters, NIGHT, cfg.fine_tune_steps, rate=5e-4)
@@ -139,7 +139,7 @@ def styled_latents(cfg: PlugInSettings, vae: Any, style: Style) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class PlugInSection:
-    """A section of the report: its rows are drawn from `lines`."""
+    """A section of the report: its rows are generated from `lines`."""
 
     title: str
     name: str
@@ -181,7 +181,7 @@ def few_steps(cfg: PlugInSettings | ToyControlSettings, model: str, steps: int) 
 
 
 def student(cfg: PlugInSettings | ToyControlSettings, model: str, steps: int) -> Setting:
-    """As its export says that it is drawn; LCM-LoRAs of others say nothing."""
+    """The setting that its export names; LCM-LoRAs from elsewhere name none."""
     own = sampling_of(cfg.lora) or Sampling()
     return Setting(model, own.sampler, steps, 1.0, own.spacing)
 
@@ -195,7 +195,7 @@ def some_steps(cfg: PlugInSettings) -> int:
 
 
 def check_lora(folder: str, steps: Sequence[int]) -> None:
-    """There is one, and it can be drawn in so many steps.
+    """Checks that there is one, and that it can be sampled in so many steps.
 
     Raises:
         FileNotFoundError, ConfigError: otherwise.
@@ -249,6 +249,6 @@ on pictures whose stripes and checks stand upright.
 - Every row: the same {cfg.n} prompts and noises. ± is the standard error over these pictures, of one training.
 - ddim, below {cfg.teacher_steps} steps: the undistilled model's best of {tried} by Fréchet
   distance, chosen on the very pictures that are reported, which favours it.
-- Style: the share of pictures that have it, of those in which it could be seen, told from pixels.
-- Fréchet: to real pictures of the styled world, in the judge's features, at equal n. w: guidance, 1 is none. NFE:
-  network evaluations a picture."""
+- Style: the share of pictures that have it, of those in which it could be seen, measured in pixels.
+- Fréchet: to real pictures of the styled world, in the classifier's features, at equal n. w: guidance, 1 is none. NFE:
+  network evaluations per picture."""

@@ -36,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bench:
-    """A pipeline with all its LoRAs loaded, and how its pictures are judged for a style.
+    """A pipeline with all its LoRAs loaded, and how its pictures are scored for a style.
 
     Args:
         scorer: compares with real pictures of the style.
@@ -71,9 +71,9 @@ class Bench:
         ]
 
     def pictures(self, row: Row, adapters: Mapping[str, float], places: Sequence[int]) -> Tensor:
-        """Pictures of a row, drawn again: [len(places), 3, 32, 32] in [-1, 1]."""
+        """Pictures of a row, generated again: [len(places), 3, 32, 32] in [-1, 1]."""
         setting = Setting(row["model"], row["sampler"], row["steps"], row["guidance"], row["spacing"])
-        return self._drawn(setting, adapters, places)
+        return self._generated(setting, adapters, places)
 
     def real(self) -> Row:
         """What n other real pictures of the style score: the best that can be reached."""
@@ -89,21 +89,21 @@ class Bench:
     def _measured(self, setting: Setting, adapters: Mapping[str, float], progress: Progress) -> Row:
         batches = []
         for places in torch.arange(self.n).split(self.batch_size):
-            batches.append(self._drawn(setting, adapters, places.tolist()))
+            batches.append(self._generated(setting, adapters, places.tolist()))
             progress.update(setting.work * len(places))
         images = torch.cat(batches)
         measured = self.scorer.measure(images, self.scorer.prompts("report", self.n))
         row = {"nfe": setting.nfe, "n": self.n}
         return row | self.scorer.summarise(measured, "report") | self._share(images)
 
-    def _drawn(self, setting: Setting, adapters: Mapping[str, float], places: Sequence[int]) -> Tensor:
+    def _generated(self, setting: Setting, adapters: Mapping[str, float], places: Sequence[int]) -> Tensor:
         prompts, seeds = self.scorer.prompts("report", self.n), seeds_of("report", self.n)
         use_adapters(self.pipeline, adapters)
         use_sampler(self.pipeline, setting.sampler, setting.spacing)
         chosen = [prompts[i] for i in places], [seeds[i] for i in places]
         times = timesteps_of(self.pipeline, setting.spacing, setting.steps)
-        drawn = generate_images(self.pipeline, *chosen, setting.steps, setting.guidance, timesteps=times)
-        return drawn.float().cpu() * 2 - 1
+        images = generate_images(self.pipeline, *chosen, setting.steps, setting.guidance, timesteps=times)
+        return images.float().cpu() * 2 - 1
 
     def _share(self, images: Tensor) -> dict[str, float]:
         seen = self.style.seen(images, labels_of(self.scorer.prompts("report", self.n)))
@@ -112,5 +112,5 @@ class Bench:
 
 
 def columns(style: Style) -> dict[str, tuple[str, str]]:
-    """Of a table of `Bench` rows, for `format_table`."""
+    """The columns of a table of `Bench` rows, for `format_table`."""
     return COLUMNS | {"style": (style.meaning, COLUMNS["style"][1])}

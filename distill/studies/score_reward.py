@@ -1,10 +1,10 @@
-"""Scores every checkpoint of toy runs twice, by the reward and by the judge, which was trained apart from it:
+"""Scores every checkpoint of toy runs twice, by the reward and by the toy's classifier, trained apart from it:
 
 distill study score_reward run=runs/toy-reward output_dir=outputs/reward        # or run=[runs/a,runs/b]
 
-A reward can be pleased by pictures that are no better: then its score goes on rising while the judge's Fréchet distance
-rises too. `rows.json` holds a row for each run and checkpoint, first the oldest, and the last one is of real pictures;
-`reward.png` draws them.
+A reward can be pleased by pictures that are no better: then its score keeps rising while the classifier's Fréchet
+distance rises too. `rows.json` holds a row for each run and checkpoint, first the oldest, and the last one is of real
+pictures; `reward.png` plots them.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def main(cfg: ScoreRewardSettings) -> None:
 
     rows: list[Row] = []
     for name, run in runs.items():
-        drawn = pictures_of(run, settings[name], steps[name], scorer, cfg, advance)
-        rows += [{"run": name, "step": step, **scored(images, scorer, reward)} for step, images in drawn]
+        pictures = pictures_of(run, settings[name], steps[name], scorer, cfg, advance)
+        rows += [{"run": name, "step": step, **scored(images, scorer, reward)} for step, images in pictures]
     real = scored(render(balanced_labels(cfg.n), generator("real pictures", "other")), scorer, reward)
 
     output = Path(cfg.output_dir)
@@ -88,7 +88,7 @@ def steps_of(run: str) -> list[int]:
 
 
 def begins(settings: Mapping[str, TrainSettings]) -> dict[str, float]:
-    """From which step on they are rewarded, if it is the same one in all runs that are."""
+    """The step from which runs are rewarded, if it is the same one in all that are."""
     starts = set()
     for cfg in settings.values():
         stages = cfg.method.get("stages", [])
@@ -105,7 +105,7 @@ def pictures_of(
     cfg: ScoreRewardSettings,
     advance: Advance,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Of each checkpoint its step and the pictures [n, 3, H, W] of the student's average."""
+    """The step of each checkpoint and the pictures [n, 3, H, W] of its student's average."""
     prompts, seeds = scorer.prompts("report", cfg.n), seeds_of("report", cfg.n)
     teacher = load_teacher(settings.model.pretrained_model_name_or_path, parts=("unet", "text", "vae"))
     student: NetworkDenoiser = build(settings.student).networks(teacher, keep_teacher=False)["student"]
@@ -115,8 +115,8 @@ def pictures_of(
     for step in steps:
         _, weights = read_weights(checkpoints_of(run), "student", step)
         student.module.load_state_dict(weights, strict=False)  # of a LoRA, the adapters alone
-        drawn = generate(teacher, student, prompts, seeds, setting, cfg.batch_size, advance)
-        yield step, torch.cat([batch.images for batch in drawn])
+        batches = generate(teacher, student, prompts, seeds, setting, cfg.batch_size, advance)
+        yield step, torch.cat([batch.images for batch in batches])
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def difference(scorer: JudgeScorer, a: Mapping[str, Tensor], b: Mapping[str, Ten
 def over_seeds(rows: list[Row], metrics: Sequence[str]) -> Row:
     """Metrics of several seeds' rows, on average; the standard error is of that mean, over pictures or over seeds.
 
-    All seeds draw from one set of prompts and noises, so that over pictures their errors may be one and the same: they
+    All seeds sample one set of prompts and noises, so that over pictures their errors may be one and the same: they
     are averaged, and do not shrink with the number of seeds.
     """
     together: Row = {}

@@ -4,7 +4,7 @@ distill study solves               # about an hour on one CPU core; killed and s
 
 All students take the same steps; the store of the next one has more solves and begins with those of the one before.
 The second teacher, "night", is the toy's own after a fine-tune on dark backgrounds, as `distill study plug_in` makes
-it. A student is judged on noise that no solve of its store starts from, beside the teacher at 50 steps.
+it. A student is evaluated on noise that no solve of its store starts from, beside the teacher at 50 steps.
 """
 
 from __future__ import annotations

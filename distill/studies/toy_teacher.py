@@ -1,4 +1,4 @@
-"""Trains the toy teacher, its judge and its reward from nothing, and measures them.
+"""Trains the toy teacher, its classifier (judge) and its reward from nothing, and measures them.
 
     distill study toy_teacher output_dir=runs/toy-teacher                  # all four; resumes
     distill study toy_teacher output_dir=runs/toy-teacher stages=[reward]
@@ -143,7 +143,7 @@ def spoil(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 
 def open_details(scene: Scene, blur: Tensor) -> tuple[Tensor, Tensor]:
-    """What the judge regresses beside the caption, and where it is defined: both [B, 8]."""
+    """What the classifier regresses beside the caption, and where it is defined: both [B, 8]."""
     pattern = scene.labels % len(PATTERNS)
     stripes, dots, checks = (pattern == PATTERNS.index(name) for name in ("stripes", "dots", "checks"))
     always = torch.ones_like(stripes)
@@ -164,7 +164,7 @@ def open_details(scene: Scene, blur: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_reward(output: Path, steps: int, seed: int, batch_size: int = 64) -> None:
-    """Captions, from sharp renders with slight noise: what the judge is shown is blurred too."""
+    """Captions, from sharp renders with slight noise: what the classifier is shown is blurred too."""
     torch.manual_seed(seed_of(seed, "reward"))
     reward = ToyReward()
     optimizer = torch.optim.AdamW(reward.parameters(), lr=3e-3, weight_decay=0.01)
@@ -265,7 +265,7 @@ def follow(average: nn.Module, online: nn.Module, decay: float) -> None:
 
 
 def export(output: Path, pipeline: StableDiffusionXLPipeline, average: Generator) -> None:
-    """Writes the averaged weights as a plain pipeline folder."""
+    """Writes the averaged weights as a stock pipeline's folder."""
     parts = dict(pipeline.components)
     parts.update(text_encoder=average.text_encoder, text_encoder_2=average.text_encoder_2, unet=average.unet)
     parts = {name: part for name, part in parts.items() if part is not None}
@@ -323,7 +323,7 @@ def save(file: Path, step: int, **parts: nn.Module | torch.optim.Optimizer) -> N
 
 
 def resume(file: Path, **parts: nn.Module | torch.optim.Optimizer) -> int:
-    """Loads the parts of a checkpoint if there is one; returns the step to go on from."""
+    """Loads the parts of a checkpoint if there is one; returns the step to resume from."""
     if not file.exists():
         return 0
     stored = torch.load(file)
@@ -406,8 +406,8 @@ def evaluate(output: Path, count: int, tuning_count: int) -> None:
         tuning += tried
         best = min(tried, key=lambda row: row.distance)
         spacing, guidance = str(best.spacing), float(best.guidance or 0)
-        drawn = [generate_images(pipeline, count, seed, steps, spacing, guidance) for seed in seeds]
-        rows.append(measure("teacher", drawn, steps, spacing, guidance))
+        sampled = [generate_images(pipeline, count, seed, steps, spacing, guidance) for seed in seeds]
+        rows.append(measure("teacher", sampled, steps, spacing, guidance))
         print(describe(rows[-1]), flush=True)
     stored = {
         "samples": count,

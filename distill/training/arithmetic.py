@@ -47,7 +47,7 @@ def prepare(deterministic: Deterministic = "auto") -> None:
 
 
 def settle(deterministic: Deterministic = "auto", matmul_precision: MatmulPrecision = "highest") -> None:
-    """Tells torch which kernels it may take: "auto" is deterministic ones on CPUs, true on GPUs as well.
+    """Sets which kernels torch may use: "auto" is deterministic ones on CPUs, true on GPUs as well.
 
     An operation that has no deterministic kernel is then an error, which names it. `matmul_precision` is of float32
     products of matrices: all 24 bits, or those of TF32 ("high") and bfloat16 ("medium") where the device has them.
@@ -68,7 +68,7 @@ def settle(deterministic: Deterministic = "auto", matmul_precision: MatmulPrecis
 
 
 def choose_attention(kernel: Attention = "auto") -> None:
-    """Leaves torch only `kernel` for attention, and the plain one where that cannot take its operands; auto leaves all.
+    """Leaves torch only `kernel` for attention, and its own `math` for operands that this cannot take; auto: all.
 
     Flash attention, for instance, takes no float32 on a GPU.
     """
@@ -85,7 +85,7 @@ def choose_attention(kernel: Attention = "auto") -> None:
 
 
 def in_force() -> dict[str, Any]:
-    """The processor, the libraries that compute, and what they are told, as they are and not as they were set."""
+    """The processor, the libraries that compute, and their switches, as they are and not as they were set."""
     import torch
 
     return {

@@ -147,7 +147,7 @@ class Run:
 
     @classmethod
     def assemble(cls, cfg: TrainSettings) -> Run:
-        """Raises ConfigError: one line about the first thing that the user has to mend."""
+        """Raises ConfigError: one line about the first thing that the user has to correct."""
         check_packages(cfg)
         folder, first = Path(cfg.output_dir), launched_rank() == 0
         engine: EngineSettings = build(cfg.engine, on_skipped=partial(note_skipped, folder))
@@ -159,8 +159,8 @@ class Run:
         method: Method = build(cfg.method, schedule=teacher.schedule)
         check_method(cfg, method)
         with checking("the method's students: "):  # which an export will need a scheduler for
-            drawn = method.sampling
-            scheduler_settings(teacher.noise, drawn.sampler, drawn.spacing, steps=drawn.steps)
+            sampling = method.sampling
+            scheduler_settings(teacher.noise, sampling.sampler, sampling.spacing, steps=sampling.steps)
         exports = exports_of(cfg, teacher)
         cfg = settled(cfg, exports)
         changes = batch_changes(cfg, method, world_size)
@@ -319,7 +319,7 @@ class Run:
         except WriteError as error:
             return resumed.step, error
         except FileNotFoundError as error:  # on this rank, in mid-run: no mistake in the settings
-            raise ReadError(f"a file is gone while the run goes on: {error}") from error
+            raise ReadError(f"a file has gone during the run: {error}") from error
         return step, None
 
     def say_device(self, device: torch.device) -> None:
@@ -400,8 +400,10 @@ class Run:
         reward = (
             build(cfg.validation_reward) if cfg.validation_reward is not None and engine.processes.is_main else None
         )
-        draws = Validation(teacher, prompts, conditioning, steps, cfg.seed, seeds, self.method.sampling, ends, reward)
-        return partial(draws, engine, tracker)
+        validation = Validation(
+            teacher, prompts, conditioning, steps, cfg.seed, seeds, self.method.sampling, ends, reward
+        )
+        return partial(validation, engine, tracker)
 
 
 def train_run(cfg: TrainSettings, counting: Counting | None = None) -> int:
@@ -411,7 +413,7 @@ def train_run(cfg: TrainSettings, counting: Counting | None = None) -> int:
         counting: see `Run.resume`.
 
     Raises:
-        ConfigError: what the user has to mend, one line.
+        ConfigError: what the user has to correct, one line.
     """
     folder, first = Path(cfg.output_dir), launched_rank() == 0
     with checking():
@@ -459,7 +461,7 @@ def exports_of(cfg: TrainSettings, teacher: Teacher) -> dict[str, Exported]:
 
 
 def settled(cfg: TrainSettings, exports: Mapping[str, Exported]) -> TrainSettings:
-    """With what the student's settings leave to its start: so recorded, the run can be exported without that."""
+    """The settings with what the student's leave to its start: so recorded, the run can be exported without that."""
     if "start" not in exports:
         return cfg
     with checking("start: "):
@@ -488,7 +490,7 @@ def health_of(cfg: TrainSettings, method: Method, main: bool) -> Health:
 
 
 def recipe_of(cfg: TrainSettings, method: Method, rate: LearningRate, name: str) -> TrainingRecipe:
-    """How a network is trained; of those beside the student an average is kept only if the method asks for it."""
+    """How a network is trained; for those beside the student an average is kept only if the method requires it."""
     averaged = name == "student" or f"{name}_ema" in method.requires
     schedule = partial(scheduled, cfg, method, rate, name)
     multipliers = cfg.learning_rate_multipliers if name == "student" else {}

@@ -56,8 +56,8 @@ def write_card(folder: Path, export: Export, metrics: str | None = None, reposit
         steps = ", ".join(map(str, sample_steps(export)))
         parts += [
             "## Samples",
-            f"Generated with these files by a plain diffusers pipeline in {counted(steps, 'step')}, `guidance_scale="
-            f"{export.guidance_scale:g}`; one prompt and one starting noise a column.",
+            f"Generated with these files by a stock diffusers pipeline in {counted(steps, 'step')}, `guidance_scale="
+            f"{export.guidance_scale:g}`; one prompt and one starting noise per column.",
             f"![samples]({SAMPLES})",
         ]
     if metrics is not None:
@@ -70,7 +70,7 @@ def write_card(folder: Path, export: Export, metrics: str | None = None, reposit
 
 
 def sample_steps(export: Export) -> tuple[int, ...]:
-    """The numbers of steps in which a student is shown: its only one, or some of those that it can be drawn in."""
+    """The numbers of steps in which a student is shown: its only one, or some of those that it can be sampled in."""
     return (1, 2, 4, 8) if export.sampling.steps is None else (export.sampling.steps,)
 
 
@@ -197,16 +197,16 @@ def _taken(run: TrainSettings, steps: int) -> int:
 
 def _data(export: Export) -> str:
     """What was in the store that it learned from, and how much was taken of it."""
-    drawn = f"{_taken(export.settings, export.step)} taken in training"
+    taken = f"{_taken(export.settings, export.step)} taken in training"
     data = export.data
     if data is None:
         kind = "pictures" if export.settings.data.guidance is None else "trajectories of the teacher"
-        return f"{kind} (how many is not recorded), {drawn}"
+        return f"{kind} (how many is not recorded), {taken}"
     if data.kind == "pictures":
-        return f"{data.samples} {'picture' if data.samples == 1 else 'pictures'}, {drawn}"
+        return f"{data.samples} {'picture' if data.samples == 1 else 'pictures'}, {taken}"
     noun = "trajectory" if data.samples == 1 else "trajectories"
     steps = "step" if data.solver_steps == 1 else "steps"
-    return f"{data.samples} {noun} of the teacher, {data.solver_steps} {steps} of {data.solver}, {drawn}"
+    return f"{data.samples} {noun} of the teacher, {data.solver_steps} {steps} of {data.solver}, {taken}"
 
 
 def _table(rows: Mapping[str, Any]) -> str:
@@ -290,7 +290,7 @@ def _guidance_text(export: Export) -> str:
 
 def _pipeline(export: Export, here: str) -> str:
     return _code(
-        "As a whole pipeline, in diffusers. Steps and guidance are given in the call: diffusers' own are 50 and 7.5.",
+        "As a full pipeline, in diffusers. Steps and guidance are given in the call: diffusers' own are 50 and 7.5.",
         "from diffusers import DiffusionPipeline",
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({_literal(here)})",
@@ -387,8 +387,8 @@ def _draws(export: Export) -> str:
     cls, settings = _scheduler_settings(export)
     steps, w = _steps(export), export.guidance_scale
     times = timesteps_for(cls(**settings), export.sampling.spacing, steps)
-    asked = f"num_inference_steps={steps}" if times is None else f"timesteps={times}"
-    return f'image = pipeline("{_EXAMPLE}", {asked}, guidance_scale={w}{size}).images[0]'
+    steps_or_times = f"num_inference_steps={steps}" if times is None else f"timesteps={times}"
+    return f'image = pipeline("{_EXAMPLE}", {steps_or_times}, guidance_scale={w}{size}).images[0]'
 
 
 def _code(text: str, *lines: str) -> str:

@@ -77,7 +77,7 @@ class Link:
         return export_of(self.folder)
 
     def export_arguments(self) -> tuple[str, ...]:
-        """Of distill export: exactly what was trained, for the links that go on from it."""
+        """The arguments of distill export: exactly what was trained, for the links that continue from it."""
         formats = () if self.formats is None else (f"formats=[{','.join(self.formats)}]",)
         return (f"run={self.folder}", f"output_dir={self.export}", "dtype=float32", "card_prompts=[]", *formats)
 
@@ -188,14 +188,14 @@ class Link:
 
 
 def exported(export: Path, run: Path, formats: Sequence[str] = ()) -> bool:
-    """Whether a finished run's last step is exported to a folder, whole and in these formats at least."""
+    """Whether a finished run's last step is exported to a folder, completely and in these formats at least."""
     try:
         facts = json.loads((export / FACTS).read_text())
-        whole = all((export / path).stat().st_size == size for path, size in facts["files"].items())
+        complete = all((export / path).stat().st_size == size for path, size in facts["files"].items())
         newest = facts["step"] == int((run / "DONE").read_text())
     except (OSError, ValueError, KeyError):
         return False
-    return whole and newest and set(formats) <= set(facts["formats"])
+    return complete and newest and set(formats) <= set(facts["formats"])
 
 
 def export_of(folder: Path) -> Path:
@@ -279,7 +279,7 @@ def _link(link: LinkSettings, experiment: str, root: Path, overrides: Sequence[s
 
 
 def _check_read(links: Sequence[Link], overrides: Sequence[str]) -> None:
-    """Raises ConfigError for an override of the whole chain that certainly no link reads, whatever it trains."""
+    """Raises ConfigError for an override of all links that certainly none of them reads, whatever it trains."""
     reasons = [unread(link.settings, link.settings.networks) for link in links if link.trains]
     for key in given_keys(overrides, for_any=False):
         if reasons and all(key in found for found in reasons):
@@ -304,7 +304,7 @@ def _reader(link: LinkSettings, root: Path, before: Sequence[Link]) -> Link:
 
 
 def _step_seconds(run: Path) -> float | None:
-    """Of the last step that a run has logged."""
+    """Seconds of the last step that a run has logged."""
     try:
         lines = reversed((run / "metrics.jsonl").read_text().splitlines())
         return float(next(json.loads(line)["step_seconds"] for line in lines if '"step_seconds"' in line))

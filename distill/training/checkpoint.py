@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written aside, sealed by a manifest, renamed; verified before they are read.
+"""Checkpoints, complete or not there: written aside, sealed by a manifest, renamed; verified before they are read.
 
     checkpoints/
-        step-00000100/            one folder a checkpoint, written as step-00000100.tmp and renamed when it is complete
+        step-00000100/            a folder per checkpoint, written as step-00000100.tmp and renamed when it is complete
             manifest.json         size and sha256 of every file, versions, settings, what an engine must fit
             student/              a trained network: weights.safetensors, ema.safetensors, every rank's optimizer state
         latest                    the name of the newest one, for people and batch scripts
@@ -56,12 +56,12 @@ LATEST = "latest"
 BEST = "best"
 _SHAPING = ("lora_rank", "student", "networks", "method", "model", "ema_decay")  # settings of what is trained
 _NAME = re.compile(r"step-(\d{8,})")
-_GO_ON = "resume_from_checkpoint=latest goes on from it; for a new run choose another output_dir"
+_GO_ON = "resume_from_checkpoint=latest continues from it; for a new run choose another output_dir"
 _PACKAGES = ("distill", "torch", "accelerate", "deepspeed", "diffusers", "peft")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that was asked for is missing, damaged, or not this run's; one line."""
+    """A checkpoint that is named is missing, damaged, or not this run's; one line."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Checkpoints:
         self._unhealthy[final] = _is_unhealthy(manifest)
         try:
             self._drop_old()
-        except OSError as error:  # the checkpoint is whole all the same
+        except OSError as error:  # the checkpoint is complete all the same
             log.warning("old checkpoints in %s could not be dropped: %s", self.folder, error)
 
     def _digests(self, processes: Processes, folder: Path) -> dict[str, dict[str, Any]]:
@@ -231,15 +231,15 @@ class Checkpoints:
         """Loads a checkpoint into a prepared engine; None if the run starts at step 0.
 
         Args:
-            where: `latest` (the newest whole one of this run; a damaged one is passed over and said so; with none
-                saved yet, start), a step, a checkpoint's folder, or None for a new run.
+            where: `latest` (the newest intact one of this run; damaged ones are skipped with a warning; with none saved
+                yet, start), a step, a checkpoint's folder, or None for a new run.
 
         Checkpoints of this run that are newer than the one loaded are renamed to `*.set-aside`: they belong to a
         course that this run no longer follows.
 
         Raises:
-            CheckpointError: named and missing or damaged; saved by a run this one does not fit; no whole one left; or
-                a new run is asked for in a folder that has checkpoints.
+            CheckpointError: named and missing or damaged; saved by a run this one does not fit; no intact one left;
+                or None in a folder that has checkpoints.
         """
         processes = engine.processes
         if processes.is_main:
@@ -251,8 +251,8 @@ class Checkpoints:
             manifest, problem = self._verify(processes, folder)
             if problem is None and self._is_foreign(manifest, where):
                 raise CheckpointError(
-                    f"{folder} was saved by another run: resume_from_checkpoint={folder} in a new output_dir goes on "
-                    "from it, if that is what you want"
+                    f"{folder} was saved by another run: resume_from_checkpoint={folder} in a new output_dir "
+                    "continues from it, if that is what you want"
                 )
             if problem is None:
                 return self._load(engine, folder, manifest)
@@ -261,7 +261,7 @@ class Checkpoints:
             if processes.is_main:
                 log.warning("checkpoint %s is damaged (%s); trying the one before", folder.name, problem)
         if candidates:
-            raise CheckpointError(f"none of the {len(candidates)} checkpoints in {self.folder} is whole")
+            raise CheckpointError(f"none of the {len(candidates)} checkpoints in {self.folder} is intact")
         if processes.is_main:
             log.info("no checkpoint in %s: starting at step 0", self.folder)
         return None
@@ -377,11 +377,11 @@ def read_weights(
         if where != LATEST:
             raise CheckpointError(f"{candidate} is damaged: {problem}")
         log.warning("checkpoint %s is damaged (%s); trying the one before", candidate.name, problem)
-    raise CheckpointError(f"no whole checkpoint in {folder}")
+    raise CheckpointError(f"no intact checkpoint in {folder}")
 
 
 def newest_manifest(folder: Path) -> dict[str, Any]:
-    """What the newest checkpoint in a run's checkpoints whose manifest is whole says of its run; {} without one."""
+    """The newest manifest in a run's checkpoints that is not damaged; {} without one."""
     for _, found in _found(folder):
         manifest, problem = _read_manifest(found)
         if problem is None:
@@ -508,7 +508,7 @@ def _difference(folder: Path, path: str, expected: Mapping[str, Any]) -> str | N
 
 
 def _foreign_code(folder: Path, path: str) -> str | None:
-    """What a pickle would call beside tensors and what DeepSpeed puts into its files; it is not run to be told."""
+    """What a pickle would call beside tensors and what DeepSpeed puts into its files; found without running it."""
     if not path.endswith(".pt"):
         return None
     try:

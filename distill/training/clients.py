@@ -1,4 +1,4 @@
-"""What other programs have to be set to, so that they draw an exported student at the times it was trained for.
+"""What other programs have to be set to, so that they sample an exported student at the times it was trained for.
 
 Facts of their code, read and in part run on 2026-11-28: ComfyUI 0.3.64 (its samplers against diffusers' schedulers, on
 random weights), A1111 of February 2024 and Forge dfdcbab (read), InvokeAI 8e71a8a (read).
@@ -13,17 +13,17 @@ from distill.methods.sampling import Sampling
 
 COMFYUI, WEBUI, INVOKEAI = "ComfyUI", "A1111, Forge", "InvokeAI"
 LORA, NETWORK, CHECKPOINT, FOLDER = "kohya", "unet", "checkpoint", "pipeline"
-"""By their formats: the files that these programs load."""
+"""Formats of exports: the files that these programs load."""
 
 
 @dataclass(frozen=True)
 class Client:
-    """How a program draws a student, in the program's own words.
+    """How a program samples a student, in the program's own words.
 
     Args:
         program: its name.
-        formats: of those that it loads.
-        sampler, scheduler: as its menus call them; an empty sampler: it cannot draw the student.
+        formats: those that it loads.
+        sampler, scheduler: as its menus call them; an empty sampler: it cannot sample the student.
         further: what else is to be set, or why it cannot.
         exact: whether its times, its noise and its steps are the student's own.
     """
@@ -71,7 +71,7 @@ LCM_WITHOUT_NODE = "no node: its LCM node reads every network as predicting nois
 
 
 def clients_of(sampling: Sampling, prediction: Prediction) -> list[Client]:
-    """How each program draws such a student."""
+    """How each program samples such a student."""
     known = _SETTINGS.get((sampling.sampler, sampling.spacing))
     if known is None:
         return [Client(program, formats, "", "", _NO_TIMES, False) for program, formats in _FILES.items()]

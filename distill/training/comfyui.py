@@ -48,7 +48,7 @@ BASES = {
     "sdxl": Base("SDXL", "sd_xl_base_1.0.safetensors", 1024, True),
     "ssd1b": Base("SSD-1B", "SSD-1B.safetensors", 1024, True),
 }
-"""By what `distill.models.full_size` calls the network."""
+"""What is known of published models, by the names that `distill.models.full_size` has for them."""
 _PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-v1-5",
@@ -62,7 +62,7 @@ _FILES = {
     NETWORK: ("unet", "unet/diffusion_pytorch_model.safetensors", "models/diffusion_models/{name}.safetensors"),
     CHECKPOINT: ("checkpoint", "checkpoint/{name}.safetensors", "models/checkpoints/{name}.safetensors"),
 }
-"""By the format: the workflow's name, the export's file, and where ComfyUI looks for it."""
+"""For each format: the workflow's name, the export's file, and where ComfyUI looks for it."""
 
 
 @dataclass(frozen=True)

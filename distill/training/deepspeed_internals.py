@@ -67,7 +67,7 @@ IN_ITS_FILES = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
-"""What the pickles of ZeRO-1, 2 and 3 hold beside tensors and plain values."""
+"""What the pickles of ZeRO-1, 2 and 3 hold beside tensors, numbers and texts."""
 
 
 def forget_shared_memory() -> None:
@@ -81,7 +81,7 @@ def forget_shared_memory() -> None:
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside, which DeepSpeed has made anew if it is an Adagrad."""
+    """The torch optimizer inside, which DeepSpeed has replaced by its own if it is an Adagrad."""
     return engine.optimizer.optimizer
 
 
@@ -100,7 +100,7 @@ def whole_shape(parameter: Any) -> torch.Size:
 
 @torch.no_grad()
 def set_weight(parameter: Any, value: Tensor) -> None:
-    """Sets this rank's share of a weight's float32 master, from the whole value."""
+    """Sets this rank's share of a weight's float32 master, from the full value."""
     if hasattr(parameter, "ds_id"):
         _set_share(parameter, None, value)
     else:
@@ -111,7 +111,7 @@ def set_weight(parameter: Any, value: Tensor) -> None:
 
 @torch.no_grad()
 def set_state(parameter: Any, key: str, value: Tensor) -> None:
-    """Sets this rank's share of what the optimizer keeps for a weight, from the whole value."""
+    """Sets this rank's share of what the optimizer keeps for a weight, from the full value."""
     if hasattr(parameter, "ds_id"):
         _set_share(parameter, key, value)
     else:
@@ -142,7 +142,7 @@ def begin_state(optimizer: Any, state: WholeState) -> None:
 
 
 def set_loss_scale(optimizer: Any, scale: float) -> None:
-    """By what losses are multiplied from now on, and gradients divided, under fp16 with a scale that stays."""
+    """Sets by what losses are multiplied from now on, and gradients divided, under fp16 with a fixed scale."""
     optimizer.loss_scaler.cur_scale = scale
 
 
@@ -189,7 +189,7 @@ def keeping_failures(engine: Any, writes: Writes) -> Iterator[None]:
 # ---- its files ------------------------------------------------------------------------------------------------------
 
 Piece = tuple[int, int, int, int]
-"""Of a weight: rank, group, and where in that rank's flat group it begins, and how many elements it has there."""
+"""A piece of a weight: rank, group, where in that rank's flat group it begins, and how many elements it has."""
 
 
 def has_state(folder: Path) -> bool:
@@ -198,7 +198,7 @@ def has_state(folder: Path) -> bool:
 
 
 def read_state(folder: Path, shapes: Mapping[str, torch.Size]) -> WholeState:
-    """The optimizer's state, whole, from the files of all ranks in a checkpoint's folder. It unpickles them.
+    """The optimizer's state, unsharded, from the files of all ranks in a checkpoint's folder. It unpickles them.
 
     Args:
         shapes: of the trained weights.
@@ -230,7 +230,7 @@ def read_state(folder: Path, shapes: Mapping[str, torch.Size]) -> WholeState:
 
 
 def _state_files(folder: Path) -> list[Path]:
-    """In the order of ranks."""
+    """The files of the optimizer's state, in the order of ranks."""
     return sorted(folder.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
 
 

@@ -16,7 +16,7 @@ log = logging.getLogger("distill")
 
 PREEMPTED = AGAIN  # saved, and to be run again
 NOT_SAVED = 74  # EX_IOERR: the last checkpoint could not be written
-DAMAGED = 2  # data that were damaged: as wrong settings, they have to be mended first
+DAMAGED = 2  # data that were damaged: as wrong settings, they have to be repaired first
 UNHEALTHY = 3  # an alarm, or losses that are not finite, have ended the run; it is not to be run again as it is
 
 
@@ -29,7 +29,7 @@ def exit_code(step: int, max_train_steps: int, health: Health, failure: Exceptio
         codes = {WriteError: NOT_SAVED, ReadError: PREEMPTED, StoreError: DAMAGED}
         return next((code for kind, code in codes.items() if isinstance(failure, kind)), UNHEALTHY)
     if health.ends_run:
-        say("ended at step %d, for %s; health.stop=false goes on", step, " and ".join(health.alarms))
+        say("ended at step %d, for %s; health.stop=false continues", step, " and ".join(health.alarms))
         return UNHEALTHY
     return 0 if step == max_train_steps else PREEMPTED
 

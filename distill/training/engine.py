@@ -114,7 +114,7 @@ class EngineSettings:
         gradient_checkpointing: recompute activations of trained networks in the backward pass.
         compile, channels_last: how networks are executed; see `distill.models.execution`.
         max_nonfinite_steps: give up after so many skipped steps in a row.
-        seed: of all randomness that losses draw, and of dropout.
+        seed: of all random numbers of losses, and of dropout.
         on_skipped: called on rank 0 with each update that is skipped.
 
     Raises:
@@ -198,7 +198,7 @@ class Engine:
         self._scales: dict[str, LossScale] = {}
         self._taken: list[Taken] = []
         self._scalars: dict[str, float] = {}
-        self._foreseen: dict[tuple[str, int], tuple[RandomRequest, ...]] = {}  # what each turn drew the last time
+        self._foreseen: dict[tuple[str, int], tuple[RandomRequest, ...]] = {}  # what each turn requested the last time
 
     def release(self) -> None:
         """Lets go of the networks and their memory. Another engine may start in this process, with the same others."""
@@ -223,7 +223,7 @@ class Engine:
         return Engine(self.settings, self.sharding, Processes(state, self.sharding.leave, timeout))
 
     def accumulate(self, micro_batches: int) -> None:
-        """Makes a step of so many micro-batches, of the networks that are prepared from now on."""
+        """Gives a step so many micro-batches, for the networks that are prepared from now on."""
         self.settings = replace(self.settings, gradient_accumulation_steps=micro_batches)
 
     # ---- networks -----------------------------------------------------------------------------------------------
@@ -236,15 +236,15 @@ class Engine:
     ) -> None:
         """Takes the networks to the device, and those that have a recipe under an optimizer.
 
-        What is trained of a network is what asks for gradients now. Networks that share a module stay views of one
-        module (a LoRA student and its teacher), and modules that share frozen weights go on sharing them. A network
+        The weights of a network that require gradients now are trained. Networks that share a module stay views of one
+        module (a LoRA student and its teacher), and modules that share frozen weights still do. A network
         that is not trained and shares nothing is frozen; under bf16 or fp16 it is cast to that. `helpers` are further
         frozen modules that losses call by name, like networks; their dtype stays.
 
         Raises:
             ValueError: a trained network that is not there, has nothing to train, or shares its module with another
                 one, or trained weights with any.
-            RuntimeError: Accelerate or DeepSpeed did not wrap as asked.
+            RuntimeError: Accelerate or DeepSpeed did not wrap the network as it should.
         """
         modules = {name: denoiser.module for name, denoiser in networks.items()}
         _check_trained(modules, recipes)
@@ -343,7 +343,7 @@ class Engine:
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """Of the networks that are not trained."""
+        """The dtype of the networks that are not trained."""
         return PRECISIONS[self.settings.mixed_precision]
 
     def _ready_for_training(self, name: str, module: nn.Module) -> None:
@@ -511,7 +511,7 @@ class Engine:
 
     @torch.no_grad()
     def measure(self, turn: Turn, batches: Sequence[Batch], contexts: Sequence[Context]) -> list[float]:
-        """The loss of `turn` on each of this rank's batches; nothing is trained, or drawn from the global generator.
+        """The loss of `turn` on each of this rank's batches; nothing is trained, and the global generator not used.
 
         Call it on all ranks with as many batches: under ZeRO-3 its calls gather weights.
         """
@@ -588,10 +588,10 @@ class Engine:
 
         Args:
             saved: the `describe()` of the engine that wrote it. If its ranks or its sharding are not this one's, the
-                optimizer's state is sharded anew; the weights are equal to the bit then, too.
+                optimizer's state is re-sharded; the weights are equal to the bit then, too.
 
         Raises:
-            NotElastic: it would have to be sharded anew, and cannot be.
+            NotElastic: it would have to be re-sharded, and cannot be.
         """
         here = self.describe()
         same = all(saved.get(key) == here[key] for key in ("engine", "world_size"))
@@ -601,7 +601,7 @@ class Engine:
             else:
                 if self.processes.is_main:
                     there, now = (f"{e.get('engine')} on {e.get('world_size')}" for e in (saved, here))
-                    log.info("sharding the %s's optimizer anew: it was saved by %s, this is %s", name, there, now)
+                    log.info("re-sharding the %s's optimizer: it was saved by %s, this is %s", name, there, now)
                 trained.load_moved(folder / name, read_whole(folder / name, trained.shapes()))
         self.processes.barrier()
 
@@ -621,7 +621,7 @@ def _check_trained(modules: Mapping[str, nn.Module], trained: Collection[str]) -
         if name not in modules:
             raise ValueError(f"network {name!r} is to be trained but is not among {', '.join(modules)}")
         if not trainable(modules[name]):
-            raise ValueError(f"network {name!r} is to be trained, but none of its weights asks for gradients")
+            raise ValueError(f"network {name!r} is to be trained, but none of its weights requires gradients")
         if any(modules[other] is modules[name] for other in trained if other != name):
             raise ValueError(f"network {name!r} is to be trained, but shares its module with another trained one")
         own = {id(p) for p in trainable(modules[name]).values()}

@@ -57,7 +57,7 @@ class Export:
         built_in_guidance: the w that such an input was fixed to, where it was.
         prediction: what its network predicts, in diffusers' words.
         noise: what its teacher was trained on; of the prediction it says the teacher's.
-        sampling: how it is drawn.
+        sampling: how it is sampled.
         method, paper, tag: what the method is called, where it was published, and under what the hub lists it.
         data: what the run learned from, as its store said; None if that is not known any more.
         settings: of the run.
@@ -87,7 +87,7 @@ class Export:
 
     @property
     def guidance_scale(self) -> float:
-        """What to draw with: 1, or, where w is an input, the validation's w as far as the student has learned it."""
+        """The guidance to sample with: 1, or, where w is an input, the validation's, within what was learned."""
         low, high = self.guidance
         return min(max(self.settings.validation_guidance, low), high) if self.takes_guidance else 1.0
 
@@ -132,7 +132,7 @@ def write_student(
         name: of the export.
         checkpoint: `latest` or a step.
         use_ema: the moving average of the weights, where the run keeps one.
-        formats: `diffusers`, `peft`, `kohya` (LoRA files), `unet` (a whole network), `pipeline` (the teacher's, with
+        formats: `diffusers`, `peft`, `kohya` (LoRA files), `unet` (a full network), `pipeline` (the teacher's, with
             that network and the student's scheduler), `checkpoint` (network, autoencoder and text encoders in one
             file); None takes the student's usual ones.
         dtype: of the student's weights in the files, and of all that is in a checkpoint; a pipeline's other parts are
@@ -209,8 +209,8 @@ def _export_of(
 
 
 def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: Prediction, dtype: torch.dtype) -> None:
-    """Writes those of the export's formats that hold a whole network, which the teacher's has become."""
-    model, drawn = export.settings.model, export.sampling
+    """Writes those of the export's formats that hold a full network, which the teacher's has become."""
+    model, sampling = export.settings.model, export.sampling
     path = model.pretrained_model_name_or_path
     if "checkpoint" in export.formats:
         save_single_file(
@@ -226,10 +226,10 @@ def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: P
     if "pipeline" in export.formats:  # which has the sub-folder `unet` too
         scheduler = partial(
             make_scheduler,
-            sampler=drawn.sampler,
-            spacing=drawn.spacing,
+            sampler=sampling.sampler,
+            spacing=sampling.spacing,
             prediction=prediction,
-            steps=drawn.steps,
+            steps=sampling.steps,
         )
         save_pipeline(folder, teacher.unet, path, dtype, scheduler, model.revision, model.variant)
     elif "unet" in export.formats:

@@ -75,11 +75,11 @@ def check_read(cfg: TrainSettings, method: Method) -> None:
 def check_quantized(cfg: TrainSettings, trained: Collection[str]) -> None:
     """Raises ConfigError where weights are to be trained whose codes alone are kept."""
     nodes = {"student": cfg.student, **{name: cfg.networks[name] for name in trained if name in cfg.networks}}
-    whole = [name for name, node in nodes.items() if node.get("rank") is None]
-    if cfg.quantize is not None and whole:
-        instead = "student=lora" if whole[0] == "student" else f"networks.{whole[0]}.rank, or networks=adapters"
+    full = [name for name, node in nodes.items() if node.get("rank") is None]
+    if cfg.quantize is not None and full:
+        instead = "student=lora" if full[0] == "student" else f"networks.{full[0]}.rank, or networks=adapters"
         raise ConfigError(
-            f"quantize={cfg.quantize} is for frozen weights, and the {whole[0]} is trained whole: set {instead}"
+            f"quantize={cfg.quantize} is for frozen weights, and the {full[0]} is fully trained: set {instead}"
         )
 
 
@@ -106,7 +106,7 @@ def unread(cfg: TrainSettings, trained: Collection[str]) -> dict[str, str]:
 def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports: Mapping[str, Exported]) -> Store:
     """The store, once it is known to be this teacher's and to hold what the method reads.
 
-    A method that asks no network to teach learns from the solves of the one that `teacher` names.
+    A method that calls no teacher learns from the solves of the one that `teacher` names.
     """
     store = open_store(
         cfg.data.store,
@@ -208,7 +208,7 @@ def as_begun(store: Store, state: Mapping[str, Any]) -> Store:
         )
     if samples < len(store) and launched_rank() == 0:
         log.info(
-            "the store has grown to %d samples: this run goes on with the first %d, which it began with; "
+            "the store has grown to %d samples: this run continues with the first %d, which it began with; "
             "a new output_dir uses them all",
             *(len(store), samples),
         )
@@ -216,7 +216,7 @@ def as_begun(store: Store, state: Mapping[str, Any]) -> Store:
 
 
 def batch_changes(cfg: TrainSettings, method: Method, world_size: int) -> tuple[tuple[int, int], ...]:
-    """From which steps on the method's batches have another size than the run's, or than those before; each with it.
+    """The steps at which the size of the method's batches changes, first from the run's; each with the new size.
 
     Raises:
         ConfigError: a size that the ranks and their micro-batches cannot share evenly.

@@ -19,17 +19,17 @@ DIVERSITY = "validation/diversity"
 
 
 class Health:
-    """Alarms. One that goes on is a warning line, once; `alarm/<name>` in the metrics is 1 for as long as it is on.
+    """Alarms. One that is raised is a warning line, once; `alarm/<name>` in the metrics is 1 for as long as it is on.
 
-    `chance`: the discriminator cannot tell real from fake. `winning`: it always can. `collapse`: pictures of different
-    noise have become alike. An alarm goes off only well away from its limit: twice as far from .5 (`chance`) or from 1
-    (`winning`), or half-way back to the first diversity (`collapse`).
+    `chance`: the discriminator cannot distinguish real from fake. `winning`: it always can. `collapse`: pictures of
+    different noise have become alike. An alarm is cleared only well away from its limit: twice as far from .5
+    (`chance`) or from 1 (`winning`), or half-way back to the first diversity (`collapse`).
 
     Args:
         logged_steps: over how many of them the accuracies are averaged.
-        chance: goes on where the mean of both accuracies is at most .5 and this; null: never.
-        winning: goes on where both accuracies are above this; null: never.
-        diversity: goes on where the diversity is below this share of what the first validation found; null: never.
+        chance: raised where the mean of both accuracies is at most .5 and this; null: never.
+        winning: raised where both accuracies are above this; null: never.
+        diversity: raised where the diversity is below this share of what the first validation found; null: never.
         stop: an alarm ends the run.
         main: says the lines, as one of all ranks should.
         adversarial: what the method's adversarial training is logged as; None: it has none.
@@ -137,13 +137,14 @@ class Health:
                 "collapse",
                 diversity < self.diversity * first,
                 diversity > (1 + self.diversity) / 2 * first,
-                f"the student draws alike from different noise: {DIVERSITY} is {diversity:.3g} at step {step}, and was "
-                f"{first:.3g} at step {at}. Try an earlier checkpoint with a lower learning rate of the student",
+                f"the student's pictures of different noise are alike: {DIVERSITY} is {diversity:.3g} at step {step}, "
+                f"and was {first:.3g} at step {at}. Try an earlier checkpoint with a lower learning rate of the "
+                "student",
             )
         }
 
     def _switch(self, name: str, worse: bool, better: bool, line: str) -> float:
-        """Whether the alarm is on, 0 or 1: it goes on where `worse`, off where `better`, and stays between."""
+        """Whether the alarm is on, 0 or 1: it is raised where `worse`, cleared where `better`, and stays between."""
         if worse:
             self.alarms.setdefault(name, line)
         elif better:

@@ -24,7 +24,7 @@ from distill.training.engine import Engine
 log = logging.getLogger("distill")
 
 HELDOUT, TRAINING = "validation/heldout_loss", "validation/training_loss"
-DRAWS = 4
+REPEATS = 4
 """How often each solve is measured, each time with its own states and noise."""
 MOST_AT_ONCE = 32
 
@@ -33,7 +33,7 @@ MOST_AT_ONCE = 32
 class HeldOutLoss:
     """Measures a method's loss without training, on two stores that are read at the same places.
 
-    The draws are the same at every step, and on any number of ranks, which share the work.
+    States and noise are the same at every step, and on any number of ranks, which share the work.
 
     Args:
         method: its `held_out` says which loss.
@@ -70,15 +70,15 @@ class HeldOutLoss:
             context = [Context(seed_of(self.seed, "held out"), 0, batch.positions) for batch in batches.values()]
             measured = engine.measure(turn, list(batches.values()), context)
             parts = {part: (loss, len(batches[part])) for part, loss in zip(batches, measured, strict=True)}
-            whole = dict(pair for one in processes.gathered(list(parts.items())) for pair in one)
-            total = sum(whole[part][0] * whole[part][1] for part in sorted(whole))
-            found[name] = total / sum(size for _, size in whole.values())
+            losses = dict(pair for one in processes.gathered(list(parts.items())) for pair in one)
+            total = sum(losses[part][0] * losses[part][1] for part in sorted(losses))
+            found[name] = total / sum(size for _, size in losses.values())
         return found
 
     def _shares(self, rank: int, ranks: int) -> dict[int, range]:
         """This rank's batches, by their number: all ranks have as many, under ZeRO-3 they call networks together."""
-        draws = len(self.heldout) * DRAWS
-        parts = [range(first, min(first + self.most_at_once, draws)) for first in range(0, draws, self.most_at_once)]
+        n = len(self.heldout) * REPEATS
+        parts = [range(first, min(first + self.most_at_once, n)) for first in range(0, n, self.most_at_once)]
         mine = [(rank + i * ranks) % len(parts) for i in range(-(-len(parts) // ranks))]
         return {part: parts[part] for part in mine}
 
@@ -88,14 +88,14 @@ class HeldOutLoss:
         """This rank's batches by their number, or why there are none."""
         reads, batches = self.method.reads(step), {}
         try:
-            for part, draws in places.items():
-                picks = [reads.pick(store.index.times, generator(self.seed, "held out", draw)) for draw in draws]
-                wanted = [(samples[draw // DRAWS], pick) for draw, pick in zip(draws, picks, strict=True)]
+            for part, numbers in places.items():
+                picks = [reads.pick(store.index.times, generator(self.seed, "held out", i)) for i in numbers]
+                wanted = [(samples[i // REPEATS], pick) for i, pick in zip(numbers, picks, strict=True)]
                 found = store.read_many(wanted)
                 if bad := next((one for one in found if isinstance(one, BadSample)), None):
                     raise bad
                 good = [one for one in found if not isinstance(one, BadSample)]
-                batches[part] = _batch_of(store, good, tuple(draws))
+                batches[part] = _batch_of(store, good, tuple(numbers))
         except (StoreError, ReadError) as error:
             return {}, error
         return batches, None

@@ -1,4 +1,4 @@
-"""What a method's losses call beside networks: a reward, a distance of latents, or whatever else it asks for."""
+"""What a method's losses call beside networks: a reward, a distance of latents, or whatever else it requires."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def configured(cfg: TrainSettings) -> dict[str, Callable[[], nn.Module]]:
 
 
 def check_helpers(cfg: TrainSettings, method: Method) -> None:
-    """Raises ConfigError for a helper that the method asks for and the settings lack, or have for nothing."""
+    """Raises ConfigError for a helper that the method requires and the settings lack, or that they have for nothing."""
     known = configured(cfg)
     for name in method.helpers:
         if name not in known:
             options = sorted(group_files(name))
             how = f"{name}={options[0]} or another" if options else f"helpers.{name}._target_=PACKAGE.NAME"
-            raise ConfigError(f"the method asks for a {name}, and there is no {name}: set {how}")
+            raise ConfigError(f"the method requires a {name}, and there is no {name}: set {how}")
     for name in known:
         if name not in method.helpers:
             stages = ", or method.stages of which one does" if method.steps else ""
@@ -54,7 +54,7 @@ def check_helpers(cfg: TrainSettings, method: Method) -> None:
 
 
 def helpers_of(cfg: TrainSettings, method: Method) -> dict[str, nn.Module]:
-    """The helpers that the method asks for, built."""
+    """The helpers that the method requires, built."""
     known = configured(cfg)
     return {name: known[name]() for name in method.helpers}
 

@@ -21,7 +21,7 @@ from distill.training.trajectories import stored
 
 @dataclass(frozen=True)
 class LatentEncoder:
-    """Encodes pictures as a plan says: what of sample i is drawn, its crop and its latent, depends on (seed, i) alone.
+    """Encodes pictures as a plan says: what is random in sample i, its crop and its latent, depends on (seed, i) alone.
 
     Args:
         teacher: with its autoencoder and text encoders, on `device`.
@@ -72,8 +72,8 @@ class LatentEncoder:
     def _square(self, i: int, data: bytes | BadPicture) -> Square | BadPicture:
         if isinstance(data, BadPicture):
             return data
-        drawn = generator(self.plan.seed, "crop", i) if self.plan.crop == "random" else None
+        random = generator(self.plan.seed, "crop", i) if self.plan.crop == "random" else None
         try:
-            return cut_square(data, self.plan.resolution, drawn)
+            return cut_square(data, self.plan.resolution, random)
         except BadPicture as error:
             return error

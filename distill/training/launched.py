@@ -1,4 +1,4 @@
-"""How this process was started: by a launcher, which tells it its rank, or by itself; and whether that launcher lives.
+"""How this process was started: by a launcher, which gives it a rank, or by itself; and whether that launcher lives.
 
 Nothing here loads torch: it is called before.
 """
@@ -18,10 +18,10 @@ import psutil
 
 log = logging.getLogger("distill")
 
-# What torchrun, accelerate and DeepSpeed's launcher tell each process: one is launched if the first two are there.
+# What torchrun, accelerate and DeepSpeed's launcher set for each process: one is launched if the first two are there.
 _OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# What MPI's launchers tell theirs. Accelerate believes it on CPUs, and would wait for as many processes.
+# What MPI's launchers set for theirs. Accelerate believes it on CPUs, and would wait for as many processes.
 _MPI = ("OMPI_COMM_WORLD_", "PMI_", "PMIX_RANK", "MV2_COMM_WORLD_", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _MPI_PROCESSES = {"mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun", "orted", "prted", "hydra_pmi_proxy"}
@@ -72,18 +72,18 @@ def settle(environment: MutableMapping[str, str] = os.environ) -> None:
 
 def only_one_process() -> str | None:
     """A line about `accelerate launch --num_processes N` that starts one process, as it does without a GPU unless it is
-    told which way to distribute; None if that is not so."""
+    given a way to distribute; None if that is not so."""
     if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return None
     try:
         arguments = " ".join(psutil.Process().parent().cmdline())
     except (psutil.Error, AttributeError):
         return None
-    asked = re.search(r"--num[_-]processes[ =](\d+)", arguments)
-    if asked is None or int(asked[1]) < 2:
+    number = re.search(r"--num[_-]processes[ =](\d+)", arguments)
+    if number is None or int(number[1]) < 2:
         return None
     return (
-        f"accelerate launch was asked for {asked[1]} processes and has started one, which does all of the work: "
+        f"accelerate launch is to start {number[1]} processes and has started one, which does all of the work: "
         "use distill launch, or add --multi_gpu, which starts them on CPUs too"
     )
 
@@ -171,7 +171,7 @@ def launcher_gone() -> bool:
 
 
 def save_without_launcher() -> None:
-    """From now on `launcher_gone` is looked at, by what saves and ends: nothing else ends this process."""
+    """From now on the caller checks `launcher_gone`, saves and ends: nothing else ends this process."""
     _Launcher.saves = True
 
 

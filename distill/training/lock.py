@@ -39,9 +39,9 @@ class Holder:
     """A process that may hold a lock.
 
     Attributes:
-        machine: tells whether two processes can see each other by their ids: host, boot and process namespace.
+        machine: host, boot and process namespace: two processes with the same can see each other by their ids.
         started: when the process did, seconds by the clock, which may be set meanwhile.
-        ticks: the same in the kernel's ticks since the boot, where it tells: a process id may come again.
+        ticks: the same in the kernel's ticks since the boot, where it is known: a process id may come again.
         job, restarts: of SLURM; a job that is put back into the queue keeps its id, and counts.
         since: for people.
     """
@@ -128,7 +128,7 @@ class RunLock:
                 self._lock.unlink(missing_ok=True)
 
     def _appears(self) -> bool:
-        """Makes the lock, whole and at once; False if there is one."""
+        """Makes the lock, complete and at once; False if there is one."""
         claim = self._beside("claim")
         try:
             claim.write_text(self._text)
@@ -246,7 +246,7 @@ def _runs(holder: Holder) -> bool:
 
 
 def _ticks(pid: int) -> int | None:
-    """When a process started, in the kernel's ticks since the boot, which no clock changes; None where not told."""
+    """When a process started, in the kernel's ticks since the boot, which no clock changes; None where not known."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         return int(stat.rpartition(")")[2].split()[19])  # the name, in brackets, may hold spaces and brackets

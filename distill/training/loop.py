@@ -145,7 +145,7 @@ def _fetched(
 
 
 def _agreed(processes: Processes, problem: StoreError | ReadError | None) -> StoreError | ReadError:
-    """One of the ranks' problems, of which there is one, the same on all: damage before what a next try may mend."""
+    """One of the ranks' problems, the same on all ranks: damage comes before what another try may get past."""
     found = [other for other in processes.gathered(problem) if other is not None]
     return next((error for error in found if isinstance(error, StoreError)), found[0])
 
@@ -177,4 +177,4 @@ def _save(checkpoints: Checkpoints, engine: Engine, step: int, must: bool) -> No
         if must:
             raise
         if engine.processes.is_main:
-            log.warning("%s; the run goes on, and what is saved is as it was", error)
+            log.warning("%s; the run continues, and what is saved is as it was", error)

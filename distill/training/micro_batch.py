@@ -43,7 +43,7 @@ class Split:
 
     @property
     def samples(self) -> int:
-        """Of a step, of this process."""
+        """How many samples of a step this process takes."""
         return self.micro_batch_size * self.accumulated
 
     @property
@@ -147,7 +147,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def give_back_memory() -> None:
-    """What nothing refers to any more is free for whoever asks next."""
+    """Frees the memory that nothing refers to any more, for whatever is allocated next."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

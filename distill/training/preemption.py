@@ -1,4 +1,4 @@
-"""Stopping when asked: a signal sets a flag, the loop finishes its step, saves, and leaves a marker."""
+"""Stopping on request: a signal sets a flag, the loop finishes its step, saves, and leaves a marker."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Preemption:
 
     Args:
         folder: the run's; the marker `PREEMPTED`, with the step saved, lies there until the next run takes over.
-        writes: whether this rank writes and removes the marker, and tells the person who pressed Ctrl-C.
+        writes: whether this rank writes and removes the marker, and answers the person who pressed Ctrl-C.
         signals: names of the signals to listen for, beside SIGINT and SIGHUP.
 
     Raises:
@@ -84,7 +84,7 @@ class Preemption:
             os.close(writer)  # which ends the thread that reads
 
     def mark(self, step: int) -> None:
-        """Leaves the marker: this run ended because it was asked to, and is saved at `step`."""
+        """Leaves the marker: this run ended on request, and is saved at `step`."""
         if self._writes:
             write_whole(self._marker, f"{step}\n")
 

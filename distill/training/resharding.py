@@ -1,8 +1,8 @@
-"""What a checkpoint gives to a run on other ranks, or sharded in another way: the optimizer's state, whole, by weights.
+"""A checkpoint's optimizer state, unsharded, by weights: for a run on other ranks, or sharded in another way.
 
-Weights and averages lie whole in every checkpoint. The optimizer's state lies as its ranks held it. It is put together
-from their files, as universal checkpoints are (Lian et al. 2024, arXiv 2406.18820), in memory and for any optimizer
-that keeps values for each element of a weight, or values that are the same for all weights.
+Every checkpoint holds unsharded weights and averages. The optimizer's state lies as its ranks held it. It is put
+together from their files, as universal checkpoints are (Lian et al. 2024, arXiv 2406.18820), in memory and for any
+optimizer that keeps values for each element of a weight, or values that are the same for all weights.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPTIMIZER = "optimizer.pt"  # of a network that every rank held whole
+OPTIMIZER = "optimizer.pt"  # of a network that was not sharded
 REMEDY = "resume with as many ranks and the same engine as it was saved with"
 
 
 class NotElastic(ValueError):
-    """The optimizer's state cannot be dealt out anew; one line."""
+    """The optimizer's state cannot be re-sharded; one line."""
 
 
 @dataclass(frozen=True)
 class WholeState:
-    """An optimizer's state, whole.
+    """An optimizer's state, unsharded.
 
     Attributes:
         of: what is kept for each element of a weight (Adam: exp_avg, exp_avg_sq; SGD: momentum_buffer), from the
@@ -50,7 +50,7 @@ class WholeState:
 
 
 def read_replicated(folder: Path, shapes: Mapping[str, torch.Size]) -> WholeState:
-    """The optimizer's state in a network's folder of a verified checkpoint that one rank wrote whole.
+    """The optimizer's state in a network's folder of a verified checkpoint that one rank wrote.
 
     Args:
         folder: as `TrainedNetwork.save` has written it.

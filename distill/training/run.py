@@ -58,7 +58,7 @@ VARIABLES = frozenset(
 )
 _ADDRESS = re.compile(r"://|[@?&]")  # even there: nothing that can carry a password or a key
 
-# What may change between a run and its continuation without changing what it computes, or what is asked of it next.
+# What may change between a run and its continuation without changing what it computes, or to set what it does next.
 FREE = frozenset(
     {
         "output_dir",
@@ -148,7 +148,7 @@ def note_batch(folder: Path, micro_batch_size: int, accumulated: int, processes:
 
 
 def _warn_of_other_bits(folder: Path, now: Mapping[str, Any]) -> None:
-    """Says so where a run goes on with another arithmetic than `environment.json` has recorded."""
+    """Warns where a run resumes with another arithmetic than `environment.json` has recorded."""
     try:
         before = json.loads((folder / "environment.json").read_text())["arithmetic"]
         changed = arithmetic.differences(before, now["arithmetic"])
@@ -156,7 +156,7 @@ def _warn_of_other_bits(folder: Path, now: Mapping[str, Any]) -> None:
         return
     if changed:
         log.warning(
-            "%s goes on with other arithmetic, so it agrees with a run on one machine within rounding, "
+            "%s resumes with other arithmetic, so it agrees with a run on one machine within rounding, "
             "not to the bit: %s",
             folder,
             "; ".join(changed),
@@ -243,7 +243,7 @@ def prepare_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Around what makes a run's folder and its small files: what fails there is the user's to mend.
+    """Surrounds what makes a run's folder and its small files: what fails there is for the user to repair.
 
     Raises:
         ConfigError: one line.
@@ -263,7 +263,7 @@ def writing(folder: Path) -> Iterator[None]:
 def recorded_settings(folder: Path) -> Mapping[str, Any]:
     """The settings of the run in `folder`, as they were written down; {} if there are none.
 
-    A config.yaml that a power loss has emptied is no loss where there is a whole checkpoint: it holds them too.
+    A config.yaml that a power loss has emptied is no loss where there is an intact checkpoint: it holds them too.
 
     Raises:
         ConfigError: they are damaged.
@@ -274,15 +274,15 @@ def recorded_settings(folder: Path) -> Mapping[str, Any]:
     with checking(f"{path}: "):
         found = read_yaml(path)
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no settings: put back what was there, or remove it to have it written anew")
+        raise ConfigError(f"{path} holds no settings: put back what was there, or remove it to have it written again")
     return found
 
 
 def kept_files(folder: Path) -> Callable[[], None]:
     """Reads the small files of a run, and returns what writes those of them again that have gone.
 
-    A folder that is removed or renamed under a run that goes on is thus made anew, and what is saved to it later can be
-    found, continued and exported.
+    A folder that is removed or renamed during a run is thus made again, and what is saved to it later can be found,
+    continued and exported.
     """
     texts = {name: (folder / name).read_text() for name in SMALL if (folder / name).is_file()}
 
@@ -338,7 +338,7 @@ def read_run(folder: str | Path) -> TrainSettings:
     if found := _of_newest_checkpoint(Path(folder), "config"):
         return validated(found, TrainSettings)
     problem = "empty" if recorded.is_file() else "missing"
-    raise FileNotFoundError(f"run={folder}: no run there ({CONFIG} is {problem}, and no checkpoint tells what it held)")
+    raise FileNotFoundError(f"run={folder}: no run there ({CONFIG} is {problem}, and no checkpoint says what it held)")
 
 
 def mark_finished(folder: Path, step: int) -> None:
@@ -358,7 +358,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "git_commit": _git_commit(),
         "host": socket.gethostname(),
-        "variables": {name: value for name, value in sorted(os.environ.items()) if _is_told(name, value)},
+        "variables": {name: value for name, value in sorted(os.environ.items()) if _is_recorded(name, value)},
     }
 
 
@@ -367,7 +367,7 @@ def write_atomically(path: Path, text: str) -> None:
     write_whole(path, text)
 
 
-def _is_told(name: str, value: str) -> bool:
+def _is_recorded(name: str, value: str) -> bool:
     return name in VARIABLES and not _ADDRESS.search(value)
 
 

@@ -26,7 +26,7 @@ class Skipped:
     Attributes:
         step: the optimizer steps before it; `network`: whose update it was.
         loss, grad_norm: over all ranks.
-        keys: samples whose loss it may be; those of the whole step where every loss was finite.
+        keys: samples whose loss it may be; all those of the step where every loss was finite.
     """
 
     step: int

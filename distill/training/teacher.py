@@ -12,7 +12,7 @@ from distill.models.families import Teacher, load_teacher
 
 
 def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: Any) -> Teacher:
-    """The parts of a teacher, at the resolution that the settings ask for; `loading` are arguments of `load_teacher`.
+    """The parts of a teacher, at the resolution that the settings name; `loading` are arguments of `load_teacher`.
 
     Raises:
         FileNotFoundError: see `load_teacher`.

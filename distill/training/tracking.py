@@ -1,4 +1,4 @@
-"""Tracking: a run's scalars and pictures go to files in its folder, and on to wandb and TensorBoard if asked.
+"""Tracking: a run's scalars and pictures go to files in its folder, and to wandb and TensorBoard where set.
 
 The local file is the record. What is beyond it (a network, a service) may fail at any time and never holds a step up.
 """
@@ -284,7 +284,7 @@ class Background:
             if not self._failed:
                 first_line = (str(error).splitlines() or [""])[0]
                 logger.warning(
-                    "%s failed; metrics.jsonl goes on, and further failures are not shown: %s: %s",
+                    "%s failed; metrics.jsonl continues, and further failures are not shown: %s: %s",
                     self.name,
                     type(error).__name__,
                     first_line,
@@ -393,7 +393,7 @@ class Meter:
     """Measures speed between two readings, and how much longer the run will take.
 
     Args:
-        total: steps of the whole run; `done`: those taken before this start.
+        total: steps of the run; `done`: those taken before this start.
         samples: of a step, over all ranks; or what says so of a step by its number.
         clock: seconds, rising.
     """
@@ -411,7 +411,7 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for data."""
+        """Surrounds the wait for data."""
         start = self._clock()
         yield
         self._waited += self._clock() - start
@@ -423,8 +423,8 @@ class Meter:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Of the steps since the last reading: samples_per_second, data_wait (share of the time, 0 ... 1),
-        step_seconds; peak_memory_gib so far; eta_seconds at this pace. Starts anew."""
+        """Measured over the steps since the last reading: samples_per_second, data_wait (share of the time, 0 ... 1),
+        step_seconds; peak_memory_gib so far; eta_seconds at this pace. Starts again."""
         now = self._clock()
         seconds = max(now - self._since, 1e-9)
         pace = seconds / max(self._steps, 1)
@@ -453,7 +453,7 @@ def setup_logging(rank: int = 0, stream: TextIO | None = None) -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s [{rank}] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("distill").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    for library in (diffusers, transformers):  # they draw bars into log files, and warn of what is meant so
+    for library in (diffusers, transformers):  # they print bars into log files, and warn of what is intended
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     # Newer diffusers say `dtype`; the oldest that we support knows `torch_dtype` alone.

@@ -82,7 +82,7 @@ class TrainingRecipe:
 
 
 def optimizer_bytes(make: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]) -> float:
-    """Bytes of state that an optimizer keeps for a weight, found by letting it take a step of a few."""
+    """Bytes of state that an optimizer keeps per weight, found by a step on a few weights."""
     weight = nn.Parameter(torch.zeros(16, 16))
     weight.grad = torch.zeros_like(weight)
     optimizer = make([weight])
@@ -135,13 +135,13 @@ class TrainedNetwork(ABC):
             self.spread()
 
     def bytes_to_come(self) -> int:
-        """Of this rank's share of the optimizer's state, which is allocated by its first step."""
+        """Bytes that the optimizer's first step will allocate for this rank's share of its state."""
         if self.optimizer.state:
             return 0
         return int(optimizer_bytes(self.recipe.optimizer) * sum(master.numel() for master in self.masters()))
 
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
-        """All trained weights (or their average) by name: whole, float32, on the CPU of rank 0; empty elsewhere."""
+        """All trained weights (or their average) by name: unsharded, float32, on rank 0's CPU; empty elsewhere."""
         if not ema:
             return self.whole()
         with self._average_in_masters():
@@ -212,7 +212,7 @@ class TrainedNetwork(ABC):
 
     @abstractmethod
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch; gradients meet over the ranks in the last of a step."""
+        """Surrounds forward and backward of a micro-batch; ranks reduce their gradients in the last one of a step."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -235,11 +235,11 @@ class TrainedNetwork(ABC):
 
     @abstractmethod
     def whole(self) -> dict[str, Tensor]:
-        """The masters by name: whole, on the CPU of rank 0; empty elsewhere."""
+        """The masters by name: unsharded, on rank 0's CPU; empty elsewhere."""
 
     @abstractmethod
     def load_whole(self, weights: Mapping[str, Tensor]) -> None:
-        """Sets the masters from whole weights, the same on all ranks."""
+        """Sets the masters from unsharded weights, the same on all ranks."""
 
     @abstractmethod
     def spread(self) -> None:
@@ -255,7 +255,7 @@ class TrainedNetwork(ABC):
 
     @abstractmethod
     def load_optimizer(self, state: WholeState) -> None:
-        """Sets the optimizer's state (this rank's share) from a whole one, the same on all ranks."""
+        """Sets the optimizer's state (this rank's share) from an unsharded one, the same on all ranks."""
 
     @abstractmethod
     def close(self) -> None:
@@ -263,7 +263,7 @@ class TrainedNetwork(ABC):
 
 
 def weights_file(ema: bool = False) -> str:
-    """The file of a network's whole trained weights, or of their average, in its folder of a checkpoint."""
+    """The file of a network's trained weights, unsharded, or of their average, in its folder of a checkpoint."""
     return "ema.safetensors" if ema else "weights.safetensors"
 
 

@@ -41,7 +41,7 @@ class TrajectorySolver:
         w = torch.tensor([plan.guidance_of(i) for i in indices], device=self.device)
         conditioning = self.teacher.encode(prompts)
 
-        weight = 1.0 if plan.guidance == 1 else w  # a plain 1 saves the unconditional passes
+        weight = 1.0 if plan.guidance == 1 else w  # the number 1 saves the unconditional passes
         denoiser = guided(self.teacher.denoiser(), self.teacher.unconditional(), weight)
         times = make_times(plan.spacing, schedule.T, plan.solver_steps)
         steps = solve(denoiser, schedule, x.to(self.device), times, conditioning, plan.solver)

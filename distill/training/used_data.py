@@ -63,7 +63,7 @@ def data_of(folder: str | Path, settings: TrainSettings) -> UsedData | None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     store = Path(settings.data.store).expanduser()
-    if not store.is_dir():  # and no address of another person's is asked
+    if not store.is_dir():  # no address that somebody else's settings hold is opened
         return None
     try:
         found = used_data(open_store(str(store)))
@@ -73,7 +73,7 @@ def data_of(folder: str | Path, settings: TrainSettings) -> UsedData | None:
 
 
 def set_guidance(settings: TrainSettings) -> tuple[float, float] | None:
-    """The w of the trajectories that the run was told to learn from, which it compared with its store; None: none."""
+    """The w of the trajectories that the run's settings name, which it compared with its store; None: none."""
     w = settings.data.guidance
     return None if w is None else (float(w[0]), float(w[1])) if isinstance(w, tuple) else (float(w), float(w))
 

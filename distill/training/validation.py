@@ -31,20 +31,20 @@ DIVERSITY_PROMPTS = 4
 
 
 class Validation:
-    """Draws `prompts` with the student's weights, or their moving average where there is one.
+    """Generates `prompts` with the student's weights, or their moving average where there is one.
 
-    The ranks share the drawing. Scalars are `validation/diversity`, `validation/teacher_consistency` (the mean squared
+    The ranks share the work. Scalars are `validation/diversity`, `validation/teacher_consistency` (the mean squared
     difference of a latent's elements from `ends`), `validation/reward` (the mean score of the pictures), each if it is
-    asked for; `validation/seconds` of this time, and `validation/share` of the time since the first step in all.
+    set; `validation/seconds` of this time, and `validation/share` of the time since the first step in all.
 
     Args:
         teacher: with its VAE.
-        conditioning: of the prompts, [B, ...]; its "guidance" [B] is told to a student that takes it as an input.
+        conditioning: of the prompts, [B, ...]; its "guidance" [B] is for a student that takes it as an input.
         steps: where `sampling` leaves them open.
         seed: of the pictures' noise.
-        diversity_seeds: noises from which each of the first `DIVERSITY_PROMPTS` prompts is drawn, to see how the
+        diversity_seeds: noises from which each of the first `DIVERSITY_PROMPTS` prompts is generated, to see how the
             results differ; 0 does not.
-        sampling: how the method's students are drawn.
+        sampling: how the method's students are sampled.
         ends: where the teacher gets to from the same noise, [B, C, h, w]; `teacher_ends` makes them.
         reward: of pictures; CLIP's is the CLIP score.
     """
@@ -70,11 +70,13 @@ class Validation:
         self._began, self._spent = time.monotonic(), 0.0
 
     def __call__(self, engine: Engine, tracker: Tracker, step: int) -> dict[str, float]:
-        """On all ranks; the main one shows the pictures, and all are told the scalars."""
+        """Called on all ranks; the main one shows the pictures, and all get the scalars."""
         began = time.monotonic()
         with engine.inference("student", ema=engine.has_ema("student")) as student:
-            latents = self._draw(engine, student, self.seeds, range(len(self.prompts)))
-            groups = [self._draw(engine, student, seeds, [i] * len(seeds)) for i, seeds in enumerate(self.many_seeds)]
+            latents = self._generate(engine, student, self.seeds, range(len(self.prompts)))
+            groups = [
+                self._generate(engine, student, seeds, [i] * len(seeds)) for i, seeds in enumerate(self.many_seeds)
+            ]
         found: dict[str, float] = {}
         if engine.processes.is_main:
             found = self._shown(engine, tracker, latents, step)
@@ -87,7 +89,7 @@ class Validation:
         found |= {"validation/seconds": now - began, "validation/share": self._spent / (now - self._began)}
         return engine.processes.from_main(found)
 
-    def _draw(self, engine: Engine, student: Denoiser, seeds: Sequence[int], prompts: Sequence[int]) -> Tensor:
+    def _generate(self, engine: Engine, student: Denoiser, seeds: Sequence[int], prompts: Sequence[int]) -> Tensor:
         """Clean latents [B, C, h, w] on the CPU, from the noise of B seeds for B of the prompts, of all ranks together.
 
         Each rank generates as many; see `places_of`.
@@ -98,8 +100,8 @@ class Validation:
         conditioning = {k: v[chosen].to(processes.device) for k, v in self.conditioning.items()}
         generators = [torch.Generator().manual_seed(seeds[place]) for place in places]
         x = starting_noise(generators, self.teacher.latent_shape).to(processes.device)
-        drawn = sample(student, self.teacher.schedule, x, self.times, conditioning, self.sampler, generators)
-        return in_order(processes, places, list(drawn.cpu()))
+        found = sample(student, self.teacher.schedule, x, self.times, conditioning, self.sampler, generators)
+        return in_order(processes, places, list(found.cpu()))
 
     @torch.no_grad()
     def _shown(self, engine: Engine, tracker: Tracker, latents: Tensor, step: int) -> dict[str, float]:
@@ -117,7 +119,7 @@ class Validation:
 
 
 def validation_seeds(seed: int, n: int) -> list[int]:
-    """Of the noise of n pictures."""
+    """The seeds of the noise of n pictures."""
     return [seed_of(seed, "validation", i) for i in range(n)]
 
 
@@ -141,7 +143,7 @@ def teacher_ends(
         denoiser: its network on the device of each rank, with guidance.
         conditioning: of B prompts, [B, ...].
         seeds: of their noise.
-        advance: is told how many more there are.
+        advance: called with how many more there are.
     """
     times, device = make_times("trailing", teacher.schedule.T, steps), processes.device
     places, own = places_of(processes, len(seeds)), []
@@ -157,7 +159,7 @@ def teacher_ends(
 def kept_ends(
     kept: Path, seeds: Sequence[int], steps: int, guidance: float, processes: Processes, make: Callable[[], Tensor]
 ) -> Tensor:
-    """What `make` generates, from the file `kept` where a run has written it there; of other facts it is made anew."""
+    """What `make` generates, or the file `kept` where a run has written it there with the same facts."""
     facts = {"steps": str(steps), "guidance": f"{guidance:g}", "seeds": " ".join(map(str, seeds))}
     found = processes.from_main(_read_ends(kept, facts) if processes.is_main else None)
     if found is not None:
@@ -190,8 +192,8 @@ def places_of(processes: Processes, n: int) -> list[int]:
 def in_order(processes: Processes, places: Sequence[int], own: Sequence[Tensor]) -> Tensor:
     """The pictures of all ranks by their places, [n, ...], from those of this one; on all of them."""
     parts = processes.gathered(list(zip(places, own, strict=True)))
-    whole = dict(pair for part in parts for pair in part)
-    return torch.stack([whole[place] for place in sorted(whole)])
+    found = dict(pair for part in parts for pair in part)
+    return torch.stack([found[place] for place in sorted(found)])
 
 
 def diversity(latents: Tensor) -> float:

@@ -86,7 +86,7 @@ def test_bad_settings_are_one_clear_line() -> None:
         Setting("teacher", "rk4", 4)
     with pytest.raises(ValueError, match="^spacing 'even' is not known; allowed: trailing"):
         Setting("teacher", "ddim", 4, spacing="even")
-    with pytest.raises(ValueError, match="^need one seed a prompt, got 1 for 2$"):
+    with pytest.raises(ValueError, match="^need one seed per prompt, got 1 for 2$"):
         next(generate(Surroundings(), GaussianDenoiser(), ["up", "down"], [1], Setting("teacher", "ddim", 1)))
 
 

@@ -81,8 +81,8 @@ def test_rows_hold_it_and_know_it_from_rows_without(store: str, tmp_path: Path) 
 
 def test_what_cannot_be_held_against_is_one_clear_line(store: str) -> None:
     opened = open_store(store)
-    with pytest.raises(ValueError, match="holds 11 samples, asked for are 12$"):
+    with pytest.raises(ValueError, match="holds 11 samples, and 12 are needed$"):
         HeldOut(opened, SCHEDULE, 12)
     opened.index = replace(opened.index, times=(1000, 750, 500, 250, 10))
-    with pytest.raises(ValueError, match="holds no whole solves: its times run from 1000 to 10$"):
+    with pytest.raises(ValueError, match="holds no complete solves: its times run from 1000 to 10$"):
         HeldOut(opened, SCHEDULE, 3)

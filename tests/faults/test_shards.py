@@ -189,7 +189,7 @@ def test_a_run_on_a_store_that_has_grown_goes_on_as_it_began(runs: Runs, tmp_pat
     assert ended.codes == [0] and len(open_store(str(tmp_path / "store"))) == 24, ended.said[-3000:]
     smaller = Path(shutil.copytree(run, tmp_path / "smaller"))
     _, ended = runs.goes_on(run, more=given)
-    assert "the store has grown to 24 samples: this run goes on with the first 12" in ended.said
+    assert "the store has grown to 24 samples: this run continues with the first 12" in ended.said
     lost, differ = runs.difference(run)
     assert (lost, differ) == (0, 0)
     fault(14, UNEVEN).tried(samples_lost=lost, bits_different=differ)

@@ -134,7 +134,7 @@ def test_attention_is_computed_by_the_kernel_that_is_set(kernel: Any, flash: boo
 
 def test_compiled_blocks_need_whole_weights() -> None:
     zero: dict[str, Any] = {"zero_optimization": {"stage": 3}}
-    with pytest.raises(ValueError, match="compile needs whole weights on every rank, .*compile=false or zero2"):
+    with pytest.raises(ValueError, match="compile needs all weights on every rank, .*compile=false or zero2"):
         EngineSettings(kind="deepspeed", deepspeed=zero, compile=True)
 
 

@@ -118,7 +118,7 @@ def test_a_manifest_that_is_not_whole_makes_nothing_good(run: Path) -> None:
     manifest.write_text(json.dumps(changed))
     (run / "run_id").write_text("")
     (run / "config.yaml").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"no run there \(config.yaml is empty, and no checkpoint tells"):
+    with pytest.raises(FileNotFoundError, match=r"no run there \(config.yaml is empty, and no checkpoint says"):
         read_run(run)
     open_run(settings(run))
     assert len(identity(run)) == 16 and identity(run) != "another"

@@ -90,10 +90,10 @@ class Sharding(ABC):
     ) -> dict[str, TrainedNetwork]:
         """Puts modules, which are on no particular device, under their optimizers.
 
-        What is trained of a module is what asks for gradients.
+        The weights of a module that require gradients are trained.
 
         Raises:
-            RuntimeError: the library did not wrap as it was asked to.
+            RuntimeError: the library did not wrap the module as it should.
         """
 
     @classmethod
@@ -104,17 +104,17 @@ class Sharding(ABC):
     @classmethod
     @abstractmethod
     def read_whole(cls, folder: Path, shapes: Mapping[str, torch.Size]) -> WholeState:
-        """That state, whole; see `distill.training.sharding.read_whole`."""
+        """That state, unsharded; see `distill.training.sharding.read_whole`."""
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What asks for gradients, by name."""
+    """The weights that require gradients, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def wrapping_failed(asked: str, network: str, wrapped: nn.Module, accelerator: Any) -> RuntimeError:
-    """Accelerate falls back to a plain module in silence; this is the error in place of that."""
+def wrapping_failed(engine: str, network: str, wrapped: nn.Module, accelerator: Any) -> RuntimeError:
+    """Accelerate falls back to the bare module in silence; this is the error in place of that."""
     return RuntimeError(
-        f"engine={asked} was asked for, but {network} came back as {type(wrapped).__name__} of "
+        f"engine={engine} is set, but {network} came back as {type(wrapped).__name__} of "
         f"{accelerator.distributed_type.value} with {accelerator.num_processes} processes"
     )

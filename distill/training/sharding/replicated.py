@@ -1,4 +1,4 @@
-"""Nothing is sharded: every rank holds the whole network and its optimizer, in one process or under DDP."""
+"""Nothing is sharded: every rank holds the full network and its optimizer, in one process or under DDP."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class OneProcess(Sharding):
 
 
 class DataParallel(OneProcess):
-    """Several processes, each with a whole network; gradients are averaged over them (torch's DDP)."""
+    """Several processes, each with the full network; gradients are averaged over them (torch's DDP)."""
 
     kind = "ddp"
     launch = "distill launch --multi_gpu --num_processes N"
@@ -111,7 +111,7 @@ class DataParallel(OneProcess):
 
 
 def _autocast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """From now on the module multiplies in `dtype`, whatever its weights are in, and answers in float32.
+    """From now on the module multiplies in `dtype`, whatever its weights are in, and returns float32.
 
     Autocast ends with each call, so that what it keeps of one pass (with a gradient, say) is not used by another.
     """
@@ -127,7 +127,7 @@ def _autocast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> No
 
 
 class ReplicatedNetwork(TrainedNetwork):
-    """A network that every rank holds whole. Rank 0 writes files that any number of ranks reads.
+    """A network of which every rank holds all weights. Rank 0 writes files that any number of ranks reads.
 
     Args:
         writes: whether this is the rank that writes.

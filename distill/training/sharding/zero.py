@@ -82,7 +82,7 @@ class ZeRO(Sharding):
 
     def check_compile(self) -> None:
         if 3 in (self.stage, *self.stages.values()):
-            raise ValueError("compile needs whole weights on every rank, which ZeRO-3 cuts: set compile=false or zero2")
+            raise ValueError("compile needs all weights on every rank, which ZeRO-3 shards: set compile=false or zero2")
 
     def check_networks(self, trained: Collection[str]) -> None:
         for name in self.stages:
@@ -277,11 +277,11 @@ class PartitionedNetwork(TrainedNetwork):
 
 def _check_can_be_cut(name: str, module: nn.Module) -> None:
     if is_quantized(module):
-        raise ValueError(f"engine=zero3 does not cut up quantized weights, of which the {name} has some: use zero2")
+        raise ValueError(f"engine=zero3 does not shard quantized weights, of which the {name} has some: use zero2")
 
 
 def _quiet() -> None:
-    """What DeepSpeed has to be told before it is asked for anything."""
+    """Settings that DeepSpeed needs before it is used."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # It calls collectives by names that torch means to drop, once or more a step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
