@@ -220,4 +220,4 @@ def test_pictures_are_of_the_teachers_side_unless_another_is_asked_for(
     teacher = load_teacher(folder / "teacher")
     assert evaluate.at_resolution(teacher, None).resolution == teacher.resolution == 24 and not caplog.records
     assert evaluate.at_resolution(teacher, 48).resolution == 48
-    assert "pictures of 48 px are drawn, as protocol.resolution says; the teacher's own is 24" in caplog.text
+    assert "pictures of 48 px are generated, as protocol.resolution says; the teacher's own is 24" in caplog.text

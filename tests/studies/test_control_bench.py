@@ -24,7 +24,7 @@ from distill.evaluation.pipelines import load_pipeline, use_adapters, use_sample
 from distill.methods.sampling import sample
 from distill.models.families import Teacher
 from distill.models.lora import ADAPTER, save_lora
-from distill.studies.control_bench import asked_steps, start_time
+from distill.studies.control_bench import nominal_steps, start_time
 from distill.toy.control import controlled
 from tests.evaluation.test_proof import PROMPTS, SEEDS, trained_student
 from tests.tiny import FAMILIES, TOKENS, UNETS, save_tiny
@@ -135,7 +135,7 @@ def test_a_pipeline_starts_where_we_say_it_does(
 ) -> None:
     pipeline = FROM_PICTURE[student.family].from_pipe(student.pipeline)
     use_sampler(pipeline, sampler, spacing)
-    asked = asked_steps(steps, strength)
+    asked = nominal_steps(steps, strength)
     pipeline.scheduler.set_timesteps(asked)
     taken = pipeline.get_timesteps(asked, strength, "cpu")[0]
     assert len(taken) == steps
@@ -145,14 +145,14 @@ def test_a_pipeline_starts_where_we_say_it_does(
 @pytest.mark.parametrize("strength", [0.1, 0.29, 0.3, 0.6, 0.7, 0.999, 1.0])
 def test_the_fewest_steps_are_asked_for_that_give_the_wanted(strength: float) -> None:
     for steps in range(1, 60):
-        asked = asked_steps(steps, strength)
+        asked = nominal_steps(steps, strength)
         assert int(asked * strength) == steps and (asked == 1 or int((asked - 1) * strength) < steps)
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.5, 1.1])
 def test_a_strength_at_which_no_steps_are_taken_is_refused(strength: float) -> None:
     with pytest.raises(ValueError, match=rf"^strength must be in \(0, 1\], got {strength:g}$"):
-        asked_steps(2, strength)
+        nominal_steps(2, strength)
 
 
 # ------------------------------------------------------------------------------------------------------ under a control

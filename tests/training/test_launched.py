@@ -156,7 +156,7 @@ PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv
 @pytest.mark.parametrize(
     ("arguments", "variables", "words"),
     [
-        (["--num_processes", "2"], {}, "asked for 2 processes and has started one, .*add --multi_gpu"),
+        (["--num_processes", "2"], {}, "is to start 2 processes and has started one, .*add --multi_gpu"),
         (["--num_processes=2"], {"WORLD_SIZE": "2", "RANK": "1"}, "None"),
     ],
 )
