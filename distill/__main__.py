@@ -46,7 +46,7 @@ def main() -> NoReturn:
 
 
 def complete(what: str) -> int:
-    """Prints what a shell needs to complete command lines, or what it asks for; returns the exit code."""
+    """Prints what a shell needs to complete command lines, or its completions; returns the exit code."""
     from distill import completion
 
     try:

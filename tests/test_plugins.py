@@ -248,7 +248,9 @@ def test_a_helper_of_another_package_is_built_for_a_method_that_asks_for_it(monk
     assert isinstance(likeness, Likeness) and likeness.scale == 2.5 and hasattr(likeness.vae, "decode")
     with pytest.raises(ConfigError, match="^helpers.likeness is set, and the method uses none"):
         check_helpers(cfg, LCM(SCHEDULE))
-    with pytest.raises(ConfigError, match="requires a likeness, and there is no likeness: set helpers.likeness._target_="):
+    with pytest.raises(
+        ConfigError, match="requires a likeness, and there is no likeness: set helpers.likeness._target_="
+    ):
         check_helpers(load("train", TrainSettings, given[:2]), method)
     with pytest.raises(ConfigError, match="unknown key 'helpers.likeness.size'.*allowed: .*likeness.scale$"):
         load("train", TrainSettings, [*given, "+helpers.likeness.size=1"])

@@ -119,7 +119,7 @@ def run(size: str, sections: Sequence[str], budget: float, output_dir: Path) -> 
             continue
         try:
             SECTIONS[name](bench)
-        except Exception as error:  # one that fails must not cost the others
+        except Exception as error:  # one that fails must not stop the others
             where = traceback.format_exc().splitlines()[-12:]
             bench.note(name, failed=f"{type(error).__name__}: {error}"[:500], trace=where)
         free_memory()
@@ -218,7 +218,7 @@ def machine_section(bench: GPUBenchmark) -> None:
 
 
 def peak_section(bench: GPUBenchmark) -> None:
-    """What matrix products reach: the measure of everything else."""
+    """The TFLOP/s that matrix products reach: the reference for everything else."""
     n = 8192 if bench.device.type == "cuda" else 512
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(n, n, device=bench.device, dtype=dtype) for _ in range(2))
@@ -408,7 +408,7 @@ def repeated(bench: GPUBenchmark) -> dict[str, Any]:
             turn = next(iter(LCM(SCHEDULE).turns(0)))
             for step in range(3):
                 began = time.perf_counter()
-                engine.update(turn, [batch_of(bench, model, 2, STATES)], step)  # which waits for the device
+                engine.update(turn, [batch_of(bench, model, 2, STATES)], step)  # it waits for the device
                 seconds.append(time.perf_counter() - began)
             ends.append(torch.cat([p.detach().float().flatten().cpu() for p in adapters(unet).values()]))
         free_memory()

@@ -49,7 +49,7 @@ class Walked:
     activations: tuple[float, float]
 
     def held(self, engines: dict[str, str], ranks: int) -> Held:
-        """On each of `ranks`, the trained networks under these engines; in bfloat16."""
+        """Bytes on each of `ranks`, with the trained networks under these engines; in bfloat16."""
         total, state = frozen(Counted(0, self.beside), bf16=True), optimizer_bytes(build(self.cfg.optimizer))
         for name, weights in self.trained.items():
             averaged = self.cfg.ema_decay is not None and name == "student"

@@ -64,7 +64,7 @@ def main(cfg: RunChainSettings) -> None:
 
 
 def table(links: Sequence[Link]) -> str:
-    """For people: a line for each link, with its steps or samples and how far it is."""
+    """A table for people: a line for each link, with its steps or samples and how far it is."""
     rows = [("link", "script", "size", "state")]
     for link in links:
         size = f"{link.settings.max_train_steps} steps" if link.trains else ""

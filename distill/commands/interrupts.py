@@ -61,7 +61,7 @@ def _end_before_start(number: int, frame: FrameType | None) -> None:
 
 
 def _end() -> NoReturn:
-    """Without the last words of libraries, whose threads and processes end with this one."""
+    """Ends the process without messages of libraries, whose threads and processes end with it."""
     from distill.training.watchdog import end_children
 
     end_children()

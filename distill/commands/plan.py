@@ -237,7 +237,7 @@ def problems(run: PlannedRun) -> Iterator[str]:
 
 
 def rarely_saved(run: PlannedRun, step: float) -> Iterator[str]:
-    """Where another interval of checkpoints saves a fiftieth of the run and six minutes at least."""
+    """A line where another interval of checkpoints saves at least a fiftieth of the run and six minutes."""
     cfg, (_, save, mtbf, restart) = run.cfg, size_save_mtbf_restart(run)
     best = min(cfg.max_train_steps, max(1, round(best_interval(save, mtbf) / step)))
     now, then = (

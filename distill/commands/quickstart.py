@@ -46,7 +46,7 @@ CPU_PROCESSES = 2
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 """What the parts are started with where nothing else is set: all that they need comes with the package."""
 ON_CPUS = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-"""As many processes as cores, a thread each."""
+"""Variables for as many processes as cores, with a thread each."""
 
 
 @dataclass(frozen=True)

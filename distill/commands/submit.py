@@ -64,7 +64,7 @@ def main(cfg: SubmitSettings) -> None:
 
 
 def train_settings(cfg: SubmitSettings) -> TrainSettings:
-    """Those of the run alone."""
+    """The settings of the run alone."""
     return TrainSettings.model_validate(cfg.model_dump(exclude={"slurm", "dry_run"}))
 
 
@@ -94,7 +94,7 @@ def check_processes(settings: TrainSettings, slurm: SlurmSettings) -> None:
 
 @contextmanager
 def launched_as(count: int) -> Iterator[None]:
-    """As if a launcher had started so many processes, and this were the first."""
+    """The environment as if a launcher had started so many processes, this being the first."""
     os.environ["WORLD_SIZE"] = str(count)
     try:
         yield

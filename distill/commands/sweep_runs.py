@@ -82,6 +82,6 @@ def compare(
 
 
 def how_it_ended(code: int | None) -> str:
-    """For the page."""
+    """What the page says of an exit code."""
     words = {None: "not started", 0: "finished", PREEMPTED: "stopped, saved", INTERRUPTED: "interrupted"}
     return words.get(code, f"failed, exit code {code}")

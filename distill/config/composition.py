@@ -197,7 +197,7 @@ def _check_one(file: str) -> None:
 
 
 def _path_hint(place: str, value: str, fields: Mapping[str, Any]) -> str:
-    """For a path where the name of a group's file is wanted: the key that takes paths."""
+    """A hint where a path is given for the name of a group's file: the key that takes paths."""
     key = {"model": "model.pretrained_model_name_or_path", "data": "data.store"}.get(place)
     return f" (a folder is {key}=...)" if key in fields and "/" in value else ""
 

@@ -41,7 +41,7 @@ def _with_defaults(node: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 FOR_ANY = "++"
-"""Before a `key=value` that is for whatever reads it: a run that does not read the key takes no offence."""
+"""The prefix of a `key=value` for whatever reads it: a run that does not read the key does not refuse it."""
 
 
 def given_keys(arguments: Sequence[str] | None = None, for_any: bool = True) -> list[str]:

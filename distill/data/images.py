@@ -420,7 +420,7 @@ def _candidates(stream: IO[bytes], members: Iterable[tar.Member], column: str | 
 
 
 def webdataset_key(name: str) -> str:
-    """As WebDataset has it: up to the first dot of a file's name, with its folders."""
+    """The key that WebDataset gives a file: its name up to the first dot, with its folders."""
     folder, slash, file = name.rpartition("/")
     return f"{folder}{slash}{file.partition('.')[0] or file}"
 

@@ -336,7 +336,7 @@ def load_facts(data: bytes | bytearray, name: str) -> dict[str, Any]:
 
 @contextmanager
 def understanding(name: str) -> Iterator[None]:
-    """Within it, facts that are missing or of another kind than expected are a StoreError about the file `name`."""
+    """Turns facts that are missing or of another type than expected into a StoreError about the file `name`."""
     try:
         yield
     except StoreError:

@@ -139,7 +139,7 @@ class Found(NamedTuple):
 
 
 def _on_this_device(read: Callable[[Sequence[Place]], Found]) -> Callable[[Sequence[Place]], Found]:
-    """For a thread: pinned memory belongs to the device that is current there, which is the first one at its start."""
+    """A function for threads: pinned memory belongs to the current device, which in a new thread is the first one."""
     if not torch.cuda.is_available():
         return read
     device = torch.cuda.current_device()

@@ -121,7 +121,7 @@ def write_store(
 
 @contextmanager
 def _writing(url: str) -> Iterator[None]:
-    """Within it, what is nobody's mistake when it happens after the first file was written is a NotWritten."""
+    """Turns an OSError after the first file was written, which is not the user's mistake, into a NotWritten."""
     try:
         yield
     except (ReadError, PermissionError, NotADirectoryError, IsADirectoryError):

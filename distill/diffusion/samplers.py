@@ -201,5 +201,5 @@ def check_pair(sampler: str, spacing: str, steps: int | None = None) -> None:
 
 
 def usual_spacing(sampler: str) -> str:
-    """Where nothing is said."""
+    """The spacing of a sampler's times where none is set."""
     return SAMPLERS.find(sampler).usual_spacing

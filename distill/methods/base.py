@@ -56,7 +56,7 @@ class Method(ABC):
     paper: str = ""
     """Where it was published: authors, year, arXiv number."""
     tag: str = ""
-    """Under which the hub lists its students; "" is the name of its class in small letters."""
+    """The tag of its students on the hub; "" is the name of its class in small letters."""
 
     trains: tuple[str, ...] = ("student",)
     requires: tuple[str, ...] = ()

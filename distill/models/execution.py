@@ -17,7 +17,7 @@ RECOMPILATIONS = 64
 
 
 def execute(module: nn.Module, compile: Compile = False, channels_last: bool = False, weights: bool = True) -> None:
-    """Has a network computed as settings say; the names and values of its weights stay.
+    """Sets how a network is computed; the names and values of its weights stay.
 
     Args:
         weights: `channels_last` is of the weights too, not of images alone.

@@ -18,7 +18,7 @@ from distill.models.folder import find_pipeline, read_json
 
 LORA_FORMATS = ("diffusers", "peft", "kohya")
 FOLDER_FORMATS = ("unet", "pipeline")
-"""Those with the sub-folder `unet`, from which a later run takes a network up."""
+"""Formats with the sub-folder `unet`, from which a later run can take a network."""
 NETWORK_FORMATS = (*FOLDER_FORMATS, "checkpoint")
 _ONE_FILE = "1TB"  # a shard's greatest size: ComfyUI and others load a network from one file
 _OF_PIPELINES = (

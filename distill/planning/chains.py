@@ -55,7 +55,7 @@ class PlannedLink:
 
 
 def planned_links(links: Sequence[Link], cluster: ClusterSettings) -> list[PlannedLink]:
-    """Those that write a store or train; links that are counted alike are walked through once.
+    """The links that write a store or train; those that are counted alike are walked through once.
 
     Raises:
         ConfigError: a link that cannot be planned, by its name.
@@ -96,7 +96,7 @@ def settings_of(link: Link, links: Sequence[Link], cluster: ClusterSettings) -> 
 
 
 def kind_of(cfg: PlanSettings) -> str:
-    """What decides the walk through a link's turns; with the rest of its settings goes what is counted of that walk."""
+    """What decides the walk through a link's turns; the rest of its settings decides what is counted of that walk."""
     found: dict[str, Any] = cfg.model_dump(mode="json", include=COUNTED)
     found["data"] = {key: found["data"][key] for key in ("solver_steps", "keep", "segments", "dtype", "guidance")}
     return json.dumps(found, sort_keys=True)

@@ -156,7 +156,7 @@ class Traffic:
         return Traffic(self.reduced + other.reduced, self.gathered + other.gathered)
 
     def seconds(self, cluster: ClusterSettings) -> float:
-        """At the slowest link of the ring, beside nothing else."""
+        """Seconds at the slowest link of the ring, if nothing overlaps with it."""
         link = cluster.node_link_gb_s
         if cluster.nodes > 1:
             link = min(link, cluster.network_gb_s / cluster.gpus_per_node)

@@ -13,7 +13,7 @@ from distill.planning.phases import prepared
 from distill.training.micro_batch import Split
 
 log = logging.getLogger("distill")
-ANY = "cluster/a100-80gb-x8.yaml"  # its numbers of speed are not looked at
+ANY = "cluster/a100-80gb-x8.yaml"  # its numbers of speed are not used
 
 
 def fitting_split(

@@ -1,4 +1,4 @@
-"""What a plan says of networks that only answer: the teacher's solves, pictures of an evaluation, and loading."""
+"""What a plan says of networks that are not trained: the teacher's solves, an evaluation's pictures, and loading."""
 
 from __future__ import annotations
 

@@ -418,7 +418,7 @@ def usable(cluster: ClusterSettings) -> float:
 
 
 def engines_of(run: PlannedRun) -> list[str]:
-    """Those to compare, the run's own among them."""
+    """The engines to compare, the run's own among them."""
     possible = ["ddp", "zero1", "zero2", "zero3"] if run.ranks > 1 else ["single"]
     return possible if run.engine in possible else [*possible, run.engine]
 

@@ -42,7 +42,7 @@ Arguments = Callable[[int, float], dict[str, Any]]
 
 
 def under_control(steps: int, strength: float) -> dict[str, Any]:
-    """Of a ControlNet's pipeline; strength 0 is no control."""
+    """Arguments of a ControlNet's pipeline; strength 0 is no control."""
     return {"num_inference_steps": steps, "controlnet_conditioning_scale": strength}
 
 

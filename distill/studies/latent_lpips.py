@@ -60,7 +60,7 @@ def main(cfg: LatentLPIPSSettings) -> None:
 
 
 def trained(cfg: LatentLPIPSSettings, teacher: Teacher) -> tuple[LatentPerceptual, dict[str, float | str]]:
-    """A distance, and in how many held-out triplets it, and the mean squared difference, find the nearer one."""
+    """A distance, and the shares of held-out triplets in which it and the mean squared difference are right."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         model = LatentPerceptual(teacher.latent_shape[0])
@@ -142,6 +142,6 @@ def tinted(pictures: Tensor, strength: Tensor, random: torch.Generator) -> Tenso
 
 
 def moved(pictures: Tensor, strength: Tensor, random: torch.Generator) -> Tensor:
-    """Along the x axis by up to four pixels; what leaves comes in at the other side."""
+    """Pictures moved along the x axis by up to four pixels; what leaves comes in at the other side."""
     shifts = (2 * strength.flatten()).ceil().int().tolist()
     return torch.stack([picture.roll(shift, -1) for picture, shift in zip(pictures, shifts, strict=True)])

@@ -148,7 +148,7 @@ def table(students: list[ComparedStudent], comparisons: Comparisons, cfg: ShowML
 def differences(
     students: list[ComparedStudent], comparisons: Comparisons, scorer: JudgeScorer, cfg: ShowMLCMSettings
 ) -> list[Row]:
-    """At all numbers of steps, one student's metrics less another's of the same seed; errors are of the differences."""
+    """One student's metrics less another's of the same seed, at all numbers of steps, with the differences' errors."""
     named = {student.title: student for student in students}
 
     def measured(title: str, steps: int, seed: int) -> dict[str, Tensor]:

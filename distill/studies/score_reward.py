@@ -80,7 +80,7 @@ def runs_of(cfg: ScoreRewardSettings) -> dict[str, str]:
 
 
 def steps_of(run: str) -> list[int]:
-    """At which steps the run has checkpoints."""
+    """The steps at which the run has checkpoints."""
     found = sorted(step for step, _ in Checkpoints(checkpoints_of(run)).found())
     if not found:
         raise ConfigError(f"run={run} has no checkpoint yet")

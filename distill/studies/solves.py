@@ -93,14 +93,14 @@ def rows_of(name: str, cfg: SolvesSettings, output: Path) -> list[Row]:
 
 
 def launch(name: str, *overrides: str) -> None:
-    """Runs a command, which resumes where it was."""
+    """Runs a command, which resumes if it was begun."""
     subprocess.run([sys.executable, "-m", "distill", name, f"experiment={EXPERIMENT}", *overrides], check=True)
 
 
 def comparison_of(
     pipeline: Path, output: Path, run: Path, step: int, plan: ComparisonPlan, scorer: JudgeScorer
 ) -> Comparison:
-    """A run's exported student beside its teacher; all share what is known of the teacher."""
+    """A run's exported student beside its teacher; all share the teacher's rows."""
     lora = output / "exports" / run.name
     if not lora.exists():
         export_run(run, lora, step, formats=["diffusers"])
@@ -134,8 +134,8 @@ def write(output: Path, cfg: SolvesSettings, rows: dict[str, list[Row]]) -> None
 
 
 def about(cfg: SolvesSettings) -> str:
-    """What the tables are of."""
+    """What the tables show."""
     seeds = ", ".join(map(str, cfg.seeds))
-    return f"""n = {cfg.n} pictures a row and seed; training seeds {seeds}. ± is the standard error of the mean, over
+    return f"""n = {cfg.n} pictures per row and seed; training seeds {seeds}. ± is the standard error of the mean, over
 pictures or over seeds, whichever is greater. Teacher consistency: mean squared difference of the final
 latents from the teacher's at 50 steps, from the same noise, which is in no store."""

@@ -34,7 +34,7 @@ STUDIES = {
 
 
 def main() -> int:
-    """Of the command line: the name of a study, and its settings."""
+    """Runs the command line: the name of a study, and its settings."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip() + "\n\n" + "\n".join(f"    {name:<13} {summary(name)}" for name in STUDIES))

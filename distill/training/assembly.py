@@ -376,7 +376,7 @@ class Run:
         return partial(measure, resumed.engine)
 
     def tracker(self, resumed: ResumedRun) -> Tracker:
-        """Where metrics go; of those after the step from which the run resumes, nothing is kept."""
+        """Where metrics go; those after the step from which the run resumes are removed."""
         cfg, processes, step = self.cfg, resumed.engine.processes, resumed.step
         if processes.is_main:
             cut_after(self.folder / SKIPPED, step)
@@ -505,7 +505,7 @@ def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str,
 def ends_of(
     cfg: TrainSettings, engine: Engine, teacher: Teacher, conditioning: Mapping[str, torch.Tensor], folder: Path
 ) -> torch.Tensor | None:
-    """Where the model itself gets to from the validation's noise; generated once a run, by all ranks together."""
+    """The teacher's end points from the validation's noise; generated once per run, by all ranks together."""
     if not cfg.validation_teacher_steps:
         return None
     steps, processes = cfg.validation_teacher_steps, engine.processes

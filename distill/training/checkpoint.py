@@ -198,7 +198,7 @@ class Checkpoints:
         return self._unhealthy[folder]
 
     def after_divergence(self, processes: Processes) -> str:
-        """For the line about a run that has ended because its updates were skipped: from where it can continue.
+        """What the line about a run that ended for its skipped updates says: from where it can continue.
 
         What a stopped run saved within that streak is renamed to `*.set-aside`, for the run to start again before it.
         """

@@ -39,7 +39,7 @@ def check_packages(cfg: TrainSettings) -> None:
 
 
 def check_method(cfg: TrainSettings, method: Method) -> None:
-    """The run's settings have to be what the method counts on."""
+    """Raises ConfigError for settings of the run that the method cannot work with."""
     if method.steps not in (None, cfg.max_train_steps):
         raise ConfigError(
             f"the method's stages take {method.steps} steps, not max_train_steps={cfg.max_train_steps}: set "
@@ -61,7 +61,7 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
 
 
 def check_read(cfg: TrainSettings, method: Method) -> None:
-    """Refuses what is set and nothing of the run would read; `++key=value` is for whatever reads it."""
+    """Raises ConfigError for a key that is set and not read by the run, except for `++key=value`."""
     given = given_keys(for_any=False)
     for key, reason in unread(cfg, method.trains).items():
         if key in given:
@@ -73,7 +73,7 @@ def check_read(cfg: TrainSettings, method: Method) -> None:
 
 
 def check_quantized(cfg: TrainSettings, trained: Collection[str]) -> None:
-    """Raises ConfigError where weights are to be trained whose codes alone are kept."""
+    """Raises ConfigError where weights are to be trained that are quantized."""
     nodes = {"student": cfg.student, **{name: cfg.networks[name] for name in trained if name in cfg.networks}}
     full = [name for name, node in nodes.items() if node.get("rank") is None]
     if cfg.quantize is not None and full:
@@ -173,7 +173,7 @@ def heldout_store(cfg: TrainSettings, store: Store, state: Mapping[str, Any]) ->
 
 
 def remedy(index: StoreIndex, wanted: Mapping[str, Any], learns_from_export: bool) -> str:
-    """What to type for a store that does not fit."""
+    """Advice for a store that does not fit: what to type."""
     if any(getattr(index, name) != wanted[name] for name in ("schedule_fingerprint", "teacher_hash")):
         key = "teacher" if learns_from_export else "model.pretrained_model_name_or_path"
         return f"set {key} to what solved it ({index.teacher_id}), or data.store to a new store for this one"

@@ -54,7 +54,7 @@ class HeldOutLoss:
 
         What cannot be read is a warning, and nothing is measured this time.
         """
-        last = max(0, step - 1)  # whose loss is the one that is being learned
+        last = max(0, step - 1)  # the loss of that step is the one that is being trained
         turn = self.method.held_out(last)
         if turn is None:
             return {}
@@ -108,7 +108,7 @@ def _batch_of(store: Store, samples: Sequence[Sample], positions: tuple[int, ...
         states=torch.stack([one.states for one in samples]),
         times=torch.stack([one.times for one in samples]),
         conditioning=conditioning,
-        unconditional={**conditioning, **empty},  # time ids and the like are the prompt's
+        unconditional={**conditioning, **empty},  # time ids and the like are those of the prompt
         guidance=torch.tensor([one.guidance for one in samples]),
         positions=positions,
     )

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Every:
-    """After how many steps a thing is done again; it is done after the last one too."""
+    """How many steps lie between two log lines, checkpoints and validations; each also comes after the last step."""
 
     log: int
     checkpoint: int

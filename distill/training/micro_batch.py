@@ -1,4 +1,4 @@
-"""How many samples a GPU takes at once, and what becomes of a run that has no memory for them."""
+"""How many samples a GPU takes at once, and what a run does that has no memory for them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger("distill")
 
 GIB = 2**30
 USABLE = 0.9
-"""The share of free memory that is counted on: the rest is NCCL's buffers and gaps between blocks."""
+"""The share of free memory that tensors may take: the rest is NCCL's buffers and gaps between blocks."""
 TRAINING_ADVICE = (
     "set a smaller micro_batch_size (or auto), gradient_checkpointing=true or a higher stage, as engine=zero3; "
     "distill plan with the same settings says what fits where, and the same command then resumes"
 )
-"""What takes less memory in training."""
+"""Advice: settings that take less memory in training."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def counted_split(
 
 
 def halved(split: Split, processes: Processes) -> Split:
-    """What is tried after a split for which there was no memory.
+    """The split to try after one for which there was no memory.
 
     Raises:
         ConfigError: it cannot be cut further.
@@ -163,7 +163,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def within_memory(advice: str) -> Iterator[None]:
-    """Around what computes: too little memory for it is one line, which ends with what takes less.
+    """Surrounds computation: too little memory for it is one line, which ends with what takes less.
 
     Raises:
         ConfigError: the line.

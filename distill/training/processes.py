@@ -57,7 +57,7 @@ class Processes:
         return self._reduced(flag, dist.ReduceOp.MAX)
 
     def flags_of_all(self, flags: Sequence[bool]) -> Tensor | None:
-        """For each flag whether it is set on at least one rank, above 0 if so, on this rank's device: not waited for.
+        """Above 0 for each flag that is set on at least one rank, on this rank's device: the host does not wait for it.
 
         None: there is no other rank, or no flag.
         """

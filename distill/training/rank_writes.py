@@ -60,6 +60,6 @@ def together(gathered: Callable[[str | None], list[str | None]], write: Callable
 
 
 def free_space(folder: Path) -> str:
-    """For a line about a file that could not be written there: some libraries do not say why."""
+    """How full a disk is, for the line about a file that could not be written: some libraries do not say why."""
     free = shutil.disk_usage(folder).free / 2**20
     return "the disk is full" if free < 1 else f"{free:.0f} MiB free"

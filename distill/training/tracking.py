@@ -417,7 +417,7 @@ class Meter:
         self._waited += self._clock() - start
 
     def step(self) -> None:
-        """After each step."""
+        """Counts a step, after it."""
         self._taken += self.samples if isinstance(self.samples, int) else self.samples(self.done)
         self.done += 1
         self._steps += 1
@@ -496,7 +496,7 @@ class TrainingProgress:
         self._bar = tqdm(total=total, initial=done, file=stream, unit="step") if main and wants_bar(stream) else None
 
     def step(self) -> None:
-        """After each step."""
+        """Counts a step, after it."""
         self._done += 1
         if self._bar is not None:
             self._bar.update()

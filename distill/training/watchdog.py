@@ -59,7 +59,7 @@ class Watchdog:
 
     @contextmanager
     def over(self, what: str) -> Iterator[None]:
-        """Around one thing that must end in time; around several, each of which may be within another."""
+        """Surrounds something that must end in time; such blocks may be nested, and the innermost one counts."""
         outer, self._waits = self._waits, (what, time.monotonic())
         try:
             yield
@@ -80,7 +80,7 @@ class Watchdog:
 
 @contextmanager
 def joining(rank: int, world_size: int) -> Iterator[None]:
-    """Around the meeting of all ranks, which torch would wait for as long as for anything: half an hour.
+    """Surrounds the start of all ranks, for which torch would wait half an hour, as for anything else.
 
     Says after a while what is waited for, and ends the process when the others have not come: they may not exist, where
     a shell still has the variables of an earlier launch.
