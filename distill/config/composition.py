@@ -36,6 +36,8 @@ MOVED = {
     "wandb": "set tracking=wandb tracking.wandb.project=... (entity, group, tags, mode)",
 }
 """Keys of before, each with what to type now."""
+INSTEAD = {"gradient_accumulation_steps": "micro_batch_size"}
+"""Keys that say the same thing in two ways: one that is typed takes the place of the other, if a file has set that."""
 
 OmegaConf.register_new_resolver("toy", lambda name: str(_bundled(name)), replace=True)
 OmegaConf.register_new_resolver("by", lambda choice, table, usual: table.get(choice, usual), replace=True)
@@ -66,6 +68,11 @@ def composed_of(
     try:
         for one in sorted(others, key=lambda one: not one.key.endswith("._target_")):  # a target says what it takes
             _set(composed, one, fields, groups, replaced)
+        for typed, other in INSTEAD.items():
+            keys = {one.key for one in others}
+            if typed in keys and other not in keys and composed.get(other) is not None:
+                note(f"{other}={composed[other]} of the files is left out: {typed} is set")
+                composed[other] = None
     except OmegaConfBaseException as error:
         raise ConfigError(omegaconf_line(error)) from None
     return composed

@@ -49,6 +49,13 @@ def test_two_settings_of_one_thing_are_refused(most: str) -> None:
         split_batch(settings(f"micro_batch_size={most}", "gradient_accumulation_steps=2"), 1)
 
 
+def test_accumulation_that_is_typed_takes_the_place_of_an_experiments_size() -> None:
+    experiment = ["experiment=lcm_lora_sd15", "data.store=S", "global_batch_size=16"]
+    assert load("train", TrainSettings, experiment).micro_batch_size == "auto"
+    cfg = load("train", TrainSettings, [*experiment, "gradient_accumulation_steps=4"])
+    assert cfg.micro_batch_size is None and split_batch(cfg, 2) == Split(2, 4)
+
+
 @pytest.mark.parametrize("size", ["0", "2.5", "all"])
 def test_a_size_that_is_none_is_refused(size: str) -> None:
     with pytest.raises(ConfigError, match="micro_batch_size"):
