@@ -204,7 +204,7 @@ def _check_one(file: str) -> None:
 
 
 def _path_hint(place: str, value: str, fields: Mapping[str, Any]) -> str:
-    """For a path where the name of a group's file is wanted: the key that takes paths."""
+    """A hint where a path is given for the name of a group's file: the key that takes paths."""
     key = {"model": "model.pretrained_model_name_or_path", "data": "data.store"}.get(place)
     return f" (a folder is {key}=...)" if key in fields and "/" in value else ""
 
@@ -212,10 +212,10 @@ def _path_hint(place: str, value: str, fields: Mapping[str, Any]) -> str:
 def _check_known(key: str, fields: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raises ConfigError for a key that no such settings have. Those of components are their targets' to know."""
     inside = [name for name, hint in fields.items() if kinds_of(hint) & {dict, list} and re.match(rf"{name}[.\[]", key)]
-    whole = any(name.startswith(f"{key}.") for name in fields)
+    above = any(name.startswith(f"{key}.") for name in fields)
     if moved := next((line for name, line in MOVED.items() if re.match(rf"{name}(\.|$)", key)), None):
         raise ConfigError(f"{key} is set elsewhere now: {moved}")
-    if key not in fields and not inside and not whole:
+    if key not in fields and not inside and not above:
         raise ConfigError(f"unknown key {short(repr(key))}{suggest(key, known)}")
 
 

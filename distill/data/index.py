@@ -182,7 +182,7 @@ class StorePlan:
         first = shard * self.samples_per_shard
         return range(first, min(first + self.samples_per_shard, self.samples))
 
-    def draw_guidance(self, i: int) -> float:
+    def guidance_of(self, i: int) -> float:
         """The w of sample i: fixed, or uniform in the range, from (seed, i)."""
         low, high = self.guidance_range
         return low + (high - low) * float(torch.rand((), generator=generator(self.seed, "guidance", i)))

@@ -60,7 +60,7 @@ class LatentEncoder:
             states=latents[:, None],
             times=plan.times,
             conditioning=stored(teacher.encode(captions) | sizes, plan.dtype),
-            guidance=torch.tensor([plan.draw_guidance(i) for i in squares]),
+            guidance=torch.tensor([plan.guidance_of(i) for i in squares]),
             seeds=tuple(seed_of(plan.seed, "posterior", i) for i in squares),
         )
 

@@ -38,7 +38,7 @@ class TrajectorySolver:
         x = torch.stack(
             [torch.randn(self.teacher.latent_shape, generator=generator(plan.seed, "x_T", i)) for i in indices]
         )
-        w = torch.tensor([plan.draw_guidance(i) for i in indices], device=self.device)
+        w = torch.tensor([plan.guidance_of(i) for i in indices], device=self.device)
         conditioning = self.teacher.encode(prompts)
 
         weight = 1.0 if plan.guidance == 1 else w  # the number 1 saves the unconditional passes

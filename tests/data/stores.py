@@ -78,7 +78,7 @@ def teacher(plan: StorePlan, shape: tuple[int, ...] = (4, 8, 8), solved: list[in
                 "encoder_hidden_states": torch.stack([embedding_of(p) for p in prompts]),
                 "time_ids": torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, float(i)] for i in indices]),
             },
-            guidance=torch.tensor([plan.draw_guidance(i) for i in indices]),
+            guidance=torch.tensor([plan.guidance_of(i) for i in indices]),
             seeds=tuple(seed_of(plan.seed, i) for i in indices),
         )
 

@@ -114,7 +114,7 @@ def test_a_batch_holds_what_is_stored(store_url: str) -> None:
             places = READS.pick(PLAN.times, generator(3, "read", position))
             assert batch.times[b].tolist() == [PLAN.times[k] for k in places]
             assert torch.equal(batch.states[b], states_of(PLAN, i).half()[list(places)])
-            assert batch.guidance[b].item() == pytest.approx(PLAN.draw_guidance(i))
+            assert batch.guidance[b].item() == pytest.approx(PLAN.guidance_of(i))
             assert batch.conditioning["time_ids"][b, 5] == i
             seen.append(i)
         empty = batch.unconditional

@@ -58,7 +58,7 @@ def test_what_is_read_is_what_was_written(store_url: str) -> None:
         assert tuple(sample.times.tolist()) == PLAN.times
         assert torch.equal(sample.conditioning["encoder_hidden_states"], embedding_of(PROMPTS[i % len(PROMPTS)]))
         assert sample.conditioning["time_ids"].tolist() == [64, 64, 0, 0, 64, i]
-        assert sample.guidance == pytest.approx(PLAN.draw_guidance(i))
+        assert sample.guidance == pytest.approx(PLAN.guidance_of(i))
 
 
 @pytest.mark.parametrize("states", [(0,), (4,), (3, 1), (1, 2), (0, 2, 4), (2, 2)])

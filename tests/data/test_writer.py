@@ -57,7 +57,7 @@ def test_any_webdataset_reader_sees_the_samples(store_url: str, monkeypatch: pyt
         assert tensors["times"].dtype == torch.int32 and tuple(tensors["times"].tolist()) == PLAN.times
         assert torch.equal(tensors["conditioning.encoder_hidden_states"], embedding_of(facts["prompt"]))
         assert (facts["key"], facts["index"], facts["prompt"]) == (found["__key__"], i, PROMPTS[i % len(PROMPTS)])
-        assert facts["guidance"] == pytest.approx(PLAN.draw_guidance(i)) == pytest.approx(tensors["guidance"].item())
+        assert facts["guidance"] == pytest.approx(PLAN.guidance_of(i)) == pytest.approx(tensors["guidance"].item())
     assert seen == [f"{i // 4:06d}-{i % 4:06d}" for i in range(11)]
 
 
