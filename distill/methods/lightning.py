@@ -132,7 +132,11 @@ class LightningMSE(Progressive):
     """The first run of the chain (Lightning, sec. 3.6: 128 -> 32 steps at guidance 6, which is built in here)."""
 
     def turns(self, step: int) -> Iterable[Turn]:
-        return (Turn("student", self.squared_error),)
+        return (Turn("student", self.loss),)
+
+    def loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
+        """Where a step of the student leads, against where the teacher's steps do (Lightning, eq. 16)."""
+        return self.squared_error(networks, batch, context)
 
 
 class LightningAdversarial(Progressive):
