@@ -33,8 +33,8 @@ BUCKET = 50_000_000  # of configs/engine
 ADVERSARIAL = {  # student; teacher; discriminator
     "LoRA; LoRA; conditional": ["student=lora", "teacher=lora", "networks.discriminator.conditional=true"],
     "LoRA; LoRA; unconditional": ["student=lora", "teacher=lora"],
-    "LoRA; whole; unconditional": ["student=lora", "teacher=whole"],
-    "whole; whole; unconditional": ["student=full_unguided", "teacher=whole"],
+    "LoRA; full; unconditional": ["student=lora", "teacher=whole"],
+    "full; full; unconditional": ["student=full_unguided", "teacher=whole"],
 }
 
 
