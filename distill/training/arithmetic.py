@@ -32,15 +32,23 @@ VARIABLES = {
 }
 """What is set for every command, where the user has not set it: by variable."""
 
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+ALLOCATORS = (ALLOCATOR, "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""How torch's allocator on a GPU is configured, under any of its names."""
+EXPANDABLE = "expandable_segments:True"
+"""Its blocks grow: batches and decoded images of changing sizes leave fewer gaps that nothing fits into."""
+
 _INSTRUCTIONS = re.compile(r"avx\w*|amx\w*|fma\w*|f16c|sse4_\d|asimd\w*|sve\w*|bf16|i8mm")
 
 
 def prepare(deterministic: Deterministic = "auto") -> None:
-    """Sets the `VARIABLES` that the user has not set; false sets none.
+    """Sets the `VARIABLES` that the user has not set; false sets none. And the allocator's, which changes no number.
 
     They are read at the first product of matrices, so this comes before it, and best before torch is loaded. Processes
     that are started from this one inherit them.
     """
+    if not any(name in os.environ for name in ALLOCATORS):
+        os.environ[ALLOCATOR] = EXPANDABLE
     if deterministic is not False:
         for name, value in VARIABLES.items():
             os.environ.setdefault(name, value)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import distill
+from distill.config.loading import ConfigError, load
+from distill.config.settings import TrainSettings
 from distill.models.lora import add_lora
 from distill.models.quantized import BLOCK, KINDS, QuantizedConv2d, QuantizedLinear, is_quantized, quantize
+from distill.training.assembly import train_run
+from distill.training.fitting import check_quantized
 from tests.tiny import CHANNELS, tiny_conditioning, tiny_unet
 
 BITS = {"int8": 8, "nf4": 4}
@@ -90,6 +96,43 @@ def test_a_lora_learns_beside_quantized_weights_that_keep_their_bits(family: str
     assert [n for n in missing if "to_q" not in n and "to_k" not in n] == []  # one key: attention has no gradient
     ends = {tuple(layer.weight.shape) for layer in (unet.conv_in, unet.conv_out)}
     assert not {tuple(shape) for shape in kept if len(shape) == 4} & (sizes - ends)
+
+
+def settings(*given: str) -> TrainSettings:
+    return load("train", TrainSettings, ("experiment=quickstart", "data.store=S", "quantize=int8", *given))
+
+
+@pytest.mark.parametrize(
+    ("given", "trained", "line"),
+    [
+        (["student=full"], ["student"], "the student is trained whole: set student=lora$"),
+        (
+            ["networks=critics"],
+            ["student", "discriminator"],
+            "the discriminator is trained whole: set networks.discriminator.rank, or networks=adapters$",
+        ),
+        (["networks=critics"], ["student"], ""),  # where no method trains the critics
+        (["networks=adapters"], ["student", "discriminator", "fake_score"], ""),
+    ],
+)
+def test_a_network_that_is_trained_whole_beside_quantized_weights_is_one_line(
+    given: list[str], trained: list[str], line: str
+) -> None:
+    cfg = settings(*given)
+    if not line:
+        return check_quantized(cfg, trained)
+    with pytest.raises(ConfigError, match=f"^quantize=int8 is for frozen weights, and {line}"):
+        check_quantized(cfg, trained)
+
+
+def test_zero3_and_quantized_weights_are_one_line_with_the_engine_that_takes_them(tmp_path: Path) -> None:
+    """Of the whole command, which has opened its store and its networks by then."""
+    store = tmp_path / "store"
+    written = ["experiment=quickstart", "engine=single", "data.num_samples=4", "data.solver_steps=5"]
+    distill.trajectories(*written, f"data.store={store}", "data.batch_size=4")
+    cfg = settings(f"data.store={store}", "data.solver_steps=5", f"output_dir={tmp_path}/run", "engine=zero3")
+    with pytest.raises(ConfigError, match="^engine=zero3 does not cut up quantized weights, .* student .*: use zero2$"):
+        train_run(cfg)
 
 
 def test_another_kind_is_named() -> None:

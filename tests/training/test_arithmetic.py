@@ -58,7 +58,8 @@ def test_a_network_answers_the_same_wherever_its_weights_lie_and_with_a_lora_swi
 
 def python(code: str, **environment: str) -> list[str]:
     """What a fresh process prints, in which neither the tests nor the user have set what the product sets."""
-    kept = {name: value for name, value in os.environ.items() if name not in arithmetic.VARIABLES}
+    ours = (*arithmetic.VARIABLES, *arithmetic.ALLOCATORS)
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
     command = [sys.executable, "-c", "from distill.training import arithmetic\n" + code]
     kept |= {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(command, env=kept, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
@@ -98,6 +99,7 @@ def main(settings):
     import torch
     precision = torch.get_float32_matmul_precision()
     print(os.environ.get("MKL_CBWR"), torch.are_deterministic_algorithms_enabled(), precision)
+    print(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
 
 sys.argv[1:] = ["experiment=quickstart", *"%s".split()]
 run_script(main, "train", TrainSettings)
@@ -112,7 +114,7 @@ run_script(main, "train", TrainSettings)
     ],
 )
 def test_every_command_computes_as_its_settings_say(given: str, found: str) -> None:
-    assert python(COMMAND % given, CUDA_VISIBLE_DEVICES="")[-1] == found
+    assert python(COMMAND % given, CUDA_VISIBLE_DEVICES="")[-2:] == [found, "expandable_segments:True"]
 
 
 @pytest.mark.parametrize("schema", [TrainSettings, SampleSettings, EvaluateSettings])
@@ -134,6 +136,22 @@ def test_a_users_own_value_stays_and_false_sets_nothing(monkeypatch: pytest.Monk
     assert {name: os.environ[name] for name in arithmetic.VARIABLES} == arithmetic.VARIABLES | {
         "MKL_CBWR": "COMPATIBLE"
     }
+
+
+@pytest.mark.parametrize("deterministic", ["auto", False])
+@pytest.mark.parametrize(
+    "given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}]
+)
+def test_a_gpus_allocator_has_segments_that_grow_unless_the_user_has_said_how(
+    given: dict[str, str], deterministic: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in arithmetic.ALLOCATORS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    arithmetic.prepare(deterministic)
+    found = {name: os.environ[name] for name in arithmetic.ALLOCATORS if name in os.environ}
+    assert found == (given or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
 
 
 @pytest.mark.parametrize("deterministic", ["auto", True, False])
