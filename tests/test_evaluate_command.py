@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
 
-from distill.commands import evaluate
+import distill
+from distill.commands import evaluate, sample
 from distill.config.loading import ConfigError, load
-from distill.config.settings import EvaluateSettings
+from distill.config.settings import EvaluateSettings, SampleSettings
+from distill.evaluation.blocks import WorkShare
 from distill.evaluation.compare import ComparisonPlan, Setting
+from distill.evaluation.pipelines import load_pipeline
 from distill.evaluation.students import load_student, parse_sampler, with_student
 from distill.methods.sampling import Sampling
 from distill.models.families import load_teacher
 from distill.models.formats import save_unet
 from distill.models.lora import add_lora, save_lora
+from distill.training import arithmetic
 from distill.training.checkpoint import _digest, _write_manifest, best_of
 from distill.training.run import mark_finished
 from tests.evaluation.test_scores import TINY
@@ -57,8 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def settings(folder: Path, output: Path, *overrides: str) -> EvaluateSettings:
-    given = [
+def usual(folder: Path, *overrides: str) -> list[str]:
+    return [
         "protocol=coco2014-10k",
         f"protocol.prompts={folder / 'prompts.jsonl'}",
         "protocol.resolution=null",
@@ -68,9 +77,12 @@ def settings(folder: Path, output: Path, *overrides: str) -> EvaluateSettings:
         "n=3",
         "teacher_steps=3",
         "batch_size=2",
-        f"output_dir={output}",
+        *overrides,
     ]
-    return load("evaluate", EvaluateSettings, [*given, *overrides])
+
+
+def settings(folder: Path, output: Path, *overrides: str) -> EvaluateSettings:
+    return load("evaluate", EvaluateSettings, usual(folder, f"output_dir={output}", *overrides))
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
@@ -95,6 +107,51 @@ def test_an_export_is_judged_as_it_says(folder: Path, tmp_path: Path, capsys: py
     assert len({row["weights"] for row in found}) == 2
     text = (tmp_path / "report" / "report.md").read_text()
     assert "Left out: fid, " in text and "N = 3" in text and "CLIP score" in capsys.readouterr().out
+
+
+@contextmanager
+def kernels() -> Iterator[set[str]]:
+    """The names of what torch computes meanwhile."""
+    names: set[str] = set()
+    try:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            yield names
+        names |= {event.name for event in seen.events()}
+    finally:
+        arithmetic.choose_attention()
+        torch._dynamo.reset()
+
+
+def test_settings_of_speed_change_how_pictures_are_made_and_hardly_the_pictures(folder: Path, tmp_path: Path) -> None:
+    given = [f"model.pretrained_model_name_or_path={folder}/teacher", f"lora={folder}/lora", "prompts=a", "steps=1"]
+    found = []
+    for speed in ([], ["compile=eager", "attention=math"]):
+        output = tmp_path / str(len(speed))
+        with kernels() as names:
+            distill.sample(*given, *speed, f"output_dir={output}")
+        assert any(name.startswith("Torch-Compiled Region") for name in names) is bool(speed)
+        assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in names) is not bool(speed)
+        found.append(np.asarray(Image.open(output / "00000.png")).astype(int))
+    assert np.abs(found[0] - found[1]).max() <= 1
+
+
+@pytest.mark.parametrize("student", ["lora", "unet"])
+def test_all_that_draws_is_executed_as_settings_say(student: str, folder: Path, tmp_path: Path) -> None:
+    """Once, where a LoRA and its teacher are one network; its blocks compiled, its channels innermost."""
+    source = evaluate.Source(folder / student, None, {})
+    for fast in (False, True):
+        speed = [f"channels_last={str(fast).lower()}", f"compile={'eager' if fast else 'false'}"]
+        cfg = settings(folder, tmp_path, "guidance=2", "steps=[2]", *speed)
+        drawn: list[Any] = [view.module for view in evaluate.build(cfg, source, WorkShare()).denoisers.values()]  # type: ignore[attr-defined]
+        assert len({id(unet) for unet in drawn}) == (1 if student == "lora" else 2)
+        given = [f"model.pretrained_model_name_or_path={folder}/teacher", f"lora={folder / student}", "prompts=a"]
+        chosen = load("sample", SampleSettings, [*given, f"output_dir={tmp_path}", *speed])
+        drawn.append(sample.on_device(chosen, load_pipeline(str(folder / "teacher"), folder / student)).unet)
+        for unet in drawn:
+            assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last) is fast
+            assert len(unet.conv_in._forward_pre_hooks) == int(fast)
+            block = next(part for part in unet.modules() if type(part).__name__ == "BasicTransformerBlock")
+            assert (block._compiled_call_impl is not None) is fast
 
 
 def test_a_teacher_alone_and_any_student_s_folder(folder: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from distill.evaluation.stored import HeldOut
 from distill.evaluation.students import LoadedStudent, load_student, parse_sampler, with_student
 from distill.evaluation.toy import JudgeScorer
 from distill.models.devices import described, own_device
+from distill.models.execution import execute
 from distill.models.exported import FACTS
 from distill.models.families import Teacher, load_teacher
 from distill.models.folder import read_json
@@ -189,6 +190,8 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
         student.denoiser.module.to(device)
         denoisers["student"], hashes["student"] = student.denoiser, stated(student.weights, dtype)
     teacher.to(device)
+    for network in {id(one.module): one.module for one in denoisers.values()}.values():  # a LoRA is on its teacher's
+        execute(network, cfg.compile, cfg.channels_last)
     kept = Path(cfg.output_dir) / "evaluation"
     return Comparison(
         teacher=teacher,

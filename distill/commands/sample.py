@@ -61,6 +61,7 @@ from distill.evaluation.sweeps import (
 from distill.evaluation.toy import captions_right
 from distill.methods.sampling import Sampling
 from distill.models.devices import described, own_device
+from distill.models.execution import execute
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
@@ -85,7 +86,7 @@ def main(cfg: SampleSettings) -> None:
     prompts = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
     model = cfg.model if cfg.run is None else read_run(cfg.run).model
     pipeline, sampling = load_student(cfg, model)
-    pipeline = on_device(pipeline)
+    pipeline = on_device(cfg, pipeline)
     if cfg.sweep is None:
         sample_pictures(cfg, pipeline, sampling, model, prompts)
     elif sampling is not None and sampling.sampler != "lcm":
@@ -123,11 +124,14 @@ def load_student(cfg: SampleSettings, model: ModelSettings) -> tuple[Any, Sampli
     return pipeline, sampling or (Sampling() if is_student(pipeline) else None)
 
 
-def on_device(pipeline: Any) -> Any:
+def on_device(cfg: SampleSettings, pipeline: Any) -> Any:
+    """The pipeline where it computes, its UNet executed as the settings say."""
     with checking():
         device = own_device()
     log.info("%s", described(device))
-    return pipeline.to(device, torch.float16) if device.type == "cuda" else pipeline
+    pipeline = pipeline.to(device, torch.float16) if device.type == "cuda" else pipeline
+    execute(pipeline.unet, cfg.compile, cfg.channels_last)
+    return pipeline
 
 
 def one_guidance(cfg: SampleSettings, pipeline: Any, student: bool) -> float:
@@ -235,10 +239,10 @@ def sample_sweep(cfg: SampleSettings, pipeline: Any, model: ModelSettings, promp
 def load_teacher(cfg: SampleSettings, pipeline: Any, model: ModelSettings) -> Any | None:
     """The undistilled pipeline, where it is not the student's own without its LoRA and is known."""
     if cfg.teacher is not None:
-        return on_device(load_pipeline(cfg.teacher))
+        return on_device(cfg, load_pipeline(cfg.teacher))
     if (cfg.run or cfg.lora) and not pipeline.get_list_adapters():  # a full network has taken its teacher's place
         path = model.pretrained_model_name_or_path
-        return on_device(load_pipeline(path, revision=model.revision, variant=model.variant))
+        return on_device(cfg, load_pipeline(path, revision=model.revision, variant=model.variant))
     return None
 
 

@@ -54,6 +54,8 @@ FilePath = Annotated[str, BeforeValidator(_written), AfterValidator(check_path)]
 TextOrPath = Annotated[str, BeforeValidator(_written), AfterValidator(home_expanded)]
 """A path, or the text itself that such a file would hold."""
 Flag = Annotated[bool, Field(strict=True)]
+Compile = Flag | Literal["inductor", "aot_eager", "eager"]
+Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
 Component = Annotated[dict[str, Any], AfterValidator(check_component)]
 Number = Annotated[float, BeforeValidator(check_number), Field(allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
@@ -228,9 +230,9 @@ class TrainSettings(Settings):
     mixed_precision: Literal["no", "bf16", "fp16"]
     gradient_checkpointing: Flag
     quantize: Literal["int8", "nf4"] | None = None
-    compile: Flag | Literal["inductor", "aot_eager", "eager"] = False  # runs of before have none of these three
+    compile: Compile = False  # runs of before have none of these three
     channels_last: Flag = False
-    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+    attention: Attention = "auto"
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None
     lora_rank: Positive
     lora_alpha: Annotated[Number, Field(gt=0)]
@@ -306,6 +308,9 @@ class SampleSettings(Settings):
     num_images_per_prompt: Positive
     batch_size: Positive
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    compile: Compile = False
+    channels_last: Flag = False
+    attention: Attention = "auto"
     seed: Natural
     output_dir: FilePath
 
@@ -435,6 +440,9 @@ class EvaluateSettings(Settings):
     weights: dict[str, FilePath | None]
     dtype: Literal["auto", "float16", "bfloat16", "float32"]
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    compile: Compile = False
+    channels_last: Flag = False
+    attention: Attention = "auto"
     batch_size: Positive | None
     block_size: Positive
     output_dir: FilePath

@@ -119,6 +119,7 @@ def test_every_command_computes_as_its_settings_say(given: str, found: str) -> N
 
 @pytest.mark.parametrize("schema", [TrainSettings, SampleSettings, EvaluateSettings])
 def test_what_multiplies_has_a_setting_of_its_precision(schema: Any, restored: None) -> None:
+    assert schema.model_fields["attention"].default == "auto"  # what `run_script` and `distill.sample` look for
     default = schema.model_fields["matmul_precision"].default
     arithmetic.settle(matmul_precision="high")
     assert arithmetic.in_force()["torch"]["float32_matmul_precision"] == "high"
