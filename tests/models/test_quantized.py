@@ -105,17 +105,17 @@ def settings(*given: str) -> TrainSettings:
 @pytest.mark.parametrize(
     ("given", "trained", "line"),
     [
-        (["student=full"], ["student"], "the student is trained whole: set student=lora$"),
+        (["student=full"], ["student"], "the student is fully trained: set student=lora$"),
         (
             ["networks=critics"],
             ["student", "discriminator"],
-            "the discriminator is trained whole: set networks.discriminator.rank, or networks=adapters$",
+            "the discriminator is fully trained: set networks.discriminator.rank, or networks=adapters$",
         ),
         (["networks=critics"], ["student"], ""),  # where no method trains the critics
         (["networks=adapters"], ["student", "discriminator", "fake_score"], ""),
     ],
 )
-def test_a_network_that_is_trained_whole_beside_quantized_weights_is_one_line(
+def test_a_network_that_is_fully_trained_beside_quantized_weights_is_one_line(
     given: list[str], trained: list[str], line: str
 ) -> None:
     cfg = settings(*given)
@@ -131,7 +131,7 @@ def test_zero3_and_quantized_weights_are_one_line_with_the_engine_that_takes_the
     written = ["experiment=quickstart", "engine=single", "data.num_samples=4", "data.solver_steps=5"]
     distill.trajectories(*written, f"data.store={store}", "data.batch_size=4")
     cfg = settings(f"data.store={store}", "data.solver_steps=5", f"output_dir={tmp_path}/run", "engine=zero3")
-    with pytest.raises(ConfigError, match="^engine=zero3 does not cut up quantized weights, .* student .*: use zero2$"):
+    with pytest.raises(ConfigError, match="^engine=zero3 does not shard quantized weights, .* student .*: use zero2$"):
         train_run(cfg)
 
 
