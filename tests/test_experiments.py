@@ -151,7 +151,7 @@ def step(experiment: str) -> None:
         engine = EngineSettings(mixed_precision="bf16", max_grad_norm=cfg.max_grad_norm).start()
         engine.prepare(networks, {"student": TrainingRecipe(build(cfg.optimizer), ema_decay=cfg.ema_decay)})
         before = [p.detach().flatten()[:4].clone() for p in parameters.values()]
-        result = engine.update(turn, [batch], 0)
+        result = engine.updated(turn, [batch], 0)
         loss = result["loss"]
         moved = [not torch.equal(p.flatten()[:4], b) for p, b in zip(parameters.values(), before, strict=True)]
         # the gradient of a LoRA's A is zero while its B is; cond_proj's inputs may be zero where sin is
@@ -198,7 +198,7 @@ def game() -> None:
     batch = full_size_batch(teacher.unet.config, states=1)
     start, scalars = time.perf_counter(), {}
     for turn in method.turns(0):
-        scalars |= engine.update(turn, [batch], 0)
+        scalars |= engine.updated(turn, [batch], 0)
     moved = {
         name: [not torch.equal(p.flatten()[:16], b) for p, b in zip(ps, before[name], strict=True)]
         for name, ps in parameters.items()

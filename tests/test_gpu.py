@@ -53,7 +53,7 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(precision: str, monkeypatch: p
         recipe = TrainingRecipe(partial(torch.optim.AdamW, lr=1e-3))
         engine.prepare(student(True), {"student": recipe})
         (turn,) = LCM(SCHEDULE).turns(0)
-        found.append(engine.update(turn, [tiny_batch(0, 0, 4)], 0))
+        found.append(engine.updated(turn, [tiny_batch(0, 0, 4)], 0))
         engine.release()
     tolerance = 1e-3 if precision == "no" else 5e-2
     for name in ("loss", "grad_norm"):

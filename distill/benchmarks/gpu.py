@@ -246,7 +246,7 @@ class Measured:
         named = {"size": self.size, "source": source, "samples": B, **facts}
         try:
             with peak_memory() as memory:
-                step = self.bench.median(lambda i: self.engine.update(turn, [batch], i), repeats)
+                step = self.bench.median(lambda i: self.engine.updated(turn, [batch], i), repeats)
             passes = self._passes(batch) if source == "trajectory" else {}
         except torch.OutOfMemoryError:
             drop_gradients(self.student.module)
@@ -380,7 +380,7 @@ def lightning_row(
 
 
 def updated(engine: Engine, turn: Any, batch: Batch, step: int) -> None:
-    engine.update(turn, [batch], step)
+    engine.updated(turn, [batch], step)
 
 
 def repeat_section(bench: GPUBenchmark) -> None:
@@ -408,7 +408,7 @@ def repeated(bench: GPUBenchmark) -> dict[str, Any]:
             turn = next(iter(LCM(SCHEDULE).turns(0)))
             for step in range(3):
                 began = time.perf_counter()
-                engine.update(turn, [batch_of(bench, model, 2, STATES)], step)  # it waits for the device
+                engine.updated(turn, [batch_of(bench, model, 2, STATES)], step)  # it waits for the device
                 seconds.append(time.perf_counter() - began)
             ends.append(torch.cat([p.detach().float().flatten().cpu() for p in adapters(unet).values()]))
         free_memory()

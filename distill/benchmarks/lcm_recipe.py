@@ -140,7 +140,7 @@ def steps_of(
         batches = iter(make_loader(store, method.reads, seed=0, global_batch_size=B, micro_batch_size=B, num_workers=1))
 
         def step(number: int) -> None:
-            engine.update(turn, [next(batches)], number)
+            engine.updated(turn, [next(batches)], number)
 
         yield step
 

@@ -3,7 +3,8 @@
     settings = EngineSettings(kind="deepspeed", deepspeed={"zero_optimization": {"stage": 2}}, mixed_precision="bf16")
     engine = settings.start()                                         # joins the other processes, takes the device
     engine.prepare({"student": student, "teacher": teacher}, {"student": TrainingRecipe(...)})
-    scalars = engine.update(turn, micro_batches, step)
+    engine.update(turn, micro_batches, step)                           # once for each turn of a step
+    scalars, _ = engine.read()
 
 A loss never meets a device or a rank. How trained networks are kept on the ranks is `distill.training.sharding`. One
 engine at a time in a process. The settings given here are the only ones: what a launcher says about precision, ZeRO or
@@ -16,6 +17,7 @@ import functools
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -145,8 +147,9 @@ class EngineSettings:
             raise ValueError(f"max_grad_norm must be above 0, or null for no clipping, got {self.max_grad_norm}")
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"engine.max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}")
+        sharding = self.sharding()  # which checks its own settings
         if self.compile is not False:
-            self.sharding().check_compile()
+            sharding.check_compile()
 
     def sharding(self) -> Sharding:
         """The way of sharding, with its own settings."""
@@ -197,6 +200,7 @@ class Engine:
         self._trained: dict[str, TrainedNetwork] = {}
         self._scales: dict[str, LossScale] = {}
         self._taken: list[Taken] = []
+        self._turns: Counter[str] = Counter()
         self._scalars: dict[str, float] = {}
         self._foreseen: dict[tuple[str, int], tuple[RandomRequest, ...]] = {}  # what each turn requested the last time
 
@@ -363,12 +367,12 @@ class Engine:
         """Micro-batches on the device, where all turns of a step find them; the host does not wait for them."""
         return [batch.to(self.processes.device, non_blocking=True) for batch in micro_batches]
 
-    def update(self, turn: Turn, micro_batches: Sequence[Batch], step: int, before: int = 0) -> dict[str, float]:
-        """One optimizer step of the network that `turn` updates, by `take`; and what `read` reads of it."""
-        self.take(turn, micro_batches, step, before)
+    def updated(self, turn: Turn, micro_batches: Sequence[Batch], step: int, before: int = 0) -> dict[str, float]:
+        """`update`, and at once what `read` says of it."""
+        self.update(turn, micro_batches, step, before)
         return self.read()[0]
 
-    def take(self, turn: Turn, micro_batches: Sequence[Batch], step: int, before: int = 0) -> None:
+    def update(self, turn: Turn, micro_batches: Sequence[Batch], step: int, before: int | None = None) -> None:
         """Takes an optimizer step of the network that `turn` updates, without waiting for the device.
 
         The loss is the mean over micro-batches and ranks. If it or the gradient is not finite on any rank, all ranks
@@ -378,13 +382,16 @@ class Engine:
             turn: the network, and its loss.
             micro_batches: `gradient_accumulation_steps` of them, of one size.
             step: optimizer steps of the run so far.
-            before: turns of the same network in this step so far; each has its own randomness.
+            before: turns of the same network in this step so far, each of which has its own randomness; by default
+                those since the last `read`.
 
         Raises:
             ValueError: not `gradient_accumulation_steps` micro-batches, or of unequal size.
             NonFiniteError: see `read`.
         """
         _check_micro_batches(micro_batches, self.settings.gradient_accumulation_steps)
+        before = self._turns[turn.updates] if before is None else before
+        self._turns[turn.updates] += 1
         earlier = {one.network for one in self._taken}
         if any(self._trained[name].ema is not None for name in earlier) or earlier & {turn.updates} & set(self._scales):
             self._read_taken()  # averages and loss scales follow steps of which is known whether they were taken
@@ -413,6 +420,7 @@ class Engine:
         Raises:
             NonFiniteError: `max_nonfinite_steps` steps of a network in a row were skipped.
         """
+        self._turns.clear()
         common = self._read_taken(*flags)
         scalars, self._scalars = self._scalars, {}
         return scalars, common

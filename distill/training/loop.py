@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -154,10 +153,8 @@ def _take_turns(method: Method, engine: Engine, micro_batches: Sequence[Batch], 
     if method.resets(step):
         engine.reset_optimizers()
     micro_batches = engine.moved(micro_batches)
-    taken: Counter[str] = Counter()
     for turn in method.turns(step):
-        engine.take(turn, micro_batches, step, taken[turn.updates])
-        taken[turn.updates] += 1
+        engine.update(turn, micro_batches, step)
 
 
 def _saved_or_due(checkpoints: Checkpoints, engine: Engine, step: int, due: bool, must: bool, every: Every) -> bool:

@@ -190,14 +190,14 @@ def _spoil(fault: Fault) -> None:
 
 
 def _around_loss(fault: Fault, change: Callable[[Losses], Losses]) -> None:
-    take = Engine.take
+    update = Engine.update
 
     def changed(engine: Engine, turn: Turn, micro_batches: Any, step: int, *more: Any) -> None:
         if step == fault["step"]:
             turn = Turn(turn.updates, lambda *args, loss=turn.loss: change(loss(*args)))
-        take(engine, turn, micro_batches, step, *more)
+        update(engine, turn, micro_batches, step, *more)
 
-    Engine.take = changed  # type: ignore[method-assign]
+    Engine.update = changed  # type: ignore[method-assign]
 
 
 def run(script: str, arguments: Sequence[str]) -> None:

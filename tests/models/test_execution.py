@@ -46,7 +46,7 @@ def engines() -> Iterator[Any]:
 
 def losses(engine: Engine, steps: range) -> list[float]:
     turn = next(iter(Distance().turns(0)))
-    return [engine.update(turn, micro_batches(engine, step), step)["loss"] for step in steps]
+    return [engine.updated(turn, micro_batches(engine, step), step)["loss"] for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def trained(**settings):
     engine = EngineSettings(kind="deepspeed", deepspeed=deepspeed, max_grad_norm=None, **settings).start()
     engine.prepare(student(lora=True), {"student": TrainingRecipe(lambda p: torch.optim.AdamW(p, lr=1e-3))})
     turn = next(iter(Distance().turns(0)))
-    losses = [engine.update(turn, micro_batches(engine, step), step)["loss"] for step in range(3)]
+    losses = [engine.updated(turn, micro_batches(engine, step), step)["loss"] for step in range(3)]
     inside = engine._trained["student"].wrapped
     facts = [inside.optimizer.overlap_comm, str(inside.communication_data_type)]
     engine.release()

@@ -313,7 +313,7 @@ def run(case: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
                 engine.reset_optimizers()
             row: dict[str, float] = {}
             for turn in method.turns(step):
-                row |= engine.update(turn, micro_batches(engine, step), step)
+                row |= engine.updated(turn, micro_batches(engine, step), step)
             rows.append(row)
             step += 1
             if case.get("signal") == [engine.processes.rank, step]:

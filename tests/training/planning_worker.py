@@ -108,7 +108,7 @@ def measure_game(family: str, samples: int, side: int, quantized: str | None) ->
         for step in range(2):
             with torch.profiler.record_function(f"measured step {step}"):
                 for turn in method.turns(step):
-                    scalars = running.update(turn, [batch], step)
+                    scalars = running.updated(turn, [batch], step)
                     assert scalars[f"{turn.updates}/skipped"] == 0
     found = peaks(profiler)
     running.close()
@@ -141,7 +141,7 @@ def measure(
         (turn,) = lcm.turns(0)
         for step in range(2):
             with torch.profiler.record_function(f"measured step {step}"):
-                assert running.update(turn, [batch], step)["skipped"] == 0
+                assert running.updated(turn, [batch], step)["skipped"] == 0
     found = peaks(profiler)
     if saved is not None:
         Path(saved).mkdir(parents=True)

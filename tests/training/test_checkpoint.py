@@ -84,7 +84,7 @@ def advance(engine: Engine, start: int, stop: int) -> list[dict[str, float]]:
     for step in range(start, stop):
         states = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
         batch = Batch(states, torch.zeros(2, 1), {}, {}, torch.ones(2), ("a", "b"), (2 * step, 2 * step + 1))
-        rows.append(engine.update(TURN, [batch], step))
+        rows.append(engine.updated(TURN, [batch], step))
     return rows
 
 

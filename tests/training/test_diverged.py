@@ -197,8 +197,8 @@ def test_a_network_that_is_always_skipped_ends_the_run_beside_one_that_learns() 
     taken = 0
     with pytest.raises(NonFiniteError, match="discriminator skipped.*that makes 4 in a row"):
         for step, batch in enumerate(batches(0)):
-            engine.update(turn("discriminator", float("nan")), [batch], step)
-            taken += engine.update(turn("student", 1.0), [batch], step)["student/skipped"] == 0
+            engine.updated(turn("discriminator", float("nan")), [batch], step)
+            taken += engine.updated(turn("student", 1.0), [batch], step)["student/skipped"] == 0
     assert taken == 3 and engine.is_skipping and not engine.is_healthy()
     counts = engine.state_dict()
     other = EngineSettings().start()

@@ -61,7 +61,7 @@ def turn() -> Turn:
 
 def train(engine: Engine, steps: int, turn: Turn | None = None) -> list[dict[str, float]]:
     turn = turn or next(iter(Distance().turns(0)))
-    return [engine.update(turn, micro_batches(engine, step), step) for step in range(steps)]
+    return [engine.updated(turn, micro_batches(engine, step), step) for step in range(steps)]
 
 
 def copies(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -124,12 +124,12 @@ def test_a_reset_optimizer_is_a_new_one(make: Make, optimizer: Any) -> None:
     train(engine, 3)
     weights = engine.export_weights("student")
     engine.reset_optimizers()
-    engine.update(turn(), micro_batches(engine, 3), 3)
+    engine.updated(turn(), micro_batches(engine, 3), 3)
 
     networks = student(lora=True)
     networks["student"].module.load_state_dict(weights, strict=False)
     other = make(networks, TrainingRecipe(optimizer))
-    other.update(turn(), micro_batches(other, 3), 3)
+    other.updated(turn(), micro_batches(other, 3), 3)
     assert equal(engine.export_weights("student"), other.export_weights("student"))
     assert not equal(engine.export_weights("student", ema=True), engine.export_weights("student"))
 
@@ -171,7 +171,7 @@ def test_helpers_reach_the_loss_frozen_and_in_their_own_dtype() -> None:
     try:
         engine.prepare(student(lora=True), {"student": TrainingRecipe(adamw)}, {"scale": helper})
         before = engine.export_weights("student")
-        engine.update(Turn("student", loss), micro_batches(engine, 0), 0)
+        engine.updated(Turn("student", loss), micro_batches(engine, 0), 0)
         assert seen["scale"] is helper and helper.weight.dtype == torch.float32
         assert not any(p.requires_grad or p.grad is not None for p in helper.parameters())
         assert not equal(before, engine.export_weights("student"))
@@ -243,7 +243,7 @@ def masks_of(make: Make, steps: list[tuple[int, int]]) -> list[torch.Tensor]:
 
     engine = make(networks, TrainingRecipe(adamw, schedule=lambda step: 0.0))
     for step, before in steps:
-        engine.update(Turn("student", loss), micro_batches(engine, 0), step, before)
+        engine.updated(Turn("student", loss), micro_batches(engine, 0), step, before)
     return answers
 
 
@@ -383,11 +383,11 @@ def test_a_scale_that_overflows_is_lowered_and_costs_a_step_that_counts_apart(
 def test_a_loss_that_is_not_finite_is_not_taken_for_an_overflow(make: Make, factor: float, keep_gradient: bool) -> None:
     engine = make(mixed_precision="fp16", max_nonfinite_steps=2)
     bad = poisoned(factor, keep_gradient)
-    rows = [engine.update(bad, micro_batches(engine, step), step) for step in (0, 1)]
+    rows = [engine.updated(bad, micro_batches(engine, step), step) for step in (0, 1)]
     assert [row["loss_scale"] for row in rows] == [2.0**16, 2.0**16]
     assert (engine.skipped.count, engine.skipped.overflows) == (1, 0)
     with pytest.raises(NonFiniteError, match="2 in a row"):
-        engine.update(bad, micro_batches(engine, 1), 1)
+        engine.updated(bad, micro_batches(engine, 1), 1)
 
 
 def test_at_the_least_scale_a_gradient_that_is_not_finite_ends_the_run(make: Make) -> None:
@@ -426,17 +426,17 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
 ) -> None:
     engine = make(plan=TrainingRecipe(adamw, ema_decay=0.5), gradient_accumulation_steps=2)
     turn = poisoned(value, keep_gradient)
-    rows = [engine.update(turn, micro_batches(engine, step), step) for step in (0, 1)]
+    rows = [engine.updated(turn, micro_batches(engine, step), step) for step in (0, 1)]
     skipped = engine.export_weights("student"), engine.export_weights("student", ema=True)
-    rows.append(engine.update(turn, micro_batches(engine, 2), 2))
+    rows.append(engine.updated(turn, micro_batches(engine, 2), 2))
     assert [row["skipped"] for row in rows] == [0, 1, 0]
     assert engine.skipped.count == 1
 
     undisturbed = make(plan=TrainingRecipe(adamw, ema_decay=0.5), gradient_accumulation_steps=2)
-    undisturbed.update(turn, micro_batches(undisturbed, 0), 0)
+    undisturbed.updated(turn, micro_batches(undisturbed, 0), 0)
     assert equal(skipped[0], undisturbed.export_weights("student"))
     assert equal(skipped[1], undisturbed.export_weights("student", ema=True))
-    undisturbed.update(turn, micro_batches(undisturbed, 2), 2)
+    undisturbed.updated(turn, micro_batches(undisturbed, 2), 2)
     assert equal(engine.export_weights("student"), undisturbed.export_weights("student"))  # the optimizer's state too
     assert "step 1: student skipped" in caplog.text and "sample-8 " in caplog.text and "sample-15" in caplog.text
 
@@ -445,9 +445,9 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(make: Make) -> None:
     engine = make(max_nonfinite_steps=2)
     bad = poisoned(float("nan"), keep_gradient=False)
     for step in (1, 0, 1):  # step 0 is taken, and starts the count anew
-        engine.update(bad, micro_batches(engine, step), step)
+        engine.updated(bad, micro_batches(engine, step), step)
     with pytest.raises(NonFiniteError, match="2 in a row"):
-        engine.update(bad, micro_batches(engine, 1), 1)
+        engine.updated(bad, micro_batches(engine, 1), 1)
 
 
 # ---- settings ---------------------------------------------------------------------------------------------------
@@ -527,9 +527,9 @@ def test_networks_that_cannot_be_trained_are_named(make: Make) -> None:
 def test_micro_batches_that_would_skew_the_mean_are_refused(make: Make) -> None:
     engine = make(gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="gradient_accumulation_steps=2 micro-batches, got 1"):
-        engine.update(turn(), [tiny_batch(0, 0, 4)], 0)
+        engine.updated(turn(), [tiny_batch(0, 0, 4)], 0)
     with pytest.raises(ValueError, match=r"one size, got \[3, 5\]"):
-        engine.update(turn(), [tiny_batch(0, 0, 5), tiny_batch(0, 5, 3)], 0)
+        engine.updated(turn(), [tiny_batch(0, 0, 5), tiny_batch(0, 5, 3)], 0)
 
 
 # ---- learning rates ---------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_a_step_of_several_turns_reads_numbers_once(pipeline: str) -> None:
             reads = Reads()
             with reads:
                 for turn in method.turns(step):
-                    engine.take(turn, [batch], step)
+                    engine.update(turn, [batch], step)
                 inside = len(reads.found)
                 scalars, flags = engine.read(False, True)
             if step:  # the optimizers' first steps

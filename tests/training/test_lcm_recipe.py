@@ -128,7 +128,7 @@ def test_losses_gradients_and_weights_are_those_of_the_recipe(kind: str, teacher
 
     engine.prepare(networks, {"student": TrainingRecipe(optimizer, ema_decay=MU if kind == "full" else None)})
     (turn,) = method.turns(0)
-    losses = [engine.update(turn, [batch_of(step)], step)["loss"] for step in range(STEPS)]
+    losses = [engine.updated(turn, [batch_of(step)], step)["loss"] for step in range(STEPS)]
 
     assert losses[0] == pytest.approx(expected[0][0], rel=1e-5) and losses[0] > 1e-3
     assert losses == pytest.approx(expected[0], rel=2e-4)  # AdamW's first steps enlarge what rounding leaves

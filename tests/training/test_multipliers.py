@@ -38,7 +38,7 @@ def engine_of(multipliers: dict[str, float], random: bool = False, rate: float =
 def train(engine: Engine, steps: range) -> None:
     (turn,) = LCM(SCHEDULE).turns(0)
     for step in steps:
-        engine.update(turn, [tiny_batch(step, 0, 4)], step)
+        engine.updated(turn, [tiny_batch(step, 0, 4)], step)
 
 
 def sensitivity(engine: Engine) -> float:

@@ -52,7 +52,7 @@ def engines() -> Iterator[Any]:
 
 def losses(engine: Engine, steps: range) -> list[float]:
     turn = next(iter(Distance().turns(0)))
-    return [engine.update(turn, micro_batches(engine, step), step)["loss"] for step in steps]
+    return [engine.updated(turn, micro_batches(engine, step), step)["loss"] for step in steps]
 
 
 def saved(engines: Any, optimizer: Any, folder: Path) -> tuple[list[float], Engine]:
