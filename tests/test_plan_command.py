@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from distill.commands import plan
 from distill.config.loading import CONFIGS, ConfigError, build, load
 from distill.config.settings import PlanSettings
+from distill.diffusion.prediction import Prediction
+from distill.diffusion.random import Context
+from distill.diffusion.schedule import NoiseSchedule
+from distill.diffusion.trajectory import Batch
+from distill.methods.base import Turn
 from distill.methods.mlcm import MLCM
+from distill.models.denoiser import NetworkDenoiser
 from distill.planning import phases as plan_run
-from distill.planning.counting import architecture
+from distill.planning.counting import architecture, count
 from tests.forked import python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,10 +81,25 @@ def test_a_mistake_is_told(override: str, message: str) -> None:
     assert message in str(raised.value)
 
 
-def test_what_depends_on_draws_is_not_counted_but_said() -> None:
+def test_a_rollout_is_as_long_for_every_sample() -> None:
+    """From noise to the sample's time in 8 steps, of which some stand still, and one more: guided, two calls each."""
     stage = "{segments: 8, skip: 25, iterations: 1300, source: rollout}"
-    with pytest.raises(ConfigError, match="it cannot be counted"):
-        plan_run.prepared(settings("experiment=mlcm_toy", "cluster=laptop", f"method.stages=[{stage}]"))
+    run = plan_run.prepared(settings("experiment=mlcm_toy", "cluster=laptop", f"method.stages=[{stage}]"))
+    costs = [cost for walk in run.walks.values() for phase in walk for cost in phase]
+    assert costs and all(cost.evaluations["teacher"] == 2 * (8 + 1) for cost in costs)
+
+
+def test_what_depends_on_random_numbers_is_not_counted_but_said() -> None:
+    network = NetworkDenoiser(nn.Linear(2, 2, device="meta"), NoiseSchedule.scaled_linear(), Prediction.EPSILON)
+    x = torch.empty(1, 1, 2, device="meta")
+    batch = Batch(x, torch.zeros(1, 1, dtype=torch.int64), {}, {}, torch.ones(1))
+
+    def loss(networks: Any, batch: Batch, context: Context) -> Any:
+        for _ in range(int(batch.states.sum())):
+            networks["student"](batch.states[:, 0], batch.times[:, 0], {})
+
+    with pytest.raises(ValueError, match="how often networks are called depends on random numbers"):
+        count(Turn("student", loss), {"student": network}, batch, Context(0, 0, (0,)), checkpointed=False)
 
 
 def test_a_mistake_is_one_line() -> None:

@@ -344,13 +344,12 @@ class MLCM(Method):
 
     def rollout(self, stage: Stage, teacher: Denoiser, batch: Batch, context: Context) -> Transition:
         """The teacher's own solve from noise: L steps to x_t, fewer to noisier segments, and one to x_s (alg. 1)."""
-        segments, host = self.segments[stage.segments], torch.device("cpu")
+        segments = self.segments[stage.segments]
         x = context.normal(batch.states[:, 0], "x_T")  # [B, C, h, w]
         t = self.sample_time(stage, context, x.device)
         L = stage.segments - segments.index(t)  # [B], 1 ... M
         T = torch.full_like(t, self.schedule.T)
-        most = stage.segments - segments.index(self.sample_time(stage, context, host)).min()  # without a wait for L
-        for i in range(int(most)):
+        for i in range(stage.segments):  # also where all L are smaller: ranks call networks alike
             here, there = (T - (T - t) * L.clamp(max=j) // L for j in (i, i + 1))
             x = self.step(teacher, x, here, there, batch.conditioning)
         s = torch.maximum(t - stage.skip, segments.start(t))
