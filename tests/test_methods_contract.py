@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from distill.config.loading import CONFIGS, build, check_component
@@ -69,7 +70,8 @@ def batch(method: Method, positions: tuple[int, ...]) -> Batch:
 
 @pytest.fixture(params=METHODS, ids=lambda path: path.stem)
 def method(request: pytest.FixtureRequest) -> Method:
-    node = yaml.safe_load(Path(request.param).read_text())
+    written = OmegaConf.create({"model": {"family": "sd15"}, "method": yaml.safe_load(Path(request.param).read_text())})
+    node = OmegaConf.to_container(written, resolve=True)["method"]  # type: ignore[call-overload,index]
     return build(check_component(node), schedule=SCHEDULE)
 
 
