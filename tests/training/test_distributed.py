@@ -58,8 +58,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero2-duel": ("zero2", "duel", {"save_at": [3, 6]}),
     "zero2-critics": ("zero2", "critics", {"save_at": [3, 6]}),
     "zero2-rewarded": ("zero2", "rewarded", {}),
-    "ddp-fp16": ("ddp", "distance", {"mixed_precision": "fp16"}),
-    "zero1-bf16": ("zero1", "distance", {"mixed_precision": "bf16", "steps": 1}),
     "zero2-fp16": ("zero2", "distance", {"mixed_precision": "fp16", "save_at": [3, 6]}),
     "zero2-one-network": ("zero2", "one-network", {"gradient_checkpointing": True, "save_at": [3]}),
     # ZeRO-3 replaces torch's linear for the rest of the process: what comes after it rounds in another way
@@ -73,7 +71,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero32-game": ("zero3/2", "game", {"gradient_checkpointing": True, "save_at": [3, 6]}),
     # Last: ZeRO-3 numbers the weights of a process, and its files, which are compared to the bit, have the numbers.
     "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
-    "zero3-fp16": ("zero3", "distance", {"mixed_precision": "fp16"}),
 }
 RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero2-critics": 3, "zero2-fp16": 3}
 RESUMED |= {"zero3-lora": 3, "zero3-lcm": 3, "zero2-game-lora": 3, "zero32-game": 3}
@@ -88,6 +85,7 @@ GAMES = {
 # What the cases above have under other engines.
 OTHERS = {f"ddp-{method}": ("ddp", method, {}) for method in ("duel", "critics", "rewarded", "one-network")}
 OTHERS["zero2-lcm"] = ("zero2", "lcm-ema", {})
+OTHERS |= {f"{kind}-fp16": (kind, "distance", {"mixed_precision": "fp16"}) for kind in ("ddp", "zero1", "zero3")}
 
 
 def case(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
@@ -176,7 +174,9 @@ def test_two_processes_compute_what_one_does(first: Any, name: str) -> None:
 def test_two_processes_compute_what_one_does_under_the_other_engines(folder: Path) -> None:
     found, _ = launch(folder / "others", {name: case(name, folder) for name in OTHERS}, "--use_deepspeed", *TWO)
     for name, result in found.items():
-        assert_agree(result, alone(OTHERS[name][1], False))
+        _, method, special = OTHERS[name]
+        half = special.get("mixed_precision", "no")
+        assert_agree(result, alone(method, False, half), tolerance=TOLERANCE if half == "no" else 1e-2)
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def test_every_step_of_those_was_clipped_and_moved_the_weights(method: str) -> N
         assert relative_distance(weights, start["weights"][network]) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["zero2-bf16", "ddp-fp16", "zero2-fp16", "zero3-fp16"])
+@pytest.mark.parametrize("name", ["zero2-bf16", "zero2-fp16"])
 def test_a_half_precision_on_two_processes_stays_near_the_same_on_one(first: Any, name: str) -> None:
     """All weights are half copies of masters under ZeRO, trained ones under autocast elsewhere: alike, not equal."""
     assert_agree(first[0][name], alone("distance", False, name[-4:]), tolerance=1e-2)
