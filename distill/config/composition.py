@@ -68,8 +68,8 @@ def composed_of(
     try:
         for one in sorted(others, key=lambda one: not one.key.endswith("._target_")):  # a target says what it takes
             _set(composed, one, fields, groups, replaced)
+        keys = {one.key for one in others}
         for typed, other in INSTEAD.items():
-            keys = {one.key for one in others}
             if typed in keys and other not in keys and composed.get(other) is not None:
                 note(f"{other}={composed[other]} of the files is left out: {typed} is set")
                 composed[other] = None

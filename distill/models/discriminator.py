@@ -24,7 +24,7 @@ from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import generator
 from distill.models.denoiser import bare, unet_keywords
 from distill.models.families import Teacher
-from distill.models.lora import add_lora, lora_layers
+from distill.models.lora import add_lora, check_sizes, lora_layers
 from distill.models.shared import on_the_weights_of
 
 
@@ -262,12 +262,7 @@ class LatentDiscriminator:
     alpha: float = 64.0
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(
-                f"networks.discriminator.rank must be at least 1, or null to train all of it, got {self.rank}"
-            )
-        if self.alpha <= 0:
-            raise ValueError(f"networks.discriminator.alpha must be above 0, got {self.alpha}")
+        check_sizes("networks.discriminator", self.rank, self.alpha)
 
     def network(self, teacher: Teacher, seed: int = 0) -> Discriminator:
         """The network for a teacher with its UNet, before any adapter is added to that."""

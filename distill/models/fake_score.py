@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.families import Teacher
-from distill.models.lora import add_lora
+from distill.models.lora import add_lora, check_sizes
 from distill.models.shared import on_the_weights_of
 
 
@@ -26,12 +26,7 @@ class FakeScore:
     alpha: float = 64.0
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(
-                f"networks.fake_score.rank must be at least 1, or null to train all of it, got {self.rank}"
-            )
-        if self.alpha <= 0:
-            raise ValueError(f"networks.fake_score.alpha must be above 0, got {self.alpha}")
+        check_sizes("networks.fake_score", self.rank, self.alpha)
 
     def network(self, teacher: Teacher, seed: int = 0) -> NetworkDenoiser:
         """The network for a teacher with its UNet, before any adapter is added to that."""

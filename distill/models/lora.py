@@ -54,6 +54,14 @@ _EARLIER_RECORD = "lora_adapter_metadata"  # in files of earlier versions, which
 _PEFT_FOLDER = "peft"
 
 
+def check_sizes(where: str, rank: int | None, alpha: float) -> None:
+    """Raises ValueError for a rank or an alpha that no LoRA has; a rank of None is none at all, all weights train."""
+    if rank is not None and rank < 1:
+        raise ValueError(f"{where}.rank must be at least 1, or null to train all of it, got {rank}")
+    if alpha <= 0:
+        raise ValueError(f"{where}.alpha must be above 0, got {alpha}")
+
+
 def add_lora(
     unet: UNet2DConditionModel,
     rank: int,
