@@ -282,3 +282,18 @@ def ended_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> object:
     with pytest.raises(SystemExit) as ended:
         run_script(work, "train", TrainSettings)
     return ended.value.code
+
+
+def test_a_library_that_warns_at_import_does_not_reach_the_user() -> None:
+    program = """
+import logging, sys
+from distill.commands import COMMANDS, run_command
+sys.argv = ["distill doctor", "--help"]
+try:
+    run_command(["doctor"], COMMANDS["doctor"])
+except SystemExit:
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("install kernels")
+    logging.getLogger("distill").warning("a word of our own")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "a word of our own" in ran.stderr and "kernels" not in ran.stderr

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import distill
@@ -121,6 +122,14 @@ def test_what_the_workflow_runs_is_there() -> None:
     assert files >= {"scripts/test.sh", ".github/oldest.py", "constraints.txt", "docs/requirements.txt"}
     assert [file for file in files if not (ROOT / file).is_file()] == []
     assert {command[1] for command in commands if command[0] == "distill"} == {"--help", "configs", "quickstart"}
+
+
+def test_whatever_the_extras_install_is_pinned() -> None:
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in text("constraints.txt").splitlines()}
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    wanted = [*PYPROJECT["project"]["dependencies"], *(each for extra in extras for each in extra)]
+    of_python = {"pip", "setuptools"}  # which a virtual environment has of itself
+    assert {canonicalize_name(Requirement(each).name) for each in wanted} - pinned - of_python == {"distill"}
 
 
 def test_the_oldest_versions_are_the_declared_bounds() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,6 +111,7 @@ def run(name: str) -> NoReturn:
 def run_command(typed: Sequence[str], command: Command) -> NoReturn:
     """Runs a command and ends the process with its exit code; of an interrupted one a line says what is kept."""
     interrupts.catch()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft, it warns of kernels nobody asked for
     try:
         sys.exit(command.run(typed))
     except KeyboardInterrupt:
