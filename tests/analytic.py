@@ -101,3 +101,17 @@ def denoiser_of(network: RawNetwork, prediction: Prediction, schedule: NoiseSche
 def network_of(denoiser: Denoiser, prediction: Prediction, schedule: NoiseSchedule) -> RawNetwork:
     """The raw network of this prediction type that holds `denoiser`'s beliefs."""
     return lambda x, index, c: from_denoised(prediction, denoiser(x, index + 1, c), index + 1, schedule)
+
+
+def velocity_of(denoiser: Denoiser, schedule: NoiseSchedule) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a pipeline of flow matching calls: (x_t, told [B]) to the velocity of `denoiser`'s beliefs.
+
+    What is told may be off by rounding: the time is the one that is told of something nearest to it.
+    """
+    table = schedule.told(torch.arange(schedule.T + 1)).double()
+
+    def call(x_t: Tensor, told: Tensor) -> Tensor:
+        t = (told.double()[:, None] - table).abs().argmin(1)
+        return from_denoised(Prediction.FLOW, denoiser(x_t, t, {}), t, schedule)
+
+    return call

@@ -111,8 +111,8 @@ def tree(text: str) -> Iterator[tuple[Path, str]]:
 
 def sampler_table() -> str:
     lines = [
-        "| `sampler` | | `spacing` | evaluations of 4 steps | diffusers | `data.solver` |",
-        "|---|---|---|--:|---|---|",
+        "| `sampler` | | `spacing` | evaluations of 4 steps | diffusers | for flow matching | `data.solver` |",
+        "|---|---|---|--:|---|---|---|",
     ]
     for sampler in SAMPLERS.values():
         schedulers = {f"`{scheduler[0]}`": None for scheduler in sampler.schedulers.values() if scheduler}
@@ -122,6 +122,7 @@ def sampler_table() -> str:
             ", ".join(f"`{spacing}`" for spacing in sampler.schedulers),
             str(sampler.evaluations(4)),
             ", ".join(schedulers),
+            f"`{sampler.flow[0]}`" if sampler.flow else "—",
             "yes" if sampler.solves else "no",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -19,7 +19,7 @@ from torch.nn.functional import relu, softplus
 from distill.diffusion.consistency import where
 from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import Context
-from distill.diffusion.schedule import NoiseSchedule, add_noise, wide
+from distill.diffusion.schedule import NoiseSchedule, add_noise, same_snr, wide
 from distill.diffusion.tables import Table
 
 ADVERSARIAL_LOSSES = ("nonsaturating", "hinge")
@@ -86,7 +86,8 @@ class Adversary:
         schedule: of the noise that samples are shown with.
         loss: `nonsaturating` (Lightning, eq. 18-21) or `hinge`.
         times, weights: t* is one of `times`, with odds `weights` (Lightning, sec. 3.7.2); without any, clean samples
-            are shown as they are.
+            are shown as they are. For flow matching they are Stable Diffusion's times, as the paper prints them, and t*
+            is the one of equal signal-to-noise ratio.
         r1: weight of the approximate R1 penalty (Lin et al. 2025, arXiv 2501.08316); Lightning has none.
         r1_sigma: how far it looks around a real sample.
 
@@ -104,8 +105,9 @@ class Adversary:
     def __post_init__(self) -> None:
         if self.loss not in ADVERSARIAL_LOSSES:
             raise ValueError(f"adversarial_loss must be one of {', '.join(ADVERSARIAL_LOSSES)}, got {self.loss!r}")
-        if not all(1 <= t <= self.schedule.T for t in self.times):
-            raise ValueError(f"renoise_times must be within 1 ... {self.schedule.T}, got {list(self.times)}")
+        latest = self.schedule.published.T
+        if not all(1 <= t <= latest for t in self.times):
+            raise ValueError(f"renoise_times must be within 1 ... {latest}, got {list(self.times)}")
         if self.times and len(self.weights) != len(self.times):
             raise ValueError(f"renoise_weights must be {len(self.times)} as the times are, got {list(self.weights)}")
         if self.times and (not all(0 <= w < math.inf for w in self.weights) or sum(self.weights) == 0):
@@ -117,7 +119,8 @@ class Adversary:
 
     @cached_property
     def _times(self) -> Table:
-        return Table(self.times)
+        published = self.schedule.published
+        return Table([same_snr(published, t, self.schedule) for t in self.times], torch.int64)
 
     @cached_property
     def _shares(self) -> Table:

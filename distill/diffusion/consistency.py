@@ -14,20 +14,6 @@ from distill.diffusion.schedule import NoiseSchedule, add_noise, wide
 from distill.diffusion.solver import ddim_step
 
 
-def boundary_scalings(
-    t: Tensor, like: Tensor, sigma_data: float = 0.5, timestep_scaling: float = 10.0
-) -> tuple[Tensor, Tensor]:
-    """LCM's c_skip and c_out at t [B], shaped to multiply `like` (Luo et al. 2023, eq. 9; diffusers' LCMScheduler).
-
-    They are functions of the network's index t - 1, and (1, 0) at clean data, where the jump is the identity.
-    """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    r = timestep_scaling * (t.to(like.device) - 1).clamp(min=0).to(dtype)
-    c_skip, c_out = sigma_data**2 / (r**2 + sigma_data**2), r / (r**2 + sigma_data**2).sqrt()
-    shape = (-1, *[1] * (like.ndim - 1))
-    return c_skip.reshape(shape), c_out.reshape(shape)
-
-
 def multistep(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
@@ -36,8 +22,8 @@ def multistep(
     conditioning: Conditioning,
     generators: Sequence[torch.Generator],
 ) -> Iterator[tuple[int, Tensor]]:
-    """Multistep latent consistency sampling (LCM, algorithm 3), number for number diffusers' `LCMScheduler`: jumps to
-    clean data, and noises it again to the next time.
+    """Multistep latent consistency sampling (LCM, algorithm 3), number for number diffusers' `LCMScheduler` (for flow
+    matching, `FlowMatchLCMScheduler`): jumps to clean data, and noises it again to the next time.
 
     Raises:
         ValueError: more than one step, and not one generator for each sample.
@@ -46,9 +32,7 @@ def multistep(
         raise ValueError(f"{len(x)} pictures need a generator each for their fresh noise, got {len(generators)}")
     for t, following in pairwise(times):
         t_batch = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        c_skip, c_out = boundary_scalings(t_batch, x)
-        x0 = c_skip * x + c_out * denoiser(x, t_batch, conditioning).x0
-        x = x0
+        x0 = x = schedule.clean(denoiser(x, t_batch, conditioning).x0, x, t_batch)
         if following > 0:
             x = add_noise(schedule, x0, starting_noise(generators, tuple(x.shape[1:])).to(x), following)
         yield following, x

@@ -42,5 +42,12 @@ def matching_loss(
 def denoising_loss(
     schedule: NoiseSchedule, network: Denoiser, x: Tensor, t: Tensor, noise: Tensor, c: Conditioning
 ) -> Tensor:
-    """|| eps(x_t) - noise ||² [B] at times t >= 1: from it a network learns the score of samples x [B, C, h, w]."""
-    return l2(network(add_noise(schedule, x, noise, t), t, c).eps, noise)
+    """|| eps(x_t) - noise ||² [B] at times t >= 1: from it a network learns the score of samples x [B, C, h, w].
+
+    For flow matching it is || v(x_t) - (noise - x) ||², of what such networks predict: at T the noise is x_T itself, so
+    that the loss would be 0 and have no gradient where a student starts.
+    """
+    found = network(add_noise(schedule, x, noise, t), t, c)
+    if schedule.is_linear:
+        return l2(found.eps - found.x0, wide(noise) - wide(x))
+    return l2(found.eps, noise)

@@ -42,6 +42,27 @@ class Prediction(str, Enum):
     EPSILON = "epsilon"
     V = "v_prediction"
     SAMPLE = "sample"
+    FLOW = "flow_prediction"
+    """The velocity eps - x0 of flow matching; `V` is alpha eps - sigma x0, of variance-preserving noise."""
+
+
+def predictions_of(schedule: NoiseSchedule) -> tuple[Prediction, ...]:
+    """What networks on this noise may predict: `V` and `FLOW` each have a formula on one kind of noise alone, and from
+    `EPSILON` nothing follows about x0 where there is no signal, as at T of every flow-matching schedule."""
+    if schedule.is_linear:
+        return Prediction.FLOW, Prediction.SAMPLE
+    return Prediction.EPSILON, Prediction.V, Prediction.SAMPLE
+
+
+def check_prediction(prediction: Prediction, schedule: NoiseSchedule) -> None:
+    """Raises ValueError for a prediction that networks on this noise cannot have, naming the setting of a student's."""
+    allowed = predictions_of(schedule)
+    if prediction not in allowed:
+        names = " or ".join(other.value for other in allowed)
+        raise ValueError(
+            f"a network on {schedule.kind} noise cannot predict {prediction.value}: allowed is {names} "
+            "(student.prediction; null is the teacher's own)"
+        )
 
 
 def to_denoised(prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Denoised:
@@ -55,6 +76,8 @@ def to_denoised(prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor, 
         return Denoised((x_t - sigma * output) / alpha, output)
     if prediction is Prediction.V:
         return Denoised(alpha * x_t - sigma * output, alpha * output + sigma * x_t)
+    if prediction is Prediction.FLOW:
+        return Denoised(x_t - sigma * output, x_t + alpha * output)
     return Denoised(output, (x_t - alpha * output) / sigma)
 
 
@@ -65,4 +88,6 @@ def from_denoised(prediction: Prediction, denoised: Denoised, t: Tensor, schedul
     if prediction is Prediction.V:
         alpha, sigma = schedule.alpha(t, denoised.x0), schedule.sigma(t, denoised.x0)
         return alpha * denoised.eps - sigma * denoised.x0
+    if prediction is Prediction.FLOW:
+        return denoised.eps - denoised.x0
     return denoised.x0

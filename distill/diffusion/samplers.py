@@ -59,6 +59,8 @@ class Sampler:
         usual_spacing: where nothing is said.
         evaluations: of the network, for a number of steps without guidance.
         solves: whether it solves the ODE from any state, and so can write trajectories.
+        flow: the diffusers scheduler that generates the same for flow matching, at the `sigmas` that a pipeline is
+            given (`distill.models.schedulers.sigmas_for`); None where there is none.
         zero_snr: whether the scheduler agrees with it where the noisiest level holds no signal.
         even: schedulers that are better known, and as exact where the only number of steps divides that of the levels.
     """
@@ -70,6 +72,7 @@ class Sampler:
     usual_spacing: str = "trailing"
     evaluations: Callable[[int], int] = lambda steps: steps
     solves: bool = False
+    flow: Scheduler | None = None
     zero_snr: bool = False
     even: Mapping[str, Scheduler] = field(default_factory=dict)
 
@@ -105,6 +108,7 @@ SAMPLERS: Registry[Sampler] = Registry(
             function="distill.diffusion.consistency.multistep",
             schedulers={"lcm": _lcm(50), "trailing": _lcm(8), "leading": _lcm(50), "milestones": _lcm(8)},
             usual_spacing="lcm",
+            flow=("FlowMatchLCMScheduler", {}),
             zero_snr=True,
         ),
         Sampler(
@@ -127,6 +131,7 @@ SAMPLERS: Registry[Sampler] = Registry(
                 "milestones": (_DPM, _FIRST_ORDER),
             },
             solves=True,
+            flow=("FlowMatchEulerDiscreteScheduler", {}),
             zero_snr=True,
             even={"trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"} | _TO_CLEAN)},
         ),

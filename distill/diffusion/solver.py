@@ -1,8 +1,8 @@
 """Solvers of the probability-flow ODE, and the times they visit.
 
-DDIM (Song et al. 2021, eq. 12 with eta 0), Euler's method on sigma/alpha, and `move` of SDXL-Lightning are one and the
-same step. Heun's method (Karras et al. 2022, alg. 1 without churn) and DPM-Solver++(2M) (Lu et al. 2022, alg. 2) are of
-second order.
+DDIM (Song et al. 2021, eq. 12 with eta 0), Euler's method on sigma/alpha (for flow matching on sigma), and `move` of
+SDXL-Lightning are one and the same step. Heun's method (Karras et al. 2022, alg. 1 without churn) and
+DPM-Solver++(2M) (Lu et al. 2022, alg. 2) are of second order.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def heun(
     c: Conditioning,
     generators: Sequence[torch.Generator] = (),
 ) -> Iterator[tuple[int, Tensor]]:
-    """Trapezoidal rule in u = sigma/alpha, where d(x/alpha)/du = eps.
+    """Trapezoidal rule in u = sigma/alpha, where d(x/alpha)/du = eps; for flow matching in sigma, where dx/dsigma is
+    the velocity eps - x0.
 
     Euler's step to clean data, and from the pure noise (u infinite) in which a zero-terminal-SNR schedule ends.
     """
@@ -79,12 +80,19 @@ def heun(
     for t, s in pairwise(times):
         here = denoiser(x, _batch(t, x), c)
         x_s = ddim_step(schedule, here, s)
-        if s > 0 and schedule.alphas_cumprod[t] > 0:
-            there = denoiser(x_s, _batch(s, x), c)
-            u_t, u_s = (schedule.sigma(r, x) / schedule.alpha(r, x) for r in (t, s))
-            x_s = schedule.alpha(s, x) * (x / schedule.alpha(t, x) + (u_s - u_t) * (here.eps + there.eps) / 2)
+        if s > 0 and (schedule.is_linear or schedule.alphas_cumprod[t] > 0):
+            x_s = _trapezoid(schedule, x, t, s, here, denoiser(x_s, _batch(s, x), c))
         x = x_s
         yield s, x
+
+
+def _trapezoid(schedule: NoiseSchedule, x: Tensor, t: int, s: int, here: Denoised, there: Denoised) -> Tensor:
+    """From x at t to s by the mean of two slopes: `here` at x, `there` where Euler's step ended."""
+    if schedule.is_linear:
+        slopes = (here.eps - here.x0) + (there.eps - there.x0)
+        return x + (schedule.sigma(s, x) - schedule.sigma(t, x)) * slopes / 2
+    u_t, u_s = (schedule.sigma(r, x) / schedule.alpha(r, x) for r in (t, s))
+    return schedule.alpha(s, x) * (x / schedule.alpha(t, x) + (u_s - u_t) * (here.eps + there.eps) / 2)
 
 
 def dpmpp_2m(
@@ -119,7 +127,12 @@ def euler(
     c: Conditioning,
     generators: Sequence[torch.Generator] = (),
 ) -> Iterator[tuple[int, Tensor]]:
-    """DDIM from sigma(times[0]) x, as diffusers' `EulerDiscreteScheduler` starts its trailing times."""
+    """DDIM from sigma(times[0]) x, as diffusers' `EulerDiscreteScheduler` starts its trailing times.
+
+    Raises:
+        ValueError: a flow-matching schedule, where that is DDIM itself.
+    """
+    schedule.check_scaled_start("sampler=euler", "sampler=ddim")
     return ddim(denoiser, schedule, schedule.sigma(times[0], x) * x, times, c)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from distill.diffusion.consistency import boundary_scalings
 from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2, pseudo_huber
 from distill.diffusion.prediction import Conditioning, Denoiser
@@ -97,9 +96,11 @@ class LCM(Method):
         return Losses(loss, {"loss": loss.detach()})
 
     def f(self, student: Denoiser, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """The consistency function c_skip(t) x + c_out(t) x0(x, w, c, t), which is x itself at t = 0 (LCM, eq. 9)."""
-        c_skip, c_out = boundary_scalings(t, x)
-        return c_skip * x + c_out * student(x, t, c).x0
+        """The consistency function c_skip(t) x + c_out(t) x0(x, w, c, t), which is x itself at t = 0 (LCM, eq. 9).
+
+        What the two are, if anything, is the schedule's matter.
+        """
+        return self.schedule.clean(student(x, t, c).x0, x, t)
 
     def d(self, a: Tensor, b: Tensor) -> Tensor:
         """The distance of two latents, [B]."""

@@ -73,6 +73,8 @@ class Progressive(Method):
             raise ValueError(f"method.x_T must be one of {', '.join(NOISIEST)}, got {x_T!r}")
         if x_T == "scaled" and source == "trajectory":
             raise ValueError("method.x_T=scaled needs method.source=noised: stored solves start at unscaled noise")
+        if x_T == "scaled":
+            schedule.check_scaled_start("method.x_T=scaled", "method.x_T=noise")
         if not 0 <= guidance < math.inf:
             raise ValueError(f"method.guidance must be at least 0, got {guidance}")
         self.schedule, self.source, self.w, self.x_T = schedule, source, guidance, x_T
@@ -149,8 +151,9 @@ class LightningAdversarial(Progressive):
         discriminator_warmup: how many steps at first train the discriminator alone; with as many as the run has, it
             shows whether it can distinguish the student from the teacher at all.
         adversarial_loss: `nonsaturating` (eq. 18-21) or `hinge`.
-        renoise_times: the discriminator sees clean samples noised to one of these times (eq. 25-26); none of them, and
-            it sees them as they are, as it does the samples of every other time.
+        renoise_times: the discriminator sees clean samples noised to one of these times (eq. 25-26), which for flow
+            matching are Stable Diffusion's, taken by their signal-to-noise ratio; none of them, and it sees them as
+            they are, as it does the samples of every other time.
         renoise_weights: the odds of these times.
         later_weights, later_from: the odds from that step on; the paper goes from 1:1:1:1 to 5:1:1:1.
         r1: weight of the discriminator's approximate R1 penalty; the paper has none.

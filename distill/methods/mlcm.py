@@ -43,7 +43,8 @@ class Stage:
             `student`: x_t is noised from a sample that the student generates in `student_steps`; the teacher
             continues to x_s in `substeps` (the paper's second stage, algorithm 2).
         loss_space: where the two answers are compared: where they land (`z_end`), as the x0 that leads there (`x0`),
-            or that with weight SNR + 1 (`v`, Heek et al. 2024: it is the distance of the velocities).
+            or that over sigma (`v`: the distance of the velocities; for variance-preserving noise it is the weight
+            SNR + 1 of Heek et al. 2024).
         distance: `l2`, `huber` (with `huber_c`), or `perceptual`: the one of latents that the run is given.
         reward: the weight of a score of the student's answer, decoded; 0 does not score it.
         reward_form: `hinge` raises it to `reward_target` for the sample's prompt and lowers it to 0 for another's (the
@@ -117,7 +118,8 @@ class MLCM(Method):
         guidance: w of the teacher where it is called; stored trajectories have their own.
         discriminator_learning_rate, fake_learning_rate: of the other two networks; None keeps the run's.
         adversarial_loss: `nonsaturating` or `hinge`.
-        renoise_times, renoise_weights: the discriminator sees samples at one of these times, with these odds.
+        renoise_times, renoise_weights: the discriminator sees samples at one of these times (for flow matching, of
+            Stable Diffusion's by their signal-to-noise ratio), with these odds.
         r1: weight of the discriminator's approximate R1 penalty.
 
     Raises:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from distill.diffusion.guidance import guidance_embedding
-from distill.diffusion.prediction import Conditioning, Denoised, Prediction, to_denoised
+from distill.diffusion.prediction import Conditioning, Denoised, Prediction, check_prediction, to_denoised
 from distill.diffusion.schedule import NoiseSchedule
 from distill.models.lora import ADAPTER, lora_layers, only_adapter
 
@@ -47,6 +47,9 @@ class NetworkDenoiser:
     adapter: str | None = ADAPTER
     _found: list[BaseTunerLayer] = field(default_factory=list, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        check_prediction(self.prediction, self.schedule)
+
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Denoised:
         """x_t [B, C, h, w], t [B] int64 -> (x0, eps), both [B, C, h, w] in float32 or wider.
 
@@ -61,7 +64,7 @@ class NetworkDenoiser:
         dtype = self.dtype
         keywords = unet_keywords(conditioning, dtype, self.guidance_embedding_dim)
         with nullcontext() if self.adapter == ADAPTER else only_adapter(self._lora_layers, self.adapter):
-            output = self.module(x_t.to(dtype), (t - 1).clamp(min=0), return_dict=False, **keywords)[0]
+            output = self.module(x_t.to(dtype), self.schedule.told(t), return_dict=False, **keywords)[0]
         return to_denoised(self.prediction, output, x_t, t, self.schedule)
 
     @property

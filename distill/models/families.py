@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from distill.diffusion.noise import Noise, read_noise, short
+from distill.diffusion.noise import AnyNoise, Noise, read_noise, short
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.schedule import NoiseSchedule
 from distill.models.checks import (
@@ -195,7 +195,7 @@ class Teacher:
     family: Family
     schedule: NoiseSchedule
     prediction: Prediction
-    noise: Noise
+    noise: AnyNoise
     teacher_id: str
     resolution: int
     latent_shape: tuple[int, int, int]
@@ -353,7 +353,7 @@ class PipelineFacts:
     path: str
     folder: Path
     family: Family
-    noise: Noise
+    noise: AnyNoise
     index: Mapping[str, Any]
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
@@ -394,7 +394,7 @@ def check_pipeline(path: str, folder: Path) -> PipelineFacts:
         read_noise(scheduler.get("_class_name", kind), scheduler)
     except ValueError as error:
         raise ValueError(f"{path} cannot be a teacher: {error}") from None
-    if noise.rescale_betas_zero_snr and noise.prediction_type == Prediction.EPSILON.value:
+    if isinstance(noise, Noise) and noise.rescale_betas_zero_snr and noise.prediction_type == Prediction.EPSILON.value:
         raise ValueError(
             f"{path} cannot be a teacher: its scheduler has rescale_betas_zero_snr with prediction_type epsilon, which "
             "says nothing about a picture at the noisiest time"

@@ -11,7 +11,7 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
-from distill.diffusion.noise import Noise, read_noise
+from distill.diffusion.noise import AnyNoise, read_noise
 from distill.models.checks import check_folder, component
 from distill.models.copied import COPIED, copy_parts
 from distill.models.folder import find_pipeline, read_json
@@ -60,7 +60,7 @@ def save_pipeline(
     unet: UNet2DConditionModel,
     pretrained_model_name_or_path: str,
     dtype: torch.dtype,
-    scheduler: Callable[[Noise], Any],
+    scheduler: Callable[[AnyNoise], Any],
     revision: str | None = None,
     variant: str | None = None,
 ) -> None:

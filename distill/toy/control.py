@@ -41,9 +41,10 @@ def controlled(unet: Any, controlnet: Any, control: Tensor, schedule: NoiseSched
             "added_cond_kwargs": added,
             "return_dict": False,
         }
-        down, middle = controlnet(x_t, t - 1, controlnet_cond=control, **shown)
+        told = schedule.told(t)
+        down, middle = controlnet(x_t, told, controlnet_cond=control, **shown)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        return to_denoised(Prediction.EPSILON, unet(x_t, t - 1, **shown, **residuals)[0], x_t, t, schedule)
+        return to_denoised(Prediction.EPSILON, unet(x_t, told, **shown, **residuals)[0], x_t, t, schedule)
 
     return call
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from distill.config.loading import ConfigError, build, checking
 from distill.config.settings import TrainSettings
 from distill.data.storage import sync_folder
-from distill.diffusion.noise import Noise
+from distill.diffusion.noise import AnyNoise
 from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
 from distill.models.denoiser import NetworkDenoiser
@@ -76,7 +76,7 @@ class Export:
     takes_guidance: bool
     built_in_guidance: float | None
     prediction: str
-    noise: Noise
+    noise: AnyNoise
     sampling: Sampling
     method: str
     paper: str

@@ -7,10 +7,10 @@ import torch
 from diffusers import LCMScheduler
 from torch import Tensor
 
-from distill.diffusion.consistency import boundary_scalings, inverse_jump, jump, where
+from distill.diffusion.consistency import inverse_jump, jump, where
 from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser, Prediction, to_denoised
-from distill.diffusion.schedule import NoiseSchedule, add_noise
+from distill.diffusion.schedule import NoiseSchedule, add_noise, boundary_scalings
 from distill.diffusion.segments import Segments
 from distill.diffusion.solver import ddim_step
 from tests.analytic import Mixture, gaussian, gaussian_flow

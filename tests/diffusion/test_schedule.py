@@ -107,7 +107,7 @@ def test_fingerprint_tells_schedules_apart() -> None:
     prints += [schedule_of({**SD, "beta_end": 0.01201}).fingerprint]
     prints += [schedule_of({**SD, "num_train_timesteps": 999}).fingerprint]
     table = NoiseSchedule.scaled_linear().alphas_cumprod[1:]
-    prints += [NoiseSchedule(table + 2e-6 * (torch.arange(1000) == 400)).fingerprint]
+    prints += [NoiseSchedule.vp(table + 2e-6 * (torch.arange(1000) == 400)).fingerprint]
     assert len(set(prints)) == len(prints)
 
 
@@ -127,4 +127,4 @@ def test_fingerprint_tells_schedules_apart() -> None:
 )
 def test_refuses_what_is_no_schedule(table: Tensor) -> None:
     with pytest.raises(ValueError, match="^alphas_cumprod must"):
-        NoiseSchedule(table)
+        NoiseSchedule.vp(table)

@@ -12,15 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.diffusion.noise import RESCALES, Noise
-from distill.diffusion.prediction import Prediction
+from distill.diffusion.noise import RESCALES, DynamicShift, FlowNoise, Noise
+from distill.diffusion.prediction import Prediction, predictions_of
 from distill.diffusion.random import starting_noise
 from distill.diffusion.samplers import SAMPLERS, SPACINGS, Sampler, check_pair, pairs, solvers
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
 from distill.methods.sampling import Sampling, sample
-from distill.models.schedulers import as_code, make_scheduler, noise_of, scheduler_settings, timesteps_for
-from tests.analytic import network_of, three_peaks
+from distill.models.schedulers import (
+    as_code,
+    make_scheduler,
+    noise_of,
+    scheduler_settings,
+    sigmas_for,
+    timesteps_for,
+)
+from tests.analytic import network_of, three_peaks, velocity_of
 from tests.diffusion.test_noise import made
 
 PAIRS = sorted(pairs())
@@ -85,7 +92,7 @@ def by_diffusers(noise: Noise, scheduler: Any, spacing: str, steps: int) -> tupl
 @pytest.mark.parametrize("noise", [Noise(), Noise(**SHORT)], ids=["1000", "96"])
 def test_each_pair_is_generated_by_its_scheduler_at_every_number_of_steps(pair: tuple[str, str], noise: Noise) -> None:
     for steps in STEPS:
-        for prediction in Prediction:
+        for prediction in predictions_of(NoiseSchedule.of(noise)):
             scheduler = make_scheduler(noise, *pair, prediction)
             theirs, visited = by_diffusers(noise, scheduler, pair[1], steps)
             assert visited == [t - 1 for t in make_times(pair[1], noise.num_train_timesteps, steps)[:-1]]
@@ -202,3 +209,88 @@ def test_a_pair_is_valid_or_an_error_when_it_is_set(sampler: str, spacing: str) 
     else:
         with pytest.raises(ValueError, match=f"sampler '{sampler}' takes spacing .* got '{spacing}'"):
             Sampling(sampler, spacing)
+
+
+# ---- flow matching --------------------------------------------------------------------------------------------------
+
+FLOW_PAIRS = [pair for pair in PAIRS if SAMPLERS[pair[0]].flow]
+
+
+@pytest.mark.parametrize("pair", FLOW_PAIRS, ids="/".join)
+@pytest.mark.parametrize("noise", [FlowNoise(1000, 3.0), FlowNoise(96, 1.5)], ids=["1000", "96"])
+def test_each_pair_of_flow_matching_is_generated_by_its_scheduler(pair: tuple[str, str], noise: FlowNoise) -> None:
+    """At the sigmas that it is handed, which it shifts: our times to the level, at every number of steps."""
+    sampler, spacing = pair
+    schedule = NoiseSchedule.of(noise)
+    velocity = velocity_of(three_peaks(schedule), schedule)
+    for steps in STEPS:
+        scheduler, g = make_scheduler(noise, sampler, spacing, Prediction.FLOW, steps), generators(5)
+        assert timesteps_for(scheduler, spacing, steps) is None
+        scheduler.set_timesteps(sigmas=sigmas_for(scheduler, spacing, steps))
+        times = make_times(spacing, schedule.T, steps)
+        told = schedule.told(torch.tensor(times[:-1]))
+        torch.testing.assert_close(scheduler.timesteps, told, rtol=1e-6, atol=0)
+
+        x = start = starting_noise(g, (1, 1, 1))
+        for now in scheduler.timesteps:
+            x = scheduler.step(velocity(x, now.expand(5)), now, x, generator=g).prev_sample
+        g = generators(5)
+        assert torch.equal(starting_noise(g, (1, 1, 1)), start)
+        ours = sample(three_peaks(schedule), schedule, start, times, {}, sampler, g)
+        torch.testing.assert_close(ours, x.to(ours.dtype), rtol=0, atol=1e-5)
+
+
+def test_the_sigmas_of_trailing_times_are_those_that_pipelines_pass_themselves() -> None:
+    scheduler = make_scheduler(FlowNoise(1000, 3.0), "ddim", "trailing")
+    for steps in (1, 2, 4, 5, 8):
+        theirs = [1 - i / steps for i in range(steps)]
+        assert sigmas_for(scheduler, "trailing", steps) == pytest.approx(theirs, abs=1e-15)
+    assert sigmas_for(scheduler, "trailing", 3) == [1.0, 0.667, 0.333], "times are whole numbers"
+    assert sigmas_for(make_scheduler(Noise(), "ddim", "trailing"), "trailing", 4) is None
+
+
+def test_a_grid_left_to_the_scheduler_is_shifted_twice_and_ends_at_no_noise() -> None:
+    """Why sigmas are handed over: four steps of a pipeline that does not, which spends one on almost clean data."""
+    scheduler = make_scheduler(FlowNoise(1000, 3.0), "ddim", "trailing")
+    scheduler.set_timesteps(4)
+    assert scheduler.sigmas.tolist() == pytest.approx([1, 0.858, 0.602, 0.0089, 0], abs=1e-3)
+    scheduler.set_timesteps(sigmas=sigmas_for(scheduler, "trailing", 4))
+    assert scheduler.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+
+
+def test_nothing_of_a_teachers_flow_matching_scheduler_but_its_noise_survives() -> None:
+    teachers = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.1, base_shift=7.0)
+    for sampler in ("ddim", "lcm"):
+        scheduler = make_scheduler(noise_of(teachers), sampler, "trailing")
+        assert dict(scheduler.config) == dict(make_scheduler(FlowNoise(1000, 3.0), sampler, "trailing").config)
+        assert scheduler.config.shift_terminal is None and not scheduler.config.use_dynamic_shifting
+
+
+def test_a_shift_that_depends_on_the_picture_is_fixed_and_a_pipelines_mu_ignored() -> None:
+    noise = FlowNoise(1000, None, DynamicShift())
+    with pytest.raises(ValueError, match="^the shift of its scheduler depends on the picture's size"):
+        make_scheduler(noise, "ddim", "trailing")
+    scheduler = make_scheduler(noise.at(shift=3.0), "ddim", "trailing")
+    scheduler.set_timesteps(sigmas=sigmas_for(scheduler, "trailing", 4), mu=1.9)
+    assert scheduler.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+
+
+def test_the_code_on_a_card_of_flow_matching_makes_the_scheduler() -> None:
+    noise = FlowNoise(1000, 3.1582)
+    code = as_code(*scheduler_settings(noise, "ddim", "trailing"))
+    assert code == (
+        "FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.1582, use_dynamic_shifting=False, "
+        "shift_terminal=None)"
+    )
+    assert dict(eval(code, vars(diffusers)).config) == dict(make_scheduler(noise, "ddim", "trailing").config)
+
+
+@pytest.mark.parametrize("sampler", sorted({sampler for sampler, _ in PAIRS} - {sampler for sampler, _ in FLOW_PAIRS}))
+def test_a_sampler_that_diffusers_lacks_for_flow_matching_is_one_line(sampler: str) -> None:
+    with pytest.raises(ValueError, match=f"^sampler '{sampler}' has no scheduler in diffusers for flow .*: lcm, ddim$"):
+        scheduler_settings(FlowNoise(), sampler, "trailing")
+
+
+def test_a_flow_matching_student_of_clean_data_has_no_scheduler() -> None:
+    with pytest.raises(ValueError, match="^diffusers has no flow-matching scheduler for a student that predicts sam"):
+        scheduler_settings(FlowNoise(), "ddim", "trailing", Prediction.SAMPLE)
