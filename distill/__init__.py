@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     **dict.fromkeys(("trajectories", "latents", "train", "export", "sample", "evaluate"), "distill.api"),
-    "load_teacher": "distill.models.families",
+    "load_teacher": "distill.models.families.loading",
     "open_store": "distill.data.reader",
     "as_webdataset": "distill.data.as_webdataset",
     "Run": "distill.training.assembly",

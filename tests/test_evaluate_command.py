@@ -27,8 +27,8 @@ from distill.evaluation.compare import ComparisonPlan, Setting
 from distill.evaluation.pipelines import load_pipeline
 from distill.evaluation.students import load_student, parse_sampler, with_student
 from distill.methods.sampling import Sampling
-from distill.models.families import load_teacher
-from distill.models.formats import save_unet
+from distill.models.families.loading import load_teacher
+from distill.models.formats import save_network
 from distill.models.lora import add_lora, save_lora
 from distill.training import arithmetic
 from distill.training.checkpoint import _digest, _write_manifest, best_of
@@ -52,13 +52,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = load_teacher(root / "teacher")
     facts = FACTS | {"base_hash": teacher.teacher_hash, "settings": {"data": {"guidance": 2.0}}}
     random = torch.Generator().manual_seed(1)
-    for parameter in add_lora(teacher.unet, rank=3, alpha=2.0):
+    for parameter in add_lora(teacher.network, rank=3, alpha=2.0):
         parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=random))
-    save_lora(root / "lora", teacher.unet)
-    save_lora(root / "foreign", teacher.unet)
+    save_lora(root / "lora", teacher.network)
+    save_lora(root / "foreign", teacher.network)
     (root / "lora" / "distill.json").write_text(json.dumps(facts))
-    whole = load_teacher(root / "teacher").unet
-    save_unet(root / "unet", whole, torch.float32)
+    whole = load_teacher(root / "teacher").network
+    save_network(root / "unet", whole, torch.float32)
     (root / "prompts.jsonl").write_text('"a cat"\n"two dogs"\n"a boat"\n')
     (root / "tiny-evaluate.json").write_text(json.dumps(TINY))
     open_clip.add_model_config(root / "tiny-evaluate.json")

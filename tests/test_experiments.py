@@ -26,7 +26,9 @@ from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher
+from distill.models.families.sd15 import StableDiffusion
+from distill.models.families.sdxl import StableDiffusionXL
+from distill.models.families.teacher import Teacher
 from distill.models.full_size import build_unet, unet_config
 from distill.training.engine import EngineSettings
 from distill.training.learning_rate import LearningRate
@@ -78,7 +80,7 @@ def full_size_teacher(experiment: str, device: str, dtype: torch.dtype = torch.f
         teacher_id=size,
         resolution=8 * unet.config.sample_size,
         latent_shape=(4, unet.config.sample_size, unet.config.sample_size),
-        parts={"unet": unet},
+        parts={"network": unet},
     )
 
 
@@ -137,7 +139,7 @@ def step(experiment: str) -> None:
     dtype = torch.bfloat16 if lora or gradient_only else torch.float32
     teacher = full_size_teacher(experiment, "cpu", dtype)
     method, networks = networks_of(cfg, teacher)
-    batch = full_size_batch(teacher.unet.config, states=1 if lora else 2)
+    batch = full_size_batch(teacher.network.config, states=1 if lora else 2)
     (turn,) = method.turns(0)
     parameters = trained(networks["student"].module)
     start = time.perf_counter()
@@ -195,7 +197,7 @@ def game() -> None:
     engine.prepare(networks, dict.fromkeys(method.trains, TrainingRecipe(build(cfg.optimizer))))
     parameters = {name: list(trained(networks[name].module).values()) for name in method.trains}
     before = {name: [p.detach().flatten()[:16].clone() for p in ps] for name, ps in parameters.items()}
-    batch = full_size_batch(teacher.unet.config, states=1)
+    batch = full_size_batch(teacher.network.config, states=1)
     start, scalars = time.perf_counter(), {}
     for turn in method.turns(0):
         scalars |= engine.updated(turn, [batch], 0)

@@ -17,7 +17,8 @@ from distill.data.images import Accept, Listing, list_pictures
 from distill.data.index import INDEX, StorePlan
 from distill.data.reader import open_store
 from distill.diffusion.random import generator
-from distill.models.families import Teacher, load_teacher
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
 from distill.training.latents import LatentEncoder
 from tests.data.stores import PICTURES, files
 from tests.data.test_images import encoded, noise, picture

@@ -19,7 +19,7 @@ from distill.config.settings import SampleSettings, TrainSettings
 from distill.data.reader import open_store
 from distill.diffusion.solver import solve
 from distill.models.exported import open_export
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.student import as_teacher
 from distill.training.export import export_run
 from distill.training.run import read_run
@@ -186,7 +186,7 @@ def test_solves_of_an_earlier_student_are_data_for_the_next(
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
 
     model = next(setting.partition("=")[2] for setting in common if setting.startswith("model."))
-    teacher = load_teacher(model, parts=("unet",))
+    teacher = load_teacher(model, parts=("network",))
     solver = as_teacher(teacher, open_export(full)).denoiser()
     store = open_store(tmp_path / "solves")
     sample_ = store.read(0, (0, 1, 2))

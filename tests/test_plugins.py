@@ -26,7 +26,7 @@ from distill.evaluation.protocol import Captions, Protocol, build_scorer
 from distill.evaluation.report import format_table
 from distill.methods.lcm import LCM
 from distill.methods.sampling import sample
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.models.schedulers import scheduler_settings
 from distill.training.helpers import check_helpers, helpers_of
 from tests.analytic import three_peaks

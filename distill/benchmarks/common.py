@@ -19,7 +19,7 @@ from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import trailing_times
 from distill.diffusion.trajectory import Trajectory
 from distill.models.devices import gpu_is_used
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.toy.teacher import teacher_folder
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -68,7 +68,7 @@ def random_store(
 
 def toy_unet() -> Any:
     """The bundled teacher's network."""
-    return load_teacher(teacher_folder()).unet
+    return load_teacher(teacher_folder()).network
 
 
 def machine(device: torch.device | str) -> str:

@@ -32,9 +32,10 @@ from distill.diffusion.prediction import Prediction
 from distill.methods.lcm import LCM
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.devices import own_device
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
+from distill.models.families.unet import LCM_LORA_TARGETS
 from distill.models.full_size import build_unet, unet_config
-from distill.models.lora import ADAPTER, LCM_LORA_TARGETS, add_lora
+from distill.models.lora import ADAPTER, add_lora
 from distill.toy.teacher import teacher_folder
 from distill.training.engine import EngineSettings
 from distill.training.trained_network import TrainingRecipe
@@ -243,8 +244,8 @@ class Recipe:
 def recipe_of(size: str, unet: UNet2DConditionModel, what: dict[str, Any], device: torch.device) -> Recipe:
     """The usual step with networks of a size, all of them on the device that the other variants train on."""
     if size == "toy":
-        parts = load_teacher(teacher_folder(), parts=("unet", "text", "vae")).to(device)
-        teacher, vae = parts.unet, parts.vae
+        parts = load_teacher(teacher_folder(), parts=("network", "text", "vae")).to(device)
+        teacher, vae = parts.network, parts.vae
         encoders: list[nn.Module] = [tower.encoder for tower in parts.text]
     else:
         model = MODELS[size]

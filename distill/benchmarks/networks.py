@@ -15,7 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from distill.benchmarks.common import SCHEDULE
 from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
-from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher, TextTower
+from distill.models.families.registry import FAMILIES
+from distill.models.families.teacher import Teacher
+from distill.models.families.towers import TextTower
 from distill.models.full_size import build_unet, unet_config
 
 _TINY_TOWER: dict[str, Any] = {
@@ -137,7 +139,7 @@ def teacher_of(pipeline: Any, model: Model) -> Teacher:
     if len(model.towers) > 1:
         encoders.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
     return Teacher(
-        family=StableDiffusionXL() if len(model.towers) > 1 else StableDiffusion(),
+        family=FAMILIES["sdxl" if len(model.towers) > 1 else "sd15"],
         schedule=SCHEDULE,
         prediction=Prediction.EPSILON,
         noise=Noise(),
@@ -145,7 +147,7 @@ def teacher_of(pipeline: Any, model: Model) -> Teacher:
         resolution=8 * model.side,
         latent_shape=(4, model.side, model.side),
         parts={
-            "unet": pipeline.unet,
+            "network": pipeline.unet,
             "vae": pipeline.vae,
             "text": tuple(TextTower(tokenizer, encoder) for tokenizer, encoder in encoders),
         },

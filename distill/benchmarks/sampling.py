@@ -29,10 +29,11 @@ from distill.diffusion.random import starting_noise
 from distill.diffusion.solver import make_times
 from distill.evaluation.pipelines import generate_images, load_pipeline, timesteps_of, use_sampler
 from distill.methods.sampling import sample
-from distill.models.denoiser import NetworkDenoiser
 from distill.models.devices import described, own_device
-from distill.models.families import Teacher, load_teacher
-from distill.models.lora import ADAPTER, add_lora, merge_lora
+from distill.models.execution import base_dtype
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
+from distill.models.lora import add_lora, merge_lora
 from distill.toy.teacher import teacher_folder
 
 TEACHER_STEPS, GUIDANCE, STUDENT_STEPS = 25, 7.5, (1, 2, 4, 8)
@@ -66,7 +67,7 @@ def run(size: str, repeats: int, batch_size: int, output_dir: Path) -> None:
         "pixels": models.pixels,
         "device": machine(device),
         "described": described(device),
-        "dtype": str(models.teacher.unet.dtype).removeprefix("torch."),
+        "dtype": str(models.teacher.network.dtype).removeprefix("torch."),
         "date": time.strftime("%Y-%m-%d"),
         "batch_size": batch_size,
         "repeats": repeats,
@@ -84,8 +85,8 @@ def load(size: str, device: torch.device) -> SampledModel:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     if size == "toy":
         pipeline = load_pipeline(str(teacher_folder())).to(device, dtype)
-        teacher = load_teacher(teacher_folder(), parts=("unet", "text", "vae"))
-        parts = {"unet": pipeline.unet, "vae": pipeline.vae, "text": teacher.text}
+        teacher = load_teacher(teacher_folder(), parts=("network", "text", "vae"))
+        parts = {"network": pipeline.unet, "vae": pipeline.vae, "text": teacher.text}
         teacher.parts.update(parts)
         return SampledModel(pipeline, teacher.to(device), 64)
     model = MODELS[size]
@@ -116,12 +117,12 @@ def measured(models: SampledModel, repeats: int, batch_size: int) -> list[dict[s
     own = guided(teacher.denoiser(), teacher.unconditional(), GUIDANCE)
     row("distill", "teacher", TEACHER_STEPS, partial(ours, teacher, own, "ddim", "trailing"))
     use_sampler(pipeline, "lcm", "lcm")
-    add_lora(teacher.unet, models.rank, models.rank)
-    nn.Module.to(teacher.unet.requires_grad_(False), teacher.unet.conv_in.weight.dtype)  # as it is loaded for use
-    student: Denoiser = NetworkDenoiser(teacher.unet, teacher.schedule, teacher.prediction, adapter=ADAPTER)
+    add_lora(teacher.network, models.rank, models.rank)
+    nn.Module.to(teacher.network.requires_grad_(False), base_dtype(teacher.network))  # as it is loaded for use
+    student: Denoiser = teacher.denoiser_of(teacher.network)
     for network in ("LoRA", "LoRA, merged"):
         if network != "LoRA":
-            merge_lora(teacher.unet)
+            merge_lora(teacher.network)
             student = teacher.denoiser()
             free_memory()
         for steps in STUDENT_STEPS:
@@ -139,7 +140,7 @@ def theirs(models: SampledModel, spacing: str, guidance: float, B: int, steps: i
 def ours(teacher: Teacher, denoiser: Denoiser, sampler: str, spacing: str, B: int, steps: int) -> Tensor:
     """Pictures by the sampler here, as `distill evaluate` generates."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(B)]
-    x = starting_noise(generators, teacher.latent_shape).to(teacher.unet.device)
+    x = starting_noise(generators, teacher.latent_shape).to(teacher.network.device)
     times = make_times(spacing, teacher.schedule.T, steps)
     conditioning = teacher.encode([PROMPT] * B)
     return teacher.decode(sample(denoiser, teacher.schedule, x, times, conditioning, sampler, generators))

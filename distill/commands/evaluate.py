@@ -47,7 +47,8 @@ from distill.evaluation.toy import JudgeScorer
 from distill.models.devices import described, own_device
 from distill.models.execution import execute
 from distill.models.exported import FACTS
-from distill.models.families import Teacher, load_teacher
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
 from distill.models.folder import read_json
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
@@ -178,7 +179,7 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
     log.info("loading the teacher, the student and what scores them")
     teacher = load_teacher(
         teacher_path(cfg, source),
-        parts=("unet", "text", "vae"),
+        parts=("network", "text", "vae"),
         dtype=dtype,
         revision=cfg.model.revision,
         variant=cfg.model.variant,

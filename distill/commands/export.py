@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel
 from peft import PeftModel
 
 from distill.config.loading import ConfigError, checking
@@ -25,10 +25,10 @@ from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
 from distill.diffusion.prediction import Prediction
 from distill.evaluation.figures import GridRow, draw_grid
-from distill.evaluation.pipelines import generate_images, load_pipeline, timesteps_of, use_sampler
+from distill.evaluation.pipelines import generate_images, load_pipeline, timesteps_of, use_network, use_sampler
 from distill.evaluation.report import all_columns, format_table
 from distill.models.devices import own_device
-from distill.models.families import load_unet
+from distill.models.families.registry import FAMILIES, network_of
 from distill.models.folder import find_pipeline
 from distill.training.card import SAMPLES, sample_steps, write_card
 from distill.training.comfyui import write_workflows
@@ -120,13 +120,15 @@ def pipeline_of(folder: Path, export: Export) -> Any:
     pipeline = load_pipeline(
         model.pretrained_model_name_or_path, lora=lora, revision=model.revision, variant=model.variant
     )
-    if lora is None and "unet" in export.formats:
-        pipeline.unet = load_unet(folder / "unet", pipeline.unet.config, torch.float32)
+    family = FAMILIES.find(export.family)
+    name = family.network.folder
+    if lora is None and name in export.formats:
+        use_network(pipeline, folder, family)
     elif lora is None and "checkpoint" in export.formats:
-        file = folder / "checkpoint" / f"{export.name}.safetensors"
-        configs = find_pipeline(model.pretrained_model_name_or_path, ["unet"], model.revision, model.variant)
-        pipeline.unet = UNet2DConditionModel.from_single_file(str(file), config=str(configs), subfolder="unet")
+        file, cls = folder / "checkpoint" / f"{export.name}.safetensors", getattr(diffusers, family.network.kind)
+        configs = find_pipeline(model.pretrained_model_name_or_path, [name], model.revision, model.variant)
+        setattr(pipeline, name, cls.from_single_file(str(file), config=str(configs), subfolder=name))
     elif lora is None:
-        pipeline.unet = PeftModel.from_pretrained(pipeline.unet, folder / "peft")
+        setattr(pipeline, name, PeftModel.from_pretrained(network_of(pipeline), folder / "peft"))
     use_sampler(pipeline, export.sampling.sampler, export.sampling.spacing, Prediction(export.prediction))
     return pipeline

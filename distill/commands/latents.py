@@ -25,7 +25,7 @@ from distill.data.index import NO_SOLVE, StorePlan
 from distill.data.progress import counted
 from distill.data.writer import work_split, write_store
 from distill.models.devices import described, own_device
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.training.latents import LatentEncoder
 from distill.training.launched import launched_rank, launched_world_size, only_one_process
 from distill.training.micro_batch import within_memory

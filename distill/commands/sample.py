@@ -62,6 +62,7 @@ from distill.evaluation.toy import captions_right
 from distill.methods.sampling import Sampling
 from distill.models.devices import described, own_device
 from distill.models.execution import execute
+from distill.models.families.registry import network_of
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
@@ -125,12 +126,12 @@ def load_student(cfg: SampleSettings, model: ModelSettings) -> tuple[Any, Sampli
 
 
 def on_device(cfg: SampleSettings, pipeline: Any) -> Any:
-    """The pipeline where it computes, its UNet executed as the settings say."""
+    """The pipeline where it computes, its network executed as the settings say."""
     with checking():
         device = own_device()
     log.info("%s", described(device))
     pipeline = pipeline.to(device, torch.float16) if device.type == "cuda" else pipeline
-    execute(pipeline.unet, cfg.compile, cfg.channels_last)
+    execute(network_of(pipeline), cfg.compile, cfg.channels_last)
     return pipeline
 
 

@@ -31,7 +31,7 @@ from distill.diffusion.solver import make_times
 from distill.models.devices import described, own_device
 from distill.models.execution import execute
 from distill.models.exported import open_export
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.models.student import as_teacher
 from distill.training.launched import launched_rank, launched_world_size, only_one_process
 from distill.training.micro_batch import within_memory
@@ -52,17 +52,17 @@ def main(cfg: TrainSettings) -> None:
         device = own_device()
         dtype = inference_dtype(cfg.data.teacher_dtype, device)
         loaded = dtype if cfg.teacher is None else torch.float32  # a LoRA that teaches is merged before it is rounded
-        teacher = open_teacher(cfg.model, ("unet", "text"), dtype=loaded)
+        teacher = open_teacher(cfg.model, ("network", "text"), dtype=loaded)
         own_hash = teacher.teacher_hash
         if cfg.teacher is not None:
             export = open_export(cfg.teacher)
             export.require_base(own_hash)
             teacher, own_hash = as_teacher(teacher, export), export.weights_hash
-        nn.Module.to(teacher.unet, dtype)  # diffusers' own `to` warns of nothing
+        nn.Module.to(teacher.network, dtype)  # diffusers' own `to` warns of nothing
         plan = replace(plan_of(cfg, teacher, own_hash), teacher_dtype=str(dtype).removeprefix("torch."))
         rank, world_size = work_split()
     teacher = teacher.to(device)
-    execute(teacher.unet, cfg.compile, cfg.channels_last)
+    execute(teacher.network, cfg.compile, cfg.channels_last)
     log.info("%s, the teacher in %s", described(device, launched_world_size()), plan.teacher_dtype)
     stores = [(cfg.data.store, plan, prompts)]
     if heldout := heldout_samples(cfg.data.heldout_samples, plan.samples):

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from distill.config.loading import Settings, check_component, suggest
 from distill.diffusion.samplers import check_pair, check_sampler, check_solver, check_spacing, usual_spacing
+from distill.models.families import check_family
 
 
 def check_number(value: Any) -> Any:
@@ -93,6 +94,7 @@ def check_sampling(text: str) -> str:
 Sampler = Annotated[str, AfterValidator(check_named(check_sampler))]
 Spacing = Annotated[str, AfterValidator(check_named(check_spacing))]
 Solver = Annotated[str, AfterValidator(check_named(check_solver))]
+FamilyName = Annotated[str, AfterValidator(check_named(check_family))]
 
 
 class ModelSettings(Settings):
@@ -105,7 +107,7 @@ class ModelSettings(Settings):
     revision: str | None = None
     variant: str | None = None
     resolution: Positive | None = None
-    family: Literal["sd15", "sdxl"] | None = None
+    family: FamilyName | None = None
 
 
 class DataSettings(Settings):

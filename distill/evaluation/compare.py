@@ -41,7 +41,7 @@ Advance = Callable[[int], None]
 
 
 class TeacherParts(Protocol):
-    """What surrounds the denoisers; `distill.models.families.Teacher` is one."""
+    """What surrounds the denoisers; `distill.models.families.teacher.Teacher` is one."""
 
     @property
     def schedule(self) -> NoiseSchedule: ...

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from diffusers import LCMScheduler
-from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
 from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
 from distill.models.checks import naming
 from distill.models.exported import FACTS, read_export
-from distill.models.families import DECODED_PIXELS, load_unet, open_pipeline
+from distill.models.families.base import DEFAULT_PIXELS, Family
+from distill.models.families.loading import load_network, open_pipeline
+from distill.models.families.registry import FAMILIES, family_of_network, network_of
+from distill.models.families.teacher import DECODED_PIXELS
 from distill.models.lora import LORA_FILE
 from distill.models.schedulers import make_scheduler, noise_of, timesteps_for
 
@@ -33,8 +35,9 @@ def load_pipeline(
     Its networks are frozen: torch multiplies in another way, which rounds otherwise, where a weight could be trained,
     and diffusers freezes a network when it loads a LoRA into it. So, with the LoRA off, it is the same to the bit.
 
-    Instead of a LoRA, the export of a student that is a full network (a folder with `unet`) replaces the pipeline's
-    network. An export's scheduler is the one that it names; with `own_scheduler` a LoRA's stays the model's own.
+    Instead of a LoRA, the export of a student that is a full network (a folder with `unet` or `transformer`) replaces
+    the pipeline's network. An export's scheduler is the one that it names; with `own_scheduler` a LoRA's stays the
+    model's own.
 
     Raises:
         FileNotFoundError: no pipeline or no LoRA there.
@@ -43,39 +46,48 @@ def load_pipeline(
     """
     if lora is not None and not Path(lora).exists() and str(lora).count("/") != 1:
         raise FileNotFoundError(f"lora={lora}: no such file or folder")
-    pipeline, _ = open_pipeline(str(pretrained_model_name_or_path), revision, variant)
+    pipeline, described = open_pipeline(str(pretrained_model_name_or_path), revision, variant)
     if lora is not None and _is_network(Path(lora)):
-        pipeline.register_modules(unet=load_unet(Path(lora) / "unet", pipeline.unet.config, torch.float32))
+        use_network(pipeline, Path(lora), described.family)
         use_export_sampler(pipeline, lora)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
     if lora is not None and not _is_network(Path(lora)):
-        _load_lora(pipeline, lora, lora_scale)
+        _load_lora(pipeline, lora, lora_scale, described.family)
         if not own_scheduler and sampling_of(lora):
             use_export_sampler(pipeline, lora)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def use_network(pipeline: Any, folder: Path, family: Family) -> None:
+    """Puts an export's whole network in the place of a pipeline's.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_network`.
+    """
+    network = load_network(folder, family, network_of(pipeline).config, torch.float32)
+    pipeline.register_modules(**{family.network.folder: network})
+
+
 def _is_network(folder: Path) -> bool:
-    return (folder / "unet").is_dir() and not list(folder.glob("*.safetensors"))
+    there = any((folder / family.network.folder).is_dir() for family in FAMILIES.values())
+    return there and not list(folder.glob("*.safetensors"))
 
 
-def _load_lora(pipeline: Any, lora: str | Path, scale: float) -> None:
+def _load_lora(pipeline: Any, lora: str | Path, scale: float, family: Family) -> None:
     """Puts a LoRA of any format that diffusers reads onto the pipeline, all of it or nothing."""
     named: dict[str, Any] = {"use_safetensors": True}
     if (Path(lora) / LORA_FILE).is_file():
         named["weight_name"] = LORA_FILE  # diffusers 0.38 contacts the hub otherwise
     with naming(Path(lora)):
-        state = pipeline.lora_state_dict(str(lora), unet_config=pipeline.unet.config, **named)[0]
-        tensors = {key.removeprefix("unet."): x for key, x in state.items() if key.startswith("unet.")}
-        tensors = convert_unet_state_dict_to_peft(tensors)
-    modules = dict(pipeline.unet.named_modules())
+        tensors = family.lora.seen(pipeline, str(lora), **named)
+    modules = dict(network_of(pipeline).named_modules())
     if misfits := [key for key, x in tensors.items() if not _fits(modules, key, x)]:
         raise ValueError(
             f"lora={lora} is not of this model: {len(misfits)} of its {len(tensors)} tensors have no place in its "
-            f"UNet, as {misfits[0]} {list(tensors[misfits[0]].shape)}"
+            f"network, as {misfits[0]} {list(tensors[misfits[0]].shape)}"
         )
     with naming(Path(lora)):
         pipeline.load_lora_weights(str(lora), adapter_name="student", **named)
@@ -153,7 +165,8 @@ def is_student(pipeline: Any) -> bool:
 
 def embeds_guidance(pipeline: Any) -> bool:
     """Whether guidance is an input of the network: then it costs nothing, and a negative prompt does nothing."""
-    return pipeline.unet.config.get("time_cond_proj_dim") is not None
+    network = network_of(pipeline)
+    return family_of_network(network).guidance.taken(network.config)
 
 
 def images_at_once(resolution: int) -> int:
@@ -176,7 +189,7 @@ def generate_images(
 
     `timesteps` take the place of the scheduler's own. Large pictures are decoded one after another.
     """
-    side = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    side = resolution or _side(pipeline)
     if len(prompts) * side**2 > DECODED_PIXELS:
         pipeline.vae.enable_slicing()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -194,6 +207,13 @@ def generate_images(
     ).images
 
 
+def _side(pipeline: Any) -> int:
+    """Of the pictures that a pipeline generates by itself, in pixels."""
+    network = network_of(pipeline)
+    side = family_of_network(network).network.side(network.config)
+    return DEFAULT_PIXELS if side is None else side * pipeline.vae_scale_factor
+
+
 def plain_pipeline_agrees(
     pretrained_model_name_or_path: str,
     lora: str | Path,
@@ -207,7 +227,7 @@ def plain_pipeline_agrees(
     proof that exported files are right.
 
     `expected` [B, 3, H, W] in [-1, 1] are ours; the pipeline samples with the scheduler that the export names, or with
-    LCMScheduler, after `load_lora_weights(lora)` or with the UNet of an exported network. `guidance` is for one that
+    LCMScheduler, after `load_lora_weights(lora)` or with the network of an export. `guidance` is for one that
     takes it as an input.
 
     Raises:

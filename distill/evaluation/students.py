@@ -13,7 +13,8 @@ from distill.evaluation.pipelines import sampling_of
 from distill.methods.sampling import Sampling
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.exported import FACTS, read_export
-from distill.models.families import Teacher, load_unet
+from distill.models.families.loading import load_network
+from distill.models.families.teacher import Teacher
 from distill.models.folder import stored_tensors, weight_files, weights_hash
 from distill.models.lora import ADAPTER, load_lora, lora_file
 
@@ -29,11 +30,11 @@ class LoadedStudent:
     @property
     def embedded(self) -> bool:
         """Whether guidance is an input of its network."""
-        return self.denoiser.guidance_embedding_dim is not None
+        return self.denoiser.takes_guidance
 
 
 def load_student(folder: str | Path, teacher: Teacher) -> LoadedStudent:
-    """The student in a folder: a LoRA, which is put onto the teacher's network, or the UNet of `unet/`.
+    """The student in a folder: a LoRA, which is put onto the teacher's network, or a whole network.
 
     An export says how it is sampled; the student of any other folder is taken to be one for LCM's sampler.
 
@@ -46,17 +47,18 @@ def load_student(folder: str | Path, teacher: Teacher) -> LoadedStudent:
     if export is not None:
         export.require_base(teacher.teacher_hash)
     sampling = sampling_of(folder) or Sampling()
-    if not (folder / "unet").is_dir():
+    name = teacher.family.network.folder
+    if not (folder / name).is_dir():
         digest = weights_hash(stored_tensors([lora_file(folder)]))
-        adapters, dtype = load_lora(teacher.unet, folder), teacher.unet.dtype
+        adapters, dtype = load_lora(teacher.network, folder, family=teacher.family), teacher.network.dtype
         for adapter in adapters:  # to be sampled, not to be trained: in the network's dtype
             adapter.data = adapter.data.to(dtype)
         return LoadedStudent(replace(teacher.denoiser(), adapter=ADAPTER), digest, sampling)
-    dtype = next(teacher.unet.parameters()).dtype
-    unet = load_unet(folder / "unet", teacher.unet.config, dtype)
-    prediction = (export.prediction if export is not None else None) or teacher.prediction
-    denoiser = NetworkDenoiser(unet.eval().requires_grad_(False), teacher.schedule, prediction)
-    return LoadedStudent(denoiser, weights_hash(stored_tensors(weight_files(folder, "unet"))), sampling)
+    dtype = next(teacher.network.parameters()).dtype
+    network = load_network(folder, teacher.family, teacher.network.config, dtype)
+    prediction = export.prediction if export is not None else None
+    denoiser = teacher.denoiser_of(network.eval().requires_grad_(False), prediction)
+    return LoadedStudent(denoiser, weights_hash(stored_tensors(weight_files(folder, name))), sampling)
 
 
 def parse_sampler(text: str, own: Sampling) -> Sampling:

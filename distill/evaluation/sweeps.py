@@ -23,6 +23,7 @@ from distill.evaluation.metrics import METRICS
 from distill.evaluation.pipelines import generate_images, use_adapters, use_sampler
 from distill.evaluation.report import format_table
 from distill.evaluation.statistics import laplacian_energy, rmse
+from distill.models.families.registry import network_of
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
 GUIDANCES = (1.0, 1.5, 2.0, 4.0)
@@ -233,7 +234,7 @@ def _draw(
     """Pictures [B, 3, H, W] in [0, 1] and what they cost in all."""
     pipeline = models.ready(way)
     began = time.perf_counter()
-    with counted(pipeline.unet) as count:
+    with counted(network_of(pipeline)) as count:
         images = (
             generate_images(pipeline, prompts, seeds, way.steps, way.guidance, resolution, way.negative_prompt)
             .float()

@@ -1,8 +1,7 @@
-"""A diffusers UNet behind the floor-0 wall: whatever it predicts, what comes out is (x0, eps)."""
+"""A network of diffusers behind the floor-0 wall: whatever it predicts, what comes out is (x0, eps)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,40 +10,33 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from distill.diffusion.guidance import guidance_embedding
 from distill.diffusion.prediction import Conditioning, Denoised, Prediction, check_prediction, to_denoised
 from distill.diffusion.schedule import NoiseSchedule
+from distill.models.execution import bare, base_dtype
+from distill.models.families.base import Family
+from distill.models.families.registry import family_of_network
 from distill.models.lora import ADAPTER, lora_layers, only_adapter
-
-_TEXT, _GUIDANCE = "encoder_hidden_states", "guidance"
-_ADDED = ("text_embeds", "time_ids")  # diffusers wants these inside the keyword `added_cond_kwargs`
-_NUMBERS = ("time_ids",)  # pixel counts: bfloat16 would round 1023 to 1024
-
-
-def bare(module: nn.Module) -> nn.Module:
-    """The network inside DDP's or DeepSpeed's wrapper."""
-    while isinstance(inner := getattr(module, "module", None), nn.Module):
-        module = inner
-    return module
 
 
 @dataclass(frozen=True)
 class NetworkDenoiser:
-    """The `Denoiser` of a UNet. `dataclasses.replace(denoiser, module=wrapped)` is the same one inside an engine.
+    """The `Denoiser` of a network. `dataclasses.replace(denoiser, module=wrapped)` is the same one inside an engine.
 
     Args:
-        module: a diffusers UNet2DConditionModel, bare or wrapped.
+        module: a denoising network of diffusers, bare or wrapped.
         schedule: of the noise it was trained on.
         prediction: what it predicts.
         adapter: the LoRA that it computes with, alone. The trained one is on whenever no other is named; None
             switches all off around each call, which makes a LoRA student its own teacher; another one takes its place
             there, for calls without a gradient.
+        family: how it is called; None is the family that has networks of its class.
     """
 
     module: nn.Module
     schedule: NoiseSchedule
     prediction: Prediction
     adapter: str | None = ADAPTER
+    family: Family | None = None
     _found: list[BaseTunerLayer] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -58,25 +50,29 @@ class NetworkDenoiser:
         The entry "guidance" [B], a weight w, reaches a network that was built to take it, and no other.
 
         Raises:
-            ValueError: for a conditioning entry that a UNet does not take, or without one that it needs; or the network
-                has no adapter of that name.
+            ValueError: for a conditioning entry that the network does not take, or without one that it needs; or the
+                network has no adapter of that name.
         """
         dtype = self.dtype
-        keywords = unet_keywords(conditioning, dtype, self.guidance_embedding_dim)
+        told = self.schedule.told(t)
         with nullcontext() if self.adapter == ADAPTER else only_adapter(self._lora_layers, self.adapter):
-            output = self.module(x_t.to(dtype), self.schedule.told(t), return_dict=False, **keywords)[0]
+            output = self._family.predict(self.module, x_t, told, conditioning, dtype)
         return to_denoised(self.prediction, output, x_t, t, self.schedule)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype the network expects its inputs in: that of its first layer, which no standard LoRA touches."""
-        first: Any = bare(self.module).conv_in
-        return first.weight.dtype
+        """The dtype the network expects its inputs in."""
+        return base_dtype(self.module)
 
     @property
-    def guidance_embedding_dim(self) -> int | None:
-        """Width of the features in which the network is shown a guidance weight; None if it takes none."""
-        return getattr(getattr(bare(self.module), "config", None), "time_cond_proj_dim", None)
+    def takes_guidance(self) -> bool:
+        """Whether a guidance weight is an input of the network."""
+        network: Any = bare(self.module)
+        return self._family.guidance.taken(network.config)
+
+    @property
+    def _family(self) -> Family:
+        return self.family or family_of_network(bare(self.module))
 
     @property
     def _lora_layers(self) -> list[BaseTunerLayer]:
@@ -87,22 +83,3 @@ class NetworkDenoiser:
                 raise ValueError(f"the network has no adapter {self.adapter!r}")
             self._found.extend(layers)
         return self._found
-
-
-def unet_keywords(
-    conditioning: Conditioning, dtype: torch.dtype, guidance_dim: int | None
-) -> dict[str, Tensor | Mapping[str, Tensor]]:
-    """The UNet's keyword arguments for a flat conditioning."""
-    allowed = (_TEXT, *_ADDED, _GUIDANCE)
-    for key in conditioning:
-        if key not in allowed:
-            raise ValueError(f"conditioning {key!r} is not known; allowed: {', '.join(allowed)}")
-    for key in [_TEXT] if guidance_dim is None else [_TEXT, _GUIDANCE]:
-        if key not in conditioning:
-            raise ValueError(f"the conditioning lacks {key!r}; it has {sorted(conditioning)}")
-    keywords: dict[str, Any] = {_TEXT: conditioning[_TEXT].to(dtype)}
-    if guidance_dim is not None:
-        keywords["timestep_cond"] = guidance_embedding(conditioning[_GUIDANCE], guidance_dim).to(dtype)
-    if added := {k: x if k in _NUMBERS else x.to(dtype) for k, x in conditioning.items() if k in _ADDED}:
-        keywords["added_cond_kwargs"] = added
-    return keywords

@@ -6,26 +6,25 @@ weights of a copy of the encoder are trained, or a LoRA on the teacher's frozen 
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, pad, silu
-from torch.utils._pytree import tree_map_only
 
 from distill.diffusion.adversarial import Origin
 from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import generator
-from distill.models.denoiser import bare, unet_keywords
-from distill.models.families import Teacher
+from distill.diffusion.schedule import NoiseSchedule
+from distill.models.execution import bare, base_dtype
+from distill.models.families.base import Family
+from distill.models.families.registry import family_of_network
+from distill.models.families.teacher import Teacher
 from distill.models.lora import add_lora, check_sizes, lora_layers
-from distill.models.shared import on_the_weights_of
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,12 @@ class Discriminator:
 
     Args:
         module: a `CriticNetwork`, bare or wrapped.
+        schedule: of the noise in what it judges. Of the variance-preserving ones of 1000 times it does not matter which:
+            networks are told the same of their times.
     """
 
     module: nn.Module
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule.scaled_linear)
 
     @classmethod
     def of(
@@ -47,15 +49,17 @@ class Discriminator:
         rank: int | None = None,
         alpha: float = 64.0,
     ) -> Discriminator:
-        """A discriminator that starts as the encoder of the teacher's UNet; see `CriticNetwork`.
+        """A discriminator that starts as the encoder of the teacher's network; see `CriticNetwork`.
 
         Raises:
-            ValueError: the UNet has adapters, which would be copied with it.
+            ValueError: the network has adapters, which would be copied with it.
         """
-        if lora_layers(teacher.unet):
+        if lora_layers(teacher.network):
             raise ValueError("a discriminator is made of the teacher's own network: before it is given a LoRA")
-        unet = teacher.unet if rank is None else teacher.lend()
-        return cls(CriticNetwork(unet, teacher.latent_shape[1:], conditional, seed, rank, alpha))
+        network = teacher.network if rank is None else teacher.lend()
+        size = teacher.latent_shape[1:]
+        critic = CriticNetwork(network, size, conditional, seed, rank, alpha, teacher.family)
+        return cls(critic, teacher.schedule)
 
     def __call__(
         self, samples: Sequence[Tensor], t: Tensor, conditioning: Conditioning, origin: Origin | None = None
@@ -73,96 +77,84 @@ class Discriminator:
             samples, times = [*samples, origin[0]], [*times, origin[1]]
         x = torch.cat(list(samples)).to(critic.dtype)  # [n B, C, h, w]
         many = {key: torch.cat([entry] * len(samples)) for key, entry in conditioning.items()}
-        keywords = unet_keywords(many, critic.dtype, critic.encoder.config["time_cond_proj_dim"])
-        logits = self.module(x, (torch.cat(times) - 1).clamp(min=0), len(samples), **keywords)
+        logits = self.module(x, self.schedule.told(torch.cat(times)), len(samples), many)
         return list(logits.float().chunk(len(logits) // len(t)))
 
 
 class CriticNetwork(nn.Module):
-    """The encoder and middle of a UNet, and a head over their features.
+    """The encoder of a network, as its family has it for critics, and a head over its features.
 
     Args:
-        unet: whose encoder is copied and fully trained; or, with a rank, serves frozen as it is.
+        network: whose encoder is copied and fully trained; or, with a rank, serves frozen as it is.
         size: (h, w) of the latents it is meant for; it takes others.
         conditional: the head sees beside a sample's features those of the state it was made from.
         seed: of the head's weights and the LoRA's. The head's last layer starts at zero: it finds everything as likely
             real as fake.
         rank, alpha: of a LoRA on the encoder.
+        family: the network's, which is found by its class where it is not given.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        network: Any,
         size: Sequence[int],
         conditional: bool = False,
         seed: int = 0,
         rank: int | None = None,
         alpha: float = 64.0,
+        family: Family | None = None,
     ) -> None:
         super().__init__()
         self.conditional = conditional
-        if rank is None:
-            self.encoder = encoder_of(unet).requires_grad_(True)
-        else:
-            self.encoder = encoder_of(unet, on_its_weights=True)
-            add_lora(self.encoder, rank, alpha, seed=seed)
-        width = unet.config["block_out_channels"][-1]
-        halvings = sum(block.downsamplers is not None for block in unet.down_blocks)
-        smaller = min(math.ceil(side / 2**halvings) for side in size)
+        self.family = family or family_of_network(network)
+        self.encoder = self.family.critic.encoder(network, on_its_weights=rank is not None)
+        if rank is not None:
+            add_lora(self.encoder, rank, alpha, seed=seed, family=self.family)
+        width, *sides = self.family.critic.shape(network, (size[0], size[1]))
         with torch.device("meta"):  # or torch would initialise the weights, from the global generator
-            head = Head(width * (1 + conditional), width, Head.depth(smaller))
-        self.head = head.to(self.dtype).to_empty(device=unet.conv_in.weight.device)
+            head = Head(width * (1 + conditional), width, Head.depth(min(sides)))
+        self.head = head.to(self.dtype).to_empty(device=next(network.parameters()).device)
         self.head.initialise(seed)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the inputs it expects."""
-        return self.encoder.conv_in.weight.dtype
+        return base_dtype(self.encoder)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """As in diffusers: the encoder's blocks are recomputed in the backward pass."""
         self.encoder.enable_gradient_checkpointing(gradient_checkpointing_func)
 
-    def forward(self, x: Tensor, index: Tensor, batches: int, **keywords: Any) -> Tensor:
-        """Latents x [N, C, h, w] of `batches` equal batches at timestep indices [N] to logits.
+    def forward(self, x: Tensor, told: Tensor, batches: int, conditioning: Conditioning) -> Tensor:
+        """Latents x [N, C, h, w] of `batches` equal batches, at what a network is told of their times [N], to logits.
 
         They are [N]; or, for a conditional network, those of all batches but the last, which all the others came from.
         """
-        features = self._features(x, index, batches, keywords)  # [N, width, h', w']
+        features = self._features(x, told, batches, conditioning)  # [N, width, h', w']
         if self.conditional:
             *made, origin = features.chunk(batches)
             features = torch.cat([torch.cat([d, origin], 1) for d in made])
         return self.head(features)
 
-    def _features(self, x: Tensor, index: Tensor, batches: int, keywords: Mapping[str, Any]) -> Tensor:
+    def _features(self, x: Tensor, told: Tensor, batches: int, conditioning: Conditioning) -> Tensor:
         """What the encoder makes of all batches.
 
         In the student's turn it is not trained, and what it makes of the state that samples came from is a constant:
         computed without a graph, which saves the activations and the backward passes through them.
         """
         if not (self.conditional and torch.is_grad_enabled()) or any(p.requires_grad for p in self.parameters()):
-            return self.encoder(x, index, return_dict=False, **keywords)[0]
+            return self._encoded(x, told, conditioning)
         made = len(x) - len(x) // batches
         with torch.no_grad():
-            origin = self._of(slice(made, None), x.detach(), index, keywords)
-        return torch.cat([self._of(slice(made), x, index, keywords), origin])
+            origin = self._of(slice(made, None), x.detach(), told, conditioning)
+        return torch.cat([self._of(slice(made), x, told, conditioning), origin])
 
-    def _of(self, part: slice, x: Tensor, index: Tensor, keywords: Mapping[str, Any]) -> Tensor:
+    def _of(self, part: slice, x: Tensor, told: Tensor, conditioning: Conditioning) -> Tensor:
         """What the encoder makes of a part of the samples."""
-        given = tree_map_only(Tensor, lambda entry: entry[part], dict(keywords))
-        return self.encoder(x[part], index[part], return_dict=False, **given)[0]
+        return self._encoded(x[part], told[part], {key: entry[part] for key, entry in conditioning.items()})
 
-
-def encoder_of(unet: UNet2DConditionModel, on_its_weights: bool = False) -> UNet2DConditionModel:
-    """A UNet that ends after its middle: what it returns are its features [B, width, h', w'].
-
-    It is a copy; or, `on_its_weights`, it computes with the very weights of `unet`.
-    """
-    left_out: dict[int, nn.Module] = {id(unet.up_blocks): nn.ModuleList(), id(unet.conv_out): nn.Identity()}
-    if unet.conv_norm_out is not None:
-        left_out[id(unet.conv_norm_out)] = nn.Identity()
-        left_out[id(unet.conv_act)] = nn.Identity()
-    return on_the_weights_of(unet, left_out) if on_its_weights else copy.deepcopy(unet, left_out)
+    def _encoded(self, x: Tensor, told: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.family.critic.features(self.encoder, x, told, conditioning, self.dtype)
 
 
 class Head(nn.Module):
@@ -265,5 +257,5 @@ class LatentDiscriminator:
         check_sizes("networks.discriminator", self.rank, self.alpha)
 
     def network(self, teacher: Teacher, seed: int = 0) -> Discriminator:
-        """The network for a teacher with its UNet, before any adapter is added to that."""
+        """The network for a teacher with its own, before any adapter is added to that."""
         return Discriminator.of(teacher, self.conditional, seed, self.rank, self.alpha)

@@ -1,4 +1,4 @@
-"""How networks are executed: compiled blocks, and the order of images in memory."""
+"""How networks are executed: their dtype, compiled blocks, and the order of images in memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ Compile = bool | Literal["inductor", "aot_eager", "eager"]
 
 RECOMPILATIONS = 64
 """How often a block may be compiled: gradients or none, LoRA on or off, batch sizes, widths. torch stops at 8."""
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The network inside DDP's or DeepSpeed's wrapper."""
+    while isinstance(inner := getattr(module, "module", None), nn.Module):
+        module = inner
+    return module
+
+
+def base_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a network expects its inputs in: that of its first weight that is neither a LoRA's nor a code."""
+    weights = bare(module).named_parameters()
+    return next(p.dtype for name, p in weights if p.is_floating_point() and ".lora_" not in name)
 
 
 def execute(module: nn.Module, compile: Compile = False, channels_last: bool = False, weights: bool = True) -> None:

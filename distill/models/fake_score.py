@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.models.lora import add_lora, check_sizes
 from distill.models.shared import on_the_weights_of
 
@@ -29,10 +29,10 @@ class FakeScore:
         check_sizes("networks.fake_score", self.rank, self.alpha)
 
     def network(self, teacher: Teacher, seed: int = 0) -> NetworkDenoiser:
-        """The network for a teacher with its UNet, before any adapter is added to that."""
+        """The network for a teacher with its own, before any adapter is added to that."""
         if self.rank is None:
-            unet = copy.deepcopy(teacher.unet).requires_grad_(True)
+            network = copy.deepcopy(teacher.network).requires_grad_(True)
         else:
-            unet = on_the_weights_of(teacher.lend())
-            add_lora(unet, self.rank, self.alpha, seed=seed)
-        return NetworkDenoiser(unet, teacher.schedule, teacher.prediction)
+            network = on_the_weights_of(teacher.lend())
+            add_lora(network, self.rank, self.alpha, seed=seed, family=teacher.family)
+        return teacher.denoiser_of(network)

@@ -1,4 +1,4 @@
-"""Files of tensors that colleagues can read: permissions follow the umask, whatever a library would give them."""
+"""Files of tensors: in their dtype, and with permissions that follow the umask, whatever a library would give them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file as _save_file
 from torch import Tensor
 
@@ -23,6 +24,20 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping
     """
     _save_file(dict(tensors), path, None if metadata is None else dict(metadata))
     share(Path(path))
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in the dtype of a file.
+
+    Raises:
+        ValueError: a value that is not finite, or not in that dtype.
+    """
+    stored = tensor.to(dtype)
+    if tensor.is_floating_point() and not stored.isfinite().all():
+        if not tensor.isfinite().all():
+            raise ValueError(f"the weights are broken: {name} has values that are not finite")
+        raise ValueError(f"{name} holds {float(tensor.abs().max()):.3g}, too much for dtype={str(dtype)[6:]}")
+    return stored
 
 
 def share(path: Path) -> None:

@@ -24,7 +24,7 @@ def find_pipeline(
 
     Args:
         path: a folder, or a hub id (`organisation/name`).
-        components: sub-folders whose files are needed: `unet`, `text_encoder`, `tokenizer`, ...
+        components: sub-folders whose files are needed, if they are there: `unet`, `text_encoder`, `tokenizer`, ...
 
     Raises:
         FileNotFoundError: if there is no such folder and the hub does not give one, or it holds no pipeline.
@@ -32,7 +32,8 @@ def find_pipeline(
     folder = Path(path).expanduser()
     if not folder.exists():
         folder = _download(path, components, revision, variant)
-        plain = [name for name in components if not variant_of(folder, name, variant)]
+        there = [name for name in components if (folder / name).is_dir()]
+        plain = [name for name in there if not variant_of(folder, name, variant)]
         if variant and plain:  # those that the variant was not made of
             folder = _download(path, plain, revision, None)
     if not (folder / "model_index.json").is_file():

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
 from distill.diffusion.noise import AnyNoise, read_noise
 from distill.models.checks import check_folder, component
 from distill.models.copied import COPIED, copy_parts
+from distill.models.families.base import Family
+from distill.models.families.registry import family_of_network
+from distill.models.files import rounded
 from distill.models.folder import find_pipeline, read_json
 
 LORA_FORMATS = ("diffusers", "peft", "kohya")
@@ -30,44 +32,34 @@ _OF_PIPELINES = (
 )
 
 
-def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in the dtype of a file.
+def save_network(folder: Path, network: Any, dtype: torch.dtype, family: Family | None = None) -> None:
+    """Writes a network as a diffusers model, its weights in one file, to its family's sub-folder for it.
 
-    Raises:
-        ValueError: a value that is not finite, or not in that dtype.
-    """
-    stored = tensor.to(dtype)
-    if tensor.is_floating_point() and not stored.isfinite().all():
-        if not tensor.isfinite().all():
-            raise ValueError(f"the weights are broken: {name} has values that are not finite")
-        raise ValueError(f"{name} holds {float(tensor.abs().max()):.3g}, too much for dtype={str(dtype)[6:]}")
-    return stored
-
-
-def save_unet(folder: Path, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    """Writes `unet` as a diffusers model, its weights in one file, to the sub-folder `unet`; it is left in that dtype.
+    It is left in that dtype.
 
     Raises:
         ValueError: a weight that the dtype cannot hold.
     """
-    _to(unet, dtype)
-    unet.save_pretrained(folder / "unet", max_shard_size=_ONE_FILE)
-    _forget_paths(folder / "unet")
+    _to(network, dtype)
+    place = folder / (family or family_of_network(network)).network.folder
+    network.save_pretrained(place, max_shard_size=_ONE_FILE)
+    _forget_paths(place)
 
 
 def save_pipeline(
     folder: Path,
-    unet: UNet2DConditionModel,
+    network: Any,
     pretrained_model_name_or_path: str,
     dtype: torch.dtype,
     scheduler: Callable[[AnyNoise], Any],
     revision: str | None = None,
     variant: str | None = None,
+    family: Family | None = None,
 ) -> None:
-    """Writes the teacher's pipeline with `unet` in the place of its own, and with what `scheduler` makes of its noise.
+    """Writes the teacher's pipeline with `network` for its own, and with what `scheduler` makes of its noise.
 
     `DiffusionPipeline.from_pretrained(folder)` is then the student. Its other parts are the teacher's files, copied
-    (see `copy_parts`), in the teacher's precision; `dtype` is the UNet's. A safety checker that lacks a file is
+    (see `copy_parts`), in the teacher's precision; `dtype` is the network's. A safety checker that lacks a file is
     left out.
 
     Raises:
@@ -79,22 +71,22 @@ def save_pipeline(
     sampling_scheduler = scheduler(
         read_noise(component(source, index, "scheduler")[1], read_json(source, "scheduler/scheduler_config.json"))
     )
-    save_unet(folder, unet, dtype)
+    save_network(folder, network, dtype, family)
     sampling_scheduler.save_pretrained(folder / "scheduler")
     _forget_paths(folder / "scheduler")
     entries = copy_parts(source, folder, variant)
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = bool(entries.get("safety_checker", [None])[0])
     written = {key: index[key] for key in _OF_PIPELINES if isinstance(index.get(key), (str, bool))} | entries
-    written["unet"] = ["diffusers", type(unet).__name__]
+    written[(family or family_of_network(network)).network.folder] = ["diffusers", type(network).__name__]
     written["scheduler"] = ["diffusers", type(sampling_scheduler).__name__]
     (folder / "model_index.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
-def _to(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    for name, parameter in unet.named_parameters():
+def _to(network: nn.Module, dtype: torch.dtype) -> None:
+    for name, parameter in network.named_parameters():
         parameter.data = rounded(name, parameter.data, dtype)
-    nn.Module.to(unet, dtype)
+    nn.Module.to(network, dtype)
 
 
 def _forget_paths(folder: Path) -> None:

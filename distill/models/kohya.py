@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.prediction import Prediction
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.models.lora import lora_config, save_lora_file
 
 _PREDICTIONS = {Prediction.EPSILON: "epsilon", Prediction.V: "v"}
 
 
 def save_kohya(path: Path, teacher: Teacher, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
-    """Writes the adapters of `teacher.unet`, with the values of `state` (see `lora_state_dict`), to one file.
+    """Writes the adapters of `teacher.network`, with the values of `state` (see `lora_state_dict`), to one file.
 
     Raises:
         ValueError: an adapter that `state` lacks, or a value that the dtype cannot hold.
     """
     metadata = kohya_metadata(teacher, path.name.removesuffix(".safetensors"))
-    save_lora_file(path, teacher.unet, state, dtype=dtype, metadata=metadata)
+    save_lora_file(path, teacher.network, state, format="kohya", dtype=dtype, metadata=metadata, family=teacher.family)
 
 
 def kohya_metadata(teacher: Teacher, name: str) -> dict[str, str]:
-    """The metadata of a LoRA of `teacher.unet`: kohya-ss' keys and those of ModelSpec."""
-    config = lora_config(teacher.unet)
+    """The metadata of a LoRA of `teacher.network`: kohya-ss' keys and those of ModelSpec."""
+    config = lora_config(teacher.network)
     alpha = f"{config.lora_alpha:g}"
     version, architecture = _architecture(teacher, teacher.prediction)
     return {
@@ -62,4 +62,4 @@ def _modelspec(teacher: Teacher, prediction: Prediction, name: str, architecture
 
 def _architecture(teacher: Teacher, prediction: Prediction) -> tuple[str, str]:
     """The base model as kohya-ss and as ModelSpec call it."""
-    return teacher.family.architecture(teacher.unet.config["cross_attention_dim"], prediction is Prediction.V)
+    return teacher.family.lora.architecture(teacher.network.config, prediction is Prediction.V)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.models.rewards import Reward
 
 _computed_again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.models.formats import rounded
+from distill.models.files import rounded
 
 _BLOCK_PARTS = {
     "norm1": "in_layers.0",

@@ -1,4 +1,4 @@
-"""LoRA adapters on a diffusers UNet (Hu et al. 2021): adding, switching off, saving, loading and merging them.
+"""LoRA adapters on a network of diffusers (Hu et al. 2021): adding, switching off, saving, loading and merging them.
 
 The base stays frozen and the adapters are float32 whatever the base's dtype: at a learning rate of 1e-4 a bfloat16
 weight would not feel most updates.
@@ -14,34 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models import UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill.diffusion.random import generator
-from distill.models.files import save_file
-from distill.models.formats import rounded
-from distill.models.layouts import kohya_state_dict, peft_state_dict
-
-LCM_LORA_TARGETS: tuple[str, ...] = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)
-"""Module name suffixes that LCM-LoRA (arXiv 2311.05556) adapts: all of the UNet but its ends and its embeddings."""
+from distill.models.families.base import Family
+from distill.models.families.registry import family_of_network
+from distill.models.files import rounded, save_file
 
 ADAPTER = "default"
 """The adapter that is trained: a network at rest computes with it, and with no other."""
@@ -63,7 +44,7 @@ def check_sizes(where: str, rank: int | None, alpha: float) -> None:
 
 
 def add_lora(
-    unet: UNet2DConditionModel,
+    network: Any,
     rank: int,
     alpha: float,
     *,
@@ -71,10 +52,12 @@ def add_lora(
     targets: Sequence[str] | None = None,
     seed: int = 0,
     adapter: str = ADAPTER,
+    family: Family | None = None,
 ) -> list[nn.Parameter]:
-    """Freezes `unet`, gives every module whose name ends in one of `targets` an adapter, and returns the adapters.
+    """Freezes `network`, gives the modules that `targets` name an adapter, and returns the adapters.
 
-    Without `targets` they are those of `LCM_LORA_TARGETS` that the network has: a small one may lack a level.
+    `targets` are peft's `target_modules`, ends of modules' names; without them they are the usual ones of the network's
+    `family`, which is found by its class where it is not given.
 
     An adapted layer computes `base(x) + alpha / rank * B A x`. B starts at zero, so the network starts unchanged; A
     starts as in torch's Linear, with random numbers that depend on `seed` and the layer's name.
@@ -82,22 +65,23 @@ def add_lora(
     Raises:
         ValueError: for a rank, alpha or dropout out of range, or a target that no module matches.
     """
-    targets = [t for t in LCM_LORA_TARGETS if _matches(unet, t)] if targets is None else list(targets)
-    _check(unet, rank, alpha, dropout, targets)
+    family = family or family_of_network(network)
+    targets = family.lora.chosen(network) if targets is None else list(targets)
+    _check(network, rank, alpha, dropout, targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft samples A globally; ours replaces it
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
-        unet.add_adapter(config, adapter_name=adapter)  # freezes the rest, earlier adapters too, which are then off
-    for name, parameter in adapters(unet, adapter).items():
+        network.add_adapter(config, adapter_name=adapter)  # freezes the rest, earlier adapters too, which are then off
+    for name, parameter in adapters(network, adapter).items():
         parameter.data = parameter.data.float()
         if "lora_A" in name and not parameter.is_meta:
             bound = parameter[0].numel() ** -0.5
             start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator("lora", seed, name))
             parameter.data.copy_(start)
-    return list(adapters(unet, adapter).values())
+    return list(adapters(network, adapter).values())
 
 
-def _check(unet: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> None:
+def _check(network: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> None:
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {rank}")
     if alpha <= 0:
@@ -105,12 +89,12 @@ def _check(unet: nn.Module, rank: int, alpha: float, dropout: float, targets: Se
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout must lie in [0, 1), got {dropout}")
     for target in targets:
-        if not _matches(unet, target):
+        if not _matches(network, target):
             raise ValueError(f"LoRA target {target!r} matches no module of the network")
 
 
-def _matches(unet: nn.Module, target: str) -> bool:
-    return any(f".{name}".endswith(f".{target}") for name, _ in unet.named_modules())
+def _matches(network: nn.Module, target: str) -> bool:
+    return any(f".{name}".endswith(f".{target}") for name, _ in network.named_modules())
 
 
 def adapters(module: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:
@@ -146,32 +130,32 @@ def only_adapter(module: nn.Module | Iterable[BaseTunerLayer], adapter: str | No
             layer._disable_adapters, layer._active_adapter = off, active
 
 
-def lora_config(unet: UNet2DConditionModel) -> LoraConfig:
+def lora_config(network: Any) -> LoraConfig:
     """Rank, alpha and targets of the trained adapters; raises ValueError if there are none."""
-    if ADAPTER not in (getattr(unet, "peft_config", None) or ()):
+    if ADAPTER not in (getattr(network, "peft_config", None) or ()):
         raise ValueError("the network has no LoRA adapter")
-    return unet.peft_config[ADAPTER]
+    return network.peft_config[ADAPTER]
 
 
-def lora_state_dict(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def lora_state_dict(network: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapters on the CPU under peft's names, `down_blocks.….to_q.lora_A.weight`.
 
-    `state` replaces the values, under the names of `unet.named_parameters()`: an average of them, or parameters
+    `state` replaces the values, under the names of `network.named_parameters()`: an average of them, or parameters
     gathered from ZeRO-3's partitions.
 
     Raises:
         ValueError: if there is no adapter, or `state` lacks one of them.
     """
-    values = _values(unet, state)
+    values = _values(network, state)
     return {
         name.replace(f".{ADAPTER}.", "."): value.detach().to("cpu", copy=True).contiguous()
         for name, value in values.items()
     }
 
 
-def _values(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-    lora_config(unet)
-    own: Mapping[str, Tensor] = adapters(unet)
+def _values(network: Any, state: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    lora_config(network)
+    own: Mapping[str, Tensor] = adapters(network)
     if state is None:
         return own
     for name in own:
@@ -182,61 +166,64 @@ def _values(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None) -> M
 
 def save_lora(
     folder: str | Path,
-    unet: UNet2DConditionModel,
+    network: Any,
     state: Mapping[str, Tensor] | None = None,
     *,
     formats: Sequence[str] = ("diffusers", "peft"),
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
+    family: Family | None = None,
 ) -> None:
     """Writes the adapters, alpha included: for diffusers and, in the sub-folder `peft`, for peft.
 
-    `pipe.load_lora_weights(folder)` of an SD or SDXL pipeline and `PeftModel.from_pretrained(unet, folder / "peft")`
-    then compute what `unet` computes. For `state` see `lora_state_dict`, for the first file `save_lora_file`.
+    `pipe.load_lora_weights(folder)` of its family's pipeline and `PeftModel.from_pretrained(network, folder / "peft")`
+    then compute what `network` computes. For `state` see `lora_state_dict`, for the first file `save_lora_file`.
 
     Raises:
         ValueError: an adapter that `state` lacks, or a value that the dtype cannot hold.
     """
     if "diffusers" in formats:
-        save_lora_file(Path(folder) / LORA_FILE, unet, state, dtype=dtype, metadata=metadata)
+        save_lora_file(Path(folder) / LORA_FILE, network, state, dtype=dtype, metadata=metadata, family=family)
     if "peft" in formats:
         peft_folder = Path(folder) / _PEFT_FOLDER
         peft_folder.mkdir(parents=True, exist_ok=True)
-        weights = lora_state_dict(unet, state)
+        weights = lora_state_dict(network, state)
         prefixed = {f"base_model.model.{name}": rounded(name, tensor, dtype) for name, tensor in weights.items()}
         save_file(prefixed, peft_folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = _portable(lora_config(unet)) | _OF_PEFTS_FILE
+        config = _portable(lora_config(network)) | _OF_PEFTS_FILE
         (peft_folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_lora_file(
     path: Path,
-    unet: UNet2DConditionModel,
+    network: Any,
     state: Mapping[str, Tensor] | None = None,
     *,
+    format: str = "diffusers",
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
+    family: Family | None = None,
 ) -> None:
-    """Writes the adapters to one file in kohya-ss' layout: each with an `.alpha` of its own.
-
-    Every program that reads LoRAs reads all of that layout, and at its scale. In peft's names alpha would stand in the
-    header alone, where diffusers before 0.35 and ComfyUI do not look.
+    """Writes the adapters to one file, under the names of the family's files.
 
     Args:
         state: see `lora_state_dict`.
+        format: one of the `formats` of the family's LoRAs.
         metadata: further entries of the file's header.
+        family: the network's, which is found by its class where it is not given.
 
     Raises:
         ValueError: an adapter that `state` lacks, or a value that the dtype cannot hold.
     """
-    config = lora_config(unet)
-    tensors = kohya_state_dict(lora_state_dict(unet, state), config.lora_alpha, unet.config, dtype)
-    header = {"format": "pt", _RECORD: json.dumps(_portable(config))} | dict(metadata or {})
+    config = lora_config(network)
+    family = family or family_of_network(network)
+    file = family.lora.file(format, lora_state_dict(network, state), config, network.config, dtype)
+    header = {"format": "pt", _RECORD: json.dumps(_portable(config))} | file.header | dict(metadata or {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=header)
+    save_file(file.tensors, path, metadata=header)
 
 
-def merge_lora(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None = None) -> None:
+def merge_lora(network: Any, state: Mapping[str, Tensor] | None = None) -> None:
     """Adds the adapters to the weights they adapt and takes them off: an ordinary network that computes the same.
 
     For `state` see `lora_state_dict`.
@@ -244,11 +231,11 @@ def merge_lora(unet: UNet2DConditionModel, state: Mapping[str, Tensor] | None = 
     Raises:
         ValueError: if there is no adapter, or `state` lacks one of them.
     """
-    values = _values(unet, state)
-    for name, parameter in adapters(unet).items():
+    values = _values(network, state)
+    for name, parameter in adapters(network).items():
         parameter.data.copy_(values[name])
-    unet.fuse_lora()
-    unet.unload_lora()
+    network.fuse_lora()
+    network.unload_lora()
 
 
 def _portable(config: LoraConfig) -> dict[str, Any]:
@@ -278,21 +265,24 @@ _OF_PEFTS_FILE: dict[str, Any] = {
 """What `adapter_config.json` has beside `_portable`: fields that peft has had since 0.7."""
 
 
-def load_lora(unet: UNet2DConditionModel, folder: str | Path, adapter: str = ADAPTER) -> list[nn.Parameter]:
-    """Gives `unet` the adapters that `save_lora` wrote to `folder`, to be trained on; returns them like `add_lora`.
+def load_lora(
+    network: Any, folder: str | Path, adapter: str = ADAPTER, family: Family | None = None
+) -> list[nn.Parameter]:
+    """Gives `network` the adapters that `save_lora` wrote to `folder`, to be trained on; returns them like `add_lora`.
 
     Raises what `lora_settings` and `fill_lora` raise.
     """
     settings = lora_settings(folder)
     add_lora(
-        unet,
+        network,
         settings["r"],
         settings["lora_alpha"],
         dropout=settings["lora_dropout"],
         targets=settings["target_modules"],
         adapter=adapter,
+        family=family,
     )
-    return fill_lora(unet, folder, adapter)
+    return fill_lora(network, folder, adapter, family)
 
 
 def lora_file(folder: str | Path) -> Path:
@@ -323,22 +313,25 @@ def lora_settings(folder: str | Path) -> dict[str, Any]:
         ) from None
 
 
-def fill_lora(unet: UNet2DConditionModel, folder: str | Path, adapter: str = ADAPTER) -> list[nn.Parameter]:
-    """Sets the adapters that `unet` has to the values that `save_lora` wrote to `folder`, and returns them.
+def fill_lora(
+    network: Any, folder: str | Path, adapter: str = ADAPTER, family: Family | None = None
+) -> list[nn.Parameter]:
+    """Sets the adapters that `network` has to the values that `save_lora` wrote to `folder`, and returns them.
 
     Raises:
         FileNotFoundError: there is no LoRA in `folder`.
         ValueError: it was made for another network, or is of another rank.
     """
     path = lora_file(folder)
-    expected = {name.replace(f".{adapter}.", "."): parameter for name, parameter in adapters(unet, adapter).items()}
+    expected = {name.replace(f".{adapter}.", "."): parameter for name, parameter in adapters(network, adapter).items()}
     with safe_open(path, framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}
         earlier = _EARLIER_RECORD in (file.metadata() or {})
     if earlier:
         saved = {name.removeprefix("unet."): tensor for name, tensor in stored.items()}
     else:
-        saved = peft_state_dict(stored, {name.rsplit(".", 2)[0] for name in expected}, unet.config)
+        modules = sorted({name.rsplit(".", 2)[0] for name in expected})
+        saved = (family or family_of_network(network)).lora.read(stored, modules, network.config)
     for name in sorted(saved.keys() ^ expected.keys()):
         raise ValueError(f"{path} was made for another network: {name} is in only one of the two")
     for name, parameter in expected.items():

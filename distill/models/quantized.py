@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
+
+from distill.models.families.base import Family
+from distill.models.families.registry import family_of_network
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -98,18 +100,21 @@ class _Product(torch.autograd.Function):
         return ctx.layer.input_gradient(gradient, weight, ctx.shape).to(ctx.dtype), None
 
 
-def quantize(unet: UNet2DConditionModel, kind: str) -> None:
-    """Puts the linear layers and convolutions of a UNet's blocks into `int8` or `nf4`, in place and for good.
+def quantize(network: nn.Module, kind: str, family: Family | None = None) -> None:
+    """Puts the linear layers and convolutions of a network's blocks into `int8` or `nf4`, in place and for good.
 
     Its ends, its embeddings and its norms stay: a thousandth of the weights, whose errors nothing evens out.
+
+    Args:
+        family: the network's, which is found by its class where it is not given.
 
     Raises:
         ValueError: a kind that is neither.
     """
     if kind not in KINDS:
         raise ValueError(f"quantize must be one of {', '.join(KINDS)}, or null, got {kind!r}")
-    for blocks in (unet.down_blocks, unet.mid_block, unet.up_blocks):
-        for part in list(blocks.modules()) if blocks is not None else ():
+    for block in (family or family_of_network(network)).network.parts(network):
+        for part in list(block.modules()):
             for name, layer in part.named_children():
                 if type(layer) in (nn.Linear, nn.Conv2d):
                     setattr(part, name, _quantized(layer, kind))

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from distill.diffusion.prediction import Prediction
 from distill.models.copied import text_tensors
-from distill.models.files import save_file
+from distill.models.files import rounded, save_file
 from distill.models.folder import find_pipeline, read_json, stored_tensors, weight_files
-from distill.models.formats import rounded
 from distill.models.layouts import original_module
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
-from distill.diffusion.guidance import guidance_embedding
 from distill.diffusion.prediction import Prediction
-from distill.diffusion.random import generator
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.exported import Exported
-from distill.models.families import Teacher, load_unet
+from distill.models.families.base import Family
+from distill.models.families.loading import load_network
+from distill.models.families.teacher import Teacher
 from distill.models.folder import stored_tensors
 from distill.models.formats import LORA_FORMATS, NETWORK_FORMATS
 from distill.models.kohya import kohya_metadata, save_kohya
@@ -75,7 +74,7 @@ class LoRAStudent:
         start: Exported | None = None,
         taught_by: Exported | None = None,
     ) -> dict[str, NetworkDenoiser]:
-        """The teacher's UNet with adapters, which is "student" with them on, and "teacher".
+        """The teacher's network with adapters, which is "student" with them on, and "teacher".
 
         Args:
             seed: of the adapters, where there is no `start`.
@@ -87,13 +86,14 @@ class LoRAStudent:
         Raises:
             ValueError: an export that does not fit the network.
         """
-        unet = teacher.unet
+        network, family = teacher.network, teacher.family
         second = None if taught_by is None or not keep_teacher else taught_by
         if second is not None and second.is_lora:
-            load_lora(unet, second.folder, TEACHING)
-        add_lora(unet, self.rank, self.alpha, seed=seed)  # last: the others are frozen and off from here on
+            load_lora(network, second.folder, TEACHING, family)
+        # Last: the others are frozen and off from here on.
+        add_lora(network, self.rank, self.alpha, seed=seed, family=family)
         if start is not None:
-            fill_lora(unet, start.folder)
+            fill_lora(network, start.folder, family=family)
         original = teacher.denoiser()
         student = replace(original, adapter=ADAPTER)
         if second is None:
@@ -110,19 +110,29 @@ class LoRAStudent:
         dtype: torch.dtype,
         name: str,
     ) -> None:
-        """Writes trained `weights`, by their names in the UNet, as LoRA files; kohya's is `kohya/<name>.safetensors`.
+        """Writes trained `weights`, by their names in the network, as LoRA files.
+
+        kohya's is `kohya/<name>.safetensors`.
 
         Raises:
             ValueError: a weight that is missing, or that the dtype cannot hold.
         """
         metadata = kohya_metadata(teacher, name)
-        save_lora(folder, teacher.unet, weights, formats=formats, dtype=dtype, metadata=metadata)
+        save_lora(
+            folder,
+            teacher.network,
+            weights,
+            formats=formats,
+            dtype=dtype,
+            metadata=metadata,
+            family=teacher.family,
+        )
         if "kohya" in formats:
             save_kohya(folder / "kohya" / f"{name}.safetensors", teacher, weights, dtype)
 
     def finish(self, teacher: Teacher, weights: Mapping[str, Tensor]) -> None:
-        """Merges trained `weights` into `teacher.unet`, which is then an ordinary network that computes the student."""
-        merge_lora(teacher.unet, weights)
+        """Merges trained `weights` into `teacher.network`, an ordinary network that then computes the student."""
+        merge_lora(teacher.network, weights)
 
 
 class FullStudent:
@@ -169,7 +179,7 @@ class FullStudent:
         start: Exported | None = None,
         taught_by: Exported | None = None,
     ) -> dict[str, NetworkDenoiser]:
-        """ "student", which becomes `teacher.unet`, and "teacher", if that is to be kept.
+        """ "student", which becomes `teacher.network`, and "teacher", if that is to be kept.
 
         Args:
             seed: of the projection of w, where it starts at random.
@@ -186,60 +196,20 @@ class FullStudent:
         elif keep_teacher:
             networks["teacher"] = teacher.denoiser()
         if teacher.lent or (keep_teacher and taught_by is None):
-            teacher.parts["unet"] = copy.deepcopy(teacher.unet)
-        unet = teacher.unet
+            teacher.parts["network"] = copy.deepcopy(teacher.network)
+        network, guidance = teacher.network, teacher.family.guidance
         if start is not None and start.is_lora:
-            _merge(unet, start)
+            _merge(network, start, teacher.family)
         if self.guidance_embedding_dim is not None:
-            embed_guidance(unet, self.guidance_embedding_dim, seed if self.guidance_start == "random" else None)
+            guidance.add(network, self.guidance_embedding_dim, seed if self.guidance_start == "random" else None)
         if start is not None and not start.is_lora:
-            _fill(unet, start)
-        unet.requires_grad_(True)
-        prediction = self.prediction or (start and start.prediction) or teacher.prediction
-        return {"student": NetworkDenoiser(unet, teacher.schedule, prediction)} | networks
+            _fill(network, start, guidance.weights)
+        network.requires_grad_(True)
+        return {"student": teacher.denoiser_of(network, self.prediction or (start and start.prediction))} | networks
 
     def finish(self, teacher: Teacher, weights: Mapping[str, Tensor]) -> None:
-        """Puts trained `weights`, by their names in the UNet, into `teacher.unet`."""
-        teacher.unet.load_state_dict(dict(weights))
-
-
-def embed_guidance(unet: UNet2DConditionModel, dim: int, seed: int | None = None) -> None:
-    """Gives `unet` the input `timestep_cond` [B, dim] (of `guidance_embedding`).
-
-    Without a `seed` it has no effect until it is trained; with one it starts as torch starts a layer.
-    """
-    if unet.config["time_cond_proj_dim"] is not None:
-        return
-    first: nn.Linear = unet.time_embedding.linear_1
-    projection = nn.Linear(dim, first.in_features, bias=False, device=first.weight.device, dtype=first.weight.dtype)
-    with torch.no_grad():
-        if seed is None:
-            projection.weight.zero_()
-        else:
-            bound = dim**-0.5
-            projection.weight.uniform_(-bound, bound, generator=generator(seed, "guidance start"))
-    unet.time_embedding.cond_proj = projection
-    unet.register_to_config(time_cond_proj_dim=dim)
-
-
-@torch.no_grad()
-def build_in_guidance(unet: UNet2DConditionModel, w: float) -> None:
-    """Fixes the guidance that `unet` takes as an input to w: an ordinary network that computes what it did at w.
-
-    Exact: w comes in as an addition to what the time embedding's first layer reads, so it moves into that one's bias.
-
-    Raises:
-        ValueError: the network takes no guidance.
-    """
-    dim = unet.config["time_cond_proj_dim"]
-    if dim is None:
-        raise ValueError("the network takes no guidance as an input")
-    embedding = unet.time_embedding
-    first: nn.Linear = embedding.linear_1
-    added = embedding.cond_proj.weight.double() @ guidance_embedding(torch.tensor([w]), dim)[0].double()
-    first.bias.add_((first.weight.double() @ added).to(first.bias))
-    embedding.cond_proj = None  # type: ignore[assignment]
-    unet.register_to_config(time_cond_proj_dim=None)
+        """Puts trained `weights`, by their names in the network, into `teacher.network`."""
+        teacher.network.load_state_dict(dict(weights))
 
 
 def as_teacher(teacher: Teacher, export: Exported) -> Teacher:
@@ -250,40 +220,37 @@ def as_teacher(teacher: Teacher, export: Exported) -> Teacher:
     """
     network = _network(teacher, export)
     return replace(
-        teacher, prediction=network.prediction, weight_files=(), parts=teacher.parts | {"unet": network.module}
+        teacher, prediction=network.prediction, weight_files=(), parts=teacher.parts | {"network": network.module}
     )
-
-
-_EMBEDDED = "time_embedding.cond_proj.weight"  # of `embed_guidance`
 
 
 def _network(teacher: Teacher, export: Exported) -> NetworkDenoiser:
     """An earlier student as a frozen network of its own; of a LoRA, merged into a copy of the teacher's."""
     if export.is_lora:
-        unet = copy.deepcopy(teacher.unet)
-        _merge(unet, export)
+        network = copy.deepcopy(teacher.network)
+        _merge(network, export, teacher.family)
     else:
-        unet = load_unet(export.folder / "unet", teacher.unet.config, teacher.unet.dtype)
-    unet.requires_grad_(False).eval()
-    return NetworkDenoiser(unet, teacher.schedule, export.prediction or teacher.prediction)
+        network = load_network(export.folder, teacher.family, teacher.network.config, teacher.network.dtype)
+    network.requires_grad_(False).eval()
+    return teacher.denoiser_of(network, export.prediction)
 
 
-def _merge(unet: UNet2DConditionModel, export: Exported) -> None:
-    load_lora(unet, export.folder)
-    merge_lora(unet)
+def _merge(network: Any, export: Exported, family: Family) -> None:
+    load_lora(network, export.folder, family=family)
+    merge_lora(network)
 
 
 @torch.no_grad()
-def _fill(unet: UNet2DConditionModel, export: Exported) -> None:
+def _fill(network: nn.Module, export: Exported, may_lack: Sequence[str]) -> None:
     """Sets the weights to those of an exported network, which need not take guidance as an input if this one does."""
-    own = unet.state_dict()
+    own = network.state_dict()
     left = set(own)
     for name, tensor in stored_tensors(export.files):
         if name not in own or own[name].shape != tensor.shape:
             wanted = list(own[name].shape) if name in own else "not in this student"
-            hint = " (student.guidance_embedding_dim)" if name == _EMBEDDED else ""
+            hint = " (student.guidance_embedding_dim)" if name in may_lack else ""
             raise ValueError(f"{export.folder} does not fit: its {name} {list(tensor.shape)} is {wanted}{hint}")
         own[name].copy_(tensor)
         left.discard(name)
-    if missing := sorted(left - {_EMBEDDED}):
+    if missing := sorted(left - set(may_lack)):
         raise ValueError(f"{export.folder} does not fit: it lacks {missing[0]}")

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,16 +34,10 @@ from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Networks, Turn
-from distill.models.denoiser import NetworkDenoiser
-from distill.models.families import (
-    Teacher,
-    family_of,
-    load_teacher,
-    prompt_tokens,
-    require_family,
-)
-from distill.models.folder import read_json
-from distill.models.full_size import build_unet, unet_config
+from distill.models.families.loading import load_teacher, prompt_tokens, require_family
+from distill.models.families.registry import published
+from distill.models.families.teacher import Teacher
+from distill.models.full_size import build_network
 from distill.models.lora import TEACHING, add_lora
 from distill.models.quantized import quantize
 
@@ -52,7 +46,7 @@ PUBLISHED = ("sd15", "sdxl", "ssd1b")
 TOKENS = 77
 TEACHERS = ("lora", "whole")
 """What `teacher` may be where there is no export yet."""
-# What CUDA's autocast computes in bfloat16, and in float32; of what UNets are made of.
+# What CUDA's autocast computes in bfloat16, and in float32; of what the networks are made of.
 _LOWER = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
 _FLOAT = {F.group_norm, F.layer_norm, F.softmax, F.interpolate}
 
@@ -340,11 +334,11 @@ def architecture(model: ModelSettings) -> Architecture:
     path = model.pretrained_model_name_or_path
     names = {_settings_of(name)["pretrained_model_name_or_path"]: name for name in PUBLISHED}
     if path in names:
-        config, tokens = unet_config(names[path]), TOKENS
-        side, family = config["sample_size"], family_of(config)
+        (family, config), tokens = published(names[path]), TOKENS
+        side = config["sample_size"]
         schedule, shape = NoiseSchedule.scaled_linear(), (config["in_channels"], side, side)
         teacher = Teacher(family, schedule, Prediction.EPSILON, Noise(), path, 8 * side, shape)
-        unet = build_unet(config, device="meta")
+        network = build_network(family.network.kind, config, device="meta")
         with checking():
             require_family(path, family, model.family)
     elif Path(path).is_dir():
@@ -352,10 +346,10 @@ def architecture(model: ModelSettings) -> Architecture:
             teacher = load_teacher(path, parts=(), family=model.family)
             tokens = prompt_tokens(Path(path))
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(read_json(Path(path), "unet/config.json"))
+            network = getattr(diffusers, teacher.family.network.kind).from_config(dict(teacher.config))
     else:
         raise ConfigError(f"model {path!r} is no folder here, and none whose sizes are known: {', '.join(names)}")
-    teacher.parts["unet"] = unet.requires_grad_(False)
+    teacher.parts["network"] = network.requires_grad_(False)
     return Architecture(teacher.at_resolution(model.resolution), tokens)
 
 
@@ -373,16 +367,17 @@ def networks_of(
         others: what makes each further trained network.
     """
     if cfg.quantize is not None:
-        quantize(teacher.unet, cfg.quantize)
+        quantize(teacher.network, cfg.quantize, teacher.family)
     with torch.device("meta"):
         networks = {name: other.network(teacher, cfg.seed) for name, other in others.items()}
         kind = cfg.teacher if "teacher" in requires else None
-        teaching = NetworkDenoiser(teacher.unet, teacher.schedule, teacher.prediction, adapter=None)
+        teaching = teacher.denoiser()
         if kind == "lora":
-            add_lora(teacher.unet, cfg.lora_rank, cfg.lora_alpha, adapter=TEACHING)
+            add_lora(teacher.network, cfg.lora_rank, cfg.lora_alpha, adapter=TEACHING, family=teacher.family)
             teaching = replace(teaching, adapter=TEACHING)
         elif kind == "whole":
-            teaching = replace(teaching, module=build_unet(teacher.unet.config, device="meta").requires_grad_(False))
+            kind, config = teacher.family.network.kind, teacher.network.config
+            teaching = replace(teaching, module=build_network(kind, config, device="meta").requires_grad_(False))
         networks |= build(cfg.student).networks(teacher, cfg.seed, "teacher" in requires)
     if kind is not None:
         networks["teacher"] = teaching
@@ -402,18 +397,16 @@ def cast(networks: Mapping[str, Any], trains: Sequence[str], bf16: bool, masters
 
 def batch_of(architecture: Architecture, states: int, samples: int = 1) -> Batch:
     """What a store of this teacher gives, on the meta device."""
-    config: Any = architecture.teacher.unet.config
+    teacher = architecture.teacher
+    shapes = teacher.family.text.shapes(teacher.network.config, architecture.tokens)
+    size = (teacher.resolution, teacher.resolution)
+    sizes = teacher.family.sizes([size] * samples, [(0, 0)] * samples, size)
     with torch.device("meta"):
-        text = {"encoder_hidden_states": torch.empty(samples, architecture.tokens, config.cross_attention_dim)}
-        sizes = {}
-        if config.addition_embed_type:
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            text["text_embeds"] = torch.empty(samples, pooled)
-            sizes["time_ids"] = torch.empty(samples, 6)
+        text = {name: torch.empty(samples, *shape) for name, shape in shapes.items()}
         return Batch(
-            states=torch.empty(samples, states, *architecture.teacher.latent_shape),
+            states=torch.empty(samples, states, *teacher.latent_shape),
             times=torch.empty(samples, states, dtype=torch.int64),
-            conditioning=text | sizes,
+            conditioning=text | {name: torch.empty_like(entry) for name, entry in sizes.items()},
             unconditional=text,
             guidance=torch.empty(samples),
             keys=("",) * samples,

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 
 from distill.config.settings import ClusterSettings, DataSettings, ModelSettings
 from distill.diffusion.samplers import SAMPLERS
+from distill.models.families.base import Family
 from distill.models.folder import read_json
 from distill.planning.counting import Architecture, architecture, batch_of, forward
 
@@ -88,15 +89,13 @@ def inference(model: ModelSettings, half: bool) -> Inference:
         ConfigError: see `counting.architecture`.
     """
     built = architecture(model)
-    unet = built.teacher.unet
-    for parameter in unet.parameters():
+    network, family = built.teacher.network, built.teacher.family
+    for parameter in network.parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
     batch = batch_of(built, 1, WALKED)
-    side = batch.states[:, 0].to(next(unet.parameters()).dtype)
-    text = {name: value.to(side.dtype) for name, value in batch.conditioning.items()}
-    added = {name: text.pop(name) for name in ("text_embeds", "time_ids") if name in text}
-    more = {"added_cond_kwargs": added} if added else {}
-    flops, most = forward(unet, WALKED, side, batch.times[:, 0], **text, **more)
+    x, dtype = batch.states[:, 0], next(network.parameters()).dtype
+    conditioning = {name: entry.to(dtype) for name, entry in batch.conditioning.items()}
+    flops, most = forward(_Called(network, family), WALKED, x.to(dtype), batch.times[:, 0], conditioning, dtype)
     vae = _autoencoder(model)
     with torch.device("meta"):
         latents = torch.empty(1, *built.teacher.latent_shape)
@@ -104,7 +103,7 @@ def inference(model: ModelSettings, half: bool) -> Inference:
     decoding, decoded = forward(_Method(vae, "decode"), 1, latents)
     _, encoded = forward(_Method(vae, "encode"), 1, picture)
     return Inference(
-        weights=sum(p.numel() for p in unet.parameters()),
+        weights=sum(p.numel() for p in network.parameters()),
         flops=flops,
         activations=most,
         encoders=_encoders(built, model),
@@ -114,6 +113,17 @@ def inference(model: ModelSettings, half: bool) -> Inference:
         encoded=encoded,
         width=2 if half else 4,
     )
+
+
+class _Called(torch.nn.Module):
+    """A network whose call is its family's."""
+
+    def __init__(self, network: torch.nn.Module, family: Family) -> None:
+        super().__init__()
+        self.network, self.family = network, family
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        return self.family.predict(self.network, *args)
 
 
 class _Method(torch.nn.Module):
@@ -139,7 +149,8 @@ def _encoders(built: Architecture, model: ModelSettings) -> float:
     folder = Path(model.pretrained_model_name_or_path)
     if not folder.is_dir():
         return ENCODERS[built.teacher.family.name]
-    files = (path for name in built.teacher.family.towers for path in (folder / name[1]).glob("*.safetensors"))
+    towers = built.teacher.family.text.towers
+    files = (path for tower in towers for path in (folder / tower.encoder).glob("*.safetensors"))
     return sum(path.stat().st_size for path in files) / 4
 
 

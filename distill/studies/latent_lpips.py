@@ -24,7 +24,8 @@ from distill.config.settings import LatentLPIPSSettings
 from distill.data.progress import Progress
 from distill.diffusion.losses import l2
 from distill.diffusion.random import generator
-from distill.models.families import Teacher, load_teacher
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
 from distill.models.files import save_file
 from distill.models.perceptual import LatentPerceptual, load_latent_perceptual
 from distill.toy.teacher import teacher_folder

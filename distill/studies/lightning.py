@@ -26,7 +26,7 @@ from distill.evaluation.figures import GridRow, draw_grid
 from distill.evaluation.report import all_columns, format_table
 from distill.evaluation.toy import JudgeScorer
 from distill.models.exported import open_export
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.student import FullStudent
 from distill.studies.seeds import difference, over_seeds
 from distill.toy.judge import load_judge
@@ -84,7 +84,7 @@ def comparison_of(
     output: Path, student: TrainedLink, seed: int, plan: ComparisonPlan, scorer: JudgeScorer
 ) -> Comparison:
     """The export of a link beside the teacher; all share what is known of the teacher."""
-    teacher = load_teacher(teacher_folder(), parts=("unet", "text", "vae"))
+    teacher = load_teacher(teacher_folder(), parts=("network", "text", "vae"))
     export = open_export(output / "links" / student.link(seed) / "export")
     return Comparison(
         teacher=teacher,

@@ -27,7 +27,7 @@ from distill.evaluation.compare import Comparison, ComparisonPlan, Row, Setting
 from distill.evaluation.figures import GridRow, draw_grid, draw_lines
 from distill.evaluation.report import all_columns, format_table
 from distill.evaluation.toy import JudgeScorer
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
 from distill.models.lora import ADAPTER, load_lora
 from distill.studies.seeds import difference, over_seeds
@@ -112,9 +112,9 @@ def comparison_of(output: Path, run: Path, step: int, plan: ComparisonPlan, scor
     lora = output / "exports" / f"{run.name}-{step}"
     if not lora.exists():
         export_run(run, lora, step, formats=["diffusers"])
-    teacher = load_teacher(teacher_folder(), parts=("unet", "text", "vae"))
+    teacher = load_teacher(teacher_folder(), parts=("network", "text", "vae"))
     denoiser = teacher.denoiser()
-    load_lora(teacher.unet, lora)
+    load_lora(teacher.network, lora)
     return Comparison(
         teacher=teacher,
         denoisers={"teacher": denoiser, "student": replace(denoiser, adapter=ADAPTER)},

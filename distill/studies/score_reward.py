@@ -27,7 +27,7 @@ from distill.evaluation.report import format_table
 from distill.evaluation.statistics import mean_with_error
 from distill.evaluation.toy import JudgeScorer
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.rewards import Reward
 from distill.toy.judge import load_judge
 from distill.toy.world import balanced_labels, render
@@ -107,7 +107,7 @@ def pictures_of(
 ) -> Iterator[tuple[int, Tensor]]:
     """The step of each checkpoint and the pictures [n, 3, H, W] of its student's average."""
     prompts, seeds = scorer.prompts("report", cfg.n), seeds_of("report", cfg.n)
-    teacher = load_teacher(settings.model.pretrained_model_name_or_path, parts=("unet", "text", "vae"))
+    teacher = load_teacher(settings.model.pretrained_model_name_or_path, parts=("network", "text", "vae"))
     student: NetworkDenoiser = build(settings.student).networks(teacher, keep_teacher=False)["student"]
     embedded = student.guidance_embedding_dim is not None
     guidance = settings.validation_guidance if embedded else 1.0

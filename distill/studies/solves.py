@@ -27,7 +27,7 @@ from distill.evaluation.compare import Comparison, ComparisonPlan, Row, Setting
 from distill.evaluation.figures import draw_lines
 from distill.evaluation.report import all_columns, format_table
 from distill.evaluation.toy import JudgeScorer
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
 from distill.models.lora import ADAPTER, load_lora
 from distill.studies.plug_in import train_fine_tune, trained
@@ -104,9 +104,9 @@ def comparison_of(
     lora = output / "exports" / run.name
     if not lora.exists():
         export_run(run, lora, step, formats=["diffusers"])
-    teacher = load_teacher(pipeline, parts=("unet", "text", "vae"))
+    teacher = load_teacher(pipeline, parts=("network", "text", "vae"))
     denoiser = teacher.denoiser()
-    load_lora(teacher.unet, lora)
+    load_lora(teacher.network, lora)
     student = weights_hash(stored_tensors([lora / "pytorch_lora_weights.safetensors"]))
     return Comparison(
         teacher=teacher,

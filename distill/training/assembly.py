@@ -35,7 +35,7 @@ from distill.methods.base import Method
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.devices import described, own_device
 from distill.models.exported import Exported, open_export
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.models.lora import lora_layers
 from distill.models.quantized import quantize
 from distill.models.schedulers import scheduler_settings
@@ -221,9 +221,9 @@ class Run:
             checkpoints_of(self.folder), cfg.checkpoints_total_limit, recorded, hashes, own, before=restore
         )
         with watchdog.over("the networks, or other ranks that load them"):
-            teacher = open_teacher(cfg.model, parts=("unet",))
+            teacher = open_teacher(cfg.model, parts=("network",))
             if cfg.quantize is not None:
-                quantize(teacher.unet, cfg.quantize)
+                quantize(teacher.network, cfg.quantize, teacher.family)
             networks = {
                 name: other.network(teacher, cfg.seed) for name, other in self.others.items()
             }  # of it untouched
@@ -537,6 +537,6 @@ def model_itself(cfg: TrainSettings, engine: Engine) -> Iterator[Denoiser]:
         with engine.inference("teacher") as teacher:
             yield teacher
         return
-    loaded = open_teacher(cfg.model, parts=("unet",), dtype=engine.frozen_dtype).to(engine.processes.device)
+    loaded = open_teacher(cfg.model, parts=("network",), dtype=engine.frozen_dtype).to(engine.processes.device)
     with torch.no_grad():
         yield loaded.denoiser()

@@ -15,7 +15,7 @@ from yaml import YAMLError
 from distill.config.settings import ModelSettings, TrainSettings
 from distill.data.words import counted
 from distill.diffusion.prediction import Prediction
-from distill.models.families import FAMILIES
+from distill.models.families.registry import FAMILIES
 from distill.models.formats import LORA_FORMATS
 from distill.models.schedulers import as_code, scheduler_settings, timesteps_for
 from distill.training.clients import CHECKPOINT, LORA, NETWORK, clients_of

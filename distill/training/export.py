@@ -27,14 +27,14 @@ from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.exported import FACTS
-from distill.models.families import Teacher, load_teacher
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
 from distill.models.files import share
-from distill.models.formats import LORA_FORMATS, save_pipeline, save_unet
+from distill.models.formats import LORA_FORMATS, save_network, save_pipeline
 from distill.models.full_size import published_name
 from distill.models.kohya import checkpoint_metadata
 from distill.models.schedulers import make_scheduler
 from distill.models.single_file import save_single_file
-from distill.models.student import build_in_guidance
 from distill.training.checkpoint import read_weights
 from distill.training.run import checkpoints_of, read_run, writing
 from distill.training.used_data import UsedData, data_of, learned_guidance, set_guidance
@@ -160,7 +160,7 @@ def write_student(
         if len(lora) < len(wanted):
             student.finish(teacher, weights)
             if guidance is not None:
-                build_in_guidance(teacher.unet, guidance)
+                teacher.family.guidance.build_in(teacher.network, guidance)
             _write_network(folder, export, teacher, network.prediction, dtype)
     (folder / FACTS).write_text(json.dumps(export.facts(), indent=1) + "\n")
     return export
@@ -182,7 +182,7 @@ def _export_of(
     method = build(settings.method, schedule=teacher.schedule)
     data = data_of(run, settings)
     learned = learned_guidance(method, data.guidance if data else set_guidance(settings))
-    takes_guidance = network.guidance_embedding_dim is not None
+    takes_guidance = network.takes_guidance
     _check_guidance(guidance, learned, takes_guidance, formats)
     return Export(
         name=name,
@@ -204,7 +204,7 @@ def _export_of(
         tag=method.tag or type(method).__name__.lower(),
         data=data,
         settings=settings,
-        architecture=published_name(teacher.unet.config),
+        architecture=published_name(teacher.family, teacher.network.config),
     )
 
 
@@ -215,7 +215,7 @@ def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: P
     if "checkpoint" in export.formats:
         save_single_file(
             folder / "checkpoint" / f"{export.name}.safetensors",
-            teacher.unet,
+            teacher.network,
             path,
             dtype,
             prediction,
@@ -223,7 +223,7 @@ def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: P
             model.revision,
             model.variant,
         )
-    if "pipeline" in export.formats:  # which has the sub-folder `unet` too
+    if "pipeline" in export.formats:  # which has the sub-folder of the network too
         scheduler = partial(
             make_scheduler,
             sampler=sampling.sampler,
@@ -231,9 +231,11 @@ def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: P
             prediction=prediction,
             steps=sampling.steps,
         )
-        save_pipeline(folder, teacher.unet, path, dtype, scheduler, model.revision, model.variant)
+        save_pipeline(
+            folder, teacher.network, path, dtype, scheduler, model.revision, model.variant, family=teacher.family
+        )
     elif "unet" in export.formats:
-        save_unet(folder, teacher.unet, dtype)
+        save_network(folder, teacher.network, dtype, teacher.family)
 
 
 def _chosen(student: Any, formats: Sequence[str] | None) -> tuple[str, ...]:

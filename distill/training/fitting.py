@@ -19,7 +19,7 @@ from distill.data.index import StoreIndex, StoreMismatch
 from distill.data.reader import Store, open_store
 from distill.methods.base import Method
 from distill.models.exported import Exported
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.training.helpers import check_helpers
 from distill.training.launched import launched_rank
 

@@ -15,7 +15,7 @@ from distill.data.pictures import BadPicture, Square, cut_square
 from distill.data.writer import Partly
 from distill.diffusion.random import generator, seed_of
 from distill.diffusion.trajectory import Trajectory
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.training.trajectories import stored
 
 
@@ -55,7 +55,7 @@ class LatentEncoder:
 
         originals = [square.original for square in squares.values()]
         corners = [square.corner for square in squares.values()]
-        sizes = teacher.family.crop_conditioning(originals, corners, (plan.resolution, plan.resolution))
+        sizes = teacher.family.sizes(originals, corners, (plan.resolution, plan.resolution))
         return Trajectory(
             states=latents[:, None],
             times=plan.times,

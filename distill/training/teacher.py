@@ -8,7 +8,8 @@ import torch
 
 from distill.config.loading import checking
 from distill.config.settings import ModelSettings
-from distill.models.families import Teacher, load_teacher
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
 
 
 def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: Any) -> Teacher:

@@ -14,7 +14,7 @@ from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import generator, seed_of
 from distill.diffusion.solver import make_times, solve
 from distill.diffusion.trajectory import Trajectory
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from distill.diffusion.random import seed_of, starting_noise
 from distill.diffusion.solver import make_times
 from distill.methods.base import Method
 from distill.methods.sampling import Sampling, sample
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.models.files import save_file
 from distill.models.rewards import Reward
 from distill.training.engine import Engine

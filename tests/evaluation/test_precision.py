@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill.evaluation import pipelines
 from distill.evaluation.pipelines import generate_images, images_at_once
 from distill.evaluation.students import load_student
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.lora import add_lora, save_lora
 from tests.tiny import save_tiny, tiny_pipeline
 
@@ -38,7 +38,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_lora_multiplies_in_the_dtype_of_the_network_that_it_is_put_onto(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "teacher", "sdxl")
-    trained = load_teacher(folder).unet
+    trained = load_teacher(folder).network
     random = torch.Generator().manual_seed(1)
     for parameter in add_lora(trained, rank=3, alpha=3.0):
         parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=random))
@@ -46,7 +46,7 @@ def test_a_lora_multiplies_in_the_dtype_of_the_network_that_it_is_put_onto(dtype
 
     answers, counts = {}, {}
     for kind in (torch.float32, dtype):
-        teacher = load_teacher(folder, parts=("unet", "text"), dtype=kind)
+        teacher = load_teacher(folder, parts=("network", "text"), dtype=kind)
         conditioning = teacher.encode(["a cat"])
         x, t = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([400])
         student = load_student(tmp_path / "lora", teacher).denoiser

@@ -19,7 +19,8 @@ from distill.evaluation.pipelines import (
     timesteps_of,
     use_sampler,
 )
-from distill.models.families import Teacher, load_teacher
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
 from distill.models.lora import ADAPTER, add_lora, save_lora
 from tests.tiny import FAMILIES, save_tiny
 
@@ -28,9 +29,9 @@ PROMPTS, SEEDS = ["a cat", "two dogs"], [3, 10_000_000]
 
 def trained_student(folder: str) -> Teacher:
     """The pipeline's teacher with a LoRA that is not zero."""
-    teacher = load_teacher(folder, parts=("unet", "text", "vae"))
+    teacher = load_teacher(folder, parts=("network", "text", "vae"))
     random = torch.Generator().manual_seed(1)
-    for parameter in add_lora(teacher.unet, rank=3, alpha=2.0):
+    for parameter in add_lora(teacher.network, rank=3, alpha=2.0):
         parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=random))
     return teacher
 
@@ -45,7 +46,7 @@ def ours(teacher: Teacher, steps: int, adapter: str | None = ADAPTER) -> Tensor:
 def test_a_plain_pipeline_draws_the_same(family: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "teacher", family)
     teacher = trained_student(folder)
-    save_lora(tmp_path / "lora", teacher.unet)
+    save_lora(tmp_path / "lora", teacher.network)
     assert plain_pipeline_agrees(folder, tmp_path / "lora", PROMPTS, SEEDS, 4, ours(teacher, 4)) < 1e-4
 
 
@@ -56,7 +57,7 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     teacher = trained_student(
         save_tiny(folder / "teacher", request.param, thresholding=True, timestep_spacing="linspace")
     )
-    save_lora(folder / "lora", teacher.unet)
+    save_lora(folder / "lora", teacher.network)
     return teacher, load_pipeline(str(folder / "teacher"), folder / "lora")
 
 
@@ -81,7 +82,7 @@ def test_a_plain_pipeline_generates_the_same_by_every_sampler_at_all_its_times(
 def test_it_would_notice_another_network(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "teacher")
     teacher = trained_student(folder)
-    save_lora(tmp_path / "lora", teacher.unet)
+    save_lora(tmp_path / "lora", teacher.network)
     without = ours(teacher, 4, adapter=None)
     assert plain_pipeline_agrees(folder, tmp_path / "lora", PROMPTS, SEEDS, 4, without) > 1e-2
 

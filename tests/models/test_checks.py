@@ -20,7 +20,8 @@ from transformers import CLIPConfig, CLIPImageProcessor
 import distill
 from distill.evaluation.pipelines import generate_images, load_pipeline
 from distill.models.copied import copy_parts
-from distill.models.families import PARTS, load_teacher, open_pipeline, prompt_tokens
+from distill.models.families.loading import load_teacher, open_pipeline, prompt_tokens
+from distill.models.families.teacher import PARTS
 from distill.models.formats import save_pipeline
 from distill.models.lora import add_lora, save_lora
 from distill.models.schedulers import make_scheduler
@@ -167,9 +168,10 @@ def test_python_beside_a_part_is_refused_and_not_run(folder: Path, place: str) -
 
 CALLS = {"from_pretrained", "from_single_file"}
 BY_NAME = {  # classes of this project's own choice, which read tensors and configs of the parts that they are named for
-    "distill/models/families.py": {"cls", "UNet2DConditionModel", "AutoencoderKL", "CLIPTextConfig", "CLIPTokenizer"},
+    "distill/models/families/loading.py": {"cls"},  # of its family
+    "distill/models/families/towers.py": {"cls", "CLIPTextConfig", "CLIPTokenizer"},
     "distill/models/rewards.py": {"CLIPModel", "AutoTokenizer"},
-    "distill/commands/export.py": {"PeftModel", "UNet2DConditionModel"},  # of the export that was just written
+    "distill/commands/export.py": {"PeftModel", "cls"},  # of the export that was just written
     "distill/studies/control.py": {"ControlNetModel"},  # these two have written what they read
     "distill/studies/toy_teacher.py": {"AutoencoderKL"},
 }
@@ -216,7 +218,7 @@ def test_a_variant_of_some_parts_is_theirs_and_the_others_are_plain(folder: Path
     shutil.rmtree(folder / "unet")
     half.unet.save_pretrained(folder / "unet", variant="fp16")
     teacher = load_teacher(folder, parts=PARTS, variant="fp16")
-    assert teacher.unet.dtype == torch.float32
+    assert teacher.network.dtype == torch.float32
     assert generate_images(load_pipeline(str(folder), variant="fp16"), ["a cat"], [0], 1).isfinite().all()
     with pytest.raises(FileNotFoundError, match="of variant 'fp61'"):
         load_teacher(folder, parts=PARTS, variant="fp61")
@@ -249,7 +251,7 @@ def test_a_safety_checker_hinders_nothing_whatever_its_state(folder: Path, tmp_p
     assert load_pipeline(str(folder)).safety_checker is None
     save_pipeline(
         tmp_path / "export",
-        load_teacher(folder).unet,
+        load_teacher(folder).network,
         str(folder),
         torch.float16,
         lambda noise: make_scheduler(noise, "lcm", "lcm"),
@@ -271,7 +273,7 @@ def test_a_student_that_takes_guidance_is_no_teacher_but_opens_as_a_pipeline(tmp
 def test_a_lora_of_another_model_is_one_line(sound: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "sdxl", "sdxl")
     for owner, model in ((str(sound), other), (other, str(sound))):
-        unet = load_teacher(owner).unet
+        unet = load_teacher(owner).network
         add_lora(unet, rank=2, alpha=2.0)
         lora = tmp_path / f"lora of {Path(owner).name}"
         save_lora(lora, unet)

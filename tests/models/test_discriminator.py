@@ -23,11 +23,12 @@ from distill.models.discriminator import (
     Head,
     LatentDiscriminator,
     MapNorm,
-    encoder_of,
     groups_of,
 )
 from distill.models.fake_score import FakeScore
-from distill.models.families import Teacher, load_teacher
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
+from distill.models.families.unet import UNetCritic
 from distill.models.full_size import build_unet, unet_config
 from distill.models.lora import add_lora
 from distill.toy import world
@@ -119,7 +120,7 @@ def test_all_of_it_learns_and_the_unet_it_came_from_does_not(shape: str, conditi
 
 def test_the_decoder_is_not_copied() -> None:
     unet = tiny_unet()
-    names = {name for name, _ in encoder_of(unet).named_parameters()}
+    names = {name for name, _ in UNetCritic().encoder(unet).named_parameters()}
     left_out = ("up_blocks.", "conv_out.", "conv_norm_out.")
     assert names == {name for name, _ in unet.named_parameters() if not name.startswith(left_out)}
     assert len(unet.up_blocks) == 2 and isinstance(unet.conv_out, nn.Conv2d)  # the UNet is as it was
@@ -279,8 +280,8 @@ def test_a_run_makes_it_of_its_teacher(tmp_path: Any) -> None:
     plain, conditional = (LatentDiscriminator(flag).network(teacher, seed=3) for flag in (False, True))
     assert (plain.module.conditional, conditional.module.conditional) == (False, True)
     assert all(p.requires_grad for p in plain.module.parameters())
-    assert not any(p.requires_grad for p in teacher.unet.parameters())
-    add_lora(teacher.unet, rank=2, alpha=2)
+    assert not any(p.requires_grad for p in teacher.network.parameters())
+    add_lora(teacher.network, rank=2, alpha=2)
     with pytest.raises(ValueError, match="before it is given a LoRA"):
         Discriminator.of(teacher)
 
@@ -335,7 +336,7 @@ def test_a_full_size_discriminator_learns_from_a_real_and_a_fake() -> None:
 
 @pytest.fixture(scope="module")
 def toy() -> Teacher:
-    return load_teacher(teacher_folder(), parts=("unet", "text", "vae"))
+    return load_teacher(teacher_folder(), parts=("network", "text", "vae"))
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -386,7 +387,7 @@ def test_a_fake_score_starts_as_the_teacher_on_weights_of_its_own(tmp_path: Any,
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     trained = {name for name, p in score.module.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in score.module.named_parameters() if rank is None or "lora" in name}
-    assert not any(p.requires_grad for p in teacher.unet.parameters())
+    assert not any(p.requires_grad for p in teacher.network.parameters())
     for p in score.module.parameters():
         p.add_(0.1)
     assert not torch.allclose(score(latents(), T, c).x0, teacher.denoiser()(latents(), T, c).x0, atol=1e-3)

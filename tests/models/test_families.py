@@ -21,8 +21,7 @@ from distill.diffusion.guidance import guided
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import solve, trailing_times
-from distill.models import families
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.folder import _patterns
 from distill.models.lora import add_lora
 from distill.toy import world
@@ -43,7 +42,7 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def teacher(folder: str):
-    return load_teacher(folder, parts=("unet", "text", "vae"))
+    return load_teacher(folder, parts=("network", "text", "vae"))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def test_sizes_come_from_the_configs(teacher, family):
     assert teacher.encode(["a"])["encoder_hidden_states"].shape[1] == TOKENS
     assert teacher.prediction is Prediction.EPSILON
     assert teacher.schedule.fingerprint == NoiseSchedule.scaled_linear().fingerprint
-    assert not any(p.requires_grad for p in teacher.unet.parameters())
+    assert not any(p.requires_grad for p in teacher.network.parameters())
 
 
 @torch.no_grad()
@@ -119,7 +118,7 @@ def test_a_teacher_solve_is_the_pipelines(family, scheduler, tmp_path):
     pipe = tiny_pipeline(family, timestep_spacing="trailing", **scheduler)
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path)
-    teacher = load_teacher(tmp_path, parts=("unet", "text"))
+    teacher = load_teacher(tmp_path, parts=("network", "text"))
     assert teacher.prediction.value == scheduler.get("prediction_type", "epsilon")
     torch.testing.assert_close(teacher.schedule.alphas_cumprod[1:].float(), pipe.scheduler.alphas_cumprod)
 
@@ -213,7 +212,7 @@ CROPS = [((1024, 683), (171, 0)), ((24, 24), (0, 0)), ((33, 50), (0, 7))]
 
 def test_cut_pictures_are_described_as_the_pipeline_describes_them(teacher, pipeline, family):
     originals, corners = zip(*CROPS, strict=True)
-    ours = teacher.family.crop_conditioning(originals, corners, (24, 32))
+    ours = teacher.family.sizes(originals, corners, (24, 32))
     if family == "sd15":
         assert ours == {}
         return
@@ -283,8 +282,10 @@ def test_an_autoencoder_that_is_not_there_is_named(fixed_vae, tmp_path, monkeypa
 
 def test_a_dtype_is_the_networks_and_what_is_called_once_a_picture_stays_in_float32(tmp_path):
     folder = save_tiny(tmp_path, "sdxl")
-    half, whole = (load_teacher(folder, parts=("unet", "text", "vae"), dtype=d) for d in (torch.float16, torch.float32))
-    assert half.unet.dtype == torch.float16
+    half, whole = (
+        load_teacher(folder, parts=("network", "text", "vae"), dtype=d) for d in (torch.float16, torch.float32)
+    )
+    assert half.network.dtype == torch.float16
     assert {tower.encoder.dtype for tower in half.text} == {half.vae.dtype} == {torch.float32}
     for name, value in whole.encode(["a red disc"]).items():
         assert torch.equal(value, half.encode(["a red disc"])[name]), name
@@ -304,7 +305,7 @@ def test_large_pictures_are_decoded_one_after_another(tmp_path, monkeypatch):
     latents = torch.randn(5, *teacher.latent_shape)
     whole, decoded = teacher.decode(latents), []
     teacher.vae.decoder.register_forward_pre_hook(lambda _, args: decoded.append(len(args[0])))
-    monkeypatch.setattr(families, "DECODED_PIXELS", 2 * teacher.resolution**2)
+    monkeypatch.setattr("distill.models.families.teacher.DECODED_PIXELS", 2 * teacher.resolution**2)
     torch.testing.assert_close(teacher.decode(latents), whole)
     assert decoded == [2, 2, 1]
     decoded.clear()
@@ -316,12 +317,12 @@ def test_large_pictures_are_decoded_one_after_another(tmp_path, monkeypatch):
 def test_the_hash_is_of_the_weights_not_of_the_files(folder, teacher, tmp_path):
     in_memory = load_teacher(folder)
     in_memory.weight_files = ()
-    add_lora(in_memory.unet, rank=2, alpha=2)
+    add_lora(in_memory.network, rank=2, alpha=2)
     assert in_memory.teacher_hash == teacher.teacher_hash
 
     shutil.copytree(folder, tmp_path / "sharded")
     shutil.rmtree(tmp_path / "sharded" / "unet")
-    teacher.unet.save_pretrained(tmp_path / "sharded" / "unet", max_shard_size="200KB")
+    teacher.network.save_pretrained(tmp_path / "sharded" / "unet", max_shard_size="200KB")
     assert len(list((tmp_path / "sharded" / "unet").glob("*.safetensors"))) > 1
     assert load_teacher(tmp_path / "sharded", parts=()).teacher_hash == teacher.teacher_hash
 
@@ -339,7 +340,7 @@ def test_a_teacher_is_named_by_its_folder(teacher, family):
 
 def test_a_variant_is_read_from_its_own_files(tmp_path):
     tiny_pipeline("sd15").to(torch.float16).save_pretrained(tmp_path, variant="fp16")
-    assert load_teacher(tmp_path, variant="fp16").unet.dtype == torch.float32
+    assert load_teacher(tmp_path, variant="fp16").network.dtype == torch.float32
     with pytest.raises(FileNotFoundError, match="it has diffusion_pytorch_model.fp16.safetensors: choose a variant"):
         load_teacher(tmp_path)
 
@@ -347,7 +348,7 @@ def test_a_variant_is_read_from_its_own_files(tmp_path):
 def test_parts_that_were_not_asked_for_are_named(folder):
     with pytest.raises(ValueError, match="loaded without its 'text'"):
         load_teacher(folder, parts=("vae",)).encode(["a"])
-    with pytest.raises(ValueError, match="'clip' of a teacher is not known; allowed: unet, text, vae"):
+    with pytest.raises(ValueError, match="'clip' of a teacher is not known; allowed: network, text, vae"):
         load_teacher(folder, parts=("clip",))
 
 
@@ -434,7 +435,7 @@ def test_only_the_files_needed_are_downloaded():
 
 def test_settings_for_another_family_are_refused_before_weights_are_read(folder, family, monkeypatch):
     other = {"sd15": "sdxl", "sdxl": "sd15"}[family]
-    monkeypatch.setattr("distill.models.families.load_checked", None)
+    monkeypatch.setattr("distill.models.families.loading.load_checked", None)
     with pytest.raises(
         ValueError, match=rf"\(model.family={other}\): choose an experiment for {family}, or set"
     ) as caught:

@@ -25,13 +25,13 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTex
 from distill.diffusion.guidance import guidance_embedding
 from distill.diffusion.prediction import Prediction
 from distill.models.copied import text_tensors
-from distill.models.families import load_teacher
-from distill.models.formats import save_pipeline, save_unet
+from distill.models.families.loading import load_teacher
+from distill.models.families.unet import UNetGuidance
+from distill.models.formats import save_network, save_pipeline
 from distill.models.full_size import build_unet, unet_config
 from distill.models.layouts import original_module
 from distill.models.schedulers import make_scheduler
 from distill.models.single_file import open_clip, original_vae, save_single_file
-from distill.models.student import build_in_guidance, embed_guidance
 from tests.models.original import original_unet
 from tests.tiny import CHANNELS, FAMILIES, save_tiny, tiny_conditioning, tiny_unet
 
@@ -41,7 +41,7 @@ PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 def exported(teacher: str, folder: Path, **more: Any) -> Path:
     """The teacher's pipeline around its own network."""
     scheduler = partial(make_scheduler, sampler="lcm", spacing="lcm")
-    save_pipeline(folder, load_teacher(teacher, **more).unet, teacher, torch.float32, scheduler, **more)
+    save_pipeline(folder, load_teacher(teacher, **more).network, teacher, torch.float32, scheduler, **more)
     return folder
 
 
@@ -169,7 +169,7 @@ def test_a_safety_checker_is_exported_if_it_is_whole(change: Any, stays: bool, t
 
 def test_a_part_that_a_pipeline_needs_is_missed(tmp_path: Path) -> None:
     teacher = save_tiny(tmp_path / "teacher")
-    unet = load_teacher(teacher).unet
+    unet = load_teacher(teacher).network
     shutil.rmtree(tmp_path / "teacher" / "tokenizer")
     scheduler = partial(make_scheduler, sampler="lcm", spacing="lcm")
     with pytest.raises(FileNotFoundError, match="tokenizer/ of .* has none of vocab.json"):
@@ -184,7 +184,7 @@ def test_a_network_is_one_file_of_whatever_size(tmp_path: Path, monkeypatch: pyt
         save(self, folder, max_shard_size=max_shard_size)
 
     monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", in_small_shards)
-    save_unet(tmp_path, tiny_unet(), torch.float32)
+    save_network(tmp_path, tiny_unet(), torch.float32)
     assert [p.name for p in (tmp_path / "unet").glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
 
 
@@ -268,7 +268,7 @@ def test_open_clip_computes_what_the_text_encoder_computes() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_guidance_built_in_is_the_input_at_that_value(family: str) -> None:
     unet = tiny_unet(family)
-    embed_guidance(unet, 16)
+    UNetGuidance().add(unet, 16)
     torch.nn.init.normal_(unet.time_embedding.cond_proj.weight)
     plain_keys = tiny_unet(family).state_dict().keys()
     c = tiny_conditioning(family, 2)
@@ -279,9 +279,9 @@ def test_a_guidance_built_in_is_the_input_at_that_value(family: str) -> None:
         expected, other = (
             unet(x, 500, timestep_cond=guidance_embedding(torch.tensor([w, w]), 16), **given).sample for w in (7.5, 1.0)
         )
-        build_in_guidance(unet, 7.5)
+        UNetGuidance().build_in(unet, 7.5)
         torch.testing.assert_close(unet(x, 500, **given).sample, expected, rtol=1e-4, atol=1e-5)
     assert (expected - other).abs().max() > 0.01
     assert unet.state_dict().keys() == plain_keys and unet.config["time_cond_proj_dim"] is None
     with pytest.raises(ValueError, match="^the network takes no guidance as an input$"):
-        build_in_guidance(unet, 7.5)
+        UNetGuidance().build_in(unet, 7.5)

@@ -12,10 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distill.models.families import Teacher, load_teacher
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
+from distill.models.families.unet import LCM_LORA_TARGETS
 from distill.models.kohya import save_kohya
 from distill.models.layouts import kohya_state_dict
-from distill.models.lora import LCM_LORA_TARGETS, add_lora, lora_state_dict
+from distill.models.lora import add_lora, lora_state_dict
 from tests.models.test_lora import output
 from tests.tiny import FAMILIES, save_tiny, tiny_unet
 
@@ -23,9 +25,9 @@ from tests.tiny import FAMILIES, save_tiny, tiny_unet
 def trained(folder: str, rank: int = 4, alpha: float = 2.5) -> tuple[Teacher, dict[str, Tensor]]:
     """A teacher with fresh adapters, and the values that training gave them."""
     teacher = load_teacher(folder)
-    add_lora(teacher.unet, rank, alpha)
+    add_lora(teacher.network, rank, alpha)
     random = torch.Generator().manual_seed(5)
-    named = teacher.unet.named_parameters()
+    named = teacher.network.named_parameters()
     return teacher, {n: 0.3 * torch.randn(p.shape, generator=random) for n, p in named if p.requires_grad}
 
 
@@ -45,7 +47,7 @@ def test_plain_diffusers_computes_what_was_trained(family: str, rank: int, alpha
     folder = save_tiny(tmp_path / "teacher", family)
     teacher, state = trained(folder, rank, alpha)
     save_kohya(tmp_path / "kohya" / "a.b.safetensors", teacher, state)
-    expected = output(fill(teacher.unet, state), family)
+    expected = output(fill(teacher.network, state), family)
 
     pipe = DiffusionPipeline.from_pretrained(folder)
     without = output(pipe.unet, family)
@@ -106,9 +108,9 @@ def test_user_interfaces_are_told_what_it_is(
     family: str, unet: dict[str, Any], scheduler: dict[str, Any], expected: tuple[str, ...], tmp_path: Path
 ) -> None:
     teacher = load_teacher(save_tiny(tmp_path / "my teacher", family, **scheduler))
-    teacher.parts["unet"] = tiny_unet(family, **unet)
-    add_lora(teacher.unet, 4, 2.5)
-    save_kohya(tmp_path / "a.b.safetensors", teacher, dict(teacher.unet.named_parameters()))
+    teacher.parts["network"] = tiny_unet(family, **unet)
+    add_lora(teacher.network, 4, 2.5)
+    save_kohya(tmp_path / "a.b.safetensors", teacher, dict(teacher.network.named_parameters()))
     found = metadata(tmp_path / "a.b.safetensors")
     keys = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
     assert tuple(found[key] for key in keys) == expected
@@ -131,4 +133,4 @@ def test_a_value_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     state[name][0, 0] = float("nan")
     with pytest.raises(ValueError, match="the weights are broken: .* not finite"):
         save_kohya(tmp_path / "a.safetensors", teacher, state)
-    assert isinstance(teacher.unet, UNet2DConditionModel) and not (tmp_path / "a.safetensors").exists()
+    assert isinstance(teacher.network, UNet2DConditionModel) and not (tmp_path / "a.safetensors").exists()

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from distill.models.families.unet import LCM_LORA_TARGETS
 from distill.models.full_size import build_unet, unet_config
 from distill.models.layouts import kohya_state_dict
 from distill.models.lora import (
-    LCM_LORA_TARGETS,
     LORA_FILE,
     adapters,
     add_lora,

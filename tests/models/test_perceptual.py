@@ -15,7 +15,7 @@ from distill.config.loading import ConfigError, load
 from distill.config.settings import LatentLPIPSSettings
 from distill.diffusion.losses import l2
 from distill.diffusion.random import generator
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.perceptual import LatentPerceptual, load_latent_perceptual
 from distill.studies import latent_lpips
 from distill.toy.teacher import teacher_folder

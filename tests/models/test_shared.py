@@ -71,8 +71,8 @@ def test_recomputed_gradients_are_those_of_networks_of_their_own(quantized: str 
 
 @pytest.mark.parametrize("of_another", [False, True])
 def test_a_student_that_is_trained_whole_leaves_weights_alone_that_others_compute_with(of_another: bool) -> None:
-    teacher = tiny_teacher({"unet": tiny_unet("sdxl", **TWO_LEVELS).requires_grad_(False)})
-    judge, untouched = LatentDiscriminator(rank=2).network(teacher), teacher.unet
+    teacher = tiny_teacher({"network": tiny_unet("sdxl", **TWO_LEVELS).requires_grad_(False)})
+    judge, untouched = LatentDiscriminator(rank=2).network(teacher), teacher.network
     networks = FullStudent(None).networks(teacher, keep_teacher=of_another)
     trained = {id(p) for p in own(networks["student"].module).values()}
     assert not trained & {id(p) for p in judge.module.parameters()}
@@ -80,10 +80,10 @@ def test_a_student_that_is_trained_whole_leaves_weights_alone_that_others_comput
 
 
 def test_a_copy_that_is_trained_whole_shares_nothing() -> None:
-    teacher = tiny_teacher({"unet": tiny_unet("sdxl", **TWO_LEVELS).requires_grad_(False)})
+    teacher = tiny_teacher({"network": tiny_unet("sdxl", **TWO_LEVELS).requires_grad_(False)})
     for whole in (FakeScore(rank=None), LatentDiscriminator()):
         module = whole.network(teacher).module
-        assert not {id(p) for p in module.parameters()} & {id(p) for p in teacher.unet.parameters()}
+        assert not {id(p) for p in module.parameters()} & {id(p) for p in teacher.network.parameters()}
     assert not teacher.lent
 
 

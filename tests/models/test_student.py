@@ -17,10 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from distill.diffusion.prediction import Denoised, Prediction
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.exported import FACTS, Exported, open_export
-from distill.models.families import Teacher, load_teacher
-from distill.models.formats import save_unet
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
+from distill.models.families.unet import UNetGuidance
+from distill.models.formats import save_network
 from distill.models.lora import TEACHING, adapters, add_lora, lora_layers, merge_lora, save_lora
-from distill.models.student import FullStudent, LoRAStudent, embed_guidance
+from distill.models.student import FullStudent, LoRAStudent
 from tests.tiny import CHANNELS, FAMILIES, save_tiny, tiny_conditioning, tiny_unet
 
 RANK, ALPHA = 3, 1.5
@@ -76,7 +78,7 @@ def lora_export(folder: Path, family: str, seed: int, rank: int = RANK, alpha: f
 
 
 def unet_export(folder: Path, unet: UNet2DConditionModel, prediction: str) -> Exported:
-    save_unet(folder, unet, torch.float32)
+    save_network(folder, unet, torch.float32)
     return export(folder, formats=["unet"], prediction=prediction)
 
 
@@ -117,10 +119,10 @@ def test_two_adapters_on_one_network_are_three_networks(family: str, teacher: Te
 def test_only_the_students_adapter_is_trained_whoever_is_asked(family: str, teacher: Teacher, tmp_path: Path) -> None:
     taught_by = lora_export(tmp_path, family, 2, rank=2 * RANK)  # of another rank: it is another's
     networks = LoRAStudent(RANK, ALPHA).networks(teacher, taught_by=taught_by)
-    trained = {name for name, p in teacher.unet.named_parameters() if p.requires_grad}
-    assert trained == adapters(teacher.unet).keys() and trained
-    assert len(adapters(teacher.unet, TEACHING)) == len(trained)
-    resting = [(layer._disable_adapters, layer.active_adapters) for layer in lora_layers(teacher.unet)]
+    trained = {name for name, p in teacher.network.named_parameters() if p.requires_grad}
+    assert trained == adapters(teacher.network).keys() and trained
+    assert len(adapters(teacher.network, TEACHING)) == len(trained)
+    resting = [(layer._disable_adapters, layer.active_adapters) for layer in lora_layers(teacher.network)]
     assert set(map(str, resting)) == {"(False, ['default'])"}
 
     with torch.no_grad():
@@ -129,9 +131,9 @@ def test_only_the_students_adapter_is_trained_whoever_is_asked(family: str, teac
     with torch.no_grad():
         answer(networks["teacher"], family)  # between forward and backward
     loss.backward()
-    assert {name for name, p in teacher.unet.named_parameters() if p.grad is not None} == trained
-    assert {name for name, p in teacher.unet.named_parameters() if p.requires_grad} == trained
-    assert [(layer._disable_adapters, layer.active_adapters) for layer in lora_layers(teacher.unet)] == resting
+    assert {name for name, p in teacher.network.named_parameters() if p.grad is not None} == trained
+    assert {name for name, p in teacher.network.named_parameters() if p.requires_grad} == trained
+    assert [(layer._disable_adapters, layer.active_adapters) for layer in lora_layers(teacher.network)] == resting
 
 
 def test_an_error_in_a_call_leaves_the_network_at_rest(family: str, teacher: Teacher, tmp_path: Path) -> None:
@@ -151,17 +153,17 @@ def test_gradients_are_the_same_where_activations_are_computed_twice(
 
     def gradients(teacher: Teacher, twice: bool) -> list[Tensor]:
         networks = LoRAStudent(RANK, ALPHA).networks(teacher, start=start, taught_by=taught_by)
-        teacher.unet.train()
+        teacher.network.train()
         if twice:
-            teacher.unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False))
+            teacher.network.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False))
         drawn = answer(networks["student"], family).x0
         with torch.no_grad():
             target = answer(networks["teacher"], family).x0
         (drawn - target).square().mean().backward()
-        return [p.grad for p in adapters(teacher.unet).values() if p.grad is not None]
+        return [p.grad for p in adapters(teacher.network).values() if p.grad is not None]
 
     once, twice = gradients(load_teacher(folders[family]), False), gradients(teacher, True)
-    assert len(once) == len(twice) == len(adapters(teacher.unet))
+    assert len(once) == len(twice) == len(adapters(teacher.network))
     for a, b in zip(once, twice, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -186,7 +188,7 @@ def test_without_earlier_students_it_is_its_own_teacher(teacher: Teacher, family
 
 def test_an_adapter_that_is_not_there_is_no_teacher(teacher: Teacher, family: str) -> None:
     LoRAStudent(RANK, ALPHA).networks(teacher)
-    nobody = NetworkDenoiser(teacher.unet, teacher.schedule, teacher.prediction, adapter=TEACHING)
+    nobody = NetworkDenoiser(teacher.network, teacher.schedule, teacher.prediction, adapter=TEACHING)
     with pytest.raises(ValueError, match="^the network has no adapter 'teacher'$"):
         answer(nobody, family)
 
@@ -199,10 +201,10 @@ def test_a_network_that_starts_from_a_lora_starts_merged(
     dim: int | None, teacher: Teacher, family: str, tmp_path: Path
 ) -> None:
     networks = FullStudent(dim).networks(teacher, start=lora_export(tmp_path, family, 1))
-    assert networks["student"].module is teacher.unet and not lora_layers(teacher.unet)
-    assert all(p.requires_grad for p in teacher.unet.parameters())
+    assert networks["student"].module is teacher.network and not lora_layers(teacher.network)
+    assert all(p.requires_grad for p in teacher.network.parameters())
     expected = merged(family, 1).state_dict()
-    own = teacher.unet.state_dict()
+    own = teacher.network.state_dict()
     assert own.keys() - expected.keys() == ({"time_embedding.cond_proj.weight"} if dim else set())
     for name, weight in expected.items():
         torch.testing.assert_close(own[name], weight, rtol=1e-6, atol=1e-6)
@@ -249,7 +251,7 @@ def test_a_start_says_what_its_output_is_read_as(teacher: Teacher, family: str, 
 
 def test_a_start_that_is_told_guidance_stays_so_or_is_refused(teacher: Teacher, family: str, tmp_path: Path) -> None:
     told = tiny_unet(family, seed=7)
-    embed_guidance(told, 6)
+    UNetGuidance().add(told, 6)
     told.time_embedding.cond_proj.weight.data.fill_(0.1)
     start = unet_export(tmp_path, told, "epsilon")
     with pytest.raises(ValueError, match=r"its time_embedding.cond_proj.weight .* is not in this student \(student.g"):

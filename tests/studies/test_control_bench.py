@@ -22,7 +22,7 @@ from distill.diffusion.schedule import add_noise
 from distill.diffusion.solver import lcm_times
 from distill.evaluation.pipelines import load_pipeline, use_adapters, use_sampler
 from distill.methods.sampling import sample
-from distill.models.families import Teacher
+from distill.models.families.teacher import Teacher
 from distill.models.lora import ADAPTER, save_lora
 from distill.studies.control_bench import nominal_steps, start_time
 from distill.toy.control import controlled
@@ -50,7 +50,7 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     path = save_tiny(folder / "teacher", request.param)
     teacher = trained_student(path)
-    save_lora(folder / "lora", teacher.unet)
+    save_lora(folder / "lora", teacher.network)
     pipeline = load_pipeline(path, folder / "lora")
     use_sampler(pipeline, "lcm", "lcm")
     return Student(request.param, path, teacher, pipeline)

@@ -19,7 +19,7 @@ from distill.evaluation.pipelines import load_pipeline
 from distill.evaluation.toy import JudgeScorer
 from distill.methods.sampling import Sampling
 from distill.models.exported import FACTS
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.lora import LORA_FILE, add_lora, save_lora
 from distill.studies import plug_in
 from distill.studies.plug_in_bench import Bench, Line

@@ -12,7 +12,7 @@ import torch
 
 from distill.config.loading import load
 from distill.config.settings import SolvesSettings
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.studies.solves import teacher_of, write
 from distill.toy.teacher import teacher_folder
 from tests.forked import python
@@ -28,7 +28,7 @@ def test_the_second_teacher_is_the_first_one_trained_further_and_is_kept(tmp_pat
     cfg = settings(tmp_path, "fine_tune=[fine_tune_steps=1,pictures=100]")
     assert teacher_of("toy", cfg, tmp_path) == teacher_folder()
     folder = teacher_of("night", cfg, tmp_path)
-    weights = [load_teacher(f, parts=("unet",)).unet.state_dict() for f in (folder, teacher_folder())]
+    weights = [load_teacher(f, parts=("network",)).network.state_dict() for f in (folder, teacher_folder())]
     assert not all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
     before = (folder / "training.json").stat().st_mtime_ns
     assert teacher_of("night", cfg, tmp_path) == folder and (folder / "training.json").stat().st_mtime_ns == before

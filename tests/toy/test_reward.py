@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.latent_reward import LatentReward
 from distill.toy.judge import frechet_distance, load_judge
 from distill.toy.reward import ToyReward, load_reward, reward_file

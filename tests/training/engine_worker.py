@@ -35,7 +35,8 @@ from distill.methods.mlcm import MLCM
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.discriminator import CriticNetwork, Discriminator, LatentDiscriminator
 from distill.models.fake_score import FakeScore
-from distill.models.families import StableDiffusionXL, Teacher
+from distill.models.families.sdxl import StableDiffusionXL
+from distill.models.families.teacher import Teacher
 from distill.models.latent_reward import LatentReward
 from distill.models.lora import TEACHING, add_lora
 from distill.models.quantized import quantize
@@ -212,9 +213,9 @@ def game(networks: dict[str, NetworkDenoiser]) -> dict[str, Any]:
 
 def on_one_network(quantized: str | None = None, parted: bool = False) -> dict[str, Any]:
     """Four networks as adapters and a head on the weights of one; `parted`, each on a copy of its own."""
-    teacher = tiny_teacher({"unet": tiny_unet("sdxl", **TWO_LEVELS).requires_grad_(False)})
+    teacher = tiny_teacher({"network": tiny_unet("sdxl", **TWO_LEVELS).requires_grad_(False)})
     if quantized is not None:
-        quantize(teacher.unet, quantized)
+        quantize(teacher.network, quantized)
     networks: dict[str, Any] = {
         "discriminator": LatentDiscriminator(conditional=True, rank=2, alpha=4).network(teacher),
         "fake_score": FakeScore(rank=3, alpha=3).network(teacher),

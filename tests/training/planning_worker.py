@@ -24,7 +24,9 @@ from distill.methods.lcm import LCM
 from distill.methods.mlcm import MLCM
 from distill.models.discriminator import LatentDiscriminator
 from distill.models.fake_score import FakeScore
-from distill.models.families import StableDiffusion, StableDiffusionXL, Teacher
+from distill.models.families.sd15 import StableDiffusion
+from distill.models.families.sdxl import StableDiffusionXL
+from distill.models.families.teacher import Teacher
 from distill.models.full_size import build_unet
 from distill.models.quantized import quantize
 from distill.models.student import FullStudent, LoRAStudent
@@ -52,7 +54,7 @@ def teacher_of(family: str, device: str, side: int) -> Teacher:
         teacher_id=family,
         resolution=8 * side,
         latent_shape=(CHANNELS, side, side),
-        parts={"unet": unet},
+        parts={"network": unet},
     )
 
 
@@ -63,7 +65,7 @@ def student_of(kind: str) -> LoRAStudent | FullStudent:
 def batch_of(teacher: Teacher, samples: int, states: int = 2) -> Batch:
     """Random states and conditioning, on the CPU."""
     random = torch.Generator().manual_seed(0)
-    config: Any = teacher.unet.config
+    config: Any = teacher.network.config
     text = {"encoder_hidden_states": torch.randn(samples, TOKENS, config.cross_attention_dim, generator=random)}
     sizes = {}
     if config.addition_embed_type:
@@ -91,7 +93,7 @@ CRITICS: list[Any] = [
 def game_of(teacher: Teacher, quantized: str | None) -> tuple[MLCM, dict[str, Any]]:
     """A method with all critics, and its networks as adapters and a head on the teacher's weights."""
     if quantized is not None:
-        quantize(teacher.unet, quantized)
+        quantize(teacher.network, quantized)
     others = {"discriminator": LatentDiscriminator(rank=8), "fake_score": FakeScore(rank=8)}
     networks: dict[str, Any] = {name: other.network(teacher) for name, other in others.items()}
     return MLCM(SCHEDULE, CRITICS, guidance=2.0), networks | LoRAStudent(16, 16).networks(teacher)

@@ -18,6 +18,7 @@ import pytest
 from distill.diffusion.noise import Noise
 from distill.diffusion.solver import make_times
 from distill.methods.sampling import Sampling
+from distill.models.families.registry import FAMILIES, published
 from distill.models.full_size import published_name, unet_config
 from distill.training.comfyui import why_none, workflows_of, write_workflows
 from distill.training.export import Export
@@ -226,6 +227,6 @@ def test_networks_are_known_by_their_sizes() -> None:
             "sample_size": 96,
             "block_out_channels": [*unet_config(name)["block_out_channels"]],
         }
-        assert published_name(tuned) == name
-    assert [published_name(config) for config in UNETS.values()] == [None, None]
-    assert published_name(unet_config("sd15") | {"cross_attention_dim": 1024}) is None
+        assert published_name(published(name)[0], tuned) == name
+    assert [published_name(FAMILIES[name], config) for name, config in UNETS.items()] == [None, None]
+    assert published_name(FAMILIES["sd15"], unet_config("sd15") | {"cross_attention_dim": 1024}) is None

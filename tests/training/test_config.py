@@ -9,7 +9,7 @@ import yaml
 
 from distill.config.loading import CONFIGS, ConfigError, load
 from distill.config.settings import EvaluateSettings, ModelSettings, SampleSettings, TrainSettings
-from distill.models.families import FAMILIES
+from distill.models.families.registry import FAMILIES
 
 GIVEN = ["output_dir=runs/a", "data.store=store"]
 

@@ -32,7 +32,7 @@ from distill.diffusion.random import starting_noise
 from distill.evaluation.pipelines import load_pipeline, sampling_of, use_sampler
 from distill.methods.sampling import Sampling, sample
 from distill.models.exported import open_export, read_export
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.folder import stored_tensors, weights_hash
 from distill.models.lora import LORA_FILE
 from distill.training.assembly import settled
@@ -69,10 +69,10 @@ class Trained:
     def pictures(self, w: float) -> Tensor:
         """[B, 3, H, W] in [0, 1], in the student's own number of steps, or in four."""
         settings = read_run(self.folder)
-        teacher = load_teacher(self.teacher, parts=("unet", "text", "vae"))
+        teacher = load_teacher(self.teacher, parts=("network", "text", "vae"))
         sampling = build(settings.method, schedule=teacher.schedule).sampling
         student = build(settings.student).networks(teacher, keep_teacher=False)["student"]
-        teacher.unet.load_state_dict(torch.load(self.folder / "weights.pt"), strict=False)
+        teacher.network.load_state_dict(torch.load(self.folder / "weights.pt"), strict=False)
         generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
         x = starting_noise(generators, teacher.latent_shape)
         conditioning = teacher.encode(PROMPTS) | {"guidance": torch.full((len(PROMPTS),), w)}

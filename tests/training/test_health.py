@@ -16,7 +16,7 @@ from distill.diffusion.prediction import Prediction
 from distill.methods.mlcm import MLCM
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.discriminator import CriticNetwork, Discriminator
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.training import health as alarms
 from distill.training.checkpoint import Checkpoints
 from distill.training.engine import EngineSettings

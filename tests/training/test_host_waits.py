@@ -29,7 +29,7 @@ from distill.methods.lightning import LightningAdversarial, LightningConvert, Li
 from distill.methods.mlcm import MLCM
 from distill.models.discriminator import LatentDiscriminator
 from distill.models.fake_score import FakeScore
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.models.student import LoRAStudent
 from distill.training.engine import Engine, EngineSettings
 from distill.training.trained_network import TrainingRecipe

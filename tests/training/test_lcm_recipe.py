@@ -19,8 +19,9 @@ from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
 from distill.methods.lcm import LCM
-from distill.models.families import Teacher, load_teacher
-from distill.models.lora import LCM_LORA_TARGETS
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
+from distill.models.families.unet import LCM_LORA_TARGETS
 from distill.models.student import FullStudent, LoRAStudent
 from distill.training.engine import Engine, EngineSettings
 from distill.training.trained_network import TrainingRecipe
@@ -111,13 +112,13 @@ def engine() -> Iterator[Engine]:
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_losses_gradients_and_weights_are_those_of_the_recipe(kind: str, teacher: Teacher, engine: Engine) -> None:
-    original = copy.deepcopy(teacher.unet)
+    original = copy.deepcopy(teacher.network)
     student = LoRAStudent(rank=4, alpha=3) if kind == "lora" else FullStudent(guidance_embedding_dim=8)
     method = LCM(NoiseSchedule.scaled_linear(), "noised", target="ema" if kind == "full" else "student")
     networks = student.networks(teacher, keep_teacher="teacher" in method.requires)
     if kind == "full":  # else w would have no effect on the first loss, the projection being zero
-        nn.init.normal_(teacher.unet.time_embedding.cond_proj.weight, std=0.1)
-    expected = plain_loop(copy.deepcopy(teacher.unet), original, teacher.prediction, average=kind == "full")
+        nn.init.normal_(teacher.network.time_embedding.cond_proj.weight, std=0.1)
+    expected = plain_loop(copy.deepcopy(teacher.network), original, teacher.prediction, average=kind == "full")
 
     optimizers: list[Recorder] = []
 

@@ -15,7 +15,7 @@ from distill.diffusion.prediction import Prediction
 from distill.diffusion.schedule import NoiseSchedule
 from distill.methods.lcm import LCM
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.student import embed_guidance
+from distill.models.families.registry import FAMILIES
 from distill.training.engine import Engine, EngineSettings
 from distill.training.trained_network import TrainingRecipe, unlike
 from tests.tiny import tiny_unet
@@ -27,7 +27,7 @@ SCHEDULE = NoiseSchedule.scaled_linear()
 
 def engine_of(multipliers: dict[str, float], random: bool = False, rate: float = PUBLISHED_RATE, **kind: Any) -> Engine:
     unet = tiny_unet("sdxl", **TWO_LEVELS)
-    embed_guidance(unet, DIM, seed=3 if random else None)
+    FAMILIES["sd15"].guidance.add(unet, DIM, seed=3 if random else None)
     student = NetworkDenoiser(unet.requires_grad_(True), SCHEDULE, Prediction.EPSILON)
     engine = EngineSettings(**kind).start()
     recipe = TrainingRecipe(partial(torch.optim.AdamW, lr=rate, weight_decay=0.0), multipliers=multipliers)

@@ -141,7 +141,7 @@ def test_flops_are_those_of_torchs_own_counter() -> None:
 def test_activations_grow_with_the_batch_and_gradients_do_not() -> None:
     _, cost = planned({**STEPS[3], "side": 8})
     teacher = teacher_of("sdxl", "meta", 8)
-    weights = sum(p.numel() for p in teacher.unet.parameters())
+    weights = sum(p.numel() for p in teacher.network.parameters())
     assert cost.peak(1000) == pytest.approx(1000 * cost.peaks[0][0], rel=0.05)
     assert cost.peaks[-1][1] == pytest.approx(4 * weights, rel=0.01) and cost.peaks[0][1] < weights
 

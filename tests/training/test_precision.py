@@ -14,7 +14,8 @@ from distill.config.settings import TrainSettings
 from distill.data.index import StorePlan
 from distill.data.reader import open_store
 from distill.diffusion.solver import make_times
-from distill.models.families import Teacher, load_teacher
+from distill.models.families.loading import load_teacher
+from distill.models.families.teacher import Teacher
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
 from distill.training.teacher import inference_dtype
@@ -27,7 +28,7 @@ PROMPTS = list(CAPTIONS)[:16]
 
 @cache
 def toy(dtype: torch.dtype = torch.float32) -> Teacher:
-    return load_teacher(teacher_folder(), parts=("unet", "text"), dtype=dtype)
+    return load_teacher(teacher_folder(), parts=("network", "text"), dtype=dtype)
 
 
 def relative_rms(found: torch.Tensor, exact: torch.Tensor) -> float:

@@ -14,7 +14,7 @@ from distill.diffusion.guidance import guided
 from distill.diffusion.random import starting_noise
 from distill.diffusion.solver import lcm_times, trailing_times
 from distill.methods.sampling import Sampling, sample
-from distill.models.families import load_teacher
+from distill.models.families.loading import load_teacher
 from distill.training.engine import EngineSettings
 from distill.training.tracking import to_pictures
 from distill.training.trained_network import TrainingRecipe
@@ -41,8 +41,8 @@ class Gallery:
     ],
 )
 def test_pictures_are_drawn_as_the_method_says(sampling: Sampling, times: list[int], tmp_path: Path) -> None:
-    teacher = load_teacher(save_tiny(tmp_path), parts=("unet", "text", "vae"))
-    teacher.unet.requires_grad_(True)
+    teacher = load_teacher(save_tiny(tmp_path), parts=("network", "text", "vae"))
+    teacher.network.requires_grad_(True)
     student, conditioning = teacher.denoiser(), teacher.encode(PROMPTS)
     validation = Validation(teacher, PROMPTS, conditioning, USUAL_STEPS, seed=0, sampling=sampling)
     gallery, engine = Gallery(), EngineSettings().start()
@@ -63,8 +63,8 @@ def brightness(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
 
 def test_the_student_is_measured_against_its_teachers_ends_and_by_a_reward(tmp_path: Path) -> None:
     """A student that is its teacher, drawn as the teacher is, is no further away than rounding; another one is."""
-    teacher = load_teacher(save_tiny(tmp_path), parts=("unet", "text", "vae"))
-    teacher.unet.requires_grad_(True)
+    teacher = load_teacher(save_tiny(tmp_path), parts=("network", "text", "vae"))
+    teacher.network.requires_grad_(True)
     conditioning, seeds, kept = teacher.encode(PROMPTS), validation_seeds(0, 2), tmp_path / "run" / "ends.safetensors"
     told: list[int] = []
     engine, gallery, found = EngineSettings().start(), Gallery(), []

@@ -1,0 +1,91 @@
+"""SDXL and its relatives (SSD-1B): the last but one states of two encoders, and the second one's pooled output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.models.families.base import Config, Latents, Size
+from distill.models.families.towers import CLIPTower, TextTower
+from distill.models.families.unet import TEXT, CLIPText, UNet, UNetCritic, UNetFamily, UNetGuidance, UNetLoRA
+
+_SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_SSD1B: dict[str, Any] = _SDXL | {
+    "mid_block_type": "UNetMidBlock2D",  # one residual block
+    "transformer_layers_per_block": [0, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+}
+
+
+class SDXLText(CLIPText):
+    towers = (
+        CLIPTower("tokenizer", "text_encoder", "CLIPTokenizer", "CLIPTextModel"),
+        CLIPTower("tokenizer_2", "text_encoder_2", "CLIPTokenizer", "CLIPTextModelWithProjection"),
+    )
+
+    def encode(self, towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, Tensor]:
+        outputs = [tower(prompts) for tower in towers]
+        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # [B, tokens, width 1 + width 2]
+        return {TEXT: states, "text_embeds": outputs[-1].text_embeds}
+
+    def shapes(self, network: Config, tokens: int) -> dict[str, tuple[int, ...]]:
+        pooled = network["projection_class_embeddings_input_dim"] - 6 * network["addition_time_embed_dim"]
+        return super().shapes(network, tokens) | {"text_embeds": (pooled,)}
+
+    def check(self, path: str, network: Config, towers: Sequence[TextTower]) -> None:
+        super().check(path, network, towers)
+        reads, sizes = network.get("projection_class_embeddings_input_dim"), network.get("addition_time_embed_dim")
+        pooled = towers[-1].encoder.config.projection_dim or 0
+        if isinstance(reads, int) and isinstance(sizes, int) and reads != pooled + 6 * sizes:
+            raise ValueError(
+                f"{path} cannot be a teacher: its UNet reads {reads} numbers of pooled text and sizes, its text "
+                f"encoder and six sizes make {pooled} + 6 * {sizes}"
+            )
+
+
+class SDXLLoRA(UNetLoRA):
+    def architecture(self, network: Config, velocity: bool) -> tuple[str, str]:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+
+
+class StableDiffusionXL(UNetFamily):
+    """Stable Diffusion XL."""
+
+    name = "sdxl"
+    title = "Stable Diffusion XL"
+    tag = "stable-diffusion-xl"
+    pipeline = "StableDiffusionXLPipeline"
+    network = UNet(added="text_time")
+    text = SDXLText()
+    latents = Latents()
+    guidance = UNetGuidance()
+    lora = SDXLLoRA()
+    critic = UNetCritic()
+    full_size = {"sdxl": _SDXL, "ssd1b": _SSD1B}
+
+    def sizes(self, originals: Sequence[Size], corners: Sequence[Size], size: Size) -> dict[str, Tensor]:
+        ids = [[*original, *corner, *size] for original, corner in zip(originals, corners, strict=True)]
+        return {"time_ids": torch.tensor(ids, dtype=torch.float32)}  # [B, 6]
+
+    def arguments(self, zeros_for_empty: bool) -> dict[str, Any]:
+        return {"force_zeros_for_empty_prompt": zeros_for_empty}
+
+
+FAMILY = StableDiffusionXL()

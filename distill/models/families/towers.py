@@ -1,0 +1,132 @@
+"""Text encoders with their tokenizers: where a pipeline has them, how they are loaded, and how they read prompts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from distill.diffusion.noise import short
+from distill.models.checks import check_sizes, load_checked, naming, positive
+from distill.models.folder import read_json, variant_of, weight_files
+
+MOST_TOKENS = 10**6
+"""Stands for a tokenizer that does not say how many tokens it takes."""
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """A tokenizer, whose `model_max_length` the encoder has positions for, and the encoder that reads its tokens.
+
+    It is called as CLIP's are: prompts of one length, the padding read like words. Another kind is a subclass.
+    """
+
+    tokenizer: Any
+    encoder: Any
+
+    @property
+    def length(self) -> int:
+        """Tokens after which a prompt is cut."""
+        return int(self.tokenizer.model_max_length)
+
+    def __call__(self, prompts: Sequence[str]) -> Any:
+        """The encoder's output with all hidden states [B, tokens, width], prompts cut or padded to one length."""
+        device = self.encoder.device
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        masked = getattr(self.encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(device) if masked else None
+        return self.encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=True)
+
+    def cuts(self, prompts: Sequence[str]) -> list[str]:
+        """Those prompts that are too long to be read to their end."""
+        ids = self.tokenizer(list(prompts), verbose=False).input_ids
+        return [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) > self.length]
+
+
+@dataclass(frozen=True)
+class Tower(ABC):
+    """Where a pipeline has a tower, and of which classes of transformers it must be.
+
+    Args:
+        tokenizer, encoder: their sub-folders, which are also their names in the pipeline.
+        tokenizer_kind, encoder_kind: their classes; a tokenizer may be of the class with `Fast` behind it as well.
+        optional: whether a pipeline may lack it. `Text.encode` is then given the others, which stand before it.
+    """
+
+    tokenizer: str
+    encoder: str
+    tokenizer_kind: str
+    encoder_kind: str
+    optional: bool = False
+
+    @abstractmethod
+    def load(self, folder: Path, dtype: torch.dtype, variant: str | None) -> TextTower:
+        """The tower of the pipeline in `folder`, checked.
+
+        Args:
+            dtype: float32, or what a user has chosen; a tower that does not bear it takes another.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing, damaged, or belongs to something else.
+        """
+
+    @abstractmethod
+    def tokens(self, folder: Path) -> int:
+        """The length of a prompt, by the configs of the pipeline in `folder`; raises like `load`."""
+
+
+class CLIPTower(Tower):
+    """A CLIP text encoder; `encoder_kind` says whether it has a projection."""
+
+    def load(self, folder: Path, dtype: torch.dtype, variant: str | None) -> TextTower:
+        cls: type[CLIPTextModel] | type[CLIPTextModelWithProjection] = getattr(transformers, self.encoder_kind)
+        place, files = folder / self.encoder, weight_files(folder, self.encoder, variant)
+        check_sizes(place / "config.json", read_json(folder, f"{self.encoder}/config.json"))
+        model = load_checked(
+            place,
+            files,
+            lambda: cls(CLIPTextConfig.from_pretrained(place)),
+            lambda: cls.from_pretrained(
+                place,
+                dtype=dtype,
+                variant=variant_of(folder, self.encoder, variant),
+                use_safetensors=True,
+                output_loading_info=True,
+            ),
+        )
+        words_of = folder / self.tokenizer
+        with naming(words_of):
+            words = CLIPTokenizer.from_pretrained(words_of)
+        words.model_max_length = length_of(words_of, words.model_max_length, model.config.max_position_embeddings)
+        if len(words) > model.config.vocab_size:
+            raise ValueError(
+                f"{words_of} has {len(words)} tokens, its text encoder reads {model.config.vocab_size}: they do "
+                "not belong together"
+            )
+        return TextTower(words, model)
+
+    def tokens(self, folder: Path) -> int:
+        said = read_json(folder, f"{self.tokenizer}/tokenizer_config.json").get("model_max_length", MOST_TOKENS)
+        config = read_json(folder, f"{self.encoder}/config.json")
+        positions = positive(
+            folder / self.encoder / "config.json", {"max_position_embeddings": 77} | config, "max_position_embeddings"
+        )
+        return length_of(folder / self.tokenizer / "tokenizer_config.json", said, positions)
+
+
+def length_of(path: Path, said: object, positions: int) -> int:
+    """How many tokens a prompt has: what the tokenizer says, where it says something that the encoder can read.
+
+    Raises ValueError, with `path`, for a length that no prompt has.
+    """
+    if isinstance(said, bool) or not isinstance(said, (int, float)) or not said > 2:
+        raise ValueError(f"{path}: model_max_length is {short(said)}; a prompt takes at least 3 tokens")
+    return min(int(said), positions)
