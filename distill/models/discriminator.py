@@ -33,7 +33,7 @@ class Discriminator:
 
     Args:
         module: a `CriticNetwork`, bare or wrapped.
-        schedule: of the noise in what it judges. Of the variance-preserving ones of 1000 times it does not matter which:
+        schedule: of the noise in what it judges. Among variance-preserving ones of 1000 times it does not matter which:
             networks are told the same of their times.
     """
 
