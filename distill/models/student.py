@@ -205,7 +205,8 @@ class FullStudent:
         if start is not None and not start.is_lora:
             _fill(network, start, guidance.weights)
         network.requires_grad_(True)
-        return {"student": teacher.denoiser_of(network, self.prediction or (start and start.prediction))} | networks
+        prediction = self.prediction or (None if start is None else start.prediction)
+        return {"student": teacher.denoiser_of(network, prediction)} | networks
 
     def finish(self, teacher: Teacher, weights: Mapping[str, Tensor]) -> None:
         """Puts trained `weights`, by their names in the network, into `teacher.network`."""

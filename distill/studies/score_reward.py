@@ -109,7 +109,7 @@ def pictures_of(
     prompts, seeds = scorer.prompts("report", cfg.n), seeds_of("report", cfg.n)
     teacher = load_teacher(settings.model.pretrained_model_name_or_path, parts=("network", "text", "vae"))
     student: NetworkDenoiser = build(settings.student).networks(teacher, keep_teacher=False)["student"]
-    embedded = student.guidance_embedding_dim is not None
+    embedded = student.takes_guidance
     guidance = settings.validation_guidance if embedded else 1.0
     setting = Setting("student", "lcm", cfg.steps, guidance, spacing="lcm", embedded=embedded)
     for step in steps:
