@@ -1,13 +1,18 @@
-"""Trains the toy teacher, its classifier (judge) and its reward from nothing, and measures them.
+"""Trains a toy teacher, the toy's classifier (judge) and its reward from nothing, and measures them.
 
     distill study toy_teacher output_dir=runs/toy-teacher                  # all four; resumes
     distill study toy_teacher output_dir=runs/toy-teacher stages=[reward]
     distill study toy_teacher output_dir=runs/toy-teacher evaluate=true    # the table, of what is there
+    distill study toy_teacher output_dir=runs/toy-teacher stages=[denoiser] teacher=flow    # SD3's shape
 
 The folder gets `teacher/` (a diffusers pipeline of the current averaged weights, rewritten every few minutes, so the
 run may be stopped at any time), `judge.safetensors`, `reward.safetensors`, `checkpoints/`, `evaluation.json` and
 `evaluation.md`. It takes about an hour and a half on one CPU core. Copy `teacher/` and the two files into
 `distill/toy/` to bundle them.
+
+`teacher=flow` trains and measures the flow-matching teacher in their place: `teacher_flow/`, in about an hour, and
+`evaluation_flow.json` and `.md`. It has the same captions, autoencoder and classifier: those of the folder, or the
+bundled ones where the folder has none.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,28 +35,34 @@ from torch import Tensor, nn
 from distill.config.settings import ToyTeacherSettings
 from distill.diffusion.random import generator, seed_of
 from distill.evaluation.pipelines import load_pipeline
+from distill.studies.toy_flow import (
+    flow_matching_loss,
+    generate_flow_images,
+    load_flow_pipeline,
+    untrained_flow_pipeline,
+)
 from distill.toy import teacher as toy
-from distill.toy.judge import Judge, frechet_distance, load_judge, sharpness
+from distill.toy.judge import Judge, frechet_distance, judge_file, load_judge, sharpness
 from distill.toy.reward import ToyReward
 from distill.toy.world import CAPTIONS, PATTERNS, Scene, balanced_labels, draw_scene, paint, render
 
 STEPS = (50, 8, 4, 2, 1)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-SPACING = ("leading", "trailing")
 
 
 def main(cfg: ToyTeacherSettings) -> None:
     output = Path(cfg.output_dir)
+    recipe = RECIPES[cfg.teacher]
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
     if cfg.evaluate:
-        evaluate(output, cfg.samples, cfg.tuning_samples)
+        evaluate(recipe, output, cfg.samples, cfg.tuning_samples)
         return
     if "vae" in cfg.stages:
         train_vae(output, cfg.vae_steps, cfg.seed)
     if "judge" in cfg.stages:
         train_judge(output, cfg.judge_steps, cfg.seed)
     if "denoiser" in cfg.stages:
-        train_denoiser(output, cfg.steps, cfg.batch_size, cfg.pictures, cfg.seed)
+        train_denoiser(recipe, output, cfg.steps or recipe.steps, cfg.batch_size, cfg.pictures, cfg.seed)
     if "reward" in cfg.stages:
         train_reward(output, cfg.reward_steps, cfg.seed)
 
@@ -188,41 +199,70 @@ def train_reward(output: Path, steps: int, seed: int, batch_size: int = 64) -> N
 
 
 class Generator(nn.Module):
-    """The parts that learn together: both text encoders and the UNet."""
+    """The parts of a pipeline that learn together: the text encoders and the denoiser."""
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline) -> None:
+    def __init__(self, pipeline: toy.Pipeline, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.text_encoder = pipeline.text_encoder
-        self.text_encoder_2 = pipeline.text_encoder_2
-        self.unet = pipeline.unet
+        for name in names:
+            self.add_module(name, getattr(pipeline, name))
 
 
-def train_denoiser(output: Path, steps: int, batch_size: int, pictures: int, seed: int) -> None:
-    """Epsilon prediction with a tenth of the captions dropped to zero embeddings, as SDXL's pipeline does."""
+def train_denoiser(recipe: ToyRecipe, output: Path, steps: int, batch_size: int, pictures: int, seed: int) -> None:
+    """The recipe's loss, with a tenth of the captions dropped as its pipeline drops them for guidance."""
+    vae = trained_vae(output)
     torch.manual_seed(seed)
-    pipeline = toy.build_pipeline()
-    pipeline.register_modules(vae=AutoencoderKL.from_pretrained(output / "checkpoints" / "vae"))
-    pipeline.vae.register_to_config(_name_or_path=None)  # or this machine's path would be stored with the weights
-    latents, labels = encoded_pictures(output, pipeline.vae, pictures, seed)
-    online = Generator(pipeline)
+    pipeline = recipe.untrained(vae, seed)
+    latents, labels = encoded_pictures(recipe, output, pipeline.vae, pictures, seed)
+    online = Generator(pipeline, recipe.learning)
     average = copy.deepcopy(online).requires_grad_(False)
-    optimizer = torch.optim.AdamW(online.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    file = output / "checkpoints" / "denoiser.pt"
+    optimizer = torch.optim.AdamW(online.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.01)
+    file = output / "checkpoints" / f"denoiser{recipe.suffix}.pt"
     first = resume(file, model=online, average=average, optimizer=optimizer)
-    alphas = pipeline.scheduler.alphas_cumprod
     running = None
     for step in progress("denoiser", first, steps):
-        set_rate(optimizer, 1e-3, step, steps, decay=0.4)
+        if recipe.text_steps is not None and step >= recipe.text_steps:
+            freeze(online, average, recipe.learning[:-1])
+        set_rate(optimizer, recipe.rate, step, steps, decay=0.4)
         generator = step_generator(seed, "denoiser", step)
         chosen = torch.randint(len(latents), (batch_size,), generator=generator)
-        loss = denoising_loss(pipeline, alphas, latents[chosen], labels[chosen], generator)
+        loss = recipe.loss(pipeline, latents[chosen], labels[chosen], generator)
         descend(loss, optimizer)
         follow(average, online, min(0.9995, (1 + step) / (10 + step)))
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         if done(step, steps, 1000):
             note(step, loss=running)
             save(file, step + 1, model=online, average=average, optimizer=optimizer)
-            export(output, pipeline, average)
+            export(output / f"teacher{recipe.suffix}", pipeline, average)
+
+
+def freeze(online: Generator, average: Generator, names: tuple[str, ...]) -> None:
+    """Ends the training of these parts, whose average is from now on what they are."""
+    for name in names:
+        part, averaged = getattr(online, name), getattr(average, name)
+        if next(part.parameters()).requires_grad:
+            part.requires_grad_(False)
+            averaged.load_state_dict(part.state_dict())
+
+
+def trained_vae(output: Path) -> AutoencoderKL:
+    """The autoencoder that was trained in the folder, or the bundled teacher's where none was."""
+    folder = output / "checkpoints" / "vae"
+    if not folder.exists():
+        folder = toy.teacher_folder() / "vae"
+        print("the autoencoder is the bundled teacher's", flush=True)
+    vae = AutoencoderKL.from_pretrained(folder)
+    vae.register_to_config(_name_or_path=None)  # or this machine's path would be stored with the weights
+    return vae
+
+
+def untrained_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusionXLPipeline:
+    pipeline = toy.build_pipeline()
+    pipeline.register_modules(vae=vae)
+    return pipeline
+
+
+def noise_loss(pipeline: toy.Pipeline, clean: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    return denoising_loss(pipeline, pipeline.scheduler.alphas_cumprod, clean, labels, generator)
 
 
 def denoising_loss(
@@ -242,18 +282,21 @@ def denoising_loss(
 
 
 @torch.no_grad()
-def encoded_pictures(output: Path, vae: AutoencoderKL, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def encoded_pictures(
+    recipe: ToyRecipe, output: Path, vae: AutoencoderKL, count: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Scaled latents [count, C, 8, 8] of random pictures and their labels [count], encoded once and kept in a file."""
-    file = output / "checkpoints" / f"latents-{count}.pt"
+    file = output / "checkpoints" / f"latents{recipe.suffix}-{count}.pt"
     if file.exists():
         stored = torch.load(file)
         return stored["latents"], stored["labels"]
     batch = 500
+    shift, scale = vae.config["shift_factor"] or 0.0, vae.config["scaling_factor"]
     labels, latents = [], []
     for index in progress("latents", 0, count // batch):
         generator = step_generator(seed, "latents", index)
         labels.append(torch.randint(len(CAPTIONS), (batch,), generator=generator))
-        latents.append(vae.encode(render(labels[-1], generator)).latent_dist.mean * vae.config["scaling_factor"])
+        latents.append((vae.encode(render(labels[-1], generator)).latent_dist.mean - shift) * scale)
     stored = {"latents": torch.cat(latents), "labels": torch.cat(labels)}
     torch.save(stored, file)
     return stored["latents"], stored["labels"]
@@ -264,12 +307,12 @@ def follow(average: nn.Module, online: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1 - decay)
 
 
-def export(output: Path, pipeline: StableDiffusionXLPipeline, average: Generator) -> None:
+def export(folder: Path, pipeline: toy.Pipeline, average: Generator) -> None:
     """Writes the averaged weights as a stock pipeline's folder."""
-    parts = dict(pipeline.components)
-    parts.update(text_encoder=average.text_encoder, text_encoder_2=average.text_encoder_2, unet=average.unet)
-    parts = {name: part for name, part in parts.items() if part is not None}
-    StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(output / "teacher")
+    online = {name: getattr(pipeline, name) for name, _ in average.named_children()}
+    pipeline.register_modules(**dict(average.named_children()))
+    pipeline.save_pretrained(folder)
+    pipeline.register_modules(**online)
 
 
 # --------------------------------------------------------------------------------------------------- common to stages
@@ -388,25 +431,26 @@ class ToyScorer:
 
 
 @torch.no_grad()
-def evaluate(output: Path, count: int, tuning_count: int) -> None:
+def evaluate(recipe: ToyRecipe, output: Path, count: int, tuning_count: int) -> None:
     """Tunes spacing and guidance for every number of steps on one seed, reports the best on three others."""
-    pipeline = load_pipeline(str(output / "teacher"), own_scheduler=True)
-    measure = ToyScorer(load_judge(output / "judge.safetensors"))
+    pipeline = recipe.load(output / f"teacher{recipe.suffix}")
+    judge = output / "judge.safetensors"
+    measure = ToyScorer(load_judge(judge if judge.exists() else judge_file()))
     seeds = (101, 102, 103)
     real = [render(balanced_labels(count), torch.Generator().manual_seed(seed)) for seed in seeds]
     rows = [measure("real", real), measure("VAE", [reconstruct(pipeline.vae, pictures) for pictures in real])]
     tuning = []
     for steps in STEPS:
         tried = []
-        for spacing in SPACING:
+        for spacing in recipe.spacings:
             for guidance in GUIDANCE:
-                pictures = generate_images(pipeline, tuning_count, 7, steps, spacing, guidance)
+                pictures = recipe.generate(pipeline, tuning_count, 7, steps, spacing, guidance)
                 tried.append(measure("tuning", [pictures], steps, spacing, guidance))
                 print(describe(tried[-1]), flush=True)
         tuning += tried
         best = min(tried, key=lambda row: row.distance)
         spacing, guidance = str(best.spacing), float(best.guidance or 0)
-        sampled = [generate_images(pipeline, count, seed, steps, spacing, guidance) for seed in seeds]
+        sampled = [recipe.generate(pipeline, count, seed, steps, spacing, guidance) for seed in seeds]
         rows.append(measure("teacher", sampled, steps, spacing, guidance))
         print(describe(rows[-1]), flush=True)
     stored = {
@@ -415,9 +459,9 @@ def evaluate(output: Path, count: int, tuning_count: int) -> None:
         "rows": [asdict(r) for r in rows],
         "tuning": [asdict(r) for r in tuning],
     }
-    (output / "evaluation.json").write_text(json.dumps(stored, indent=1) + "\n")
+    (output / f"evaluation{recipe.suffix}.json").write_text(json.dumps(stored, indent=1) + "\n")
     table = markdown(rows, count * len(seeds))
-    (output / "evaluation.md").write_text(table)
+    (output / f"evaluation{recipe.suffix}.md").write_text(table)
     print(table)
 
 
@@ -472,3 +516,62 @@ def markdown(rows: list[Row], pictures: int) -> str:
         setting = " | ".join("" if value is None else str(value) for value in (row.steps, row.spacing, row.guidance))
         lines.append(f"| {row.name} | {setting} | {accuracy} | {distance} | {row.sharpness:.3f} |")
     return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+@dataclass(frozen=True)
+class ToyRecipe:
+    """What is a teacher's own in its training and its evaluation.
+
+    Args:
+        suffix: of its files and of its folder.
+        steps, rate: of its training.
+        learning: the parts of its pipeline that learn together, the denoiser last.
+        text_steps: how long the others learn, which is a quarter of a step's cost; None is as long as the denoiser.
+        spacings: of the times that it is sampled at.
+        untrained: trained VAE, seed -> its pipeline before training.
+        loss: pipeline, scaled latents [B, C, 8, 8], labels [B], random numbers -> scalar.
+        load: folder -> its pipeline.
+        generate: pipeline, count, seed, steps, spacing, guidance -> pictures [count, 3, 32, 32] in [-1, 1].
+    """
+
+    suffix: str
+    steps: int
+    rate: float
+    learning: tuple[str, ...]
+    text_steps: int | None
+    spacings: tuple[str, ...]
+    untrained: Callable[[AutoencoderKL, int], toy.Pipeline]
+    loss: Callable[[toy.Pipeline, Tensor, Tensor, torch.Generator], Tensor]
+    load: Callable[[Path], toy.Pipeline]
+    generate: Callable[[toy.Pipeline, int, int, int, str, float], Tensor]
+
+
+RECIPES = {
+    "vp": ToyRecipe(
+        suffix="",
+        steps=19_000,
+        rate=1e-3,
+        learning=("text_encoder", "text_encoder_2", "unet"),
+        text_steps=None,
+        spacings=("leading", "trailing"),
+        untrained=untrained_pipeline,
+        loss=noise_loss,
+        load=lambda folder: load_pipeline(str(folder), own_scheduler=True),
+        generate=generate_images,
+    ),
+    "flow": ToyRecipe(
+        suffix="_flow",
+        steps=24_000,
+        rate=2e-3,
+        learning=("text_encoder", "text_encoder_2", "text_encoder_3", "transformer"),
+        text_steps=1000,
+        spacings=("default", "trailing"),
+        untrained=untrained_flow_pipeline,
+        loss=flow_matching_loss,
+        load=load_flow_pipeline,
+        generate=generate_flow_images,
+    ),
+}

@@ -64,13 +64,13 @@ def _byte_symbols() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(_BYTE_COUNT + index) for index in range(len(others))]
 
 
-def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """SDXL's two text encoders, untrained. It reads the last but one layer of both and pools the second's output."""
-    config = CLIPTextConfig(
+def clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """A text encoder of two layers, as wide as its pooled embedding, for the tokenizer's tokens."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=_WIDTH,
-        intermediate_size=2 * _WIDTH,
-        projection_dim=_WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=TOKENS,
@@ -79,6 +79,11 @@ def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTe
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """SDXL's two text encoders, untrained. It reads the last but one layer of both and pools the second's output."""
+    config = clip_config(tokenizer, _WIDTH)
     return CLIPTextModel(config), CLIPTextModelWithProjection(config)
 
 

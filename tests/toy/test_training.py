@@ -39,6 +39,41 @@ def test_training_from_nothing_is_reproducible_and_resumes(tmp_path: Path, capsy
     assert any(not torch.equal(first[key], value) for key, value in weights(tmp_path / "one").items())
 
 
+def test_the_flow_teacher_trains_beside_the_other_with_the_same_autoencoder_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def transformer(name: str) -> dict[str, torch.Tensor]:
+        return training.load_flow_pipeline(tmp_path / name / "teacher_flow").transformer.state_dict()
+
+    train(tmp_path / "one", "steps=2", "stages=[denoiser]", "teacher=flow")
+    assert "the autoencoder is the bundled teacher's" in capsys.readouterr().out
+    (tmp_path / "two" / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "one" / "checkpoints" / "latents_flow-500.pt", tmp_path / "two" / "checkpoints")
+    train(tmp_path / "two", "steps=2", "stages=[denoiser]", "teacher=flow")
+    first, second = transformer("one"), transformer("two")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    train(tmp_path / "one", "steps=4", "stages=[denoiser]", "teacher=flow")
+    assert "resuming denoiser_flow at step 2" in capsys.readouterr().out
+    assert any(not torch.equal(first[key], value) for key, value in transformer("one").items())
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"checkpoints", "teacher_flow"}
+
+
+def test_the_flow_loss_trains_every_part_and_reads_the_caption() -> None:
+    torch.manual_seed(0)
+    pipeline = training.untrained_flow_pipeline(training.toy.build_vae(), seed=0)
+    online = training.Generator(pipeline, training.RECIPES["flow"].learning)
+    optimizer = torch.optim.AdamW(online.parameters(), lr=2e-3)
+    clean, labels = torch.randn(32, 4, 8, 8), training.balanced_labels(32)
+    losses = []
+    for step in range(15):
+        loss = training.flow_matching_loss(pipeline, clean, labels, torch.Generator().manual_seed(step))
+        training.descend(loss, optimizer)
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < sum(losses[:5])
+    learning = {name.partition(".")[0] for name, p in online.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learning == {"text_encoder", "text_encoder_2", "text_encoder_3", "transformer"}
+
+
 def test_the_measured_scale_makes_unit_variance_without_changing_reconstructions() -> None:
     torch.manual_seed(0)
     vae = training.toy.build_vae()
