@@ -229,7 +229,7 @@ def test_a_photograph_survives_the_way_into_the_store(teacher: Teacher, tmp_path
     (tmp_path / "in" / "a.jpg").write_bytes(encoded(upright.rotate(90, expand=True), "JPEG", exif=exif, quality=100))
     (tmp_path / "in" / "a.txt").write_text("half and half")
     found = list_pictures(str(tmp_path / "in"), str(tmp_path / "store"), Accept(24))
-    (square,) = LatentEncoder(teacher, plan("center"), found, "cpu").squares([0])
+    (square,) = LatentEncoder(teacher, plan("center"), found, "cpu").parts([0], plan("center").image_sizes[0])
     assert square.original == (40, 30) and square.corner == (4, 0)  # type: ignore[union-attr]
     assert square.pixels[:, :10].min() > 0.9 and square.pixels[:, 14:].max() < -0.9  # type: ignore[union-attr]
     assert Image.open(io.BytesIO(found.read([0])[0])).size == (40, 30)  # on its side in the file

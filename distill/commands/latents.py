@@ -19,7 +19,7 @@ import logging
 import os
 
 from distill.config.loading import ConfigError, checking
-from distill.config.settings import TrainSettings
+from distill.config.settings import OF_PROMPTS, DataSettings, TrainSettings
 from distill.data.images import Accept, Listing, list_pictures
 from distill.data.index import NO_SOLVE, StorePlan
 from distill.data.progress import counted
@@ -29,6 +29,7 @@ from distill.models.families.teacher import Teacher
 from distill.training.latents import LatentEncoder
 from distill.training.launched import launched_rank, launched_world_size, only_one_process
 from distill.training.micro_batch import within_memory
+from distill.training.sizes import chosen_sizes
 from distill.training.teacher import inference_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import stored
@@ -51,9 +52,11 @@ def main(cfg: TrainSettings) -> None:
         rank, world_size = work_split()
         dtype = inference_dtype(data.teacher_dtype, device)
         teacher = open_teacher(model, ("text", "vae"), vae=data.vae, vae_dtype=dtype)
-        accept = Accept(data.min_size or teacher.resolution, data.max_aspect_ratio, data.prompt_column)
+        sizes = sizes_of(data, teacher)
+        least = data.min_size or (0 if sizes else teacher.resolution)
+        accept = Accept(least, data.max_aspect_ratio, data.prompt_column, sizes)
         listing = list_pictures(data.images, data.store, accept, rank=rank, world_size=world_size)
-        plan = plan_of(cfg, teacher, listing)
+        plan = plan_of(cfg, teacher, listing, sizes)
     encoder = LatentEncoder(teacher.to(device), plan, listing, device)
     log.info("%s", described(device, launched_world_size()))
     with checking():
@@ -63,12 +66,27 @@ def main(cfg: TrainSettings) -> None:
             listing.captions[: plan.samples],
             stored(teacher.unconditional(), plan.dtype),
             encoder,
+            size_of=encoder.size_of,
             rank=rank,
             world_size=world_size,
         )
 
 
-def plan_of(cfg: TrainSettings, teacher: Teacher, listing: Listing) -> StorePlan:
+def sizes_of(data: DataSettings, teacher: Teacher) -> tuple[str, ...]:
+    """What pictures are cut to where that is not the teacher's square alone.
+
+    Raises:
+        ConfigError, ValueError: settings of trajectories' sizes; sizes that the teacher cannot have.
+    """
+    if data.sizes == OF_PROMPTS or data.size_weights is not None:
+        raise ConfigError(
+            "the size of a picture follows from its aspect ratio: set data.sizes to a list such as "
+            "[1024x1024,1152x896], and leave data.size_weights out"
+        )
+    return tuple(map(str, chosen_sizes(data, teacher)))
+
+
+def plan_of(cfg: TrainSettings, teacher: Teacher, listing: Listing, sizes: tuple[str, ...]) -> StorePlan:
     data, pictures = cfg.data, len(listing.pictures)
     if data.images is None or (data.num_samples or 0) > pictures:
         are = "is" if pictures == 1 else "are"
@@ -93,4 +111,5 @@ def plan_of(cfg: TrainSettings, teacher: Teacher, listing: Listing) -> StorePlan
         pictures_sha256=listing.sha256,
         crop=data.crop,
         vae_hash=teacher.vae_hash,
+        sizes=sizes,
     )

@@ -173,7 +173,7 @@ def checkpoints(run: PlannedRun) -> Iterator[str]:
 
 def around(run: PlannedRun) -> Iterator[str]:
     """What is done before and after the run: solves, loading, evaluation."""
-    cfg, cluster, model = run.cfg, run.cfg.cluster, inference(run.cfg.model, run.bf16)
+    cfg, cluster, model = run.cfg, run.cfg.cluster, inference(run.cfg.model, run.bf16, run.cfg.data.sizes)
     data = cfg.data
     if data.guidance is not None and data.num_samples is not None:
         used = hours(data.num_samples * model.solve_flops(data), cluster, run.bf16)

@@ -3,6 +3,7 @@
 distill sample model.pretrained_model_name_or_path=DIR_OR_HUB_ID lora=exports/a steps=4 prompts=prompts.txt \
     output_dir=pictures
 distill sample run=runs/a steps=[1,2,4,8] prompts='["a cat"]' output_dir=pictures
+distill sample run=runs/a size=[1024x1024,1152x896] prompts='["a cat"]' output_dir=pictures
 distill sample run=runs/a sweep=lora prompts='["a cat"]' output_dir=pictures
 distill sample run=runs/a sweep=guidance guidance=[1,2] negative_prompt=blurry prompts='["a cat"]' \
     output_dir=pictures
@@ -21,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from distill.commands.owned_files import Written
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import ModelSettings, SampleSettings
 from distill.data.prompts import read_prompts
+from distill.data.sizes import ImageSize, read_sizes
 from distill.data.words import counted
 from distill.diffusion.samplers import check_pair, usual_spacing
 from distill.evaluation.figures import CELL, GridRow, draw_grid
@@ -42,6 +45,7 @@ from distill.evaluation.pipelines import (
     is_student,
     load_pipeline,
     sampling_of,
+    side_multiple,
     timesteps_of,
     use_sampler,
 )
@@ -109,6 +113,10 @@ def check(cfg: SampleSettings) -> None:
     if cfg.sampler is not None and cfg.spacing is not None:
         with checking():
             check_pair(cfg.sampler, cfg.spacing)
+    if cfg.sweep is not None and cfg.size is not None and len(cfg.size) > 1:
+        raise ConfigError(f"a sweep has one size, and size lists {len(cfg.size)}")
+    if cfg.size is not None and cfg.model.resolution is not None:
+        raise ConfigError("size and model.resolution are both set: leave one of them null")
     if cfg.sweep is None and cfg.teacher is not None:
         raise ConfigError("teacher is the reference of a sweep: set sweep=steps or sweep=guidance, or leave it null")
 
@@ -162,39 +170,56 @@ def sample_pictures(
         use_sampler(pipeline, sampling.sampler, sampling.spacing)
     with checking("steps: "):
         times = {steps: timesteps_of(pipeline, sampling.spacing, steps) for steps in numbers}
+    sizes = sizes_of(cfg, pipeline, model)
     facts = {"guidance": guidance, "sampler": sampling.sampler, "negative_prompt": cfg.negative_prompt}
     written = Written(Path(cfg.output_dir), claimed=pictures_of(Path(cfg.output_dir)))
     written.clear()
     rows = []
-    for steps in numbers:
+    for size, steps in product(sizes, numbers):
         if sampling.steps not in (None, steps):
             log.warning(
                 "the student was made for %s, and is sampled in %d", counted(sampling.steps or 0, "step"), steps
             )
-        under = f"steps-{steps}/" if isinstance(cfg.steps, list) else ""
+        under = (f"{size}/" if len(sizes) > 1 else "") + (f"steps-{steps}/" if isinstance(cfg.steps, list) else "")
         pictures: list[dict[str, Any]] = []
         shown: list[Tensor] = []
+        of_size = {} if cfg.size is None else {"size": str(size)}
         for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=counted(steps, "step"), unit="batch"):
             chunk = prompts[start : start + cfg.batch_size]
             seeds = [cfg.seed + start + i for i in range(len(chunk))]
-            images = generate_images(
-                pipeline, chunk, seeds, steps, guidance, model.resolution, cfg.negative_prompt, times[steps]
-            )
+            images = generate_images(pipeline, chunk, seeds, steps, guidance, size, cfg.negative_prompt, times[steps])
             for prompt, seed, image in zip(chunk, seeds, images, strict=True):
                 name = f"{len(pictures):05d}.png"
                 with checking():
                     written.save(under + name, partial(save_picture, image))
-                pictures.append({"file": name, "prompt": prompt, "seed": seed, "steps": steps, **facts})
+                pictures.append({"file": name, "prompt": prompt, "seed": seed, "steps": steps, **of_size, **facts})
             shown += images[: max(0, GRID_COLUMNS - len(shown))].float().cpu()
         listed = json.dumps(pictures, indent=1) + "\n"
         with checking():
             written.save(f"{under}pictures.json", partial(write_text, listed))
-        rows.append(GridRow(counted(steps, "step"), f"{sampling.sampler}, w {guidance:g}", torch.stack(shown) * 2 - 1))
+        title = counted(steps, "step") + (f", {size}" if len(sizes) > 1 else "")
+        rows.append(GridRow(title, f"{sampling.sampler}, w {guidance:g}", torch.stack(shown) * 2 - 1))
         print(f"{counted(len(pictures), 'picture')} in {Path(cfg.output_dir) / under}")
     with checking():
-        cell = max(CELL, min(LARGEST_CELL, *rows[0].images.shape[-2:]))
+        longest = max(side for row in rows for side in row.images.shape[-2:])
+        cell = max(CELL, min(LARGEST_CELL, longest))
         written.save("grid.png", lambda path: draw_grid(path, prompts[:GRID_COLUMNS], [rows], cell))
     print(f"{cfg.output_dir}/grid.png" + (f" shows the first {GRID_COLUMNS}" if len(prompts) > GRID_COLUMNS else ""))
+
+
+def sizes_of(cfg: SampleSettings, pipeline: Any, model: ModelSettings) -> list[ImageSize | int | None]:
+    """The sizes to sample in: those of the settings, or the model's square.
+
+    Raises:
+        ConfigError: a side that the pipeline cannot make.
+    """
+    if cfg.size is None:
+        return [model.resolution]
+    sizes, step = read_sizes(cfg.size), side_multiple(pipeline)
+    for size in sizes:
+        if size.height % step or size.width % step:
+            raise ConfigError(f"size: the sides of {size} must be multiples of {step} pixels")
+    return list(sizes)
 
 
 def save_picture(image: Tensor, path: Path) -> None:
@@ -231,7 +256,7 @@ def sample_sweep(cfg: SampleSettings, pipeline: Any, model: ModelSettings, promp
         prompts,
         [cfg.seed + i for i in range(len(prompts))],
         batch_size=cfg.batch_size,
-        resolution=model.resolution,
+        resolution=sizes_of(cfg, pipeline, model)[0],
         right=judge_of(model, prompts),
     )
     print(f"{text}\n{cfg.output_dir}/{sweep.name}.png, .md, .json")

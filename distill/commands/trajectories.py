@@ -14,18 +14,21 @@ if __name__ == "__main__":  # before what is heavy is imported
 
     run("trajectories")
 
+import hashlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from distill.config.loading import ConfigError, checking
-from distill.config.settings import TrainSettings
+from distill.config.settings import OF_PROMPTS, DataSettings, TrainSettings
 from distill.data.heldout import heldout_plan, heldout_prompts, heldout_samples, within
 from distill.data.index import StorePlan, kept_times
-from distill.data.prompts import read_prompts
+from distill.data.prompts import read_prompts, read_sized_prompts
+from distill.data.sizes import ImageSize, read_sizes
 from distill.data.writer import work_split, write_store
 from distill.diffusion.solver import make_times
 from distill.models.devices import described, own_device
@@ -35,6 +38,7 @@ from distill.models.families.teacher import Teacher
 from distill.models.student import as_teacher
 from distill.training.launched import launched_rank, launched_world_size, only_one_process
 from distill.training.micro_batch import within_memory
+from distill.training.sizes import chosen_sizes, settled
 from distill.training.teacher import inference_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored
@@ -47,7 +51,7 @@ def main(cfg: TrainSettings) -> None:
     setup_logging(launched_rank())
     if line := only_one_process():
         log.warning(line)
-    prompts = prompts_of(cfg)
+    prompts, own_sizes = prompts_of(cfg)
     with checking():
         device = own_device()
         dtype = inference_dtype(cfg.data.teacher_dtype, device)
@@ -60,22 +64,28 @@ def main(cfg: TrainSettings) -> None:
             teacher, own_hash = as_teacher(teacher, export), export.weights_hash
         nn.Module.to(teacher.network, dtype)  # diffusers' own `to` warns of nothing
         plan = replace(plan_of(cfg, teacher, own_hash), teacher_dtype=str(dtype).removeprefix("torch."))
+        plan = sized(plan, cfg.data, teacher, own_sizes)
         rank, world_size = work_split()
     teacher = teacher.to(device)
     execute(teacher.network, cfg.compile, cfg.channels_last)
     log.info("%s, the teacher in %s", described(device, launched_world_size()), plan.teacher_dtype)
-    stores = [(cfg.data.store, plan, prompts)]
+    stores = [(cfg.data.store, plan, prompts, own_sizes)]
     if heldout := heldout_samples(cfg.data.heldout_samples, plan.samples):
-        stores.append((within(cfg.data.store), heldout_plan(plan, heldout), heldout_prompts(prompts)))
+        of_last = own_sizes and own_sizes[::-1]
+        own_plan = with_prompt_sizes(heldout_plan(plan, heldout), of_last)
+        stores.append((within(cfg.data.store), own_plan, heldout_prompts(prompts), of_last))
     with checking():
-        for url, own_plan, texts in stores:
-            solver = TrajectorySolver(teacher, own_plan, device)
+        for url, own_plan, texts, sizes in stores:
+            size_of = size_by_prompt(own_plan, sizes)
+            solver = TrajectorySolver(teacher, own_plan, device, size_of)
             unconditional = stored(teacher.unconditional(), own_plan.dtype)
-            write_store(url, own_plan, texts, unconditional, solver, rank=rank, world_size=world_size)
+            write_store(url, own_plan, texts, unconditional, solver, size_of=size_of, rank=rank, world_size=world_size)
 
 
-def prompts_of(cfg: TrainSettings) -> list[str]:
-    """The prompts, once the settings are checked, as far as they can be without the teacher."""
+def prompts_of(cfg: TrainSettings) -> tuple[list[str], list[ImageSize] | None]:
+    """The prompts, and their sizes where these are read with them, once the settings are checked, as far as they can be
+    without the teacher.
+    """
     data = cfg.data
     if data.guidance is None:
         raise ConfigError("data.guidance has no value: set data.guidance=W (data=images is for distill latents)")
@@ -84,7 +94,38 @@ def prompts_of(cfg: TrainSettings) -> list[str]:
     if data.prompts is None:
         raise ConfigError("data.prompts has no value: set data.prompts=FILE")
     with checking():
-        return read_prompts(data.prompts, data.prompt_column)
+        if data.sizes == OF_PROMPTS:
+            return read_sized_prompts(data.prompts, data.prompt_column)
+        return read_prompts(data.prompts, data.prompt_column), None
+
+
+def sized(plan: StorePlan, data: DataSettings, teacher: Teacher, own_sizes: list[ImageSize] | None) -> StorePlan:
+    """The plan with the sizes that the settings list, or that the prompts have.
+
+    Raises:
+        ConfigError, ValueError: sizes that the teacher cannot have, or too many of them.
+    """
+    sizes = chosen_sizes(data, teacher)
+    if own_sizes is not None:
+        sizes = settled(read_sizes([*map(str, sorted(set(own_sizes)))]), teacher)
+        return with_prompt_sizes(replace(plan, sizes=tuple(map(str, sizes))), own_sizes if sizes else None)
+    weights = tuple(data.size_weights or ()) if sizes else ()
+    return replace(plan, sizes=tuple(map(str, sizes)), size_weights=weights)
+
+
+def with_prompt_sizes(plan: StorePlan, sizes: list[ImageSize] | None) -> StorePlan:
+    """The plan of samples that have the sizes of their prompts, if these have any."""
+    if not sizes or not plan.sizes:
+        return plan
+    return replace(plan, prompt_sizes_sha256=hashlib.sha256(" ".join(map(str, sizes)).encode()).hexdigest())
+
+
+def size_by_prompt(plan: StorePlan, sizes: list[ImageSize] | None) -> Callable[[int], int] | None:
+    """Which of the plan's sizes a sample has: its prompt's; None where prompts have none."""
+    if not sizes or not plan.sizes:
+        return None
+    numbers = {size: number for number, size in enumerate(plan.image_sizes)}
+    return lambda i: numbers[sizes[i % len(sizes)]]
 
 
 def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> StorePlan:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, mod
 from pydantic_core import PydanticCustomError
 
 from distill.config.loading import Settings, check_component, suggest
+from distill.data.sizes import PRESETS, read_size, read_sizes
 from distill.diffusion.samplers import check_pair, check_sampler, check_solver, check_spacing, usual_spacing
 from distill.models.families import check_family
 
@@ -62,6 +63,31 @@ Number = Annotated[float, BeforeValidator(check_number), Field(allow_inf_nan=Fal
 Positive = Annotated[int, Field(ge=1, strict=True)]
 Natural = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+
+
+def check_size(text: str) -> str:
+    """Raises ValueError for what is no WIDTHxHEIGHT."""
+    return str(read_size(text))
+
+
+def check_sizes(said: Any) -> Any:
+    """Sizes as texts in a list, from a list, one size or the name of a list; `prompts` as it is.
+
+    Raises:
+        ValueError: none of them.
+    """
+    if said in (None, OF_PROMPTS):
+        return said
+    if not isinstance(said, (str, list, tuple)) or any(not isinstance(text, str) for text in said):
+        raise ValueError(f"must be sizes such as [1024x1024,1152x896], or one of {', '.join(PRESETS)}")
+    return [str(size) for size in read_sizes(said)]
+
+
+OF_PROMPTS = "prompts"
+"""What `data.sizes` says where the file of prompts has the size of each."""
+ImageSizeText = Annotated[str, AfterValidator(check_size)]
+SizeList = Annotated[list[str] | str, BeforeValidator(check_sizes)]
+StoreSizes = Annotated[Literal["prompts"] | list[str] | None, BeforeValidator(check_sizes)]
 
 
 def check_several(count: int) -> int:
@@ -119,9 +145,14 @@ class DataSettings(Settings):
     the autoencoder given as `vae`): auto is float16 on GPUs, which rounds x0 an eighth as much as bfloat16 does, and
     float32 on CPUs. Text encoders compute in float32.
 
+    `sizes` are those of a store of several, as WIDTHxHEIGHT or the name of a list (null: squares of
+    `model.resolution`). A trajectory has each as often as `size_weights` say (null: all alike), or, of `prompts`, the
+    one that the columns width and height of its prompt say; a picture has the one whose aspect ratio is nearest.
+
     From pictures (`data=images`): `images` are tars or a folder, `min_size` is pixels of the shorter side (null: the
-    teacher's resolution), `max_aspect_ratio` longer over shorter side, `vae` an autoencoder in place of the teacher's,
-    `prompt_column` names the caption in JSON, and `num_samples` null takes them all.
+    teacher's resolution, or as many as a picture needs not to be enlarged to its size), `max_aspect_ratio` longer over
+    shorter side, `vae` an autoencoder in place of the teacher's, `prompt_column` names the caption in JSON, and
+    `num_samples` null takes them all.
 
     Held out, that is written beside the store, never learned from, and measured at every validation:
     `heldout_samples`, of which auto is a fiftieth of `num_samples` and 64 at most, and 0 neither writes nor measures
@@ -132,6 +163,8 @@ class DataSettings(Settings):
     prompts: FilePath | None = None
     prompt_column: str | None = None
     images: FilePath | None = None
+    sizes: StoreSizes = None
+    size_weights: list[Annotated[Number, Field(gt=0)]] | None = None
     min_size: Positive | None = None
     max_aspect_ratio: Annotated[Number, Field(ge=1)] = 2.0
     crop: Literal["center", "random"] = "center"
@@ -247,6 +280,7 @@ class TrainSettings(Settings):
     deterministic: Annotated[bool, Field(strict=True)] | Literal["auto"] = "auto"
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     validation_prompts: list[str] | TextOrPath | None
+    validation_sizes: SizeList | None = None
     validation_steps: Positive
     validation_sampling_steps: Positive
     validation_guidance: Annotated[Number, Field(ge=0)] = 7.5  # runs of before it existed have none
@@ -308,6 +342,7 @@ class SampleSettings(Settings):
     teacher_steps: Positive
     teacher_guidance: Annotated[Number, Field(ge=0)]
     num_images_per_prompt: Positive
+    size: SizeList | None = None
     batch_size: Positive
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     compile: Compile = False

@@ -26,9 +26,10 @@ from fsspec.implementations.local import LocalFileSystem
 from distill.data import tar
 from distill.data.errors import ReadError, StoreError
 from distill.data.index import SCHEMA, StoreMismatch
-from distill.data.pictures import BadPicture, size_of
+from distill.data.pictures import BadPicture, size_of, upright_size_of
 from distill.data.progress import Progress
 from distill.data.prompts import find_files
+from distill.data.sizes import ImageSize, covers, nearest, read_sizes
 from distill.data.storage import Folder, Patience, file_system
 from distill.data.texts import JSON, MAX_BYTES, PLAIN, NoColumn, caption_in, caption_in_files, decoded, parsed
 from distill.data.words import counted
@@ -59,13 +60,19 @@ NOT_THERE = File(0)
 
 
 class Picture(NamedTuple):
-    """`size` bytes from `start` of the file at `path`; `name` is for people."""
+    """`size` bytes from `start` of the file at `path`; `name` is for people. `width` and `height` are in pixels."""
 
     path: str
     name: str
     start: int
     size: int
     caption: str
+    width: int
+    height: int
+
+    @property
+    def size_in_pixels(self) -> ImageSize:
+        return ImageSize(self.height, self.width)
 
 
 @dataclass(frozen=True)
@@ -73,25 +80,32 @@ class Accept:
     """Which pictures are taken.
 
     Args:
-        min_size: pixels of the shorter side, at least.
+        min_size: pixels of the shorter side, at least; 0, with `sizes`, takes those that need not be enlarged.
         max_aspect_ratio: longer over shorter side, at most.
         column: entry of `KEY.json` or `metadata.jsonl` that is the caption (`caption.en` and `captions.0` reach into
             objects and lists); by default `KEY.txt` or `KEY.caption`, or else the first there is of `prompt`, `caption`
             and `text`.
+        sizes: what pictures are cut to, as WIDTHxHEIGHT, where that is not one square: each to the size whose aspect
+            ratio is nearest to that of the upright picture.
     """
 
     min_size: int
     max_aspect_ratio: float = 2.0
     column: str | None = None
+    sizes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.min_size < 1 or not self.max_aspect_ratio >= 1:
+        if self.min_size < (0 if self.sizes else 1) or not self.max_aspect_ratio >= 1:
             raise ValueError(f"min_size and max_aspect_ratio must be at least 1, got {asdict(self)}")
 
     def check(self, width: int, height: int) -> None:
         """Raises _Dropped."""
         if min(width, height) < self.min_size:
             raise _Dropped("too small", f"{width} x {height} pixels")
+        if self.sizes and not self.min_size:
+            image, sizes = ImageSize(height, width), read_sizes(self.sizes)
+            if not covers(image, size := sizes[nearest(image, sizes)]):
+                raise _Dropped("too small", f"{width} x {height} pixels, for {size}")
         if max(width, height) > self.max_aspect_ratio * min(width, height):
             raise _Dropped("aspect ratio", f"{width} x {height} pixels")
 
@@ -206,7 +220,7 @@ class _Candidate:
             if self.size > MAX_PICTURE_BYTES:
                 raise _Dropped("too many bytes", f"{self.size}; allowed: {MAX_PICTURE_BYTES}")
             caption = self._caption()
-            width, height = self.measured()
+            width, height = self.measured(upright_size_of if accept.sizes else size_of)
             accept.check(width, height)
         except _Dropped as dropped:
             return {"name": self.name, "dropped": dropped.reason, "why": dropped.detail}
@@ -229,11 +243,11 @@ class _Candidate:
             raise _Dropped("caption unreadable", str(error)) from None
         raise _Dropped("no caption", f"looked for: {self.looked_for}")
 
-    def measured(self) -> tuple[int, int]:
+    def measured(self, measure: Callable[[bytes], tuple[int, int]]) -> tuple[int, int]:
         """(width, height), from as little of the file as will do."""
         for most in (*HEADER_BYTES, self.size):
             try:
-                return size_of(self.read(0, min(most, self.size)))
+                return measure(self.read(0, min(most, self.size)))
             except BadPicture as error:
                 if most >= self.size:
                     raise _Dropped("header unreadable", str(error)) from None
@@ -504,7 +518,9 @@ def _reason(error: OSError) -> str:
 
 def _head(source: _Shard | _PictureFolder, accept: Accept) -> dict[str, Any]:
     """The first line of a part of the listing: what it is of. Without folders' names, so that data may be moved."""
-    return {"schema": SCHEMA, "file": source.name, "file_bytes": source.bytes, **asdict(accept)}
+    accepted = {name: value for name, value in asdict(accept).items() if name != "sizes"}
+    accepted |= {"sizes": list(accept.sizes)} if accept.sizes else {}
+    return {"schema": SCHEMA, "file": source.name, "file_bytes": source.bytes, **accepted}
 
 
 def _part_name(n: int) -> str:
@@ -539,7 +555,8 @@ def _read_listing(
             elif "dropped" in line:
                 dropped[line["dropped"]] += 1
             else:
-                pictures.append(Picture(*one.locate(line["name"]), line["start"], line["bytes"], line["caption"]))
+                place = *one.locate(line["name"]), line["start"], line["bytes"]
+                pictures.append(Picture(*place, line["caption"], line["width"], line["height"]))
     if unread:
         what = ", ".join(f"{end or 'no ending'}: {n}, such as {shown(one)}" for end, (n, one) in sorted(unread.items()))
         log.warning("files in %s that are not read: %s", source, what)

@@ -30,10 +30,12 @@ from distill.data.record import (
     parse_json,
     short,
 )
+from distill.data.sizes import ImageSize, read_sizes, square
 from distill.diffusion.random import generator
 from distill.diffusion.segments import Segments
 
-SCHEMA = 1
+SCHEMA, SCHEMA_OF_SIZES = 1, 2
+"""Of stores of one square size, as they have always been, and of stores with a list of sizes."""
 INDEX, PLAN, UNCONDITIONAL = "index.json", "plan.json", "unconditional.safetensors"
 NUMBERS = {"guidance": float, "times": int}
 COUNTS = ("solver_steps", "resolution", "samples", "samples_per_shard", "batch_size")
@@ -57,6 +59,9 @@ SETTINGS = {
     "dtype": "data.dtype",
     "teacher_dtype": "data.teacher_dtype",
     "resolution": "model.resolution",
+    "sizes": "data.sizes",
+    "size_weights": "data.size_weights",
+    "prompt_sizes_sha256": "data.prompts (the same sizes of its prompts)",
     "prompt_source": "data.prompts or data.images",
     "prompts_sha256": "data.prompts (the same texts in the same order)",
     "unconditional_sha256": "model.pretrained_model_name_or_path",
@@ -88,7 +93,11 @@ class StorePlan:
         guidance: w of every sample, or [w_min, w_max] when each has a random one of its own; w = 1 is none.
         times: those of the states kept, falling (`kept_times`).
         dtype: of the states: float16 or float32.
-        resolution: of the images, in pixels.
+        resolution: side of the images, in pixels; or, of a store with `sizes`, what the teacher was opened at.
+        sizes: of the images, as WIDTHxHEIGHT; none where all are squares of `resolution`.
+        size_weights: how often a trajectory has each of them, in their ratio; none where all are as likely, or where
+            what a sample is made of decides its size.
+        prompt_sizes_sha256: of the sizes of all prompts, where prompts have sizes of their own.
         prompt_source: where the prompts come from, for people to read.
         seed: sample i depends on (seed, i) only.
         samples, samples_per_shard: how many.
@@ -129,9 +138,13 @@ class StorePlan:
     crop: str = ""
     vae_hash: str = ""
     teacher_dtype: str = ""
+    sizes: tuple[str, ...] = ()
+    size_weights: tuple[float, ...] = ()
+    prompt_sizes_sha256: str = ""
 
     def __post_init__(self) -> None:
         self._check_types()
+        self._check_sizes()
         for name, kind in NUMBERS.items():
             object.__setattr__(self, name, _exact(getattr(self, name), kind))
         if self.kind not in KINDS:
@@ -160,7 +173,7 @@ class StorePlan:
         whole = (*COUNTS, "seed")
         for name in PLAN_FIELDS:
             kind, words = (int, "a whole number") if name in whole else (str, "text")
-            if name not in NUMBERS and type(getattr(self, name)) is not kind:
+            if name not in (*NUMBERS, "sizes", "size_weights") and type(getattr(self, name)) is not kind:
                 raise StoreError(f"{name} must be {words}, got {short(repr(getattr(self, name)))}")
         times = self.times
         if not isinstance(times, (tuple, list)) or any(type(t) is not int for t in times):
@@ -168,6 +181,28 @@ class StorePlan:
         bounds = tuple(self.guidance) if isinstance(self.guidance, Sequence) else (self.guidance, self.guidance)
         if len(bounds) != 2 or any(type(w) not in (int, float) or not abs(w) <= MOST for w in bounds):
             raise StoreError(f"guidance must be w or [w_min, w_max], got {short(repr(self.guidance))}")
+
+    def _check_sizes(self) -> None:
+        texts, weights = self.sizes, self.size_weights
+        if not isinstance(texts, (tuple, list)) or any(type(text) is not str for text in texts):
+            raise StoreError(f"sizes must be texts such as 1152x896, got {short(repr(texts))}")
+        if not isinstance(weights, (tuple, list)) or any(
+            type(w) not in (int, float) or not 0 < w <= MOST for w in weights
+        ):
+            raise StoreError(f"size_weights must be numbers above 0, got {short(repr(weights))}")
+        if weights and len(weights) != len(texts):
+            raise StoreError(f"size_weights are {len(weights)} numbers for {len(texts)} sizes: give one for each")
+        object.__setattr__(self, "sizes", tuple(texts))
+        object.__setattr__(self, "size_weights", tuple(map(float, weights)))
+        try:
+            read_sizes(self.sizes) if texts else None
+        except ValueError as error:
+            raise StoreError(f"sizes: {error}") from None
+
+    @cached_property
+    def image_sizes(self) -> tuple[ImageSize, ...]:
+        """The sizes of the images, by their numbers."""
+        return read_sizes(self.sizes) if self.sizes else (square(self.resolution),)
 
     @property
     def guidance_range(self) -> tuple[float, float]:
@@ -186,6 +221,14 @@ class StorePlan:
         """The w of sample i: fixed, or uniform in the range, from (seed, i)."""
         low, high = self.guidance_range
         return low + (high - low) * float(torch.rand((), generator=generator(self.seed, "guidance", i)))
+
+    def size_of(self, i: int) -> int:
+        """The number of the size of sample i, where its weights decide that, from (seed, i)."""
+        if len(self.image_sizes) == 1:
+            return 0
+        weights = np.cumsum(self.size_weights or [1.0] * len(self.sizes))
+        at = float(torch.rand((), generator=generator(self.seed, "size", i), dtype=torch.float64))
+        return min(int(np.searchsorted(weights, at * weights[-1], side="right")), len(weights) - 1)
 
     def digest(self) -> str:
         return hashlib.sha256(dump(plan_facts(self))).hexdigest()
@@ -220,11 +263,13 @@ OF_PICTURES = ("kind", "pictures_sha256", "crop", "vae_hash")
 """Fields that only stores of pictures write down."""
 LATER = ("teacher_dtype",)
 """Fields that earlier versions did not write down: left out where they say nothing."""
+OF_SIZES = ("sizes", "size_weights", "prompt_sizes_sha256")
+"""Fields that only stores with a list of sizes write down, as far as they say something."""
 PROVENANCE = ("teacher_id", "teacher_hash", "schedule_fingerprint", "solver", "solver_steps", "spacing")
 """What every sample repeats of the plan, so that it means something outside its store."""
 
 
-OPTIONAL = ("skipped", "crc32")
+OPTIONAL = ("skipped", "crc32", "sizes")
 """Fields of a shard that are not written down where they are empty."""
 
 
@@ -232,7 +277,8 @@ OPTIONAL = ("skipped", "crc32")
 class ShardInfo:
     """One finished shard. `offsets`: where each sample's safetensors payload starts, in bytes, as decimal numbers.
     `skipped`: the places of planned samples that it lacks, likewise. `crc32`: of the file with its samples' checksums,
-    in hex; nothing if it has none (a store of before there were any).
+    in hex; nothing if it has none (a store of before there were any). `sizes`: the number of each sample's size, as
+    decimal numbers; nothing where all have the first. Samples of one size lie together in the file.
 
     Offsets stay text until a sample of the shard is read: 10^7 of them load in a tenth of a second, not in two.
     """
@@ -244,6 +290,7 @@ class ShardInfo:
     offsets: str
     skipped: str = ""
     crc32: str = ""
+    sizes: str = ""
 
     @property
     def number(self) -> int:
@@ -256,10 +303,23 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreIndex(StorePlan):
-    """A plan, and what has been written of it: the finished shards, and what is in each sample."""
+    """A plan, and what has been written of it: the finished shards, and what is in each sample.
 
-    layout: Layout
+    `layouts`: what a sample of each size looks like; None for a size that no sample has yet.
+    """
+
+    layouts: tuple[Layout | None, ...]
     shards: tuple[ShardInfo, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """What a sample looks like: of the first size that there is, which says all but the size of the states."""
+        return next(layout for layout in self.layouts if layout is not None)
+
+    @property
+    def payload_sizes(self) -> tuple[int, ...]:
+        """Bytes of a sample's tensors, by the number of its size; 0 for a size that no sample has."""
+        return tuple(0 if layout is None else layout.payload_bytes for layout in self.layouts)
 
     @property
     def complete(self) -> bool:
@@ -275,8 +335,13 @@ class StoreIndex(StorePlan):
         return sum(shard.samples for shard in self.shards)
 
     def to_json(self) -> bytes:
-        facts = {"schema": SCHEMA, "complete": self.complete, **plan_facts(self)}
-        facts |= {"shapes": self.shapes, "header": self.layout.header[8:].decode()}
+        facts = {"schema": schema_of(self), "complete": self.complete, **plan_facts(self)}
+        if self.sizes:
+            there = {size: layout for size, layout in zip(self.sizes, self.layouts, strict=True) if layout is not None}
+            facts |= {"shapes": {size: layout.shapes for size, layout in there.items()}}
+            facts |= {"headers": {size: layout.header[8:].decode() for size, layout in there.items()}}
+        else:
+            facts |= {"shapes": self.shapes, "header": self.layout.header[8:].decode()}
         return dump(facts | {"shards": [shard.facts() for shard in self.shards]})
 
     @classmethod
@@ -289,10 +354,15 @@ class StoreIndex(StorePlan):
         facts = load_facts(data, INDEX)
         with understanding(INDEX):
             shards = tuple(ShardInfo(**shard) for shard in facts["shards"])
-            header = facts["header"].encode()
-            layout = Layout.parse(struct.pack("<Q", len(header)) + header)
-            index = cls(layout=layout, shards=shards, **plan_arguments(facts))
-        _check_layout(index)
+            plan = plan_arguments(facts)
+            headers = facts["headers"] if plan.get("sizes") else {"": facts["header"]}
+            if unknown := set(headers) - set(plan.get("sizes") or ("",)):
+                raise StoreError(f"{INDEX} has headers of {short(sorted(unknown))}, which are none of its sizes")
+            layouts = tuple(_layout_of(headers.get(size)) for size in plan.get("sizes") or ("",))
+            index = cls(layouts=layouts, shards=shards, **plan)
+        if facts.get("schema", SCHEMA) != schema_of(index):
+            raise StoreError(f"{INDEX} has schema {facts['schema']}, and a store like this one has {schema_of(index)}")
+        _check_layouts(index)
         for shard in shards:
             check_shard(shard, index, INDEX)
         if len({shard.name for shard in shards}) < len(shards):
@@ -300,15 +370,27 @@ class StoreIndex(StorePlan):
         return index
 
 
+def _layout_of(header: str | None) -> Layout | None:
+    if header is None:
+        return None
+    data = header.encode()
+    return Layout.parse(struct.pack("<Q", len(data)) + data)
+
+
+def schema_of(plan: StorePlan) -> int:
+    """The schema of a store's files: those of before there were sizes are refused by what reads only squares."""
+    return SCHEMA_OF_SIZES if plan.sizes else SCHEMA
+
+
 def plan_facts(plan: StorePlan) -> dict[str, Any]:
     """A plan as JSON holds it; of a store of trajectories, what it has always held."""
     names = PLAN_FIELDS if plan.kind == "pictures" else [name for name in PLAN_FIELDS if name not in OF_PICTURES]
-    return {name: getattr(plan, name) for name in names if name not in LATER or getattr(plan, name)}
+    return {name: getattr(plan, name) for name in names if name not in (*LATER, *OF_SIZES) or getattr(plan, name)}
 
 
 def plan_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the `StorePlan` that was written down as `facts`. Raises KeyError: one is missing."""
-    return {name: facts[name] for name in PLAN_FIELDS if name in facts or name not in (*OF_PICTURES, *LATER)}
+    return {name: facts[name] for name in PLAN_FIELDS if name in facts or name not in (*OF_PICTURES, *LATER, *OF_SIZES)}
 
 
 def dump(facts: Mapping[str, Any]) -> bytes:
@@ -328,9 +410,10 @@ def load_facts(data: bytes | bytearray, name: str) -> dict[str, Any]:
         facts = parse_json(data)
     except ValueError as error:
         raise StoreError(f"{name} is not JSON ({short(error)})") from None
-    if not isinstance(facts, dict) or facts.get("schema", SCHEMA) != SCHEMA:
+    schema = facts.get("schema", SCHEMA) if isinstance(facts, dict) else None
+    if type(schema) is not int or schema not in (SCHEMA, SCHEMA_OF_SIZES):
         found = facts.get("schema") if isinstance(facts, dict) else type(facts).__name__
-        raise StoreError(f"{name} has schema {short(repr(found))}; this version reads {SCHEMA}")
+        raise StoreError(f"{name} has schema {short(repr(found))}; this version reads {SCHEMA} and {SCHEMA_OF_SIZES}")
     return facts
 
 
@@ -346,8 +429,11 @@ def understanding(name: str) -> Iterator[None]:
 
 
 @lru_cache(maxsize=256)
-def payload_offsets(shard: ShardInfo, payload_bytes: int) -> NDArray[np.int64]:
+def payload_offsets(shard: ShardInfo, payload_sizes: tuple[int, ...]) -> NDArray[np.int64]:
     """Where the payload of each of a shard's samples starts, [samples].
+
+    Args:
+        payload_sizes: `StoreIndex.payload_sizes`.
 
     Raises:
         BadShard: not as many as samples, out of the shard's bounds, or out of order.
@@ -358,10 +444,46 @@ def payload_offsets(shard: ShardInfo, payload_bytes: int) -> NDArray[np.int64]:
         raise BadShard(f"{INDEX} holds offsets of {shard.name} that are not numbers") from None
     if len(offsets) != shard.samples:
         raise BadShard(f"{INDEX} holds {len(offsets)} offsets for the {shard.samples} samples of {shard.name}")
-    inside = len(offsets) == 0 or (offsets.min() >= 512 and offsets.max() <= shard.bytes - payload_bytes)
-    if not inside or (np.diff(offsets) < payload_bytes + 512).any():
+    lengths = np.array(payload_sizes, dtype=np.int64)[sizes_of(shard, payload_sizes)]
+    inside = len(offsets) == 0 or (offsets.min() >= 512 and (offsets <= shard.bytes - lengths).all())
+    order = _order_in_file(shard, offsets)
+    if not inside or (np.diff(offsets[order]) < lengths[order][:-1] + 512).any():
         raise BadShard(f"{INDEX} holds offsets of {shard.name} that lie outside its {shard.bytes} bytes, or overlap")
     return offsets
+
+
+@lru_cache(maxsize=256)
+def file_order(shard: ShardInfo, payload_sizes: tuple[int, ...]) -> NDArray[np.int64]:
+    """Which of a shard's samples comes first in its file, second and so on, [samples]. Raises BadShard."""
+    return _order_in_file(shard, payload_offsets(shard, payload_sizes))
+
+
+def _order_in_file(shard: ShardInfo, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.argsort(offsets, kind="stable") if shard.sizes else np.arange(len(offsets))
+
+
+@lru_cache(maxsize=256)
+def sample_ends(shard: ShardInfo, payload_sizes: tuple[int, ...], end: int) -> NDArray[np.int64]:
+    """Where each of a shard's samples ends with its JSON, [samples]; of the last one it is `end`. Raises BadShard."""
+    order, offsets = file_order(shard, payload_sizes), payload_offsets(shard, payload_sizes)
+    ends = np.empty(len(offsets), dtype=np.int64)
+    ends[order] = [*(offsets[order][1:] - 512), end]
+    return ends
+
+
+@lru_cache(maxsize=256)
+def sizes_of(shard: ShardInfo, payload_sizes: tuple[int, ...]) -> NDArray[np.int64]:
+    """The number of the size of each of a shard's samples, [samples].
+
+    Raises:
+        BadShard: not as many as samples, or a size that the store does not have.
+    """
+    found = np.array(shard.sizes.split() if shard.sizes else [0] * shard.samples, dtype=np.int64)
+    if len(found) != shard.samples or (found >= len(payload_sizes)).any():
+        raise BadShard(f"{INDEX} gives {shard.name} {len(found)} sizes for {shard.samples} samples, or unknown ones")
+    if missing := [int(number) for number in np.unique(found) if not payload_sizes[number]]:
+        raise BadShard(f"{INDEX} does not say what samples of size {missing[0]} in {shard.name} look like")
+    return found
 
 
 def places(shard: ShardInfo, planned: int) -> Sequence[int]:
@@ -403,6 +525,10 @@ def check_shard(shard: ShardInfo, plan: StorePlan, where: str) -> None:
         raise BadShard(f"{where} says that {shard.name} skips {short(repr(shard.skipped))}, not places")
     if not isinstance(shard.crc32, str) or not re.fullmatch("([0-9a-f]{8})?", shard.crc32):
         raise BadShard(f"{where} gives the checksums of {shard.name} a crc32 of {short(repr(shard.crc32))}")
+    if not isinstance(shard.sizes, str) or not re.fullmatch(r"([0-9]{1,3}( [0-9]{1,3})*)?", shard.sizes):
+        raise BadShard(f"{where} gives the samples of {shard.name} the sizes {short(repr(shard.sizes))}, not numbers")
+    if shard.sizes and not plan.sizes:
+        raise BadShard(f"{where} gives the samples of {shard.name} sizes, and the store has one")
     if shard.skipped and plan.kind != "pictures":
         raise BadShard(f"{where} says that {shard.name} lacks samples; of {plan.kind} none may be missing")
     if shard.number >= plan.planned_shards:
@@ -425,9 +551,28 @@ def _missing(skipped: str) -> list[int]:
     return sorted(set(map(int, skipped.split())))
 
 
-def _check_layout(index: StoreIndex) -> None:
-    """Every sample has states [K, C, h, w] of the plan's dtype, its times, its guidance."""
-    tensors, K = index.layout.tensors, len(index.times)
+def _check_layouts(index: StoreIndex) -> None:
+    """Every sample has states [K, C, h, w] of the plan's dtype, its times, its guidance; h and w are of its size."""
+    if all(layout is None for layout in index.layouts):
+        raise StoreError(f"{INDEX} does not say what a sample looks like")
+    for size, layout in zip(index.image_sizes, index.layouts, strict=True):
+        if layout is not None:
+            _check_layout(index, layout)
+            *_, h, w = layout.tensors[STATES].shape
+            if index.sizes and h * size.width != w * size.height:
+                raise StoreError(f"{INDEX}: states of {h} x {w} for images of {size} pixels")
+    if len({_besides(layout) for layout in index.layouts if layout is not None}) > 1:
+        raise StoreError(f"{INDEX}: samples of two sizes differ in more than the height and width of their states")
+
+
+def _besides(layout: Layout) -> frozenset[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """What a sample looks like, but for the height and width of its states."""
+    shapes = {name: spec.shape[:2] if name == STATES else spec.shape for name, spec in layout.tensors.items()}
+    return frozenset((name, spec.dtype, shapes[name]) for name, spec in layout.tensors.items())
+
+
+def _check_layout(index: StoreIndex, layout: Layout) -> None:
+    tensors, K = layout.tensors, len(index.times)
     states = tensors.get(STATES)
     if states is None or len(states.shape) != 4 or states.shape[0] != K or states.dtype != STATE_DTYPES[index.dtype]:
         raise StoreError(f"{INDEX}: states are {short(states)}, not [{K}, C, h, w] of {index.dtype}")

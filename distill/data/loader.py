@@ -1,9 +1,10 @@
 """Batches for training, without end: read ahead by threads, and the same on any number of ranks and threads.
 
-A sample that is bad is replaced by the next good one of the index, if `max_bad_fraction` of the store allows any. Which
-one that is depends on the store alone, so ranks stay in step without talking. Replaced samples are counted and said;
-seen and skipped ones together are the index. Each rank counts those that it meets. A sample that cannot be read is
-another matter: it may be as good as any, so nothing takes its place, and a `ReadError` ends the iteration.
+A sample that is bad is replaced by the next good one of its size in the index, if `max_bad_fraction` of the store
+allows any. Which one that is depends on the store alone, so ranks stay in step without talking. Replaced samples are
+counted and said; seen and skipped ones together are the index. Each rank counts those that it meets. A sample that
+cannot be read is another matter: it may be as good as any, so nothing takes its place, and a `ReadError` ends the
+iteration.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distill.data.ahead import read_ahead
-from distill.data.order import BatchShare, Order
+from distill.data.order import BatchShare, Order, SizedOrder
 from distill.data.reader import Store
 from distill.data.record import BadSample
 from distill.data.rows import Rows
@@ -43,6 +45,7 @@ def make_loader(
     prefetch_factor: int = 2,
     prompts: bool = False,
     changes: tuple[tuple[int, int], ...] = (),
+    largest: bool = False,
 ) -> Loader:
     """A loader of this rank's micro-batches, from optimizer step `start_step` on; nothing is fast-forwarded.
 
@@ -51,13 +54,25 @@ def make_loader(
         num_workers: threads that read ahead, each `prefetch_factor` micro-batches; 0 reads when a batch is wanted.
         prompts: read every sample's prompt too, and that of the next one.
         changes: of the global batch's size; see `BatchShare`.
+        largest: only samples of the largest size, to see what a step takes at most.
 
     Raises:
         ValueError: the stored times cannot serve the first step, or the global batch does not divide among the ranks.
     """
     reads(start_step).check(store.index.times)
     share = BatchShare(global_batch_size, micro_batch_size, rank, world_size, changes)
-    return Loader(store, reads, seed, share, start_step, num_workers, prefetch_factor, prompts)
+    return Loader(store, reads, seed, share, start_step, num_workers, prefetch_factor, prompts, largest)
+
+
+def order_of(store: Store, seed: int, share: BatchShare, largest: bool = False) -> Order | SizedOrder:
+    """The order of a store's samples; of the largest size alone, if that is wanted."""
+    if len(store.index.image_sizes) == 1:
+        return Order(seed, len(store))
+    groups = store.by_size()
+    if largest:
+        most = max(groups, key=lambda number: store.index.image_sizes[number].pixels)
+        groups = {most: groups[most]}
+    return SizedOrder(seed, groups, share)
 
 
 class Loader:
@@ -76,11 +91,12 @@ class Loader:
         num_workers: int,
         prefetch_factor: int,
         prompts: bool = False,
+        largest: bool = False,
     ) -> None:
         self.store, self.seed, self.share, self.start_step = store, seed, share, start_step
         self.skipped: dict[str, str] = {}
         self.allowed = int(store.max_bad_fraction * len(store))
-        self._places = _Places(Order(seed, len(store)), share, start_step, prompts)
+        self._places = _Places(order_of(store, seed, share, largest), share, start_step, prompts)
         self._read = partial(
             _Samples,
             reads=reads,
@@ -154,7 +170,7 @@ def _on_this_device(read: Callable[[Sequence[Place]], Found]) -> Callable[[Seque
 class _Places:
     """The places of micro-batches, without end; `one_more` adds the one that follows a micro-batch, for its prompt."""
 
-    def __init__(self, order: Order, share: BatchShare, start_step: int, one_more: bool) -> None:
+    def __init__(self, order: Order | SizedOrder, share: BatchShare, start_step: int, one_more: bool) -> None:
         self.order, self.share, self.start_step, self.one_more = order, share, start_step, one_more
 
     def __iter__(self) -> Iterator[list[Place]]:
@@ -181,7 +197,8 @@ class _Samples:
     def __call__(self, places: Sequence[Place]) -> Found:
         reads = self.reads(self.step_of(places[0][0]))  # a micro-batch is of one step
         picks = [reads.pick(self.store.index.times, generator(self.seed, "read", p)) for p, _ in places]
-        rows = self.store.rows(len(places), len(picks[0]), _pinned if torch.cuda.is_available() else torch.empty)
+        new, size = _pinned if torch.cuda.is_available() else torch.empty, self.store.size_of(places[0][1])
+        rows = self.store.rows(len(places), len(picks[0]), new, size)
         found = self.store.fill([(rows, at, (i, picks[at])) for at, (_, i) in enumerate(places)], self.prompts)
         bad = {self.store.key(places[at][1]): str(error) for at, error in found.items()}
         for at in found:
@@ -190,14 +207,19 @@ class _Samples:
         return Found([position for position, _ in places], rows, bad)
 
     def _replace(self, rows: Rows, at: int, i: int, pick: tuple[int, ...], bad: dict[str, str]) -> bool:
-        """Reads the next good sample of the index after i into a row; whether there is one among those allowed."""
-        for offset in range(1, self.allowed + 1):
-            j = (i + offset) % len(self.store)
+        """Reads the next good sample of i's size after it into a row; whether there is one among those allowed."""
+        for j in islice(self._after(i), self.allowed):
             found = self.store.fill([(rows, at, (j, pick))], self.prompts)
             if not found:
                 return True
             bad[self.store.key(j)] = str(found[0])
         return False
+
+    def _after(self, i: int) -> Iterator[int]:
+        """The samples of i's size that follow it in the index, around its end."""
+        n, size = len(self.store), self.store.size_of(i)
+        following = ((i + offset) % n for offset in range(1, n + 1))
+        return (j for j in following if self.store.size_of(j) == size)
 
 
 def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

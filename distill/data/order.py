@@ -4,15 +4,22 @@ Positions number the samples of a run from 0 on; step s of a run with global bat
 batch changes its size within a run, each step begins where the one before has ended. Each N positions are an epoch, in
 which every one of N samples stands once, in a random order by (seed, epoch). An epoch may end within a batch, which
 is then filled from the next: there is no tail to drop, and no rank has fewer steps.
+
+Where samples have several sizes, all samples of a step have one, and each size has an order and epochs of its own. The
+steps of a size lie at random times, evenly over the run: by any step, the samples of all sizes have been seen equally
+often but for about one batch of each size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.diffusion.random import generator
@@ -38,6 +45,70 @@ class Order:
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, samples: int) -> Tensor:
     return torch.randperm(samples, generator=generator(seed, "order", epoch))
+
+
+class SizedOrder:
+    """The order of samples of several sizes under `seed`: those of a step are of one size.
+
+    The j-th batch of a size is due at a random moment between j and j + 1 times the part of its epoch that a batch is,
+    and steps come in the order in which they are due. Nothing is dropped: where an epoch of a size ends within a batch,
+    its next epoch fills that.
+
+    Args:
+        groups: the samples of each size, by the number of the size, which its random numbers depend on.
+        share: how large each step is.
+    """
+
+    def __init__(self, seed: int, groups: Mapping[int, Sequence[int] | NDArray[np.int64]], share: BatchShare) -> None:
+        if not groups or any(len(group) < 1 for group in groups.values()):
+            raise ValueError("an order needs at least 1 sample of every size")
+        self.seed, self.groups, self.share = seed, {number: groups[number] for number in sorted(groups)}, share
+        self._numbers, self._firsts = array("i"), array("q")  # of each step: its size, and where in that size's order
+        self._taken = dict.fromkeys(self.groups, 0)
+        self._batches = dict.fromkeys(self.groups, 0)
+
+    def size(self, step: int) -> int:
+        """The number of the size of a step's samples."""
+        self._reach(step)
+        return self._numbers[step]
+
+    def index(self, position: int) -> int:
+        """The sample at a position."""
+        step = self.share.step_of(position)
+        number = self.size(step)
+        group, slot = self.groups[number], self._firsts[step] + position - self.share.extent(step)[0]
+        epoch, at = divmod(slot, len(group))
+        return int(group[int(_permutation_of(self.seed, number, epoch, len(group))[at])])
+
+    def _reach(self, step: int) -> None:
+        """Decides the sizes of the steps up to this one, each from what all before it have taken."""
+        for new in range(len(self._numbers), step + 1):
+            samples = self.share.extent(new)[1]
+            number = min(self.groups, key=lambda number: self._due(number, samples))
+            self._numbers.append(number)
+            self._firsts.append(self._taken[number])
+            self._taken[number] += samples
+            self._batches[number] += 1
+
+    def _due(self, number: int, samples: int) -> float:
+        """When the next batch of a size is due, in epochs."""
+        block, at = divmod(self._batches[number], MOMENTS)
+        moment = _moments(self.seed, number, block)[at]
+        return (self._taken[number] + moment * samples) / len(self.groups[number])
+
+
+MOMENTS = 1024
+
+
+@lru_cache(maxsize=512)
+def _moments(seed: int, number: int, block: int) -> list[float]:
+    found: list[float] = torch.rand(MOMENTS, generator=generator(seed, "size", number, block)).tolist()
+    return found
+
+
+@lru_cache(maxsize=128)
+def _permutation_of(seed: int, number: int, epoch: int, samples: int) -> Tensor:
+    return torch.randperm(samples, generator=generator(seed, "order", number, epoch))
 
 
 @dataclass(frozen=True)
@@ -87,7 +158,7 @@ class BatchShare:
 
     def positions(self, step: int, micro_batch: int) -> range:
         """Positions of one micro-batch (0 ... accumulation - 1) of a step."""
-        first, size = self._step(step)
+        first, size = self.extent(step)
         of_rank = size // self.world_size
         of_micro_batch = of_rank // self.accumulation
         first += self.rank * of_rank + micro_batch * of_micro_batch
@@ -95,7 +166,7 @@ class BatchShare:
 
     def following(self, position: int) -> int:
         """The next position of the same step; the last one's is the first."""
-        first, size = self._step(self.step_of(position))
+        first, size = self.extent(self.step_of(position))
         return first + (position - first + 1) % size
 
     def micro_batches(self, start_step: int = 0) -> Iterator[range]:
@@ -105,7 +176,7 @@ class BatchShare:
             yield from (self.positions(step, i) for i in range(self.accumulation))
             step += 1
 
-    def _step(self, step: int) -> tuple[int, int]:
+    def extent(self, step: int) -> tuple[int, int]:
         """The first position of a step, and how many it has."""
         first, start, size = [part for part in self._parts() if part[1] <= step][-1]
         return first + (step - start) * size, size

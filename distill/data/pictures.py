@@ -1,4 +1,4 @@
-"""Pictures from anywhere: their sizes from their headers, and squares of them as an autoencoder takes them."""
+"""Pictures from anywhere: their sizes from their headers, and parts of them as an autoencoder takes them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from distill.data.sizes import ImageSize, square
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 80_000_000
 """The most pixels of a picture: 0.3 GB once decoded. (Pillow itself warns from 89 million on.)"""
 CROPS = ("center", "random")
+TURNED = (5, 6, 7, 8)
+"""EXIF's orientations whose width is the upright picture's height."""
 
 
 class BadPicture(ValueError):
@@ -25,11 +29,11 @@ class BadPicture(ValueError):
 
 
 @dataclass(frozen=True)
-class Square:
-    """A square of a picture: `pixels` [3, side, side], float32 in [-1, 1].
+class CutPicture:
+    """A part of a picture: `pixels` [3, height, width], float32 in [-1, 1].
 
     `original` (height, width) is the upright picture's size in pixels before it was resized; `corner` (top, left) is
-    where the square lies in the resized one.
+    where the part lies in the resized one.
     """
 
     pixels: Tensor
@@ -49,6 +53,20 @@ def size_of(data: bytes) -> tuple[int, int]:
             return image.size
 
 
+def upright_size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) of the upright picture, as far as its orientation is said before its pixels, as always in JPEG.
+
+    Raises:
+        BadPicture: see `size_of`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with _opened(data) as image:
+            # Pillow's own method for PNG would decode the whole picture, to find what may follow the pixels.
+            turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TURNED
+            return image.size[::-1] if turned else image.size
+
+
 def upright(data: bytes) -> Image.Image:
     """Decodes a picture: turned as EXIF says, in RGB of 8 bits, on white where it is transparent; of several frames the
     first. Whatever looks at pictures sees them so: training, references, distances.
@@ -62,22 +80,28 @@ def upright(data: bytes) -> Image.Image:
             return _rgb(ImageOps.exif_transpose(image))
 
 
-def cut_square(data: bytes, side: int, generator: torch.Generator | None = None) -> Square:
-    """Decodes a picture, turns it upright (EXIF), resizes its shorter side to `side` pixels and cuts a square of it.
+def cut_square(data: bytes, side: int, generator: torch.Generator | None = None) -> CutPicture:
+    """`cut_picture` to a square: the shorter side is resized to `side` pixels."""
+    return cut_picture(data, square(side), generator)
 
-    The square is the middle one, or a uniformly random one by `generator`. What is transparent becomes white.
+
+def cut_picture(data: bytes, size: ImageSize, generator: torch.Generator | None = None) -> CutPicture:
+    """Decodes a picture, turns it upright (EXIF), resizes it to the least that covers `size`, and cuts that out of it.
+
+    What is cut out is the middle, or a uniformly random part by `generator`. What is transparent becomes white.
 
     Raises:
         BadPicture: it cannot be decoded to its end, or has more than `MAX_PIXELS`.
     """
     image = upright(data)
     width, height = image.size
-    short = min(width, height)
-    resized = image.resize((side * width // short, side * height // short), Image.Resampling.LANCZOS)
-    top, left = (_offset(length - side, generator) for length in (resized.height, resized.width))
-    cut = np.array(resized.crop((left, top, left + side, top + side)))  # [side, side, 3]
+    narrow = size.width * height >= size.height * width  # its width is resized to the size's, and its height is cut
+    covering = (size.width, size.width * height // width) if narrow else (size.height * width // height, size.height)
+    resized = image.resize(covering, Image.Resampling.LANCZOS)
+    top, left = _offset(resized.height - size.height, generator), _offset(resized.width - size.width, generator)
+    cut = np.array(resized.crop((left, top, left + size.width, top + size.height)))  # [height, width, 3]
     pixels = torch.from_numpy(cut).permute(2, 0, 1).float() / 127.5 - 1
-    return Square(pixels, (height, width), (top, left))
+    return CutPicture(pixels, (height, width), (top, left))
 
 
 def _offset(slack: int, generator: torch.Generator | None) -> int:

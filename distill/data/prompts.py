@@ -14,6 +14,8 @@ from typing import IO, Any
 from fsspec.core import OpenFile
 
 from distill.data import tar
+from distill.data.errors import short
+from distill.data.sizes import ImageSize, read_size
 from distill.data.storage import file_system
 from distill.data.texts import (
     JSON,
@@ -31,6 +33,9 @@ from distill.data.texts import (
 from distill.data.words import counted
 
 log = logging.getLogger(__name__)
+Entry = tuple[str, ImageSize | None]
+"""A prompt, and the size of its image where sizes are read."""
+WIDTH, HEIGHT = "width", "height"
 
 
 def read_prompts(source: str | Sequence[str], column: str | None = None) -> list[str]:
@@ -51,15 +56,35 @@ def read_prompts(source: str | Sequence[str], column: str | None = None) -> list
     """
     if not isinstance(source, str) or (source.strip() and not _looks_like_a_path(source)):
         return _as_written([source] if isinstance(source, str) else source)
+    return [text for text, _ in _read(source, column, sized=False)]
+
+
+def read_sized_prompts(source: str | Sequence[str], column: str | None = None) -> tuple[list[str], list[ImageSize]]:
+    """The same prompts, and of each the size of its image: whole numbers of pixels in its columns width and height.
+
+    Args:
+        source: `.jsonl`, `.json` (a list of objects), `.csv`, `.tsv` or `.parquet`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_prompts`; or prompts without sizes, of which the first is named.
+    """
+    if not isinstance(source, str) or (source.strip() and not _looks_like_a_path(source)):
+        raise ValueError("prompts that are written out have no sizes: columns width and height of a file have them")
+    found = _read(source, column, sized=True)
+    return [text for text, _ in found], [size for _, size in found if size is not None]
+
+
+def _read(source: str, column: str | None, sized: bool) -> list[Entry]:
+    """The prompts of files that are not empty."""
     kind = next((read for ending, read in READERS.items() if source.lower().endswith(ending)), None)
     if kind is None:
         written = f"""a prompt itself is written ["{source}"]"""
         raise ValueError(f"prompts in {source}: the name must end in one of {', '.join(READERS)}; {written}")
-    prompts: list[str] = []
+    prompts: list[Entry] = []
     for file in find_files(source):
         try:
             with file as stream:
-                prompts += [text for text in kind(stream, column, file.path) if text]
+                prompts += [entry for entry in kind(stream, column, file.path, sized) if entry[0]]
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -106,33 +131,58 @@ def find_files(source: str, what: str = "prompts") -> Sequence[Any]:
     return [OpenFile(fs, name, "rb") for name in found]
 
 
-def _text(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
+def _text(stream: IO[bytes], column: str | None, path: str, sized: bool) -> Iterator[Entry]:
+    _refuse_sizes(path, sized)
     for number, line in enumerate(_lines(stream, path), 1):
         with _at(f"{path}, line {number}"):
             text = caption_of(line)
-        yield text
+        yield text, None
 
 
-def _jsonl(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
+def _refuse_sizes(path: str, sized: bool) -> None:
+    """Raises ValueError where sizes are wanted of a kind of file that has none."""
+    if sized:
+        kinds = ", ".join(ending for ending in READERS if ending not in (".txt", ".tar"))
+        raise ValueError(f"prompts in {path} have no sizes: columns width and height are read of {kinds}")
+
+
+def _size_in(entry: Any) -> ImageSize:
+    """The size that an entry's width and height say. Raises ValueError: they are missing or no numbers of pixels."""
+    said = [entry.get(name) if isinstance(entry, dict) else None for name in (WIDTH, HEIGHT)]
+    whole = [str(value) if type(value) is int else value for value in said]
+    if not all(isinstance(value, str) and value.strip().isdecimal() for value in whole):
+        raise ValueError(
+            f"width and height are {short(said[0])} and {short(said[1])}: whole numbers of pixels are needed"
+        )
+    return read_size("x".join(str(int(str(value))) for value in whole))
+
+
+def _entry(row: Any, column: str | None, sized: bool) -> Entry:
+    """The prompt of an entry of JSON, with its size if that is wanted and there is a prompt."""
+    text = caption_in(row, column)
+    return text, _size_in(row) if sized and text else None
+
+
+def _jsonl(stream: IO[bytes], column: str | None, path: str, sized: bool) -> Iterator[Entry]:
     for number, line in enumerate(_lines(stream, path), 1):
         if line.strip():
             with _at(f"{path}, line {number}"):
-                text = caption_in(parsed(line), column)
-            yield text
+                entry = _entry(parsed(line), column, sized)
+            yield entry
 
 
-def _json(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
+def _json(stream: IO[bytes], column: str | None, path: str, sized: bool) -> Iterator[Entry]:
     with _at(path):
         content = parsed(stream.read())
         is_coco = isinstance(content, dict) and "annotations" in content
         entries = coco_captions(content)[0] if is_coco else entries_of(content)
-    for number, entry in enumerate(entries, 1):
+    for number, row in enumerate(entries, 1):
         with _at(f"{path}, entry {number}"):
-            text = caption_in(entry, column)
-        yield text
+            entry = _entry(row, column, sized)
+        yield entry
 
 
-def _csv(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
+def _csv(stream: IO[bytes], column: str | None, path: str, sized: bool) -> Iterator[Entry]:
     """Captions of a CSV file, read strictly (RFC 4180): an open quotation mark would swallow the rest of the file."""
     rows = csv.reader(_lines(stream, path), strict=True)
 
@@ -148,7 +198,7 @@ def _csv(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
 
     usual = csv.field_size_limit(MAX_BYTES)
     try:
-        yield from _cells(numbered(), column, path, "a text with commas stands in quotation marks")
+        yield from _cells(numbered(), column, path, sized, "a text with commas stands in quotation marks")
     finally:
         csv.field_size_limit(usual)
 
@@ -163,17 +213,21 @@ def _csv_reason(error: str) -> str:
     return f"not CSV ({error})"
 
 
-def _tsv(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
+def _tsv(stream: IO[bytes], column: str | None, path: str, sized: bool) -> Iterator[Entry]:
     """Tabs and lines, and nothing else: quotation marks are part of a text."""
     rows = ((n, line.rstrip("\r\n").split("\t")) for n, line in enumerate(_lines(stream, path), 1))
-    return _cells(rows, column, path, "a text cannot have tabs")
+    return _cells(rows, column, path, sized, "a text cannot have tabs")
 
 
-def _cells(rows: Iterator[tuple[int, list[str]]], column: str | None, path: str, hint: str) -> Iterator[str]:
+def _cells(
+    rows: Iterator[tuple[int, list[str]]], column: str | None, path: str, sized: bool, hint: str
+) -> Iterator[Entry]:
     """The cells of one column of a table, whose first row is its header."""
     header = [name.strip() for name in next(rows, (1, []))[1]]
     with _at(path):
         at = header.index(choose(header, column))
+        for name in (WIDTH, HEIGHT) if sized else ():
+            choose(header, name)
     for line, row in rows:
         if not any(cell.strip() for cell in row):
             continue
@@ -183,10 +237,11 @@ def _cells(rows: Iterator[tuple[int, list[str]]], column: str | None, path: str,
             )
         with _at(f"{path}, line {line}"):
             text = caption_of(row[at])
-        yield text
+            size = _size_in(dict(zip(header, row, strict=False))) if sized and text else None
+        yield text, size
 
 
-def _parquet(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
+def _parquet(stream: IO[bytes], column: str | None, path: str, sized: bool) -> Iterator[Entry]:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -197,21 +252,23 @@ def _parquet(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
         whole = column is None or column in names  # else it reaches into a column, as JSON's may
         with _at(path):
             top = choose(names, column if whole or column is None else column.partition(".")[0])
-        cells = table.read([top])[top].to_pylist()
+            more = [choose(names, name) for name in (WIDTH, HEIGHT) if sized]
+        rows = table.read([top, *more]).to_pylist()
     except pyarrow.ArrowException as error:
         raise ValueError(f"prompts in {path}: not Parquet ({error})") from None
-    for number, cell in enumerate(cells, 1):
-        if cell is not None:
+    for number, row in enumerate(rows, 1):
+        if row[top] is not None:
             with _at(f"{path}, row {number}"):
-                text = caption_in({top: cell}, top if whole else column)
-            yield text
+                entry = _entry(row, top if whole else column, sized)
+            yield entry
 
 
-def _captions(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]:
+def _captions(stream: IO[bytes], column: str | None, path: str, sized: bool) -> Iterator[Entry]:
     """Captions of a WebDataset shard, read in place; everything else in it is skipped unread.
 
     As of pictures, those that cannot be read are left out and counted; if all cannot, it says why of the first.
     """
+    _refuse_sizes(path, sized)
     files: dict[str, dict[str, tar.Member]] = {}
     with _at(path):
         members = list(tar.walk(stream))
@@ -227,7 +284,7 @@ def _captions(stream: IO[bytes], column: str | None, path: str) -> Iterator[str]
             problems.append(str(error))
             continue
         good += bool(text)
-        yield text
+        yield text, None
     if problems and not good:
         raise ValueError(f"prompts in {path}, {problems[0]}")
     if problems:
@@ -240,7 +297,7 @@ def _bytes(stream: IO[bytes], member: tar.Member) -> bytes:
     return stream.read(min(member.size, MAX_BYTES + 1))
 
 
-READERS: dict[str, Callable[[IO[bytes], str | None, str], Iterable[str]]] = {
+READERS: dict[str, Callable[[IO[bytes], str | None, str, bool], Iterable[Entry]]] = {
     ".txt": _text,
     ".jsonl": _jsonl,
     ".json": _json,

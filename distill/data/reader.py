@@ -17,18 +17,31 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 
 from distill.data import tar
 from distill.data.checksums import check_row, checksums_name, row_bytes, start_of
-from distill.data.index import INDEX, PLAN, UNCONDITIONAL, ShardInfo, StoreIndex, payload_offsets, places
+from distill.data.index import (
+    INDEX,
+    PLAN,
+    UNCONDITIONAL,
+    ShardInfo,
+    StoreIndex,
+    payload_offsets,
+    places,
+    sample_ends,
+    sizes_of,
+)
 from distill.data.record import (
     MAX_JSON_BYTES,
     STATES,
     TIMES,
     BadSample,
     BadShard,
+    Layout,
     Sample,
     StoreError,
     finite,
@@ -136,6 +149,9 @@ class Store:
         self._times = torch.tensor(index.times).to(spec.dtype).numpy().tobytes()
         self._samples = self._starts[-1] if samples is None else samples
         self._verified: dict[str, str | None] = {}
+        self._sizes: NDArray[np.int64] | None = None
+        if len(index.layouts) > 1:
+            self._sizes = np.concatenate([np.zeros(0, np.int64), *map(self._sizes_in, index.shards)])
 
     def __len__(self) -> int:
         return self._samples
@@ -168,6 +184,26 @@ class Store:
     def key(self, i: int) -> str:
         return self._key(*self.locate(i))
 
+    def size_of(self, i: int) -> int:
+        """The number of the size of sample i, by which `index.image_sizes` has it."""
+        return 0 if self._sizes is None else int(self._sizes[i])
+
+    def by_size(self) -> dict[int, NDArray[np.int64]]:
+        """The samples of each size that there are any of, by its number."""
+        sizes = np.zeros(len(self), np.int64) if self._sizes is None else self._sizes[: len(self)]
+        return {int(number): np.flatnonzero(sizes == number) for number in np.unique(sizes)}
+
+    def _sizes_in(self, shard: ShardInfo) -> NDArray[np.int64]:
+        return sizes_of(shard, self.index.payload_sizes)
+
+    def _layout_of(self, shard: ShardInfo, line: int) -> Layout:
+        """What a sample looks like. Raises BadShard: the index does not say."""
+        layouts = self.index.layouts
+        found = layouts[self._sizes_in(shard)[line]] if len(layouts) > 1 else layouts[0]
+        if found is None:
+            raise BadShard(f"{INDEX} does not say what the samples of {shard.name} look like")
+        return found
+
     def _key(self, shard: ShardInfo, row: int) -> str:
         return make_key(shard.number, places(shard, len(self.index.shard_samples(shard.number)))[row])
 
@@ -192,13 +228,16 @@ class Store:
         Raises:
             ReadError: one of them cannot be read.
         """
-        rows = [self.rows(1, len(states)) for _, states in requests]
+        rows = [self.rows(1, len(states), size=self.size_of(i)) for i, states in requests]
         bad = self.fill([(one, 0, request) for one, request in zip(rows, requests, strict=True)], prompts)
         return [bad[at] if at in bad else one.sample(0) for at, one in enumerate(rows)]
 
-    def rows(self, samples: int, states: int, new: New = torch.empty) -> Rows:
-        """Tensors for so many samples with so many states each, to be filled; `new` makes them."""
-        return Rows(self.index.layout, samples, states, new)
+    def rows(self, samples: int, states: int, new: New = torch.empty, size: int = 0) -> Rows:
+        """Tensors for so many samples of a size with so many states each, to be filled; `new` makes them."""
+        layout = self.index.layouts[size]
+        if layout is None:
+            raise StoreError(f"{self.folder.url} has no samples of {self.index.image_sizes[size]}")
+        return Rows(layout, samples, states, new)
 
     def fill(self, wanted: Sequence[Place], prompts: bool = False) -> dict[int, BadSample]:
         """Reads samples into rows, remote ones in parallel. What a row holds whose sample is bad means nothing.
@@ -238,14 +277,17 @@ class Store:
     ) -> Reading:
         if self.verify_sha256:
             self._verify(shard)
-        facts = self._facts_part(shard, line) if prompts else None
-        spans = plan_reads(self.index.layout, states, facts)
-        start = int(payload_offsets(shard, self.index.layout.payload_bytes)[line]) - tar.BLOCK
+        layout = self._layout_of(shard, line)
+        if layout is not rows.layout:
+            raise ValueError(f"sample {self._key(shard, line)} is of another size than the rows it is read into")
+        facts = self._facts_part(shard, line, layout) if prompts else None
+        spans = plan_reads(layout, states, facts)
+        start = int(payload_offsets(shard, self.index.payload_sizes)[line]) - tar.BLOCK
         return Reading(shard, line, self._key(shard, line), start, spans, rows, row, states)
 
     def _accept(self, one: Reading, read: Sequence[int], numbers: Mapping[Range, bytes]) -> None:
         """Checks what was read of a sample. Raises BadSample."""
-        layout = self.index.layout
+        layout = one.rows.layout
         if any(count < span.end - span.begin for count, span in zip(read, one.spans, strict=True)):
             raise BadSample("the shard ends within it")
         head = one.buffers[HEAD]
@@ -285,12 +327,11 @@ class Store:
             return (name, 0, shard.samples * self._row), begin
         return (name, begin, begin + self._row), 0
 
-    def _facts_part(self, shard: ShardInfo, row: int) -> Piece:
+    def _facts_part(self, shard: ShardInfo, row: int, layout: Layout) -> Piece:
         """The sample's JSON with its tar header and padding: all there is between its payload and the next sample."""
-        size = self.index.layout.payload_bytes
-        offsets = payload_offsets(shard, size)
-        following = int(offsets[row + 1]) - tar.BLOCK if row + 1 < len(offsets) else shard.bytes - len(tar.END)
-        part = Piece(FACTS, tar.BLOCK + size + tar.padding(size), following - int(offsets[row]) + tar.BLOCK)
+        size, lengths = layout.payload_bytes, self.index.payload_sizes
+        start, end = payload_offsets(shard, lengths)[row], sample_ends(shard, lengths, shard.bytes - len(tar.END))[row]
+        part = Piece(FACTS, tar.BLOCK + size + tar.padding(size), int(end - start) + tar.BLOCK)
         if part.end < part.begin + 2 * tar.BLOCK:
             raise BadShard(f"{INDEX} holds offsets of {shard.name} that leave no room for its samples' JSON")
         if (room := part.end - part.begin) > 2 * tar.BLOCK + MAX_JSON_BYTES:

@@ -97,6 +97,7 @@ class Rows:
     """The samples of a batch, as tensors that are read into.
 
     Attributes:
+        layout: of each of them.
         states: [B, n, C, h, w].
         times: [B, n], int64.
         conditioning: keyword tensors, [B, ...].
@@ -105,7 +106,7 @@ class Rows:
     """
 
     def __init__(self, layout: Layout, samples: int, states: int, new: New = torch.empty) -> None:
-        self._layout, self._tensors = layout, dict[str, Tensor]()
+        self.layout, self._tensors = layout, dict[str, Tensor]()
         for name, spec in layout.tensors.items():
             shape = (samples, states, *spec.shape[1:]) if name == STATES else (samples, *spec.shape)
             self._tensors[name] = new(shape, dtype=spec.dtype)
@@ -163,7 +164,7 @@ class Rows:
 
     def stored_times(self, part: memoryview) -> list[int]:
         """The times that a sample's part with them says."""
-        spec = self._layout.tensors[TIMES]
+        spec = self.layout.tensors[TIMES]
         return [] if not part else torch.frombuffer(bytearray(part), dtype=spec.dtype).tolist()
 
 

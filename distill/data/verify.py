@@ -13,11 +13,23 @@ import torch
 
 from distill.data import tar
 from distill.data.checksums import checksums_name, make_row, start_of
-from distill.data.index import INDEX, PROVENANCE, ShardInfo, StoreIndex, dump, load_facts, payload_offsets, places
+from distill.data.index import (
+    INDEX,
+    PROVENANCE,
+    ShardInfo,
+    StoreIndex,
+    dump,
+    file_order,
+    load_facts,
+    payload_offsets,
+    places,
+    sizes_of,
+)
 from distill.data.record import (
     GUIDANCE,
     MAX_JSON_BYTES,
     TIMES,
+    Layout,
     StoreError,
     finite,
     make_key,
@@ -129,20 +141,26 @@ class _Hashing:
 
 def _samples(file: _Hashing, index: StoreIndex, shard: ShardInfo, rows: bytearray) -> Iterator[str | None]:
     """Reads sample after sample and yields what is wrong with each. Raises StoreError where the tar breaks."""
-    offsets = payload_offsets(shard, index.layout.payload_bytes)
+    lengths = index.payload_sizes
+    offsets, sizes = payload_offsets(shard, lengths), sizes_of(shard, lengths)
     indices = index.shard_samples(shard.number)
-    for row, place in enumerate(places(shard, len(indices))):
+    there, checksums = places(shard, len(indices)), dict[int, bytes]()
+    for row in file_order(shard, lengths).tolist():
+        place, layout = there[row], index.layouts[sizes[row]]
+        assert layout is not None  # `sizes_of` has looked
         key = make_key(shard.number, place)
-        payload = _member(file, f"{key}.safetensors", index.layout.payload_bytes)
+        payload = _member(file, f"{key}.safetensors", layout.payload_bytes)
         start = file.at - len(payload) - tar.padding(len(payload))
         if start != offsets[row]:
             raise StoreError(f"sample {key} starts at byte {start}, {INDEX} says {offsets[row]}")
         facts = _member(file, f"{key}.json", MAX_JSON_BYTES)
-        problem = _payload_problem(index, payload) or _facts_problem(index, key, indices[place], payload, facts)
+        problem = _payload_problem(index, layout, payload)
+        problem = problem or _facts_problem(index, layout, key, indices[place], payload, facts)
         if problem is None:
             member = tar.member(f"{key}.json", facts)
-            rows += make_row(index.layout, payload, member, start_of(index.identity, key))
+            checksums[row] = make_row(layout, payload, member, start_of(index.identity, key))
         yield f"sample {key}: {problem}" if problem else None
+    rows += b"".join(checksums[row] for row in sorted(checksums))
 
 
 def _member(file: _Hashing, name: str, most: int) -> bytes:
@@ -162,8 +180,7 @@ def _member(file: _Hashing, name: str, most: int) -> bytes:
     return file.read(whole)[: found.size]
 
 
-def _payload_problem(index: StoreIndex, payload: bytes) -> str | None:
-    layout = index.layout
+def _payload_problem(index: StoreIndex, layout: Layout, payload: bytes) -> str | None:
     if len(payload) != layout.payload_bytes:
         return f"its tensors take {len(payload)} bytes, {INDEX} says {layout.payload_bytes}"
     if not payload.startswith(layout.header):
@@ -178,13 +195,13 @@ def _payload_problem(index: StoreIndex, payload: bytes) -> str | None:
     return None
 
 
-def _facts_problem(plan: StoreIndex, key: str, i: int, payload: bytes, data: bytes) -> str | None:
+def _facts_problem(plan: StoreIndex, layout: Layout, key: str, i: int, payload: bytes, data: bytes) -> str | None:
     """Whether KEY.json belongs to this sample of this store."""
     try:
         facts = parse_json(data)
     except ValueError as error:
         return f"{key}.json is not JSON ({short(error)})"
-    w = float(view(bytearray(payload), plan.layout.start(GUIDANCE), torch.float32, (1,)))
+    w = float(view(bytearray(payload), layout.start(GUIDANCE), torch.float32, (1,)))
     expected = {"key": key, "index": i, **{name: getattr(plan, name) for name in PROVENANCE}}
     for name, value in expected.items():
         if not isinstance(facts, dict) or facts.get(name) != value:

@@ -31,7 +31,6 @@ from distill.data.index import (
     PLAN,
     PLAN_FIELDS,
     PROVENANCE,
-    SCHEMA,
     SETTINGS,
     UNCONDITIONAL,
     ShardInfo,
@@ -43,6 +42,7 @@ from distill.data.index import (
     load_facts,
     plan_arguments,
     plan_facts,
+    schema_of,
     understanding,
 )
 from distill.data.progress import Progress, counted
@@ -65,7 +65,10 @@ class Partly:
 
 
 Solve = Callable[[Sequence[int], Sequence[str]], Trajectory | Partly]
-"""The teacher: indices and prompts of B samples to their trajectories. Sample i may depend on (seed, i) only."""
+"""The teacher: indices and prompts of B samples, all of one size, to their trajectories. Sample i may depend on
+(seed, i) only."""
+SizeOf = Callable[[int], int]
+"""Which of the plan's sizes a sample has, by its index."""
 
 
 def write_store(
@@ -75,6 +78,7 @@ def write_store(
     unconditional: Conditioning,
     solve: Solve,
     *,
+    size_of: SizeOf | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
@@ -89,6 +93,7 @@ def write_store(
         plan: what to write. Sample i is of `prompts[i % len(prompts)]`.
         unconditional: the network's keyword tensors for no prompt, [1, ...].
         solve: the teacher. States are stored in the plan's dtype, conditioning in the dtype it arrives in.
+        size_of: which of the plan's sizes a sample has; None follows the plan's weights.
         rank, world_size: this process among those that write (`work_split`). Rank r writes shards r, r + world_size, ….
 
     Raises:
@@ -116,7 +121,7 @@ def write_store(
     folder.publish(UNCONDITIONAL, empty)
 
     with _writing(url):
-        _write_shards(folder, plan, prompts, solve, earlier, rank, world_size)
+        _write_shards(folder, plan, prompts, solve, size_of or plan.size_of, earlier, rank, world_size)
 
 
 @contextmanager
@@ -140,6 +145,7 @@ def _write_shards(
     plan: StorePlan,
     prompts: Sequence[str],
     solve: Solve,
+    size_of: SizeOf,
     earlier: Sequence[StorePlan],
     rank: int,
     world_size: int,
@@ -158,7 +164,7 @@ def _write_shards(
     due = 0.0
     for shard in todo:
         if shard not in notes.finished([shard]):  # another job may be writing the same store
-            write_shard(notes, shard, prompts, solve, progress)
+            write_shard(notes, shard, prompts, solve, size_of, progress)
         if (start := time.monotonic()) >= due:
             notes.publish_index()
             end = time.monotonic()
@@ -167,33 +173,49 @@ def _write_shards(
     notes.publish_skipped()
 
 
-def write_shard(notes: Notes, shard: int, prompts: Sequence[str], solve: Solve, progress: Progress) -> None:
+def write_shard(
+    notes: Notes, shard: int, prompts: Sequence[str], solve: Solve, size_of: SizeOf, progress: Progress
+) -> None:
     """Writes one shard, then the note that says it is finished; nothing if someone else finished it meanwhile."""
     folder, plan, name = notes.folder, notes.plan, shard_name(shard)
     with folder.staged(name) as (path, file):
         out, store = _Hashed(file), plan.identity
-        offsets, header, skipped, checksums = [], b"", {}, bytearray()
-        for place, record in _records(plan, shard, prompts, solve):
+        headers: dict[int, bytes] = {}
+        skipped: dict[int, str] = {}
+        written: dict[int, tuple[int, int, bytes]] = {}  # by place: where, its size, its checksums
+        for place, size, record in _records(plan, shard, prompts, solve, size_of):
             progress.update(1)
             if isinstance(record, str):
                 skipped[place] = record
                 continue
             key, (payload, description) = make_key(shard, place), record
-            header = header or Layout.parse(payload).header
+            header = headers.setdefault(size, Layout.parse(payload).header)
             if not payload.startswith(header):
                 raise StoreError(f"sample {key}: its tensors differ in shape or kind from the shard's first sample")
-            offsets.append(out.size + tar.BLOCK)
             facts = tar.member(f"{key}.json", description)
-            checksums += make_row(Layout.parse(header), payload, facts, start_of(store, key))
+            row = make_row(Layout.parse(header), payload, facts, start_of(store, key))
+            written[place] = out.size + tar.BLOCK, size, row
             out.write(tar.member(f"{key}.safetensors", payload) + facts)
         out.write(tar.END)
         if shard in notes.finished([shard]):
             return
         folder.commit_staged(path, file, name)
-    info = ShardInfo(name, len(offsets), out.size, out.sha256.hexdigest(), _numbers(offsets), _numbers(skipped))
-    info = publish_checksums(folder, info, bytes(checksums))
-    said = {"schema": SCHEMA, "plan": plan.identity, "header": header[8:].decode(), **info.facts()}
-    folder.publish(note_name(shard), dump(said | ({"reasons": list(skipped.values())} if skipped else {})))
+    in_order = [written[place] for place in sorted(written)]
+    offsets, sizes = _numbers(at for at, _, _ in in_order), [size for _, size, _ in in_order]
+    info = ShardInfo(name, len(in_order), out.size, out.sha256.hexdigest(), offsets, _numbers(sorted(skipped)))
+    info = replace(info, sizes=_numbers(sizes) if any(sizes) else "")
+    info = publish_checksums(folder, info, b"".join(row for _, _, row in in_order))
+    said = {"schema": schema_of(plan), "plan": plan.identity, **_headers_said(plan, headers), **info.facts()}
+    reasons = [skipped[place] for place in sorted(skipped)]
+    folder.publish(note_name(shard), dump(said | ({"reasons": reasons} if reasons else {})))
+
+
+def _headers_said(plan: StorePlan, headers: Mapping[int, bytes]) -> dict[str, Any]:
+    """The headers of a shard's samples as its note has them: one, or one for each size that there is."""
+    texts = {number: header[8:].decode() for number, header in sorted(headers.items())}
+    if plan.sizes:
+        return {"headers": {plan.sizes[number]: text for number, text in texts.items()}}
+    return {"header": texts.get(0, "")}
 
 
 def publish_checksums(folder: Folder, info: ShardInfo, rows: bytes) -> ShardInfo:
@@ -214,7 +236,7 @@ class Notes:
         self.folder, self.plan, self.earlier = folder, plan, tuple(earlier)
         # By their digests, as notes of before stores could grow have them.
         self._plans = {plan.identity, *(one.digest() for one in (plan, *earlier))}
-        self._read: dict[int, tuple[ShardInfo, str, tuple[str, ...]]] = {}
+        self._read: dict[int, tuple[ShardInfo, dict[str, str], tuple[str, ...]]] = {}
 
     def finished(self, shards: Iterable[int] | None = None) -> dict[int, ShardInfo]:
         """Those of these shards (or of all) with a note of this plan and a file of the size it says."""
@@ -295,8 +317,14 @@ class Notes:
         samples, skipped = facts.get("samples"), facts.get("skipped", "")
         return isinstance(samples, int) and isinstance(skipped, str) and samples + len(skipped.split()) in before
 
-    def _understood(self, shard: int, facts: Mapping[str, Any], note: str) -> tuple[ShardInfo, str, tuple[str, ...]]:
-        """A shard, the header of its samples and why it lacks others, as its note says. Raises StoreError."""
+    def _understood(
+        self, shard: int, facts: Mapping[str, Any], note: str
+    ) -> tuple[ShardInfo, dict[str, str], tuple[str, ...]]:
+        """A shard, the headers of its samples by their sizes, and why it lacks others, as its note says.
+
+        Raises:
+            StoreError: it makes no sense.
+        """
         with understanding(note):
             info = ShardInfo(
                 **{f.name: facts[f.name] for f in fields(ShardInfo) if f.name in facts or f.name not in OPTIONAL}
@@ -305,21 +333,30 @@ class Notes:
             reasons = [str(reason) for reason in facts.get("reasons", ())]
             if info.name != shard_name(shard) or len(reasons) != len(info.skipped.split()):
                 raise StoreError(f"{note} is of {info.name}, with {len(reasons)} reasons for the samples it lacks")
-            header = facts["header"].encode()
-            if info.samples:
-                Layout.parse(len(header).to_bytes(8, "little") + header)
-            return info, header.decode(), tuple(reasons)
+            headers = dict(facts["headers"]) if self.plan.sizes else {"": facts["header"]} if info.samples else {}
+            if unknown := set(headers) - set(self.plan.sizes or ("",)):
+                raise StoreError(f"{note} has headers of {short(sorted(unknown))}, which are none of the sizes")
+            for header in headers.values():
+                _layout(header)
+            return info, headers, tuple(reasons)
 
     def _index(self, shards: Mapping[int, ShardInfo]) -> StoreIndex:
-        headers = {self._read[shard][1]: shard for shard, info in shards.items() if info.samples}
-        if len(headers) > 1:
-            (one, first), (other, second) = list(headers.items())[:2]
-            raise StoreMismatch(
-                f"samples of {shard_name(first)} and {shard_name(second)} differ in shape or kind: {one} and {other}"
-            )
-        header = next(iter(headers)).encode()
-        layout = Layout.parse(len(header).to_bytes(8, "little") + header)
-        return StoreIndex(layout=layout, shards=tuple(shards.values()), **plan_facts(self.plan))
+        found: dict[str, tuple[str, int]] = {}  # of each size the header, and a shard that has it
+        for shard, info in shards.items():
+            for size, header in self._read[shard][1].items() if info.samples else ():
+                one, first = found.setdefault(size, (header, shard))
+                if one != header:
+                    raise StoreMismatch(
+                        f"samples of {shard_name(first)} and {shard_name(shard)} differ in shape or kind: "
+                        f"{one} and {header}"
+                    )
+        layouts = tuple(_layout(found[size][0]) if size in found else None for size in self.plan.sizes or ("",))
+        return StoreIndex(layouts=layouts, shards=tuple(shards.values()), **plan_facts(self.plan))
+
+
+def _layout(header: str) -> Layout:
+    data = header.encode()
+    return Layout.parse(len(data).to_bytes(8, "little") + data)
 
 
 def work_split(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -340,24 +377,35 @@ def work_split(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return (task - first) * world_size + rank, tasks * world_size
 
 
+def _batches(plan: StorePlan, shard: int, size_of: SizeOf) -> Iterator[tuple[int, list[int]]]:
+    """The samples of a shard in the order in which they are solved and written: batches of one size, each with it."""
+    by_size: dict[int, list[int]] = {}
+    for i in plan.shard_samples(shard):
+        by_size.setdefault(size_of(i), []).append(i)
+    for size, indices in sorted(by_size.items()):
+        for at in range(0, len(indices), plan.batch_size):
+            yield size, indices[at : at + plan.batch_size]
+
+
 def _records(
-    plan: StorePlan, shard: int, prompts: Sequence[str], solve: Solve
-) -> Iterator[tuple[int, tuple[bytes, bytes] | str]]:
-    """Place in its shard and (safetensors payload, JSON) of each sample, solved batch by batch; or why it has none."""
-    samples = plan.shard_samples(shard)
-    for at in range(0, len(samples), plan.batch_size):
-        indices = list(samples[at : at + plan.batch_size])
+    plan: StorePlan, shard: int, prompts: Sequence[str], solve: Solve, size_of: SizeOf
+) -> Iterator[tuple[int, int, tuple[bytes, bytes] | str]]:
+    """Place in its shard, size, and (safetensors payload, JSON) of each sample, solved batch by batch; or why it has
+    none."""
+    first = plan.shard_samples(shard).start
+    for size, indices in _batches(plan, shard, size_of):
+        key = make_key(shard, indices[0] - first)
         solved = solve(indices, [prompts[i % len(prompts)] for i in indices])
         made, skipped = (solved.rest, solved.skipped) if isinstance(solved, Partly) else (solved, {})
         if skipped and plan.kind != "pictures":
-            raise StoreError(f"batch at {make_key(shard, at)}: samples were skipped ({next(iter(skipped.values()))})")
+            raise StoreError(f"batch at {key}: samples were skipped ({next(iter(skipped.values()))})")
         kept = [i for i in indices if i not in skipped]
         if len(kept) + len(skipped) != len(indices) or (made is None and kept):
-            raise StoreError(f"batch at {make_key(shard, at)}: samples neither made nor skipped, or skipped unasked")
-        yield from ((i - samples.start, reason) for i, reason in sorted(skipped.items()))
+            raise StoreError(f"batch at {key}: samples neither made nor skipped, or skipped unasked")
+        yield from ((i - first, size, reason) for i, reason in sorted(skipped.items()))
         if made is not None:
-            _check(made, plan, make_key(shard, at), len(kept))
-            yield from _encoded(plan, shard, prompts, kept, made)
+            _check(made, plan, key, len(kept), size)
+            yield from ((place, size, record) for place, record in _encoded(plan, shard, prompts, kept, made))
 
 
 def _encoded(
@@ -381,7 +429,7 @@ def _facts(plan: StorePlan, key: str, i: int, prompt: str, seed: int, w: float) 
     return describe(key=key, index=i, prompt=prompt, seed=seed, guidance=w, **provenance)
 
 
-def _check(trajectory: Trajectory, plan: StorePlan, key: str, B: int) -> None:
+def _check(trajectory: Trajectory, plan: StorePlan, key: str, B: int, size: int) -> None:
     """Refuses what does not fit the plan; `key` is the batch's first."""
     shape, K = tuple(trajectory.states.shape), len(plan.times)
     if len(shape) != 5 or shape[:2] != (B, K) or tuple(trajectory.times) != plan.times:
@@ -389,6 +437,9 @@ def _check(trajectory: Trajectory, plan: StorePlan, key: str, B: int) -> None:
             f"batch at {key}: the teacher gave states {list(shape)} at {len(trajectory.times)} times, "
             f"the plan says [{B}, {K}, C, h, w] at {list(plan.times)}"
         )
+    wanted = plan.image_sizes[size]
+    if plan.sizes and shape[3] * wanted.width != shape[4] * wanted.height:
+        raise StoreError(f"batch at {key}: the teacher gave states {list(shape)} for images of {wanted} pixels")
     given = {name: len(x) for name, x in trajectory.conditioning.items()}
     for name, found in {**given, "guidance": len(trajectory.guidance), "seeds": len(trajectory.seeds)}.items():
         if found != B:
@@ -415,7 +466,7 @@ def _agree(folder: Folder, plan: StorePlan, prompts: Sequence[str]) -> list[Stor
 
     Returns the plans that the store had when it had fewer.
     """
-    folder.publish_first(PLAN, dump({"schema": SCHEMA, **plan_facts(plan)}))
+    folder.publish_first(PLAN, dump({"schema": schema_of(plan), **plan_facts(plan)}))
     where = f"{PLAN} of {folder.url}"
     facts = load_facts(folder.read(PLAN), where)
     with understanding(where):
@@ -440,7 +491,8 @@ def _agree(folder: Folder, plan: StorePlan, prompts: Sequence[str]) -> list[Stor
         )
     if begun.samples < plan.samples:
         log.info("%s grows from %d to %d %s", folder.url, begun.samples, plan.samples, plan.kind)
-        folder.publish(PLAN, dump({"schema": SCHEMA, **plan_facts(plan), "was": [one.samples for one in earlier]}))
+        was = {"was": [one.samples for one in earlier]}
+        folder.publish(PLAN, dump({"schema": schema_of(plan), **plan_facts(plan), **was}))
     return earlier
 
 

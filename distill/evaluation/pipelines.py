@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from distill.models.families.registry import FAMILIES, family_of_network, networ
 from distill.models.families.teacher import DECODED_PIXELS
 from distill.models.lora import LORA_FILE
 from distill.models.schedulers import make_scheduler, noise_of, timesteps_for
+
+SIDES = 8
+"""The pipelines of diffusers take sides that are multiples of it, whatever their autoencoder makes of them."""
 
 
 def load_pipeline(
@@ -181,16 +185,18 @@ def generate_images(
     seeds: Sequence[int],
     steps: int,
     guidance: float = 1.0,
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
     negative_prompt: str | None = None,
     timesteps: Sequence[int] | None = None,
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1], one for each prompt, each from a CPU generator of its own seed.
 
-    `timesteps` take the place of the scheduler's own. Large pictures are decoded one after another.
+    `resolution` is the side of a square or (height, width), in pixels; None takes the pipeline's own. `timesteps` take
+    the place of the scheduler's own. Large pictures are decoded one after another.
     """
-    side = resolution or _side(pipeline)
-    if len(prompts) * side**2 > DECODED_PIXELS:
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution or (None, None)
+    own = _side(pipeline)
+    if len(prompts) * (height or own) * (width or own) > DECODED_PIXELS:
         pipeline.vae.enable_slicing()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     times = {} if timesteps is None else {"timesteps": list(timesteps)}
@@ -200,11 +206,18 @@ def generate_images(
         num_inference_steps=steps,
         guidance_scale=guidance,
         generator=generators,
-        height=resolution,
-        width=resolution,
+        height=height,
+        width=width,
         output_type="pt",
         **times,
     ).images
+
+
+def side_multiple(pipeline: Any) -> int:
+    """Of which whole number of pixels the sides of its pictures are multiples."""
+    network = network_of(pipeline)
+    patch = family_of_network(network).network.patch(network.config)
+    return math.lcm(SIDES, pipeline.vae_scale_factor * patch)
 
 
 def _side(pipeline: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,14 +56,17 @@ class HeldOut:
         """`consistency`, the mean squared difference per latent element between a sample from a solve's noise and
         conditioning and the solve's end point, and `cosine`, of the two as vectors: float64 [len(places)].
 
-        It is sampled as `setting` says, whatever the guidance of the stored solve.
+        It is sampled as `setting` says, whatever the guidance of the stored solve; solves of one size at once.
         """
-        parts = [
-            self._measure(denoiser, setting, places[i : i + batch_size]) for i in range(0, len(places), batch_size)
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        by_size: dict[int, list[int]] = {}
+        for i in places:
+            by_size.setdefault(self.store.size_of(len(self.store) - self.n + i), []).append(i)
+        batches = [own[i : i + batch_size] for own in by_size.values() for i in range(0, len(own), batch_size)]
+        parts = [self._measure(denoiser, setting, batch) for batch in batches]
+        in_order = torch.tensor([i for batch in batches for i in batch]).argsort()
+        return {name: torch.cat([part[name] for part in parts])[in_order] for name in parts[0]}
 
-    def _measure(self, denoiser: Denoiser, setting: Setting, places: range) -> dict[str, Tensor]:
+    def _measure(self, denoiser: Denoiser, setting: Setting, places: Sequence[int]) -> dict[str, Tensor]:
         first = len(self.store) - self.n
         samples = [self.store.read(first + i, (0, len(self.store.index.times) - 1)) for i in places]
         x, end = torch.stack([s.states.float() for s in samples], dim=1).to(self.device)  # [B, C, h, w] each

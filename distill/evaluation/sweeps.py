@@ -170,7 +170,7 @@ def run_sweep(
     seeds: Sequence[int],
     *,
     batch_size: int = 8,
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
     right: Right | None = None,
 ) -> str:
     """Generates all ways of a sweep, each with the same prompts and seeds, and writes `<name>.png`, `.md` and `.json`.
@@ -223,13 +223,17 @@ def counted(network: nn.Module) -> Iterator[Counter[str]]:
         hook.remove()
 
 
-def _warm_up(models: Models, way: SweepSetting, prompt: str, resolution: int | None) -> None:
+def _warm_up(models: Models, way: SweepSetting, prompt: str, resolution: int | tuple[int, int] | None) -> None:
     """The first call of a pipeline takes longer than others."""
     generate_images(models.ready(way), [prompt], [0], 1, way.guidance, resolution)
 
 
 def _draw(
-    models: Models, way: SweepSetting, prompts: Sequence[str], seeds: Sequence[int], resolution: int | None
+    models: Models,
+    way: SweepSetting,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    resolution: int | tuple[int, int] | None,
 ) -> tuple[Tensor, Row]:
     """Pictures [B, 3, H, W] in [0, 1] and what they cost in all."""
     pipeline = models.ready(way)

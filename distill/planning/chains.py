@@ -133,7 +133,7 @@ def _trained(link: Link, cfg: PlanSettings, run: PlannedRun) -> PlannedLink:
 
 def _written(link: Link, cfg: PlanSettings) -> PlannedLink:
     half, samples = cfg.mixed_precision != "no", cfg.data.num_samples or 0
-    teacher = inference(cfg.model, half)
+    teacher = inference(cfg.model, half, cfg.data.sizes)
     needed = teacher.solve_bytes(cfg.data)
     return PlannedLink(
         name=link.name,

@@ -27,7 +27,8 @@ from torch.utils.flop_counter import flop_registry
 
 from distill.config.composition import yaml_of
 from distill.config.loading import ConfigError, build, checking
-from distill.config.settings import ModelSettings, TrainSettings
+from distill.config.settings import OF_PROMPTS, ModelSettings, TrainSettings
+from distill.data.sizes import read_sizes
 from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context
@@ -40,6 +41,7 @@ from distill.models.families.teacher import Teacher
 from distill.models.full_size import build_network
 from distill.models.lora import TEACHING, add_lora
 from distill.models.quantized import quantize
+from distill.training.sizes import latent_shape, require_sizes
 
 PUBLISHED = ("sd15", "sdxl", "ssd1b")
 """Models of `configs/model/` whose sizes are known without a download."""
@@ -325,8 +327,11 @@ class Architecture:
     tokens: int
 
 
-def architecture(model: ModelSettings) -> Architecture:
+def architecture(model: ModelSettings, sizes: Sequence[str] | str | None = None) -> Architecture:
     """The network of a pipeline folder, or of a published model by its name.
+
+    Args:
+        sizes: `data.sizes`, of which the largest is counted.
 
     Raises:
         ConfigError: neither of them; or the folder is no pipeline of a known family.
@@ -350,7 +355,14 @@ def architecture(model: ModelSettings) -> Architecture:
     else:
         raise ConfigError(f"model {path!r} is no folder here, and none whose sizes are known: {', '.join(names)}")
     teacher.parts["network"] = network.requires_grad_(False)
-    return Architecture(teacher.at_resolution(model.resolution), tokens)
+    teacher = teacher.at_resolution(model.resolution)
+    if sizes and sizes != OF_PROMPTS:
+        with checking("data.sizes: "):
+            listed = read_sizes(sizes)
+            require_sizes(teacher, listed)
+        largest = latent_shape(teacher, max(listed, key=lambda size: size.pixels))
+        teacher = replace(teacher, latent_shape=largest)
+    return Architecture(teacher, tokens)
 
 
 def _settings_of(name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,16 @@ def passes(data: DataSettings) -> int:
     return 1 if data.guidance == 1 else 2
 
 
-def inference(model: ModelSettings, half: bool) -> Inference:
+def inference(model: ModelSettings, half: bool, sizes: Sequence[str] | str | None = None) -> Inference:
     """Walks through an evaluation of a teacher and through the decoding of a picture, without weights.
+
+    Args:
+        sizes: `data.sizes`, of which the largest is counted.
 
     Raises:
         ConfigError: see `counting.architecture`.
     """
-    built = architecture(model)
+    built = architecture(model, sizes)
     network, family = built.teacher.network, built.teacher.family
     for parameter in network.parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
@@ -99,7 +103,8 @@ def inference(model: ModelSettings, half: bool) -> Inference:
     vae = _autoencoder(model)
     with torch.device("meta"):
         latents = torch.empty(1, *built.teacher.latent_shape)
-        picture = torch.empty(1, 3, built.teacher.resolution, built.teacher.resolution)
+        factor = family.latents.factor(vae.config)
+        picture = torch.empty(1, 3, *(factor * side for side in built.teacher.latent_shape[1:]))
     decoding, decoded = forward(_Method(vae, "decode"), 1, latents)
     _, encoded = forward(_Method(vae, "encode"), 1, picture)
     return Inference(

@@ -252,7 +252,7 @@ def unwalked(cfg: PlanSettings) -> tuple[PlannedRun, Walker]:
         raise ConfigError("start: a plan needs none, what a student starts as takes no memory")
     engine = engine_of(cfg)
     engine = "ddp" if engine == "single" and ranks_of(cfg.cluster) > 1 else engine
-    built = architecture(cfg.model)
+    built = architecture(cfg.model, cfg.data.sizes)
     method: Method = build(cfg.method, schedule=built.teacher.schedule)
     if method.helpers:
         raise ConfigError(f"a plan knows no {' and no '.join(method.helpers)}: choose a method without")
@@ -403,7 +403,7 @@ def sample_of(cfg: PlanSettings, built: Architecture) -> tuple[Layout, tuple[int
 
 def sample_bytes(cfg: PlanSettings) -> int:
     """Bytes of a sample in its store."""
-    return sample_of(cfg, architecture(cfg.model))[2]
+    return sample_of(cfg, architecture(cfg.model, cfg.data.sizes))[2]
 
 
 # ---- numbers of several parts -------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from distill.data.loader import Loader, make_loader
 from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
 from distill.data.reader import Store
+from distill.data.sizes import ImageSize, read_sizes, square
 from distill.data.words import counted
 from distill.diffusion.guidance import guided
 from distill.diffusion.prediction import Denoiser
@@ -83,6 +85,7 @@ from distill.training.run import (
     prepare_folder,
     writing,
 )
+from distill.training.sizes import latent_shape, require_sizes
 from distill.training.skipped import NonFiniteError
 from distill.training.teacher import open_teacher
 from distill.training.tracking import (
@@ -202,13 +205,18 @@ class Run:
         teaches = self.exports.get("teacher") if "teacher" in self.method.requires else None
         with watchdog.over("rank 0, which counts how many samples fit"):
             lora = None if teaches is None else teaches.is_lora
-            split = counted_split(self.cfg, self.split, engine.processes, counting, lora)
+            split = counted_split(self._of_its_sizes(), self.split, engine.processes, counting, lora)
         resumed = self._prepared(engine, split, restore, watchdog)
         while not self._rehearsed(resumed, watchdog):
             split, engine = halved(split, engine.processes), engine.restarted()
             del resumed
             resumed = self._prepared(engine, split, restore, watchdog)
         return resumed
+
+    def _of_its_sizes(self) -> TrainSettings:
+        """The settings with the sizes that the store has, which decide how many samples fit."""
+        sizes = list(self.store.index.sizes) or None
+        return self.cfg.model_copy(update={"data": self.cfg.data.model_copy(update={"sizes": sizes})})
 
     def _prepared(self, engine: Engine, split: Split, restore: Callable[[], None], watchdog: Watchdog) -> ResumedRun:
         """The networks on their devices, for steps that are split so, as the newest checkpoint has them."""
@@ -250,7 +258,7 @@ class Run:
         last = self.cfg.max_train_steps
         for step in sorted({resumed.step, *(start for start in self.method.starts if resumed.step < start < last)}):
             with watchdog.over(f"the rehearsal of step {step + 1}: its computation, or other ranks in it"):
-                with closing(iter(self.loader(resumed, step, workers=0))) as batches:
+                with closing(iter(self.loader(resumed, step, workers=0, largest=True))) as batches:
                     batch = first_of(batches)
                 if not resumed.engine.rehearse(self.method.turns(step), batch, step):
                     return False
@@ -336,7 +344,8 @@ class Run:
     def _say_header(self, resumed: ResumedRun) -> None:
         """What is about to run, in four lines: teacher and data, what is trained, batch, steps and time."""
         cfg, engine, processes = self.cfg, resumed.engine, resumed.engine.processes
-        log.info("teacher %s; store %s with %d samples", self.teacher, cfg.data.store, len(resumed.store))
+        of_sizes = sizes_said(resumed.store)
+        log.info("teacher %s; store %s with %d samples%s", self.teacher, cfg.data.store, len(resumed.store), of_sizes)
         trained = ", ".join(f"{name} {count:,} weights" for name, count in engine.trained_parameters().items())
         log.info("%s trains %s under engine=%s", type(self.method).__name__, trained, engine.name)
         log.info(
@@ -351,8 +360,13 @@ class Run:
         left = time_left(read_metrics(self.folder, resumed.step), resumed.step, cfg.max_train_steps)
         log.info("steps %d to %d, %s; output_dir=%s", resumed.step + 1, cfg.max_train_steps, left, self.folder)
 
-    def loader(self, resumed: ResumedRun, step: int | None = None, workers: int | None = None) -> Loader:
-        """This rank's batches from a step on, where the run resumes if none is given; read by so many processes."""
+    def loader(
+        self, resumed: ResumedRun, step: int | None = None, workers: int | None = None, largest: bool = False
+    ) -> Loader:
+        """This rank's batches from a step on, where the run resumes if none is given; read by so many processes.
+
+        Of a store with images of several sizes, those of the `largest` alone, if that is wanted.
+        """
         return make_loader(
             resumed.store,
             self.method.reads,
@@ -365,6 +379,7 @@ class Run:
             num_workers=self.cfg.dataloader_num_workers if workers is None else workers,
             prompts=self.method.needs_prompts,
             changes=self.batch_changes,
+            largest=largest,
         )
 
     def held_out(self, resumed: ResumedRun) -> Callable[[int], dict[str, float]]:
@@ -392,16 +407,20 @@ class Run:
         with checking("validation_prompts: "):
             prompts = read_prompts(cfg.validation_prompts)
         teacher = open_teacher(cfg.model, parts=("text", "vae"))
-        conditioning = teacher.encode(prompts)
-        ends = ends_of(cfg, engine, teacher, conditioning, self.folder)
+        with checking("validation_sizes: "):
+            sizes = validation_sizes(cfg, teacher, len(prompts))
+        conditioning, shapes = encoded(teacher, prompts, sizes), [latent_shape(teacher, size) for size in sizes]
+        same = teacher.encode(prompts, sizes[0]) if len(set(sizes)) > 1 else conditioning
+        ends = ends_of(cfg, engine, teacher, conditioning, sizes, self.folder)
         del teacher.parts["text"]
-        conditioning |= {"guidance": torch.full((len(prompts),), cfg.validation_guidance)}
+        guidance = {"guidance": torch.full((len(prompts),), cfg.validation_guidance)}
+        conditioning, same = conditioning | guidance, same | guidance
         steps, seeds = cfg.validation_sampling_steps, cfg.validation_diversity_seeds
         reward = (
             build(cfg.validation_reward) if cfg.validation_reward is not None and engine.processes.is_main else None
         )
         validation = Validation(
-            teacher, prompts, conditioning, steps, cfg.seed, seeds, self.method.sampling, ends, reward
+            teacher, prompts, conditioning, steps, cfg.seed, seeds, self.method.sampling, ends, reward, shapes, same
         )
         return partial(validation, engine, tracker)
 
@@ -446,6 +465,13 @@ def first_of(batches: Iterator[Batch]) -> Batch | None:
         return next(batches)
     except (StoreError, ReadError):
         return None
+
+
+def sizes_said(store: Store) -> str:
+    """How many samples of each size there are, for people; nothing where there is one size."""
+    found = store.by_size().items() if store.index.sizes else ()
+    said = ", ".join(f"{len(samples)} of {store.index.image_sizes[number]}" for number, samples in found)
+    return said and f": {said}; each step is of one size"
 
 
 def exports_of(cfg: TrainSettings, teacher: Teacher) -> dict[str, Exported]:
@@ -502,9 +528,33 @@ def scheduled(cfg: TrainSettings, method: Method, rate: LearningRate, name: str,
     return rate(step) * (method.learning_rate(step, name) or cfg.learning_rate) / cfg.learning_rate
 
 
+def validation_sizes(cfg: TrainSettings, teacher: Teacher, prompts: int) -> list[ImageSize]:
+    """The size of each prompt's picture: those of the settings in turn, or the teacher's square.
+
+    Raises:
+        ValueError: sizes that the teacher cannot have.
+    """
+    sizes = read_sizes(cfg.validation_sizes) if cfg.validation_sizes else (square(teacher.resolution),)
+    require_sizes(teacher, sizes)
+    return list(islice(cycle(sizes), prompts))
+
+
+def encoded(teacher: Teacher, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> dict[str, torch.Tensor]:
+    """The conditioning of prompts for pictures of these sizes, [B, ...]."""
+    if len(set(sizes)) == 1:
+        return teacher.encode(prompts, sizes[0])
+    parts = [teacher.encode([prompt], size) for prompt, size in zip(prompts, sizes, strict=True)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def ends_of(
-    cfg: TrainSettings, engine: Engine, teacher: Teacher, conditioning: Mapping[str, torch.Tensor], folder: Path
-) -> torch.Tensor | None:
+    cfg: TrainSettings,
+    engine: Engine,
+    teacher: Teacher,
+    conditioning: Mapping[str, torch.Tensor],
+    sizes: Sequence[ImageSize],
+    folder: Path,
+) -> Sequence[torch.Tensor] | None:
     """The teacher's end points from the validation's noise; generated once per run, by all ranks together."""
     if not cfg.validation_teacher_steps:
         return None
@@ -512,15 +562,17 @@ def ends_of(
     guidance = cfg.data.guidance if isinstance(cfg.data.guidance, float) else cfg.validation_guidance
     seeds = validation_seeds(cfg.seed, len(next(iter(conditioning.values()))))
 
-    def make() -> torch.Tensor:
+    def make() -> Sequence[torch.Tensor]:
         progress = Progress("the teacher's own pictures", len(seeds), "pictures")
         empty = {name: value.to(processes.device) for name, value in teacher.unconditional().items()}
         advance = progress.update if processes.is_main else lambda n: None
         with model_itself(cfg, engine) as denoiser:
             follow = guided(denoiser, empty, guidance)
-            return teacher_ends(teacher, follow, conditioning, seeds, steps, processes, advance)
+            shapes = [latent_shape(teacher, size) for size in sizes]
+            return teacher_ends(teacher, follow, conditioning, seeds, steps, processes, advance, shapes)
 
-    return kept_ends(folder / "validation.safetensors", seeds, steps, guidance, processes, make)
+    said = [] if cfg.validation_sizes is None else list(map(str, sizes))
+    return kept_ends(folder / "validation.safetensors", seeds, steps, guidance, processes, make, said)
 
 
 @contextmanager

@@ -202,6 +202,7 @@ def _data(export: Export) -> str:
     if data is None:
         kind = "pictures" if export.settings.data.guidance is None else "trajectories of the teacher"
         return f"{kind} (how many is not recorded), {taken}"
+    taken = f"of {len(data.sizes)} sizes ({', '.join(data.sizes)}), {taken}" if data.sizes else taken
     if data.kind == "pictures":
         return f"{data.samples} {'picture' if data.samples == 1 else 'pictures'}, {taken}"
     noun = "trajectory" if data.samples == 1 else "trajectories"

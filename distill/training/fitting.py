@@ -9,10 +9,10 @@ from typing import Any
 
 from hydra.utils import get_object
 
-from distill.config.loading import ConfigError
+from distill.config.loading import ConfigError, checking
 from distill.config.packages import require
 from distill.config.recorded import given_keys
-from distill.config.settings import TrainSettings
+from distill.config.settings import OF_PROMPTS, TrainSettings
 from distill.data.errors import ReadError, StoreError
 from distill.data.heldout import is_there, within
 from distill.data.index import StoreIndex, StoreMismatch
@@ -22,6 +22,7 @@ from distill.models.exported import Exported
 from distill.models.families.teacher import Teacher
 from distill.training.helpers import check_helpers
 from distill.training.launched import launched_rank
+from distill.training.sizes import chosen_sizes, require_sizes
 
 log = logging.getLogger("distill")
 
@@ -99,6 +100,7 @@ def unread(cfg: TrainSettings, trained: Collection[str]) -> dict[str, str]:
         and cfg.lr_warmup_steps
         and "lr_scheduler=constant has no warm-up",
         "validation_reward": cfg.validation_prompts is None and "there are no validation_prompts",
+        "validation_sizes": cfg.validation_prompts is None and "there are no validation_prompts",
     }
     return {key: reason for key, reason in reasons.items() if reason}
 
@@ -125,15 +127,11 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports:
         raise
     if launched_rank() == 0:  # the hash reads all weights once
         solved = exports.get("teacher") if "teacher" not in method.requires else None
-        wanted = {
-            "schedule_fingerprint": teacher.schedule.fingerprint,
-            "teacher_hash": solved.weights_hash if solved else teacher.teacher_hash,
-            "guidance": cfg.data.guidance,
-            "resolution": teacher.resolution,
-        }
-        if store.index.kind == "trajectories":  # settings of the writer: what a person has set here must be so there
-            solve: dict[str, str | int] = {"solver": cfg.data.solver, "solver_steps": cfg.data.solver_steps}
-            wanted |= {name: value for name, value in solve.items() if f"data.{name}" in given_keys()}
+        wanted = wanted_of(cfg, teacher, solved, store.index)
+        if store.index.sizes:
+            with checking("data.store: "):
+                require_sizes(teacher, store.index.image_sizes)
+            say_small_sizes(store, cfg.global_batch_size)
         try:
             store.index.require(**wanted)
         except StoreMismatch as error:
@@ -141,6 +139,38 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports:
                 f"{error}; {remedy(store.index, wanted, learns_from_export=solved is not None)}"
             ) from None
     return store
+
+
+def wanted_of(cfg: TrainSettings, teacher: Teacher, solved: Exported | None, index: StoreIndex) -> dict[str, Any]:
+    """What a run expects of its store; of the writer's settings, what a person has set here must be so there.
+
+    Args:
+        solved: the export that solved it, where that is not the teacher itself.
+    """
+    wanted: dict[str, Any] = {
+        "schedule_fingerprint": teacher.schedule.fingerprint,
+        "teacher_hash": solved.weights_hash if solved else teacher.teacher_hash,
+        "guidance": cfg.data.guidance,
+        "resolution": teacher.resolution,
+    }
+    given = given_keys()
+    if index.kind == "trajectories":
+        solve: dict[str, str | int] = {"solver": cfg.data.solver, "solver_steps": cfg.data.solver_steps}
+        wanted |= {name: value for name, value in solve.items() if f"data.{name}" in given}
+    if "data.sizes" in given and cfg.data.sizes != OF_PROMPTS:
+        wanted["sizes"] = tuple(map(str, chosen_sizes(cfg.data, teacher)))
+    return wanted
+
+
+def say_small_sizes(store: Store, batch: int) -> None:
+    """Warns of sizes whose samples come several times in one batch, which is of one size."""
+    found = store.by_size()
+    few = [f"{store.index.image_sizes[n]} ({len(own)})" for n, own in found.items() if len(own) < batch]
+    if few:
+        log.warning(
+            "fewer samples than a batch of %d have the sizes %s: a batch of such a size has samples several times",
+            *(batch, ", ".join(few)),
+        )
 
 
 def heldout_store(cfg: TrainSettings, store: Store, state: Mapping[str, Any]) -> Store | None:
@@ -164,7 +194,7 @@ def heldout_store(cfg: TrainSettings, store: Store, state: Mapping[str, Any]) ->
         except (StoreError, ReadError) as error:  # the run itself does not need them
             log.warning("the held-out loss is not measured: %s", error)
             return None
-    shared = ("schedule_fingerprint", "teacher_hash", "resolution", "times", "guidance")
+    shared = ("schedule_fingerprint", "teacher_hash", "resolution", "sizes", "times", "guidance")
     try:
         found.index.require(**{name: getattr(store.index, name) for name in shared})
     except StoreMismatch as error:
@@ -183,6 +213,7 @@ def remedy(index: StoreIndex, wanted: Mapping[str, Any], learns_from_export: boo
         "data.solver": ("solver", index.solver),
         "data.solver_steps": ("solver_steps", index.solver_steps),
         "model.resolution": ("resolution", index.resolution),
+        "data.sizes": ("sizes", json.dumps(index.sizes).replace(" ", "").replace('"', "") if index.sizes else "null"),
     }
     differing = {name for name, value in wanted.items() if value not in (None, getattr(index, name))}
     given = [f"{key}={value}" for key, (name, value) in settings.items() if name in differing]

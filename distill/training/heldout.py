@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -33,7 +34,8 @@ MOST_AT_ONCE = 32
 class HeldOutLoss:
     """Measures a method's loss without training, on two stores that are read at the same places.
 
-    States and noise are the same at every step, and on any number of ranks, which share the work.
+    States and noise are the same at every step, and on any number of ranks, which share the work. Of images of several
+    sizes, both losses are of as many samples of each size, and a batch is of one.
 
     Args:
         method: its `held_out` says which loss.
@@ -59,9 +61,12 @@ class HeldOutLoss:
         if turn is None:
             return {}
         processes, found = engine.processes, {}
-        n, places = len(self.heldout), self._shares(engine.processes.rank, engine.processes.world_size)
-        evenly = [i * len(self.training) // n for i in range(n)]
-        for name, store, samples in ((HELDOUT, self.heldout, range(n)), (TRAINING, self.training, evenly)):
+        heldout, evenly, sizes = self._samples()
+        places = self._shares(sizes, engine.processes.rank, engine.processes.world_size)
+        if not places:
+            log.warning("%s is not measured at step %d: no held-out solve has a size that is learned", HELDOUT, step)
+            return {}
+        for name, store, samples in ((HELDOUT, self.heldout, heldout), (TRAINING, self.training, evenly)):
             batches, problem = self._read(store, samples, places, last)
             if processes.any(problem is not None):
                 if problem is not None:
@@ -75,10 +80,34 @@ class HeldOutLoss:
             found[name] = total / sum(size for _, size in losses.values())
         return found
 
-    def _shares(self, rank: int, ranks: int) -> dict[int, range]:
-        """This rank's batches, by their number: all ranks have as many, under ZeRO-3 they call networks together."""
-        n = len(self.heldout) * REPEATS
-        parts = [range(first, min(first + self.most_at_once, n)) for first in range(0, n, self.most_at_once)]
+    def _samples(self) -> tuple[list[int], list[int], list[int]]:
+        """The held-out samples, as many training samples evenly spaced among those of their size, and how many are of
+        each size, one size after another; sizes that the training lacks are left out.
+        """
+        learned, texts = self.training.by_size(), self.training.index.image_sizes
+        known = {texts[number]: samples for number, samples in learned.items()}
+        heldout, evenly, counts = [], [], []
+        for number, samples in self.heldout.by_size().items():
+            among = known.get(self.heldout.index.image_sizes[number])
+            if among is not None:
+                n = len(samples)
+                heldout += samples.tolist()
+                evenly += [int(among[i * len(among) // n]) for i in range(n)]
+                counts.append(n)
+        return heldout, evenly, counts
+
+    def _shares(self, sizes: Sequence[int], rank: int, ranks: int) -> dict[int, range]:
+        """This rank's batches, by their number: all ranks have as many, under ZeRO-3 they call networks together.
+
+        Args:
+            sizes: how many samples in a row are of one size.
+        """
+        parts, begin = [], 0
+        for end in accumulate(n * REPEATS for n in sizes):
+            parts += [range(at, min(at + self.most_at_once, end)) for at in range(begin, end, self.most_at_once)]
+            begin = end
+        if not parts:
+            return {}
         mine = [(rank + i * ranks) % len(parts) for i in range(-(-len(parts) // ranks))]
         return {part: parts[part] for part in mine}
 

@@ -75,6 +75,7 @@ FREE = frozenset(
         "checkpointing_steps",
         "checkpoints_total_limit",
         "validation_prompts",
+        "validation_sizes",
         "validation_steps",
         "validation_sampling_steps",
         "validation_guidance",

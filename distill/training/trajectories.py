@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from distill.diffusion.random import generator, seed_of
 from distill.diffusion.solver import make_times, solve
 from distill.diffusion.trajectory import Trajectory
 from distill.models.families.teacher import Teacher
+from distill.training.sizes import latent_shape
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,24 @@ class TrajectorySolver:
     Args:
         teacher: with its UNet and text encoders, on `device`.
         plan: the store's.
+        size_of: which of the plan's sizes a sample has; None follows the plan's weights.
     """
 
     teacher: Teacher
     plan: StorePlan
     device: torch.device | str
+    size_of: Callable[[int], int] | None = None
 
     @torch.no_grad()
     def __call__(self, indices: Sequence[int], prompts: Sequence[str]) -> Trajectory:
-        """The trajectories of samples `indices`, one for each prompt."""
+        """The trajectories of samples `indices`, all of one size, one for each prompt."""
         plan, schedule = self.plan, self.teacher.schedule
+        size = plan.image_sizes[(self.size_of or plan.size_of)(indices[0])]
+        shape = latent_shape(self.teacher, size)
         seeds = tuple(seed_of(plan.seed, "x_T", i) for i in indices)
-        x = torch.stack(
-            [torch.randn(self.teacher.latent_shape, generator=generator(plan.seed, "x_T", i)) for i in indices]
-        )
+        x = torch.stack([torch.randn(shape, generator=generator(plan.seed, "x_T", i)) for i in indices])
         w = torch.tensor([plan.guidance_of(i) for i in indices], device=self.device)
-        conditioning = self.teacher.encode(prompts)
+        conditioning = self.teacher.encode(prompts, size)
 
         weight = 1.0 if plan.guidance == 1 else w  # the number 1 saves the unconditional passes
         denoiser = guided(self.teacher.denoiser(), self.teacher.unconditional(), weight)

@@ -28,6 +28,7 @@ class UsedData:
         samples: how many it holds, those left out not counted.
         solver, solver_steps: the teacher's solve of each; none and 0 for pictures.
         guidance: the lowest and the highest w of the teacher in them.
+        sizes: of their images, as WIDTHxHEIGHT, where these are not all the square that the settings name.
     """
 
     kind: str
@@ -35,13 +36,16 @@ class UsedData:
     solver: str
     solver_steps: int
     guidance: tuple[float, float]
+    sizes: tuple[str, ...] = ()
 
 
 def used_data(store: Store) -> UsedData:
     """What an open store says of itself."""
     index = store.index
     low, high = index.guidance_range
-    return UsedData(index.kind, len(store), index.solver, index.solver_steps, (float(low), float(high)))
+    w = float(low), float(high)
+    there = tuple(str(index.image_sizes[number]) for number in store.by_size()) if index.sizes else ()
+    return UsedData(index.kind, len(store), index.solver, index.solver_steps, w, there)
 
 
 def note_data(folder: Path, store: Store) -> None:
@@ -59,7 +63,7 @@ def data_of(folder: str | Path, settings: TrainSettings) -> UsedData | None:
         low, high = noted["guidance"]
         facts = (noted["kind"], noted["samples"], noted["solver"], noted["solver_steps"])
         if [type(fact) for fact in facts] == [str, int, str, int]:
-            return UsedData(*facts, (float(low), float(high)))
+            return UsedData(*facts, (float(low), float(high)), tuple(map(str, noted.get("sizes", ()))))
     except (OSError, ValueError, KeyError, TypeError):
         pass
     store = Path(settings.data.store).expanduser()

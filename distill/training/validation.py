@@ -45,8 +45,10 @@ class Validation:
         diversity_seeds: noises from which each of the first `DIVERSITY_PROMPTS` prompts is generated, to see how the
             results differ; 0 does not.
         sampling: how the method's students are sampled.
-        ends: where the teacher gets to from the same noise, [B, C, h, w]; `teacher_ends` makes them.
+        ends: where the teacher gets to from the same noise, [C, h, w] each; `teacher_ends` makes them.
         reward: of pictures; CLIP's is the CLIP score.
+        shapes: of each prompt's latent; None takes the teacher's own for all.
+        same: the prompts as `conditioning` has them, but all for pictures of the first one's size, for diversity.
     """
 
     def __init__(
@@ -58,12 +60,16 @@ class Validation:
         seed: int,
         diversity_seeds: int = 0,
         sampling: Sampling = Method.sampling,
-        ends: Tensor | None = None,
+        ends: Sequence[Tensor] | None = None,
         reward: Reward | None = None,
+        shapes: Sequence[tuple[int, ...]] | None = None,
+        same: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.teacher, self.prompts, self.conditioning = teacher, list(prompts), dict(conditioning)
         self.sampler, self.times = sampling.sampler, sampling.times(teacher.schedule.T, steps)
         self.ends, self.reward = ends, reward
+        self.shapes = list(shapes or [teacher.latent_shape] * len(prompts))
+        self.same = self.conditioning if same is None else dict(same)
         self.seeds = validation_seeds(seed, len(prompts))
         many = range(min(len(prompts), DIVERSITY_PROMPTS) if diversity_seeds else 0)
         self.many_seeds = [[seed_of(seed, "diversity", i, j) for j in range(diversity_seeds)] for i in many]
@@ -73,49 +79,83 @@ class Validation:
         """Called on all ranks; the main one shows the pictures, and all get the scalars."""
         began = time.monotonic()
         with engine.inference("student", ema=engine.has_ema("student")) as student:
-            latents = self._generate(engine, student, self.seeds, range(len(self.prompts)))
-            groups = [
-                self._generate(engine, student, seeds, [i] * len(seeds)) for i, seeds in enumerate(self.many_seeds)
-            ]
+            latents = self._generate(engine, student, self.seeds, self.conditioning, self.shapes)
+            groups = [self._again(engine, student, i, seeds) for i, seeds in enumerate(self.many_seeds)]
         found: dict[str, float] = {}
         if engine.processes.is_main:
             found = self._shown(engine, tracker, latents, step)
         if groups:
             found[DIVERSITY] = diversity(torch.stack(groups))
         if self.ends is not None:
-            found["validation/teacher_consistency"] = float(l2(latents, self.ends).double().mean())
+            found["validation/teacher_consistency"] = float(distances(latents, self.ends).double().mean())
         now = time.monotonic()
         self._spent += now - began
         found |= {"validation/seconds": now - began, "validation/share": self._spent / (now - self._began)}
         return engine.processes.from_main(found)
 
-    def _generate(self, engine: Engine, student: Denoiser, seeds: Sequence[int], prompts: Sequence[int]) -> Tensor:
-        """Clean latents [B, C, h, w] on the CPU, from the noise of B seeds for B of the prompts, of all ranks together.
+    def _again(self, engine: Engine, student: Denoiser, prompt: int, seeds: Sequence[int]) -> Tensor:
+        """Clean latents [B, C, h, w] of one prompt from B noises, of the first prompt's size."""
+        conditioning, shapes = rows_of(self.same, [prompt] * len(seeds)), self.shapes[:1] * len(seeds)
+        return torch.stack(self._generate(engine, student, seeds, conditioning, shapes))
 
-        Each rank generates as many; see `places_of`.
+    def _generate(
+        self,
+        engine: Engine,
+        student: Denoiser,
+        seeds: Sequence[int],
+        conditioning: Mapping[str, Tensor],
+        shapes: Sequence[tuple[int, ...]],
+    ) -> list[Tensor]:
+        """B clean latents of these shapes, on the CPU, from the noise of B seeds, of all ranks together.
+
+        Latents of one shape are generated at once. Each rank generates as many; see `places_of`.
         """
         processes = engine.processes
-        places = places_of(processes, len(seeds))
-        chosen = [prompts[place] for place in places]
-        conditioning = {k: v[chosen].to(processes.device) for k, v in self.conditioning.items()}
-        generators = [torch.Generator().manual_seed(seeds[place]) for place in places]
-        x = starting_noise(generators, self.teacher.latent_shape).to(processes.device)
-        found = sample(student, self.teacher.schedule, x, self.times, conditioning, self.sampler, generators)
-        return in_order(processes, places, list(found.cpu()))
+        places: list[int] = []
+        own: list[Tensor] = []
+        for shape, alike in by_shape(shapes).items():
+            mine = [alike[place] for place in places_of(processes, len(alike))]
+            chosen = {k: v.to(processes.device) for k, v in rows_of(conditioning, mine).items()}
+            generators = [torch.Generator().manual_seed(seeds[place]) for place in mine]
+            x = starting_noise(generators, shape).to(processes.device)
+            found = sample(student, self.teacher.schedule, x, self.times, chosen, self.sampler, generators)
+            places, own = places + mine, own + list(found.cpu())
+        return in_order(processes, places, own)
 
     @torch.no_grad()
-    def _shown(self, engine: Engine, tracker: Tracker, latents: Tensor, step: int) -> dict[str, float]:
+    def _shown(self, engine: Engine, tracker: Tracker, latents: Sequence[Tensor], step: int) -> dict[str, float]:
         """The pictures, decoded one by one to need little memory; and what they score."""
         self.teacher.to(engine.processes.device)
-        pictures = torch.cat(
-            [self.teacher.decode(latent[None].to(engine.processes.device)).cpu() for latent in latents]
-        )
+        pictures = [self.teacher.decode(latent[None].to(engine.processes.device))[0].cpu() for latent in latents]
         self.teacher.to("cpu")
-        tracker.images("validation", to_pictures(pictures), step, self.prompts)
+        images = [image for picture in pictures for image in to_pictures(picture[None])]
+        tracker.images("validation", images, step, self.prompts)
         if self.reward is None:
             return {}
         scores = [self.reward((p[None] + 1) / 2, [words]) for p, words in zip(pictures, self.prompts, strict=True)]
         return {"validation/reward": float(torch.cat(scores).double().mean())}
+
+
+def by_shape(shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    """The places of each shape among several, in the order in which the shapes come first."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place, shape in enumerate(shapes):
+        found.setdefault(tuple(shape), []).append(place)
+    return found
+
+
+def rows_of(conditioning: Mapping[str, Tensor], places: Sequence[int]) -> dict[str, Tensor]:
+    """The conditioning of the prompts at these places."""
+    return {name: value[list(places)] for name, value in conditioning.items()}
+
+
+def distances(latents: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
+    """The mean squared difference of the elements of each of B latents from the other's, [B]."""
+    found: dict[int, Tensor] = {}
+    for alike in by_shape([tuple(latent.shape) for latent in latents]).values():
+        a, b = (torch.stack([own[place] for place in alike]) for own in (latents, ends))
+        found |= dict(zip(alike, l2(a, b), strict=True))
+    return torch.stack([found[place] for place in sorted(found)])
 
 
 def validation_seeds(seed: int, n: int) -> list[int]:
@@ -132,8 +172,9 @@ def teacher_ends(
     steps: int,
     processes: Processes,
     advance: Callable[[int], None] = lambda n: None,
-) -> Tensor:
-    """Final latents [B, C, h, w] of the teacher (DDIM at trailing times), on the CPU of every rank.
+    shapes: Sequence[tuple[int, ...]] | None = None,
+) -> list[Tensor]:
+    """B final latents [C, h, w] of the teacher (DDIM at trailing times), on the CPU of every rank.
 
     The ranks share the pictures, and each generates its own one after another: so little memory is needed beside a
     training's.
@@ -144,23 +185,36 @@ def teacher_ends(
         conditioning: of B prompts, [B, ...].
         seeds: of their noise.
         advance: called with how many more there are.
+        shapes: of each picture's latent; None takes the teacher's own for all.
     """
     times, device = make_times("trailing", teacher.schedule.T, steps), processes.device
     places, own = places_of(processes, len(seeds)), []
+    shapes = shapes or [teacher.latent_shape] * len(seeds)
     for place in places:
         generators = [torch.Generator().manual_seed(seeds[place])]
         one = {name: value[place : place + 1].to(device) for name, value in conditioning.items() if name != "guidance"}
-        x = starting_noise(generators, teacher.latent_shape).to(device)
+        x = starting_noise(generators, shapes[place]).to(device)
         own.append(sample(denoiser, teacher.schedule, x, times, one, "ddim", generators)[0].cpu())
         advance(processes.world_size)
     return in_order(processes, places, own)
 
 
 def kept_ends(
-    kept: Path, seeds: Sequence[int], steps: int, guidance: float, processes: Processes, make: Callable[[], Tensor]
-) -> Tensor:
-    """What `make` generates, or the file `kept` where a run has written it there with the same facts."""
+    kept: Path,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    processes: Processes,
+    make: Callable[[], Sequence[Tensor]],
+    sizes: Sequence[str] = (),
+) -> Sequence[Tensor]:
+    """What `make` generates, or the file `kept` where a run has written it there with the same facts.
+
+    Args:
+        sizes: of the pictures, where they are not all the teacher's square.
+    """
     facts = {"steps": str(steps), "guidance": f"{guidance:g}", "seeds": " ".join(map(str, seeds))}
+    facts |= {"sizes": " ".join(sizes)} if sizes else {}
     found = processes.from_main(_read_ends(kept, facts) if processes.is_main else None)
     if found is not None:
         return found
@@ -168,16 +222,20 @@ def kept_ends(
     if processes.is_main:
         kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_name(f".{kept.name}.{os.getpid()}")
-        save_file({"ends": ends}, aside, facts)
+        together = {"ends": torch.stack(list(ends))} if not sizes else {f"end.{i}": end for i, end in enumerate(ends)}
+        save_file(together, aside, facts)
         replace_whole(aside, kept)
     return ends
 
 
-def _read_ends(kept: Path, facts: Mapping[str, str]) -> Tensor | None:
+def _read_ends(kept: Path, facts: Mapping[str, str]) -> Sequence[Tensor] | None:
     if not kept.is_file():
         return None
     with safe_open(kept, "pt") as file:
-        return load_file(kept)["ends"] if file.metadata() == facts else None
+        if file.metadata() != facts:
+            return None
+    found = load_file(kept)
+    return list(found["ends"]) if "ends" in found else [found[f"end.{i}"] for i in range(len(found))]
 
 
 def places_of(processes: Processes, n: int) -> list[int]:
@@ -189,11 +247,11 @@ def places_of(processes: Processes, n: int) -> list[int]:
     return [(processes.rank + i * ranks) % n for i in range(-(-n // ranks))]
 
 
-def in_order(processes: Processes, places: Sequence[int], own: Sequence[Tensor]) -> Tensor:
-    """The pictures of all ranks by their places, [n, ...], from those of this one; on all of them."""
+def in_order(processes: Processes, places: Sequence[int], own: Sequence[Tensor]) -> list[Tensor]:
+    """The pictures of all ranks by their places, from those of this one; on all of them."""
     parts = processes.gathered(list(zip(places, own, strict=True)))
     found = dict(pair for part in parts for pair in part)
-    return torch.stack([found[place] for place in sorted(found)])
+    return [found[place] for place in sorted(found)]
 
 
 def diversity(latents: Tensor) -> float:

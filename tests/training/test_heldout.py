@@ -96,10 +96,10 @@ def test_another_store_takes_their_place_if_it_is_of_the_same_teacher(given: lis
 def test_ranks_share_the_work_and_every_draw_is_measured(tmp_path: Path) -> None:
     store = open_store(str(write(tmp_path, PLAN)))
     measure = HeldOutLoss(LCM(NoiseSchedule.scaled_linear(), skip=250), store, store, seed=0, most_at_once=5)
-    whole = measure._shares(0, 1)
+    whole = measure._shares([11], 0, 1)
     assert sorted(draw for part in whole.values() for draw in part) == list(range(4 * len(store)))
     for ranks in (2, 3, 4):
-        shares = [measure._shares(rank, ranks) for rank in range(ranks)]
+        shares = [measure._shares([11], rank, ranks) for rank in range(ranks)]
         assert len({len(share) for share in shares}) == 1  # as many calls of the network on each
         assert {part: draws for share in shares for part, draws in share.items()} == whole
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from distill.diffusion.guidance import guided
 from distill.diffusion.random import starting_noise
@@ -70,10 +71,10 @@ def test_the_student_is_measured_against_its_teachers_ends_and_by_a_reward(tmp_p
     engine, gallery, found = EngineSettings().start(), Gallery(), []
     processes = engine.processes
 
-    def ends_at(guidance: float) -> torch.Tensor:
+    def ends_at(guidance: float) -> Tensor:
         follow = guided(teacher.denoiser(), teacher.unconditional(), guidance)
         make = partial(teacher_ends, teacher, follow, conditioning, seeds, 2, processes, told.append)
-        return kept_ends(kept, seeds, 2, guidance, processes, make)
+        return torch.stack(list(kept_ends(kept, seeds, 2, guidance, processes, make)))
 
     ends = ends_at(1.0)
     assert ends.shape == (2, *teacher.latent_shape) and told == [1, 1]
