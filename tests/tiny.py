@@ -13,13 +13,25 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 FAMILIES = ("sd15", "sdxl")
+"""Those with a UNet. `tiny_pipeline` and `save_tiny` know `sd3` as well."""
 TOKENS = 11
 CHANNELS = 5
 
@@ -53,6 +65,22 @@ SDXL_UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 6 * 10 + 28,
 }
 UNETS = {"sd15": SD15_UNET, "sdxl": SDXL_UNET}
+SD3_TRANSFORMER: dict[str, Any] = {
+    "sample_size": 6,
+    "patch_size": 2,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "num_layers": 4,
+    "num_attention_heads": 3,
+    "attention_head_dim": 8,
+    "joint_attention_dim": 40,
+    "caption_projection_dim": 24,
+    "pooled_projection_dim": 16 + 28,
+    "pos_embed_max_size": 5,
+    "dual_attention_layers": (0,),
+    "qk_norm": "rms_norm",
+}
+SHIFT = 2.5
 
 
 def tiny_unet(family: str = "sd15", seed: int = 0, **changes: Any) -> UNet2DConditionModel:
@@ -62,9 +90,21 @@ def tiny_unet(family: str = "sd15", seed: int = 0, **changes: Any) -> UNet2DCond
         return UNet2DConditionModel(**UNETS[family] | changes)
 
 
+def tiny_transformer(seed: int = 0, **changes: Any) -> SD3Transformer2DModel:
+    """SD3's transformer alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SD3Transformer2DModel(**SD3_TRANSFORMER | changes)
+
+
 def tiny_conditioning(family: str, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random keyword tensors that fit `tiny_unet(family)`."""
     random = torch.Generator().manual_seed(seed)
+    if family == "sd3":
+        return {
+            "encoder_hidden_states": torch.randn(batch, TOKENS + 7, 40, generator=random),
+            "pooled_projections": torch.randn(batch, 16 + 28, generator=random),
+        }
     width = UNETS[family]["cross_attention_dim"]
     text = {"encoder_hidden_states": torch.randn(batch, TOKENS, width, generator=random)}
     if family == "sd15":
@@ -77,6 +117,8 @@ def tiny_pipeline(family: str = "sd15", seed: int = 0, **scheduler: Any) -> Any:
     """A plain diffusers pipeline; `scheduler` changes its scheduler's config."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if family == "sd3":
+            return _sd3(seed, FlowMatchEulerDiscreteScheduler(**{"shift": SHIFT} | scheduler))
         unet = tiny_unet(family, seed)
         return _sd15(unet, _scheduler(scheduler)) if family == "sd15" else _sdxl(unet, _scheduler(scheduler))
 
@@ -112,12 +154,35 @@ def _sdxl(unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> StableDiffusi
     )
 
 
+def _sd3(seed: int, scheduler: FlowMatchEulerDiscreteScheduler) -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline(
+        transformer=tiny_transformer(seed),
+        scheduler=scheduler,
+        vae=_vae(levels=3, scaling_factor=0.4, shift_factor=0.11, use_quant_conv=False, use_post_quant_conv=False),
+        tokenizer=_tokenizer(),
+        tokenizer_2=_tokenizer(pad_token="!"),
+        tokenizer_3=_t5_tokenizer(),
+        text_encoder=CLIPTextModelWithProjection(_text_config(width=12, heads=3)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(width=20, heads=2, projection_dim=28)),
+        text_encoder_3=T5EncoderModel(
+            T5Config(vocab_size=120, d_model=40, d_kv=10, d_ff=48, num_layers=2, num_heads=4,
+                     feed_forward_proj="gated-gelu")
+        ).eval(),
+    )  # fmt: skip
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    """A token a letter."""
+    letters = [(chr(code), -4.0) for code in range(ord("!"), ord("~") + 1)]
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), *letters], extra_ids=0)
+
+
 def _scheduler(changes: dict[str, Any]) -> DDIMScheduler:
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     return DDIMScheduler(**betas | {"clip_sample": False, "steps_offset": 1} | changes)
 
 
-def _vae(levels: int, scaling_factor: float) -> AutoencoderKL:
+def _vae(levels: int, scaling_factor: float, **further: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -127,6 +192,7 @@ def _vae(levels: int, scaling_factor: float) -> AutoencoderKL:
         norm_num_groups=4,
         scaling_factor=scaling_factor,
         mid_block_add_attention=False,
+        **further,
     )
 
 

@@ -110,9 +110,12 @@ class CriticNetwork(nn.Module):
         self.encoder = self.family.critic.encoder(network, on_its_weights=rank is not None)
         if rank is not None:
             add_lora(self.encoder, rank, alpha, seed=seed, family=self.family)
+            for module in self.family.critic.idle(self.encoder):
+                module.requires_grad_(False)
         width, *sides = self.family.critic.shape(network, (size[0], size[1]))
+        widest = self.family.critic.widest_head or width
         with torch.device("meta"):  # or torch would initialise the weights, from the global generator
-            head = Head(width * (1 + conditional), width, Head.depth(min(sides)))
+            head = Head(width * (1 + conditional), min(width, widest), Head.depth(min(sides)))
         self.head = head.to(self.dtype).to_empty(device=next(network.parameters()).device)
         self.head.initialise(seed)
 

@@ -218,7 +218,8 @@ def save_lora_file(
     config = lora_config(network)
     family = family or family_of_network(network)
     file = family.lora.file(format, lora_state_dict(network, state), config, network.config, dtype)
-    header = {"format": "pt", _RECORD: json.dumps(_portable(config))} | file.header | dict(metadata or {})
+    said = _portable(config) | ({"lora_alpha": config.r} if file.folded else {})
+    header = {"format": "pt", _RECORD: json.dumps(said)} | file.header | dict(metadata or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(file.tensors, path, metadata=header)
 
@@ -326,7 +327,8 @@ def fill_lora(
     expected = {name.replace(f".{adapter}.", "."): parameter for name, parameter in adapters(network, adapter).items()}
     with safe_open(path, framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}
-        earlier = _EARLIER_RECORD in (file.metadata() or {})
+        header = file.metadata() or {}
+        earlier = _EARLIER_RECORD in header and _RECORD not in header  # diffusers' entry is in later files as well
     if earlier:
         saved = {name.removeprefix("unet."): tensor for name, tensor in stored.items()}
     else:

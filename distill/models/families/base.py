@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from distill.diffusion.noise import AnyNoise
 from distill.diffusion.prediction import Conditioning
-from distill.models.checks import levels, positive
+from distill.models.checks import component, levels, positive
 from distill.models.families.towers import TextTower, Tower
 
 Config = Mapping[str, Any]
@@ -73,6 +73,10 @@ class Network:
         """Side of the states that it was trained for; None where its config does not say it."""
         return network.get("sample_size")
 
+    def most(self, network: Config) -> int | None:
+        """The largest side of states that the network has positions for; None where there is none."""
+        return None
+
     def parts(self, module: nn.Module) -> list[nn.Module]:
         """The blocks of a network, bare."""
         found = [getattr(module, name, None) for name in self.blocks]
@@ -84,6 +88,52 @@ class Text(ABC):
 
     towers: tuple[Tower, ...]
     """Tokenizers with their text encoders; those that a pipeline may lack stand last."""
+    max_tokens: int | None = None
+    """Tokens of a prompt that the pipeline takes unless it is given another `max_sequence_length`; None where the text
+    encoders fix their number, and the pipeline takes no such argument."""
+    most_tokens = 512
+    """The greatest `max_sequence_length` that the pipeline takes."""
+    stored: str | None = None
+    """The dtype of its states in a store; None is that of the trajectories' states."""
+
+    def load(
+        self,
+        folder: Path,
+        index: Config,
+        network: Config,
+        dtype: torch.dtype,
+        variant: str | None,
+        max_tokens: int | None = None,
+    ) -> tuple[TextTower, ...]:
+        """The towers that the pipeline in `folder` has.
+
+        Args:
+            index: its `model_index.json`.
+            dtype: see `Tower.load`.
+            max_tokens: of a prompt, where they are for the pipeline to say; None takes its own.
+
+        Raises:
+            FileNotFoundError: see `Tower.load`.
+            ValueError: the same; or `max_tokens` that the pipeline does not take.
+        """
+        there = [t for t in self.towers if component(folder, index, t.encoder)[1] is not None]
+        tokens = self.prompt_tokens(max_tokens)
+        towers = (tower.load(folder, dtype, variant) for tower in there)
+        return tuple(towers if tokens is None else (tower.at_most(tokens) for tower in towers))
+
+    def prompt_tokens(self, max_tokens: int | None) -> int | None:
+        """The `max_sequence_length` that the pipeline is called with; None where it takes none.
+
+        Raises:
+            ValueError: one that the pipeline does not take.
+        """
+        if max_tokens is None:
+            return self.max_tokens
+        if self.max_tokens is None:
+            raise ValueError(f"max_tokens {max_tokens}: this model's text encoders fix it, leave it null")
+        if not 1 <= max_tokens <= self.most_tokens:
+            raise ValueError(f"max_tokens must lie in 1 ... {self.most_tokens}, got {max_tokens}")
+        return max_tokens
 
     @abstractmethod
     def encode(self, towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -99,13 +149,16 @@ class Text(ABC):
     def shapes(self, network: Config, tokens: int) -> dict[str, tuple[int, ...]]:
         """The shape of each entry of `encode`, without the batch, for prompts of so many tokens."""
 
-    def tokens(self, folder: Path) -> int:
+    def tokens(self, folder: Path, max_tokens: int | None = None) -> int:
         """The tokens of a prompt in the pipeline in `folder`, by its configs.
+
+        Args:
+            max_tokens: see `load`.
 
         Raises:
             FileNotFoundError, ValueError: configs that do not say it.
         """
-        return self.towers[0].tokens(folder)
+        return self.prompt_tokens(max_tokens) or self.towers[0].tokens(folder)
 
     @abstractmethod
     def check(self, path: str, network: Config, towers: Sequence[TextTower]) -> None:
@@ -218,10 +271,12 @@ class LoRAFile:
     Args:
         tensors: under the names that the file's readers look for.
         header: entries of the file's metadata without which they would read it otherwise.
+        folded: whether alpha / rank is in the tensors already, so that the file's alpha is its rank.
     """
 
     tensors: dict[str, Tensor]
     header: dict[str, str]
+    folded: bool = False
 
 
 class LoRA(ABC):
@@ -302,6 +357,13 @@ class LoRA(ABC):
 
 class CriticFeatures(ABC):
     """What of a network judges latents: its encoder, which reads noisy states, times and prompts already."""
+
+    widest_head: int | None = None
+    """The greatest width of a head over the features; None: it is as wide as they are."""
+
+    def idle(self, encoder: nn.Module) -> Sequence[nn.Module]:
+        """Modules of an encoder that have no part in the features: they are not trained, nor are adapters on them."""
+        return ()
 
     @abstractmethod
     def encoder(self, network: Any, on_its_weights: bool = False) -> Any:

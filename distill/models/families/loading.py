@@ -123,12 +123,16 @@ def load_teacher(
     vae: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
     family: str | None = None,
+    text_dtype: torch.dtype = torch.float32,
+    max_tokens: int | None = None,
 ) -> Teacher:
     """Loads a teacher from a diffusers pipeline folder or from the hub: the named parts, frozen, and its configs.
 
     Only safetensors weights are read, never pickles. `revision` and `variant` (`"fp16"`) mean what they mean in
-    diffusers. `dtype` is the network's. Text encoders and the teacher's own autoencoder are float32: they are called
-    once a picture, and what they round is in all that follows.
+    diffusers. `dtype` is the network's. The teacher's own autoencoder is float32, and so are text encoders unless
+    `text_dtype` says otherwise: they are called once a picture, and what they round is in all that follows.
+
+    `max_tokens` is the length of a prompt where text encoders leave it open; None is the pipeline's own.
 
     `family` is the only one wanted, by its name; None takes any.
 
@@ -148,7 +152,8 @@ def load_teacher(
         if part == "vae" and vae is not None:
             teacher.parts[part] = _load_vae(described, str(vae), vae_dtype or torch.float32)
         else:
-            teacher.parts[part] = _load_part(part, described, dtype if part == "network" else torch.float32, variant)
+            wanted = {"network": dtype, "text": text_dtype}.get(part, torch.float32)
+            teacher.parts[part] = _load_part(part, described, wanted, variant, max_tokens)
     for module in modules_of(teacher.parts):
         module.requires_grad_(False).eval()
     return teacher
@@ -233,11 +238,12 @@ def _identity(path: str, folder: Path, revision: str | None) -> str:
     return f"{path}@{revision}" if revision else path
 
 
-def _load_part(part: str, described: PipelineFacts, dtype: torch.dtype, variant: str | None) -> Any:
+def _load_part(
+    part: str, described: PipelineFacts, dtype: torch.dtype, variant: str | None, max_tokens: int | None = None
+) -> Any:
     folder, family, index = described.folder, described.family, described.index
     if part == "text":
-        there = [t for t in family.text.towers if component(folder, index, t.encoder)[1] is not None]
-        towers = tuple(tower.load(folder, dtype, variant) for tower in there)
+        towers = family.text.load(folder, index, described.network, dtype, variant, max_tokens)
         family.text.check(described.path, described.network, towers)
         return towers
     name, kind, config = {
@@ -319,10 +325,11 @@ def _same_latents(path: str, given: Config, described: PipelineFacts) -> None:
         raise ValueError(f"the autoencoder {path} halves its pictures more or less often than the teacher's own")
 
 
-def prompt_tokens(folder: Path) -> int:
-    """The tokens of a prompt of the pipeline in `folder`, by its configs.
+def prompt_tokens(folder: Path, max_tokens: int | None = None) -> int:
+    """The tokens of a prompt of the pipeline in `folder`, by its configs; for `max_tokens` see `Text.load`.
 
     Raises:
         FileNotFoundError, ValueError: configs that do not say it, or a pipeline of no known family.
     """
-    return family_of_pipeline(str(folder), read_json(folder, "model_index.json").get("_class_name")).text.tokens(folder)
+    family = family_of_pipeline(str(folder), read_json(folder, "model_index.json").get("_class_name"))
+    return family.text.tokens(folder, max_tokens)

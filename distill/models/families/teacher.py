@@ -173,6 +173,11 @@ class Teacher:
         multiple = factor * self.family.network.patch(self.network_config)
         if pixels < 1 or pixels % multiple:
             raise ValueError(f"resolution must be a multiple of {multiple} pixels, got {pixels}")
+        most = self.family.network.most(self.network_config)
+        if most is not None and pixels > most * factor:
+            raise ValueError(
+                f"resolution must be at most {most * factor} pixels, for which the network has positions, got {pixels}"
+            )
         sized = replace(self, resolution=pixels, latent_shape=(C, pixels // factor, pixels // factor))
         sized.noise = self.family.noise(self.noise, sized.image_tokens)
         sized.schedule = NoiseSchedule.of(sized.noise)
@@ -239,5 +244,5 @@ class Teacher:
 
 def modules_of(parts: Mapping[str, Any]) -> list[nn.Module]:
     """The networks among the parts of a teacher."""
-    text = [tower.encoder for tower in parts.get("text", ())]
+    text = [tower.encoder for tower in parts.get("text", ()) if tower.encoder is not None]
     return [parts[name] for name in ("network", "vae") if name in parts] + text

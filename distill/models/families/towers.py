@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from distill.diffusion.noise import short
 from distill.models.checks import check_sizes, load_checked, naming, positive
@@ -44,6 +52,10 @@ class TextTower:
         masked = getattr(self.encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(device) if masked else None
         return self.encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=True)
+
+    def at_most(self, tokens: int) -> TextTower:
+        """The same tower for prompts of so many tokens; itself where its encoder fixes their number."""
+        return self
 
     def cuts(self, prompts: Sequence[str]) -> list[str]:
         """Those prompts that are too long to be read to their end."""
@@ -120,6 +132,66 @@ class CLIPTower(Tower):
             folder / self.encoder / "config.json", {"max_position_embeddings": 77} | config, "max_position_embeddings"
         )
         return length_of(folder / self.tokenizer / "tokenizer_config.json", said, positions)
+
+
+@dataclass(frozen=True)
+class T5Text(TextTower):
+    """A T5 encoder, whose positions are relative: the length of a prompt is for the pipeline to say. No mask: the
+    padding is read like words.
+
+    Args:
+        most: tokens of a prompt.
+    """
+
+    most: int = 256
+
+    @property
+    def length(self) -> int:
+        return self.most
+
+    def at_most(self, tokens: int) -> T5Text:
+        return replace(self, most=tokens)
+
+    def __call__(self, prompts: Sequence[str]) -> Any:
+        """The encoder's last states [B, tokens, width]."""
+        read = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.most, truncation=True, return_tensors="pt"
+        )
+        return self.encoder(read.input_ids.to(self.encoder.device))[0]
+
+
+class T5Tower(Tower):
+    """The encoder half of a T5."""
+
+    def load(self, folder: Path, dtype: torch.dtype, variant: str | None) -> TextTower:
+        if dtype == torch.float16:  # which its activations overflow
+            dtype = torch.bfloat16
+        place, files = folder / self.encoder, weight_files(folder, self.encoder, variant)
+        check_sizes(place / "config.json", read_json(folder, f"{self.encoder}/config.json"))
+        model = load_checked(
+            place,
+            files,
+            lambda: T5EncoderModel(T5Config.from_pretrained(place)),
+            lambda: T5EncoderModel.from_pretrained(
+                place,
+                dtype=dtype,
+                variant=variant_of(folder, self.encoder, variant),
+                use_safetensors=True,
+                output_loading_info=True,
+            ),
+        )
+        words_of = folder / self.tokenizer
+        with naming(words_of):
+            words = T5Tokenizer.from_pretrained(words_of)
+        if len(words) > model.config.vocab_size:
+            raise ValueError(
+                f"{words_of} has {len(words)} tokens, its text encoder reads {model.config.vocab_size}: they do "
+                "not belong together"
+            )
+        return T5Text(words, model)
+
+    def tokens(self, folder: Path) -> int:
+        return T5Text.most
 
 
 def length_of(path: Path, said: object, positions: int) -> int:

@@ -1,0 +1,248 @@
+"""Stable Diffusion 3 as a family: texts, calls, LoRAs and critics as diffusers' own pipeline has them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from distill.diffusion.guidance import guided
+from distill.diffusion.solver import make_times, solve
+from distill.models.families.loading import load_teacher, prompt_tokens
+from distill.models.families.registry import FAMILIES, published
+from distill.models.families.teacher import Teacher
+from distill.models.full_size import build_network
+from distill.models.lora import add_lora
+from tests.tiny import CHANNELS, SD3_TRANSFORMER, SHIFT, TOKENS, save_tiny, tiny_conditioning, tiny_transformer
+
+SD3 = FAMILIES["sd3"]
+PROMPTS = ["a cat", "a dog on a log that is longer than the CLIP encoders read"]
+T = torch.tensor([10, 999])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(save_tiny(tmp_path_factory.mktemp("sd3"), "sd3"))
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> Teacher:
+    return load_teacher(folder, parts=("network", "text", "vae"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> Any:
+    return plain(folder)
+
+
+def plain(folder: Path, **parts: Any) -> Any:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **parts)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# --- what a folder says ---
+
+
+def test_a_folder_is_a_flow_matching_teacher(teacher: Teacher) -> None:
+    assert teacher.family is SD3 and teacher.schedule.shift == SHIFT
+    assert teacher.prediction.value == "flow_prediction" and not teacher.zeros_for_empty
+    assert (teacher.latent_shape, teacher.resolution, teacher.image_tokens) == ((CHANNELS, 6, 6), 24, 9)
+
+
+def test_pictures_may_be_as_large_as_the_table_of_positions(teacher: Teacher) -> None:
+    assert teacher.at_resolution(40).latent_shape == (CHANNELS, 10, 10)
+    with pytest.raises(ValueError, match="resolution must be at most 40 pixels, for which the network has positions"):
+        teacher.at_resolution(48)
+    with pytest.raises(ValueError, match="resolution must be a multiple of 8 pixels, got 36"):
+        teacher.at_resolution(36)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"out_channels": 3}, f"reads {CHANNELS} and writes 3 channels"),
+        ({"sample_size": 12}, "sample_size is 12; it must be a multiple of patch_size 2 and at most 10"),
+        ({"pos_embed_max_size": None}, "pos_embed_max_size is None; it must be one whole number"),
+    ],
+)
+def test_a_network_that_cannot_be_a_teacher_is_refused(
+    change: dict[str, object], said: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    config = tmp_path / "other/transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match=said) as caught:
+        load_teacher(tmp_path / "other", parts=())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_t5_of_another_width_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    config = tmp_path / "other/transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"joint_attention_dim": 44}))
+    with pytest.raises(ValueError, match="reads text of width 44, its T5 makes 40 and its CLIP text encoders 32"):
+        load_teacher(tmp_path / "other", parts=("text",))
+
+
+# --- texts ---
+
+
+def encoded(pipeline: Any, prompts: list[str], **given: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        found = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **given)
+    return found[0], found[2]
+
+
+def test_prompts_are_encoded_as_the_pipeline_encodes_them(teacher: Teacher, pipeline: Any) -> None:
+    found = teacher.encode(PROMPTS)
+    text, pooled = encoded(pipeline, PROMPTS)
+    assert torch.equal(found["encoder_hidden_states"], text) and torch.equal(found["pooled_projections"], pooled)
+    assert text.shape == (2, TOKENS + 256, 40) and not torch.equal(text[0, TOKENS:], text[1, TOKENS:])
+    empty, none = encoded(pipeline, [""]), teacher.unconditional()
+    assert torch.equal(none["encoder_hidden_states"], empty[0]) and torch.equal(none["pooled_projections"], empty[1])
+
+
+def test_the_length_of_the_t5s_prompts_may_be_chosen(folder: Path, pipeline: Any) -> None:
+    short = load_teacher(folder, parts=("text",), max_tokens=9)
+    text, _ = encoded(pipeline, PROMPTS, max_sequence_length=9)
+    assert torch.equal(short.encode(PROMPTS)["encoder_hidden_states"], text)
+    assert prompt_tokens(folder, 9) == TOKENS + 9 and prompt_tokens(folder) == TOKENS + 256
+    with pytest.raises(ValueError, match=r"max_tokens must lie in 1 \.\.\. 512, got 513"):
+        load_teacher(folder, parts=("text",), max_tokens=513)
+
+
+def test_text_encoders_compute_in_the_dtype_that_is_chosen_and_a_t5_never_in_float16(folder: Path) -> None:
+    towers = load_teacher(folder, parts=("text",), text_dtype=torch.bfloat16).text
+    assert {tower.encoder.dtype for tower in towers} == {torch.bfloat16}
+    towers = load_teacher(folder, parts=("text",), text_dtype=torch.float16).text
+    assert [tower.encoder.dtype for tower in towers] == [torch.float16, torch.float16, torch.bfloat16]
+
+
+def test_zeros_stand_for_a_t5_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "without")
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(tmp_path / "without" / name)
+    index = tmp_path / "without/model_index.json"
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None]))
+    )
+    teacher = load_teacher(tmp_path / "without", parts=("network", "text", "vae"))
+    theirs = plain(tmp_path / "without", text_encoder_3=None, tokenizer_3=None)
+    found, (text, _) = teacher.encode(PROMPTS)["encoder_hidden_states"], encoded(theirs, PROMPTS)
+    assert torch.equal(found, text) and not found[:, TOKENS:].any() and found.shape[1] == TOKENS + 256
+    assert teacher.pipeline(theirs.scheduler).text_encoder_3 is None
+
+
+# --- calls ---
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_our_sampler_draws_the_plain_pipelines_pictures(teacher: Teacher, pipeline: Any, steps: int) -> None:
+    for w, most in ((1.0, 2e-6), (5.0, 1e-5)):
+        ours, x = drawn(teacher, steps, w)
+        theirs = pictures(pipeline, x, steps, w, sigmas=own_grid(steps))
+        assert float((ours - theirs).abs().max()) <= most
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_the_pipelines_own_grid_is_shifted_twice(teacher: Teacher, pipeline: Any, steps: int) -> None:
+    """What the noise levels are handed over for: this fails once diffusers mends it."""
+    ours, x = drawn(teacher, steps, 5.0)
+    assert float((ours - pictures(pipeline, x, steps, 5.0)).abs().max()) > 0.02
+    assert float((ours - pictures(pipeline, x, steps, 5.0, sigmas=own_grid(steps))).abs().max()) <= 1e-5
+
+
+def own_grid(steps: int) -> list[float]:
+    return [1 - i / steps for i in range(steps)]
+
+
+@torch.no_grad()
+def drawn(teacher: Teacher, steps: int, w: float) -> tuple[Tensor, Tensor]:
+    x = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    weight = torch.full((2,), w) if w != 1 else 1.0
+    denoiser = guided(teacher.denoiser(), teacher.unconditional(), weight)
+    times = make_times("trailing", teacher.schedule.T, steps)
+    *_, (_, latents) = solve(denoiser, teacher.schedule, x, times, teacher.encode(PROMPTS), "ddim")
+    return teacher.decode(latents), x
+
+
+def pictures(pipeline: Any, x: Tensor, steps: int, w: float, **given: Any) -> Tensor:
+    found = pipeline(
+        PROMPTS, num_inference_steps=steps, guidance_scale=w, latents=x.clone(), output_type="pt", **given
+    ).images
+    return found * 2 - 1
+
+
+def test_a_conditioning_that_does_not_fit_is_named() -> None:
+    network, x = tiny_transformer(), torch.randn(2, CHANNELS, 6, 6)
+    c = tiny_conditioning("sd3", 2)
+    told = T.float()
+    with pytest.raises(ValueError, match="the conditioning lacks 'pooled_projections'"):
+        SD3.predict(network, x, told, {"encoder_hidden_states": c["encoder_hidden_states"]}, torch.float32)
+    with pytest.raises(ValueError, match="conditioning 'time_ids' is not known"):
+        SD3.predict(network, x, told, c | {"time_ids": told}, torch.float32)
+
+
+def test_pictures_survive_the_way_to_latents_and_back(teacher: Teacher) -> None:
+    """Shift and scale are undone in the order in which they were done, whatever the autoencoder is worth."""
+    latents = torch.randn(2, CHANNELS, 6, 6, generator=torch.Generator().manual_seed(0))
+    vae = teacher.vae
+    with torch.no_grad():
+        theirs = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
+        assert torch.equal(teacher.decode(latents), theirs) and vae.config.shift_factor
+        pictures = torch.rand(2, 3, 24, 24) * 2 - 1
+        mean = (vae.encode(pictures).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    assert torch.allclose(teacher.encode_pictures(pictures, torch.zeros(2, CHANNELS, 6, 6)), mean, atol=1e-6)
+
+
+# --- full size ---
+
+
+@pytest.mark.parametrize(
+    "name, millions, modules, trained",
+    [
+        ("sd3", 2028, {"attention": 191, "blocks": 285}, {"attention": 37.6, "blocks": 83.8}),
+        ("sd35_medium", 2243, {"attention": 243, "blocks": 337}, {"attention": 47.8, "blocks": 94.0}),
+        ("sd35_large", 8057, {}, {"blocks": 211.1}),
+    ],
+)
+def test_published_networks_and_their_loras_have_the_sizes_that_are_known(
+    name: str, millions: int, modules: dict[str, int], trained: dict[str, float]
+) -> None:
+    family, config = published(name)
+    for which, expected in trained.items():
+        network = build_network(family.network.kind, config, device="meta")
+        assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
+        found = add_lora(network, 64, 64, targets=family.lora.chosen(network, which), family=family)
+        assert round(sum(p.numel() for p in found) / 1e6, 1) == expected
+        assert modules.get(which, len(found) // 2) == len(found) // 2
+
+
+# --- critics ---
+
+
+@pytest.mark.parametrize("on_its_weights", [False, True])
+def test_a_critics_features_are_the_states_after_half_of_the_blocks(on_its_weights: bool) -> None:
+    network, c = tiny_transformer(), tiny_conditioning("sd3", 2)
+    x, told = torch.randn(2, CHANNELS, 6, 4, generator=torch.Generator().manual_seed(0)), T.float()
+    seen: list[Tensor] = []
+    network.transformer_blocks[1].register_forward_hook(lambda *given: seen.append(given[2][1]))
+    with torch.no_grad():
+        SD3.predict(network, x, told, c, torch.float32)
+    encoder = SD3.critic.encoder(network, on_its_weights)
+    with torch.no_grad():
+        features = SD3.critic.features(encoder, x, told, c, torch.float32)
+    width = SD3_TRANSFORMER["num_attention_heads"] * SD3_TRANSFORMER["attention_head_dim"]
+    assert features.shape == (2, *SD3.critic.shape(network, (6, 4))) == (2, width, 3, 2)
+    assert torch.equal(features.flatten(2).transpose(1, 2), seen[0])
+    assert len(network.transformer_blocks) == 4, "the network itself is whole"
