@@ -46,7 +46,7 @@ from distill.evaluation.students import LoadedStudent, load_student, parse_sampl
 from distill.evaluation.toy import JudgeScorer
 from distill.models.devices import described, own_device
 from distill.models.execution import execute
-from distill.models.exported import FACTS
+from distill.models.exported import FACTS, read_export
 from distill.models.families.loading import load_teacher
 from distill.models.families.teacher import Teacher
 from distill.models.folder import read_json
@@ -184,7 +184,7 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
         revision=cfg.model.revision,
         variant=cfg.model.variant,
     )
-    teacher = at_resolution(teacher, cfg.protocol.resolution)
+    teacher = at_resolution(teacher, cfg.protocol.resolution).at_shift(shift_of(source))
     denoisers, hashes = {"teacher": teacher.denoiser()}, {"teacher": stated(teacher.teacher_hash, dtype)}
     student = None if source is None else load_student(source.folder, teacher)
     if student is not None:
@@ -204,6 +204,13 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
         share=share,
         stored=stored_of(cfg, source, teacher, str(device)),
     )
+
+
+def shift_of(source: Source | None) -> float | None:
+    """Of the noise levels that an exported student learned; None without flow matching."""
+    if source is None or not (source.folder / FACTS).is_file():
+        return None
+    return read_export(source.folder).shift
 
 
 def at_resolution(teacher: Teacher, wanted: int | None) -> Teacher:

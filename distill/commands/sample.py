@@ -67,6 +67,7 @@ from distill.methods.sampling import Sampling
 from distill.models.devices import described, own_device
 from distill.models.execution import execute
 from distill.models.families.registry import network_of
+from distill.models.schedulers import noise_of
 from distill.toy.judge import load_judge
 from distill.toy.teacher import teacher_folder
 from distill.toy.world import CAPTIONS
@@ -90,6 +91,8 @@ def main(cfg: SampleSettings) -> None:
         prompts = read_prompts(cfg.prompts)
     prompts = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
     model = cfg.model if cfg.run is None else read_run(cfg.run).model
+    if cfg.sweep is not None and model.shift is not None:
+        raise ConfigError("a sweep compares at the pipeline's own noise levels: leave model.shift null")
     pipeline, sampling = load_student(cfg, model)
     pipeline = on_device(cfg, pipeline)
     if cfg.sweep is None:
@@ -166,8 +169,10 @@ def sample_pictures(
     sampling = chosen_sampling(cfg, own)
     guidance = one_guidance(cfg, pipeline, own is not None)
     numbers = cfg.steps if isinstance(cfg.steps, list) else [cfg.steps or sampling.steps or SOME_STEPS]
+    with checking("model."):
+        noise_of(pipeline.scheduler).at(shift=model.shift)
     with checking():
-        use_sampler(pipeline, sampling.sampler, sampling.spacing)
+        use_sampler(pipeline, sampling.sampler, sampling.spacing, shift=model.shift)
     with checking("steps: "):
         times = {steps: timesteps_of(pipeline, sampling.spacing, steps) for steps in numbers}
     sizes = sizes_of(cfg, pipeline, model)

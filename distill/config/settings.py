@@ -126,13 +126,16 @@ FamilyName = Annotated[str, AfterValidator(check_named(check_family))]
 class ModelSettings(Settings):
     """The teacher: a diffusers pipeline folder or hub id. `resolution` in pixels; null takes the teacher's own.
 
-    `family` is the one that the other settings were chosen for, as experiments say it; null takes any.
+    `family` is the one that the other settings were chosen for, as experiments say it; null takes any. `shift` is for
+    flow matching, sigma = shift u / (1 + (shift - 1) u) at u = t / T: the noise levels that a student learns; null
+    takes what the teacher's scheduler says, by its config or by `resolution`.
     """
 
     pretrained_model_name_or_path: FilePath
     revision: str | None = None
     variant: str | None = None
     resolution: Positive | None = None
+    shift: Annotated[Number, Field(gt=0)] | None = None
     family: FamilyName | None = None
 
 

@@ -123,21 +123,29 @@ def use_export_sampler(pipeline: Any, folder: str | Path) -> None:
     if sampling is None:
         use_sampler(pipeline, "lcm", "lcm")
     else:
-        use_sampler(pipeline, sampling.sampler, sampling.spacing, read_export(folder).prediction, sampling.steps)
+        said = read_export(folder)
+        use_sampler(pipeline, sampling.sampler, sampling.spacing, said.prediction, sampling.steps, said.shift)
 
 
 def use_sampler(
-    pipeline: Any, sampler: str, spacing: str, prediction: Prediction | None = None, steps: int | None = None
+    pipeline: Any,
+    sampler: str,
+    spacing: str,
+    prediction: Prediction | None = None,
+    steps: int | None = None,
+    shift: float | None = None,
 ) -> None:
     """Replaces the scheduler by that of `scheduler_settings`, which keeps the noise of the old one and nothing else.
 
-    With `steps` it is for that number alone; without, for any. `generate_images` has to be given `timesteps_of`, and
+    With `steps` it is for that number alone; without, for any. `shift` takes the place of flow matching's own, which
+    it has to where that depends on the picture's size. `generate_images` has to be given `timesteps_of`, and
     any other call of the pipeline `timesteps=` where that is not None.
 
     Raises:
         ValueError: a sampler or a spacing that is not known, that do not go together, or not on this noise.
     """
-    pipeline.scheduler = make_scheduler(noise_of(pipeline.scheduler), sampler, spacing, prediction, steps)
+    noise = noise_of(pipeline.scheduler).at(shift=shift)
+    pipeline.scheduler = make_scheduler(noise, sampler, spacing, prediction, steps)
 
 
 def timesteps_of(pipeline: Any, spacing: str, steps: int) -> list[int] | None:

@@ -28,6 +28,7 @@ class Exported:
         base_hash: identity of the model that it was distilled from, which its LoRA belongs on.
         prediction: what its network predicts; None, in exports that do not say, is what that model predicts.
         sampling: how it is sampled, by the names of `Sampling`'s fields; empty in exports that do not say.
+        shift: of the noise levels that it learned; None without flow matching.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class Exported:
     base_hash: str
     prediction: Prediction | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    shift: float | None = None
 
     @property
     def is_lora(self) -> bool:
@@ -76,6 +78,7 @@ def read_export(folder: str | Path) -> Exported:
             facts["base_hash"],
             None if prediction is None else Prediction(prediction),
             facts.get("sampling", {}),
+            facts.get("noise", {}).get("shift"),
         )
     except FileNotFoundError:
         raise ValueError(f"{folder} is not an export: it has no {FACTS} (distill export writes them)") from None

@@ -42,6 +42,7 @@ from distill.models.full_size import build_network
 from distill.models.lora import TEACHING, add_lora
 from distill.models.quantized import quantize
 from distill.training.sizes import latent_shape, require_sizes
+from distill.training.teacher import as_set
 
 PUBLISHED = ("sd15", "sdxl", "ssd1b")
 """Models of `configs/model/` whose sizes are known without a download."""
@@ -355,7 +356,7 @@ def architecture(model: ModelSettings, sizes: Sequence[str] | str | None = None)
     else:
         raise ConfigError(f"model {path!r} is no folder here, and none whose sizes are known: {', '.join(names)}")
     teacher.parts["network"] = network.requires_grad_(False)
-    teacher = teacher.at_resolution(model.resolution)
+    teacher = as_set(teacher, model)
     if sizes and sizes != OF_PROMPTS:
         with checking("data.sizes: "):
             listed = read_sizes(sizes)

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +36,7 @@ from distill.models.schedulers import make_scheduler
 from distill.models.single_file import save_single_file
 from distill.training.checkpoint import read_weights
 from distill.training.run import checkpoints_of, read_run, writing
+from distill.training.teacher import as_set
 from distill.training.used_data import UsedData, data_of, learned_guidance, set_guidance
 
 
@@ -197,7 +197,7 @@ def _export_of(
         takes_guidance=takes_guidance and guidance is None,
         built_in_guidance=guidance,
         prediction=network.prediction.value,
-        noise=teacher.noise,
+        noise=as_set(teacher, settings.model).noise,
         sampling=method.sampling,
         method=method.title or type(method).__name__,
         paper=method.paper,
@@ -224,13 +224,11 @@ def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: P
             model.variant,
         )
     if "pipeline" in export.formats:  # which has the sub-folder of the network too
-        scheduler = partial(
-            make_scheduler,
-            sampler=sampling.sampler,
-            spacing=sampling.spacing,
-            prediction=prediction,
-            steps=sampling.steps,
-        )
+
+        def scheduler(_: AnyNoise) -> Any:
+            """Of the run's noise: in the folder's own config, a shift may depend on the picture's size."""
+            return make_scheduler(export.noise, sampling.sampler, sampling.spacing, prediction, sampling.steps)
+
         save_pipeline(
             folder, teacher.network, path, dtype, scheduler, model.revision, model.variant, family=teacher.family
         )

@@ -13,11 +13,11 @@ from distill.models.families.teacher import Teacher
 
 
 def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: Any) -> Teacher:
-    """The parts of a teacher, at the resolution that the settings name; `loading` are arguments of `load_teacher`.
+    """The parts of a teacher, at what the settings name (see `as_set`); `loading` are arguments of `load_teacher`.
 
     Raises:
         FileNotFoundError: see `load_teacher`.
-        ConfigError: what `load_teacher` refuses; a resolution that the network cannot have.
+        ConfigError: what `load_teacher` refuses; see `as_set`.
     """
     with checking():
         teacher = load_teacher(
@@ -28,8 +28,17 @@ def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: A
             family=model.family,
             **loading,
         )
+    return as_set(teacher, model)
+
+
+def as_set(teacher: Teacher, model: ModelSettings) -> Teacher:
+    """The teacher for pictures of the size, and at the noise levels, that settings name.
+
+    Raises:
+        ConfigError: a resolution that the network cannot have, or a shift where there is none.
+    """
     with checking("model."):
-        return teacher.at_resolution(model.resolution)
+        return teacher.at_resolution(model.resolution).at_shift(model.shift)
 
 
 def inference_dtype(name: str, device: torch.device) -> torch.dtype:

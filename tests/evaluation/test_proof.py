@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from torch import Tensor
 
 from distill.diffusion.samplers import pairs
@@ -17,8 +20,10 @@ from distill.evaluation.pipelines import (
     load_pipeline,
     plain_pipeline_agrees,
     timesteps_of,
+    use_export_sampler,
     use_sampler,
 )
+from distill.models.exported import read_export
 from distill.models.families.loading import load_teacher
 from distill.models.families.teacher import Teacher
 from distill.models.lora import ADAPTER, add_lora, save_lora
@@ -90,3 +95,17 @@ def test_it_would_notice_another_network(tmp_path: Path) -> None:
 def test_numbers_that_do_not_match_are_refused() -> None:
     with pytest.raises(ValueError, match="^2 pictures need as many prompts and seeds, got 1 and 2$"):
         plain_pipeline_agrees("nowhere", "nowhere", ["a"], [1, 2], 4, torch.zeros(2, 3, 8, 8))
+
+
+def test_an_export_of_flow_matching_is_drawn_at_the_shift_that_it_learned(tmp_path: Path) -> None:
+    """Whatever the pipeline's own scheduler would make of the picture's size."""
+    said = {"formats": ["diffusers"], "base_hash": "x", "prediction": "flow_prediction"}
+    how = {"sampler": "lcm", "spacing": "trailing", "steps": 4}
+    (tmp_path / "distill.json").write_text(json.dumps(said | {"sampling": how, "noise": {"shift": 2.5}}))
+    assert read_export(tmp_path).shift == 2.5
+    pipeline = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    use_export_sampler(pipeline, tmp_path)
+    assert isinstance(pipeline.scheduler, FlowMatchLCMScheduler)
+    assert (pipeline.scheduler.config.shift, pipeline.scheduler.config.use_dynamic_shifting) == (2.5, False)
+    (tmp_path / "distill.json").write_text(json.dumps(said | {"noise": {"beta_start": 0.1}}))
+    assert read_export(tmp_path).shift is None

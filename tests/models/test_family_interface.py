@@ -13,7 +13,7 @@ from torch import nn
 
 from distill.config.loading import ConfigError, load
 from distill.config.settings import TrainSettings
-from distill.diffusion.noise import AnyNoise, Noise
+from distill.diffusion.noise import AnyNoise, DynamicShift, FlowNoise, Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.registry import UnknownName, import_plugins
 from distill.diffusion.schedule import NoiseSchedule
@@ -215,3 +215,29 @@ def test_tokens_decide_the_schedule_and_the_multiples_of_a_resolution(tmp_path: 
     assert teacher.at_resolution(48).schedule.T == 36
     with pytest.raises(ValueError, match="resolution must be a multiple of 8 pixels, got 28"):
         teacher.at_resolution(28)
+
+
+def test_a_shift_by_the_pictures_size_is_settled_for_each_size_and_one_that_was_set_for_all(tmp_path: Path) -> None:
+    noise = FlowNoise(1000, None, DynamicShift(base_image_seq_len=9, max_image_seq_len=144))
+    loaded = load_teacher(save_tiny(tmp_path), parts=())
+    small = Teacher(
+        StableDiffusion(),
+        NoiseSchedule.of(noise, 36),
+        Prediction.FLOW,
+        noise.at(36),
+        "x",
+        loaded.resolution,
+        loaded.latent_shape,
+        config=loaded.config,
+    )
+    large = small.at_resolution(2 * small.resolution)
+    assert (small.image_tokens, large.image_tokens) == (36, 144)
+    assert [t.schedule.shift for t in (small, large)] == [noise.at(n).settled_shift for n in (36, 144)]
+    assert small.schedule.fingerprint != large.schedule.fingerprint
+    assert large.at_resolution(small.resolution).schedule.fingerprint == small.schedule.fingerprint
+
+    fixed = small.at_shift(3.0)
+    assert fixed.at_resolution(large.resolution).schedule.shift == fixed.noise.settled_shift == 3.0
+    assert small.at_shift(None) is small
+    with pytest.raises(ValueError, match="^shift 3.0 is for flow-matching teachers"):
+        loaded.at_shift(3.0)

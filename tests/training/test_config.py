@@ -10,6 +10,8 @@ import yaml
 from distill.config.loading import CONFIGS, ConfigError, load
 from distill.config.settings import EvaluateSettings, ModelSettings, SampleSettings, TrainSettings
 from distill.models.families.registry import FAMILIES
+from distill.toy.teacher import teacher_folder
+from distill.training.teacher import open_teacher
 
 GIVEN = ["output_dir=runs/a", "data.store=store"]
 
@@ -63,3 +65,11 @@ def test_how_to_sample_is_checked_by_the_table_when_it_is_set(overrides: list[st
 def test_samplers_to_evaluate_are_checked_when_they_are_set(samplers: str) -> None:
     with pytest.raises(ConfigError, match=r"^samplers\.\d: (sampler|spacing) "):
         load("evaluate", EvaluateSettings, ["output_dir=o", f"samplers={samplers}"])
+
+
+def test_a_shift_where_there_is_none_is_one_line() -> None:
+    model = ModelSettings(pretrained_model_name_or_path=str(teacher_folder()), shift=3.0)
+    with pytest.raises(ConfigError, match="^model.shift 3.0 is for flow-matching teachers, .*: leave it null$"):
+        open_teacher(model)
+    with pytest.raises(ConfigError, match="^model.shift=0: must be greater than 0"):
+        load("train", TrainSettings, ["data.store=STORE", "experiment=quickstart", "model.shift=0"])

@@ -183,6 +183,17 @@ class Teacher:
         sized.schedule = NoiseSchedule.of(sized.noise)
         return sized
 
+    def at_shift(self, shift: float | None) -> Teacher:
+        """The same teacher at other noise levels, for pictures of any size; None leaves it as it is.
+
+        Raises:
+            ValueError: a teacher that is not of flow matching.
+        """
+        if shift is None:
+            return self
+        noise = self.noise.at(shift=shift)
+        return replace(self, noise=noise, schedule=NoiseSchedule.of(noise))
+
     def to(self, device: torch.device | str) -> Teacher:
         """Moves the loaded parts, in place."""
         for module in modules_of(self.parts):
