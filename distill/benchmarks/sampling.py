@@ -27,7 +27,7 @@ from distill.diffusion.guidance import guided
 from distill.diffusion.prediction import Denoiser
 from distill.diffusion.random import starting_noise
 from distill.diffusion.solver import make_times
-from distill.evaluation.pipelines import generate_images, load_pipeline, timesteps_of, use_sampler
+from distill.evaluation.pipelines import arguments_of, generate_images, load_pipeline, use_sampler
 from distill.methods.sampling import sample
 from distill.models.devices import described, own_device
 from distill.models.execution import base_dtype
@@ -133,8 +133,8 @@ def measured(models: SampledModel, repeats: int, batch_size: int) -> list[dict[s
 
 def theirs(models: SampledModel, spacing: str, guidance: float, B: int, steps: int) -> Tensor:
     """Pictures by diffusers' own pipeline."""
-    times = timesteps_of(models.pipeline, spacing, steps)
-    return generate_images(models.pipeline, [PROMPT] * B, range(B), steps, guidance, models.pixels, timesteps=times)
+    arguments = arguments_of(models.pipeline, spacing, steps)
+    return generate_images(models.pipeline, [PROMPT] * B, range(B), steps, guidance, models.pixels, arguments=arguments)
 
 
 def ours(teacher: Teacher, denoiser: Denoiser, sampler: str, spacing: str, B: int, steps: int) -> Tensor:

@@ -25,7 +25,7 @@ from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
 from distill.diffusion.prediction import Prediction
 from distill.evaluation.figures import GridRow, draw_grid
-from distill.evaluation.pipelines import generate_images, load_pipeline, timesteps_of, use_network, use_sampler
+from distill.evaluation.pipelines import arguments_of, generate_images, load_pipeline, use_network, use_sampler
 from distill.evaluation.report import all_columns, format_table
 from distill.models.devices import own_device
 from distill.models.families.registry import FAMILIES, network_of
@@ -100,10 +100,12 @@ def generate_samples(folder: Path, export: Export, prompts: list[str]) -> None:
     rows = []
     for steps in sample_steps(export):
         images = []
-        times = timesteps_of(pipeline, export.sampling.spacing, steps)
+        arguments = arguments_of(pipeline, export.sampling.spacing, steps, export.settings.model.max_tokens)
         for seed, prompt in enumerate(prompts):
             resolution = export.settings.model.resolution
-            one = generate_images(pipeline, [prompt], [seed], steps, export.guidance_scale, resolution, timesteps=times)
+            one = generate_images(
+                pipeline, [prompt], [seed], steps, export.guidance_scale, resolution, arguments=arguments
+            )
             images.append(one.float().cpu())
             progress.update(1)
         rows.append(GridRow(f"{steps} {'step' if steps == 1 else 'steps'}", "", torch.cat(images) * 2 - 1))

@@ -40,13 +40,13 @@ from distill.data.words import counted
 from distill.diffusion.samplers import check_pair, usual_spacing
 from distill.evaluation.figures import CELL, GridRow, draw_grid
 from distill.evaluation.pipelines import (
+    arguments_of,
     embeds_guidance,
     generate_images,
     is_student,
     load_pipeline,
     sampling_of,
     side_multiple,
-    timesteps_of,
     use_sampler,
 )
 from distill.evaluation.sweeps import (
@@ -174,7 +174,7 @@ def sample_pictures(
     with checking():
         use_sampler(pipeline, sampling.sampler, sampling.spacing, shift=model.shift)
     with checking("steps: "):
-        times = {steps: timesteps_of(pipeline, sampling.spacing, steps) for steps in numbers}
+        arguments = {n: arguments_of(pipeline, sampling.spacing, n, model.max_tokens) for n in numbers}
     sizes = sizes_of(cfg, pipeline, model)
     facts = {"guidance": guidance, "sampler": sampling.sampler, "negative_prompt": cfg.negative_prompt}
     written = Written(Path(cfg.output_dir), claimed=pictures_of(Path(cfg.output_dir)))
@@ -192,7 +192,9 @@ def sample_pictures(
         for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=counted(steps, "step"), unit="batch"):
             chunk = prompts[start : start + cfg.batch_size]
             seeds = [cfg.seed + start + i for i in range(len(chunk))]
-            images = generate_images(pipeline, chunk, seeds, steps, guidance, size, cfg.negative_prompt, times[steps])
+            images = generate_images(
+                pipeline, chunk, seeds, steps, guidance, size, cfg.negative_prompt, arguments[steps]
+            )
             for prompt, seed, image in zip(chunk, seeds, images, strict=True):
                 name = f"{len(pictures):05d}.png"
                 with checking():

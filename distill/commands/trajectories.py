@@ -78,7 +78,7 @@ def main(cfg: TrainSettings) -> None:
         for url, own_plan, texts, sizes in stores:
             size_of = size_by_prompt(own_plan, sizes)
             solver = TrajectorySolver(teacher, own_plan, device, size_of)
-            unconditional = stored(teacher.unconditional(), own_plan.dtype)
+            unconditional = stored(teacher.unconditional(), own_plan)
             write_store(url, own_plan, texts, unconditional, solver, size_of=size_of, rank=rank, world_size=world_size)
 
 
@@ -147,4 +147,6 @@ def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> StorePla
         samples_per_shard=data.samples_per_shard,
         batch_size=data.batch_size,
         dtype=data.dtype,
+        text_dtype=teacher.family.text.stored or "",
+        shift=teacher.schedule.shift or 0.0,
     )

@@ -128,7 +128,9 @@ class ModelSettings(Settings):
 
     `family` is the one that the other settings were chosen for, as experiments say it; null takes any. `shift` is for
     flow matching, sigma = shift u / (1 + (shift - 1) u) at u = t / T: the noise levels that a student learns; null
-    takes what the teacher's scheduler says, by its config or by `resolution`.
+    takes what the teacher's scheduler says, by its config or by `resolution`. Text encoders compute in `text_dtype`.
+    `max_tokens` is the length of a prompt where they leave it open (a T5, an LLM), a pipeline's `max_sequence_length`;
+    null takes what the pipeline takes by itself.
     """
 
     pretrained_model_name_or_path: FilePath
@@ -137,6 +139,8 @@ class ModelSettings(Settings):
     resolution: Positive | None = None
     shift: Annotated[Number, Field(gt=0)] | None = None
     family: FamilyName | None = None
+    text_dtype: Literal["float32", "bfloat16"] = "float32"
+    max_tokens: Positive | None = None
 
 
 class DataSettings(Settings):
@@ -146,7 +150,7 @@ class DataSettings(Settings):
     each trajectory's is sampled; null where nothing was solved. `keep` is all, milestones (the edges of `segments`
     equal segments), or times. `teacher_dtype` is what the teacher's network computes in while it solves (from pictures:
     the autoencoder given as `vae`): auto is float16 on GPUs, which rounds x0 an eighth as much as bfloat16 does, and
-    float32 on CPUs. Text encoders compute in float32.
+    float32 on CPUs.
 
     `sizes` are those of a store of several, as WIDTHxHEIGHT or the name of a list (null: squares of
     `model.resolution`). A trajectory has each as often as `size_weights` say (null: all alike), or, of `prompts`, the

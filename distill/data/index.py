@@ -22,6 +22,7 @@ from distill.data.record import (
     SHARD,
     STATE_DTYPES,
     STATES,
+    TEXT_DTYPES,
     TIMES,
     BadShard,
     Layout,
@@ -37,7 +38,7 @@ from distill.diffusion.segments import Segments
 SCHEMA, SCHEMA_OF_SIZES = 1, 2
 """Of stores of one square size, as they have always been, and of stores with a list of sizes."""
 INDEX, PLAN, UNCONDITIONAL = "index.json", "plan.json", "unconditional.safetensors"
-NUMBERS = {"guidance": float, "times": int}
+NUMBERS = {"guidance": float, "times": int, "shift": float}
 COUNTS = ("solver_steps", "resolution", "samples", "samples_per_shard", "batch_size")
 MOST, MOST_BYTES = 10**12, 2**62
 """The most samples (and whatever else is counted), and bytes of a shard: arithmetic stays within 64 bits."""
@@ -58,6 +59,8 @@ SETTINGS = {
     "times": "data.keep, data.segments and data.solver_steps",
     "dtype": "data.dtype",
     "teacher_dtype": "data.teacher_dtype",
+    "text_dtype": "model.pretrained_model_name_or_path",
+    "shift": "model.shift",
     "resolution": "model.resolution",
     "sizes": "data.sizes",
     "size_weights": "data.size_weights",
@@ -111,6 +114,10 @@ class StorePlan:
         vae_hash: the autoencoder's weights.
         teacher_dtype: what the teacher's network computed in while it solved; nothing in a store of pictures, and in
             those of before it was recorded.
+        text_dtype: of the text's part of a sample; nothing where it is `dtype`.
+        shift: of flow matching: which noise levels the times stand for. 0 where there is none.
+        text_dtype: of the text's part of a sample, where that is not `dtype`.
+        shift: of flow matching, which noise levels the times stand for; 0 where there is none.
 
     Raises:
         StoreError: a value of the wrong type or out of its range, naming it.
@@ -138,6 +145,8 @@ class StorePlan:
     crop: str = ""
     vae_hash: str = ""
     teacher_dtype: str = ""
+    text_dtype: str = ""
+    shift: float = 0.0
     sizes: tuple[str, ...] = ()
     size_weights: tuple[float, ...] = ()
     prompt_sizes_sha256: str = ""
@@ -159,6 +168,9 @@ class StorePlan:
         if self.teacher_dtype not in ("", *TEACHER_DTYPES):
             allowed = ", ".join(TEACHER_DTYPES)
             raise StoreError(f"teacher_dtype must be one of {allowed}, got {short(repr(self.teacher_dtype))}")
+        if self.text_dtype not in ("", *TEXT_DTYPES):
+            allowed = ", ".join(TEXT_DTYPES)
+            raise StoreError(f"text_dtype must be one of {allowed}, got {short(repr(self.text_dtype))}")
         if not self.times or self.times[-1] < 0 or any(t <= s for t, s in pairwise(self.times)):
             raise StoreError(f"times must fall strictly and end at 0 or above, got {short(list(self.times))}")
         if self.kind == "pictures" and (self.times, self.solver, self.solver_steps) != ((0,), NO_SOLVE, 0):
@@ -178,6 +190,8 @@ class StorePlan:
         times = self.times
         if not isinstance(times, (tuple, list)) or any(type(t) is not int for t in times):
             raise StoreError(f"times must be whole numbers, got {short(repr(times))}")
+        if type(self.shift) not in (int, float) or not 0 <= self.shift <= MOST:
+            raise StoreError(f"shift must be a number of at least 0, got {short(repr(self.shift))}")
         bounds = tuple(self.guidance) if isinstance(self.guidance, Sequence) else (self.guidance, self.guidance)
         if len(bounds) != 2 or any(type(w) not in (int, float) or not abs(w) <= MOST for w in bounds):
             raise StoreError(f"guidance must be w or [w_min, w_max], got {short(repr(self.guidance))}")
@@ -261,7 +275,7 @@ class StorePlan:
 PLAN_FIELDS = tuple(f.name for f in fields(StorePlan))
 OF_PICTURES = ("kind", "pictures_sha256", "crop", "vae_hash")
 """Fields that only stores of pictures write down."""
-LATER = ("teacher_dtype",)
+LATER = ("teacher_dtype", "text_dtype", "shift")
 """Fields that earlier versions did not write down: left out where they say nothing."""
 OF_SIZES = ("sizes", "size_weights", "prompt_sizes_sha256")
 """Fields that only stores with a list of sizes write down, as far as they say something."""

@@ -44,6 +44,8 @@ _AS_INTEGERS: Mapping[torch.dtype, tuple[torch.dtype, type[np.unsignedinteger[An
 }
 """Integers as wide as a float, with and without a sign, and infinity as one of them."""
 STATE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+TEXT_DTYPES = {**STATE_DTYPES, "bfloat16": torch.bfloat16}
+"""Some text encoders' states are beyond what float16 holds."""
 MAX_HEADER_BYTES = 1 << 16
 MAX_PAYLOAD_BYTES = 1 << 30
 MAX_JSON_BYTES = 1 << 20

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler
+from diffusers import FlowMatchLCMScheduler, LCMScheduler
 from torch import Tensor, nn
 
 from distill.diffusion.prediction import Prediction
@@ -20,7 +21,7 @@ from distill.models.families.loading import load_network, open_pipeline
 from distill.models.families.registry import FAMILIES, family_of_network, network_of
 from distill.models.families.teacher import DECODED_PIXELS
 from distill.models.lora import LORA_FILE
-from distill.models.schedulers import make_scheduler, noise_of, timesteps_for
+from distill.models.schedulers import make_scheduler, noise_of, sigmas_for, timesteps_for
 
 SIDES = 8
 """The pipelines of diffusers take sides that are multiples of it, whatever their autoencoder makes of them."""
@@ -138,8 +139,7 @@ def use_sampler(
     """Replaces the scheduler by that of `scheduler_settings`, which keeps the noise of the old one and nothing else.
 
     With `steps` it is for that number alone; without, for any. `shift` takes the place of flow matching's own, which
-    it has to where that depends on the picture's size. `generate_images` has to be given `timesteps_of`, and
-    any other call of the pipeline `timesteps=` where that is not None.
+    it has to where that depends on the picture's size. A call of the pipeline has to be given `arguments_of`.
 
     Raises:
         ValueError: a sampler or a spacing that is not known, that do not go together, or not on this noise.
@@ -148,13 +148,20 @@ def use_sampler(
     pipeline.scheduler = make_scheduler(noise, sampler, spacing, prediction, steps)
 
 
-def timesteps_of(pipeline: Any, spacing: str, steps: int) -> list[int] | None:
-    """What a call of the pipeline needs beside the number of steps after `use_sampler` with this spacing, if anything.
+def arguments_of(pipeline: Any, spacing: str, steps: int, max_tokens: int | None = None) -> dict[str, Any]:
+    """What a call of the pipeline needs beside the number of steps after `use_sampler` with this spacing, if anything:
+    `timesteps`, or `sigmas` of flow matching; and the length of a prompt, if that is not the pipeline's own.
 
     Raises:
-        ValueError: more steps than the spacing has times.
+        ValueError: more steps than the spacing has times; `max_tokens` that the pipeline does not take.
     """
-    return timesteps_for(pipeline.scheduler, spacing, steps)
+    family = family_of_network(network_of(pipeline))
+    times = {
+        "timesteps": timesteps_for(pipeline.scheduler, spacing, steps),
+        "sigmas": sigmas_for(pipeline.scheduler, spacing, steps),
+        "max_sequence_length": None if max_tokens is None else family.text.prompt_tokens(max_tokens),
+    }
+    return {name: value for name, value in times.items() if value is not None}
 
 
 def use_adapters(pipeline: Any, weights: Mapping[str, float]) -> None:
@@ -172,7 +179,7 @@ def is_student(pipeline: Any) -> bool:
 
     An export's folder says it for sure (`sampling_of`).
     """
-    return bool(pipeline.get_list_adapters()) or isinstance(pipeline.scheduler, LCMScheduler)
+    return bool(pipeline.get_list_adapters()) or isinstance(pipeline.scheduler, (LCMScheduler, FlowMatchLCMScheduler))
 
 
 def embeds_guidance(pipeline: Any) -> bool:
@@ -195,30 +202,46 @@ def generate_images(
     guidance: float = 1.0,
     resolution: int | tuple[int, int] | None = None,
     negative_prompt: str | None = None,
-    timesteps: Sequence[int] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1], one for each prompt, each from a CPU generator of its own seed.
 
-    `resolution` is the side of a square or (height, width), in pixels; None takes the pipeline's own. `timesteps` take
-    the place of the scheduler's own. Large pictures are decoded one after another.
+    `resolution` is the side of a square or (height, width), in pixels; None takes the pipeline's own. `arguments`
+    are those of `arguments_of`. Large pictures are decoded one after another.
+
+    Where the scheduler adds noise by torch's global generator, because its pipeline hands it no other, that one is set
+    by the first seed for the call.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution or (None, None)
     own = _side(pipeline)
     if len(prompts) * (height or own) * (width or own) > DECODED_PIXELS:
         pipeline.vae.enable_slicing()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    times = {} if timesteps is None else {"timesteps": list(timesteps)}
-    return pipeline(
-        prompt=list(prompts),
-        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=generators,
-        height=height,
-        width=width,
-        output_type="pt",
-        **times,
-    ).images
+    scale = family_of_network(network_of(pipeline)).guidance.to_pipeline(guidance)
+    with _global_noise(pipeline, seeds[0]):
+        return pipeline(
+            prompt=list(prompts),
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            generator=generators,
+            height=height,
+            width=width,
+            output_type="pt",
+            **(arguments or {}),
+        ).images
+
+
+@contextmanager
+def _global_noise(pipeline: Any, seed: int) -> Iterator[None]:
+    """Where a scheduler of flow matching adds noise, its pipeline hands it no generator."""
+    if not isinstance(pipeline.scheduler, FlowMatchLCMScheduler):
+        yield
+        return
+    device = pipeline.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def side_multiple(pipeline: Any) -> int:
@@ -243,13 +266,14 @@ def plain_pipeline_agrees(
     steps: int,
     expected: Tensor,
     guidance: float = 1.0,
+    max_tokens: int | None = None,
 ) -> float:
     """The greatest difference of any pixel between our sampler's pictures and those of diffusers' own pipeline: the
     proof that exported files are right.
 
     `expected` [B, 3, H, W] in [-1, 1] are ours; the pipeline samples with the scheduler that the export names, or with
     LCMScheduler, after `load_lora_weights(lora)` or with the network of an export. `guidance` is for one that
-    takes it as an input.
+    takes it as an input, `max_tokens` for prompts of another length than the pipeline's own.
 
     Raises:
         ValueError: not one prompt and seed per picture, or pictures of another size.
@@ -262,8 +286,8 @@ def plain_pipeline_agrees(
     sampling = sampling_of(lora)
     if sampling is None:
         use_sampler(pipeline, "lcm", "lcm")
-    times = timesteps_of(pipeline, "lcm" if sampling is None else sampling.spacing, steps)
-    images = generate_images(pipeline, prompts, seeds, steps, guidance, timesteps=times) * 2 - 1
+    arguments = arguments_of(pipeline, "lcm" if sampling is None else sampling.spacing, steps, max_tokens)
+    images = generate_images(pipeline, prompts, seeds, steps, guidance, arguments=arguments) * 2 - 1
     if images.shape != expected.shape:
         raise ValueError(f"the pipeline generates {tuple(images.shape)}, expected are {tuple(expected.shape)}")
     return float((images.float().cpu() - expected.cpu()).abs().max())

@@ -24,6 +24,7 @@ from distill.evaluation.pipelines import generate_images, use_adapters, use_samp
 from distill.evaluation.report import format_table
 from distill.evaluation.statistics import laplacian_energy, rmse
 from distill.models.families.registry import network_of
+from distill.models.schedulers import sigmas_for
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
 GUIDANCES = (1.0, 1.5, 2.0, 4.0)
@@ -225,7 +226,14 @@ def counted(network: nn.Module) -> Iterator[Counter[str]]:
 
 def _warm_up(models: Models, way: SweepSetting, prompt: str, resolution: int | tuple[int, int] | None) -> None:
     """The first call of a pipeline takes longer than others."""
-    generate_images(models.ready(way), [prompt], [0], 1, way.guidance, resolution)
+    pipeline = models.ready(way)
+    generate_images(pipeline, [prompt], [0], 1, way.guidance, resolution, arguments=_levels(pipeline, 1))
+
+
+def _levels(pipeline: Any, steps: int) -> dict[str, Any]:
+    """What is handed over to a scheduler of flow matching, which some pipelines would have shift its levels twice."""
+    sigmas = sigmas_for(pipeline.scheduler, "trailing", steps)
+    return {} if sigmas is None else {"sigmas": sigmas}
 
 
 def _draw(
@@ -237,10 +245,11 @@ def _draw(
 ) -> tuple[Tensor, Row]:
     """Pictures [B, 3, H, W] in [0, 1] and what they cost in all."""
     pipeline = models.ready(way)
+    levels = _levels(pipeline, way.steps)
     began = time.perf_counter()
     with counted(network_of(pipeline)) as count:
         images = (
-            generate_images(pipeline, prompts, seeds, way.steps, way.guidance, resolution, way.negative_prompt)
+            generate_images(pipeline, prompts, seeds, way.steps, way.guidance, resolution, way.negative_prompt, levels)
             .float()
             .cpu()
         )

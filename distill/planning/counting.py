@@ -350,7 +350,7 @@ def architecture(model: ModelSettings, sizes: Sequence[str] | str | None = None)
     elif Path(path).is_dir():
         with checking():
             teacher = load_teacher(path, parts=(), family=model.family)
-            tokens = prompt_tokens(Path(path))
+            tokens = prompt_tokens(Path(path), model.max_tokens)
         with torch.device("meta"):
             network = getattr(diffusers, teacher.family.network.kind).from_config(dict(teacher.config))
     else:

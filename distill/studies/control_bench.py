@@ -18,7 +18,7 @@ from distill.diffusion.solver import make_times
 from distill.evaluation.blocks import Cache, network_hash
 from distill.evaluation.compare import WORK, Row, Setting, seeds_of
 from distill.evaluation.metrics import METRICS
-from distill.evaluation.pipelines import timesteps_of, use_adapters, use_sampler
+from distill.evaluation.pipelines import arguments_of, use_adapters, use_sampler
 from distill.evaluation.report import setting_of
 from distill.evaluation.toy import JudgeScorer
 from distill.toy.control import follows
@@ -152,13 +152,13 @@ class ControlBench:
         use_sampler(self.pipeline, setting.sampler, setting.spacing)
         prompts, seeds = self._prompts(), seeds_of("report", len(self.images))
         arguments = self.arguments(setting.steps, way.strength)
-        times = timesteps_of(self.pipeline, setting.spacing, arguments["num_inference_steps"])
+        arguments |= arguments_of(self.pipeline, setting.spacing, arguments["num_inference_steps"])
         generated = self.pipeline(
             prompt=[prompts[i] for i in places],
             image=self.images[list(places)],
             guidance_scale=setting.guidance,
             generator=[torch.Generator().manual_seed(seeds[i]) for i in places],
             output_type="pt",
-            **arguments | ({} if times is None else {"timesteps": times}),
+            **arguments,
         )
         return generated.images.float().cpu() * 2 - 1

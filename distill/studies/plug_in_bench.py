@@ -15,7 +15,7 @@ from distill.diffusion.random import generator
 from distill.evaluation import report
 from distill.evaluation.blocks import Cache, network_hash
 from distill.evaluation.compare import WORK, Row, Setting, seeds_of
-from distill.evaluation.pipelines import generate_images, timesteps_of, use_adapters, use_sampler
+from distill.evaluation.pipelines import arguments_of, generate_images, use_adapters, use_sampler
 from distill.evaluation.toy import JudgeScorer
 from distill.toy.styles import Style
 from distill.toy.world import labels_of
@@ -101,8 +101,8 @@ class Bench:
         use_adapters(self.pipeline, adapters)
         use_sampler(self.pipeline, setting.sampler, setting.spacing)
         chosen = [prompts[i] for i in places], [seeds[i] for i in places]
-        times = timesteps_of(self.pipeline, setting.spacing, setting.steps)
-        images = generate_images(self.pipeline, *chosen, setting.steps, setting.guidance, timesteps=times)
+        arguments = arguments_of(self.pipeline, setting.spacing, setting.steps)
+        images = generate_images(self.pipeline, *chosen, setting.steps, setting.guidance, arguments=arguments)
         return images.float().cpu() * 2 - 1
 
     def _share(self, images: Tensor) -> dict[str, float]:

@@ -17,7 +17,7 @@ from distill.data.words import counted
 from distill.diffusion.prediction import Prediction
 from distill.models.families.registry import FAMILIES
 from distill.models.formats import LORA_FORMATS
-from distill.models.schedulers import as_code, scheduler_settings, timesteps_for
+from distill.models.schedulers import as_code, scheduler_settings, sigmas_for, timesteps_for
 from distill.training.clients import CHECKPOINT, LORA, NETWORK, clients_of
 from distill.training.comfyui import why_none, workflows_of
 from distill.training.export import Export
@@ -387,8 +387,15 @@ def _draws(export: Export) -> str:
     size = "" if pixels is None else f", height={pixels}, width={pixels}"
     cls, settings = _scheduler_settings(export)
     steps, w = _steps(export), export.guidance_scale
-    times = timesteps_for(cls(**settings), export.sampling.spacing, steps)
+    scheduler, spacing = cls(**settings), export.sampling.spacing
+    times = timesteps_for(scheduler, spacing, steps)
     steps_or_times = f"num_inference_steps={steps}" if times is None else f"timesteps={times}"
+    sigmas = sigmas_for(scheduler, spacing, steps)
+    if sigmas is not None:
+        steps_or_times += f", sigmas={[round(sigma, 6) for sigma in sigmas]}"
+    if (tokens := export.settings.model.max_tokens) is not None:
+        size += f", max_sequence_length={tokens}"
+    w = FAMILIES.find(export.family).guidance.to_pipeline(w)
     return f'image = pipeline("{_EXAMPLE}", {steps_or_times}, guidance_scale={w}{size}).images[0]'
 
 

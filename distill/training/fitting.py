@@ -149,6 +149,7 @@ def wanted_of(cfg: TrainSettings, teacher: Teacher, solved: Exported | None, ind
     """
     wanted: dict[str, Any] = {
         "schedule_fingerprint": teacher.schedule.fingerprint,
+        "shift": teacher.schedule.shift,
         "teacher_hash": solved.weights_hash if solved else teacher.teacher_hash,
         "guidance": cfg.data.guidance,
         "resolution": teacher.resolution,
@@ -204,7 +205,9 @@ def heldout_store(cfg: TrainSettings, store: Store, state: Mapping[str, Any]) ->
 
 def remedy(index: StoreIndex, wanted: Mapping[str, Any], learns_from_export: bool) -> str:
     """Advice for a store that does not fit: what to type."""
-    if any(getattr(index, name) != wanted[name] for name in ("schedule_fingerprint", "teacher_hash")):
+    shifted = wanted["shift"] not in (None, index.shift) and index.shift  # whose schedules differ as well
+    teachers = ("teacher_hash",) if shifted else ("schedule_fingerprint", "teacher_hash")
+    if any(getattr(index, name) != wanted[name] for name in teachers):
         key = "teacher" if learns_from_export else "model.pretrained_model_name_or_path"
         return f"set {key} to what solved it ({index.teacher_id}), or data.store to a new store for this one"
     guidance = json.dumps(index.guidance).replace(" ", "")
@@ -213,6 +216,7 @@ def remedy(index: StoreIndex, wanted: Mapping[str, Any], learns_from_export: boo
         "data.solver": ("solver", index.solver),
         "data.solver_steps": ("solver_steps", index.solver_steps),
         "model.resolution": ("resolution", index.resolution),
+        "model.shift": ("shift", index.shift),
         "data.sizes": ("sizes", json.dumps(index.sizes).replace(" ", "").replace('"', "") if index.sizes else "null"),
     }
     differing = {name for name, value in wanted.items() if value not in (None, getattr(index, name))}

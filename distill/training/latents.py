@@ -70,7 +70,7 @@ class LatentEncoder:
         return Trajectory(
             states=latents[:, None],
             times=plan.times,
-            conditioning=stored(teacher.encode(captions) | sizes, plan.dtype),
+            conditioning=stored(teacher.encode(captions) | sizes, plan),
             guidance=torch.tensor([plan.guidance_of(i) for i in parts]),
             seeds=tuple(seed_of(plan.seed, "posterior", i) for i in parts),
         )

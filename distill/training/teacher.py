@@ -26,6 +26,8 @@ def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: A
             revision=model.revision,
             variant=model.variant,
             family=model.family,
+            text_dtype=getattr(torch, model.text_dtype),
+            max_tokens=model.max_tokens,
             **loading,
         )
     return as_set(teacher, model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from distill.data.index import StorePlan
-from distill.data.record import STATE_DTYPES
+from distill.data.record import TEXT_DTYPES
 from distill.diffusion.guidance import guided
 from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import generator, seed_of
@@ -49,9 +49,11 @@ class TrajectorySolver:
         times = make_times(plan.spacing, schedule.T, plan.solver_steps)
         steps = solve(denoiser, schedule, x.to(self.device), times, conditioning, plan.solver)
         states = torch.stack([state for t, state in steps if t in plan.times], dim=1)  # [B, K, C, h, w]
-        return Trajectory(states, plan.times, stored(conditioning, plan.dtype), w, seeds)
+        return Trajectory(states, plan.times, stored(conditioning, plan), w, seeds)
 
 
-def stored(conditioning: Conditioning, dtype: str) -> Conditioning:
-    """Text in the dtype of a store; sizes in pixels stay exact."""
-    return {name: x if name == "time_ids" else x.to(STATE_DTYPES[dtype]) for name, x in conditioning.items()}
+def stored(conditioning: Conditioning, plan: StorePlan) -> Conditioning:
+    """Text in the dtype of a store; masks, and sizes in pixels, stay exact."""
+    dtype = TEXT_DTYPES[plan.text_dtype or plan.dtype]
+    exact = {name for name, x in conditioning.items() if name == "time_ids" or not x.is_floating_point()}
+    return {name: x if name in exact else x.to(dtype) for name, x in conditioning.items()}

@@ -16,10 +16,10 @@ from torch import Tensor
 from distill.diffusion.samplers import pairs
 from distill.evaluation.compare import Setting, generate
 from distill.evaluation.pipelines import (
+    arguments_of,
     generate_images,
     load_pipeline,
     plain_pipeline_agrees,
-    timesteps_of,
     use_export_sampler,
     use_sampler,
 )
@@ -78,8 +78,8 @@ def test_a_plain_pipeline_generates_the_same_by_every_sampler_at_all_its_times(
         [b.images for b in generate(teacher, replace(teacher.denoiser(), adapter=ADAPTER), PROMPTS, SEEDS, setting)]
     )
     use_sampler(pipeline, sampler, spacing)
-    times = timesteps_of(pipeline, spacing, steps)
-    drawn = generate_images(pipeline, PROMPTS, SEEDS, steps, timesteps=times) * 2 - 1
+    arguments = arguments_of(pipeline, spacing, steps)
+    drawn = generate_images(pipeline, PROMPTS, SEEDS, steps, arguments=arguments) * 2 - 1
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
     assert (drawn[0] - drawn[1]).abs().max() > 0.05
 
