@@ -183,6 +183,7 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
         dtype=dtype,
         revision=cfg.model.revision,
         variant=cfg.model.variant,
+        allow_distilled=source is not None,  # whoever trained the student has decided it
     )
     teacher = at_resolution(teacher, cfg.protocol.resolution).at_shift(shift_of(source))
     denoisers, hashes = {"teacher": teacher.denoiser()}, {"teacher": stated(teacher.teacher_hash, dtype)}
@@ -199,7 +200,7 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
         denoisers=denoisers,
         hashes=hashes,
         scorer=scorer_of(cfg, teacher, kept, str(device)),
-        plan=plan_of(cfg, source, student, teacher.resolution),
+        plan=plan_of(cfg, source, student, teacher),
         cache=Cache(kept, writes=share.rank == 0),
         share=share,
         stored=stored_of(cfg, source, teacher, str(device)),
@@ -279,7 +280,7 @@ def check_metrics(cfg: EvaluateSettings) -> None:
 
 
 def plan_of(
-    cfg: EvaluateSettings, source: Source | None, student: LoadedStudent | None, resolution: int
+    cfg: EvaluateSettings, source: Source | None, student: LoadedStudent | None, teacher: Teacher
 ) -> ComparisonPlan:
     of, guidance = cfg.protocol, teacher_guidance(cfg, source)
     own = None if student is None else student.sampling.steps
@@ -291,8 +292,9 @@ def plan_of(
         guidances=tuple(of.tuning_guidances) if of.tuning_n else (guidance,),
         spacings=("leading", "trailing") if of.tuning_n else ("trailing",),
         teacher_steps=cfg.teacher_steps,
-        batch_size=cfg.batch_size or images_at_once(resolution),
+        batch_size=cfg.batch_size or images_at_once(teacher.resolution),
         block_size=cfg.block_size,
+        teacher_embedded=teacher.takes_guidance,
     )
     if student is None:
         return plan

@@ -131,6 +131,7 @@ class ModelSettings(Settings):
     takes what the teacher's scheduler says, by its config or by `resolution`. Text encoders compute in `text_dtype`.
     `max_tokens` is the length of a prompt where they leave it open (a T5, an LLM), a pipeline's `max_sequence_length`;
     null takes what the pipeline takes by itself.
+    `allow_distilled` takes a model for which few steps are enough already, and from which there is little to learn.
     """
 
     pretrained_model_name_or_path: FilePath
@@ -141,6 +142,7 @@ class ModelSettings(Settings):
     family: FamilyName | None = None
     text_dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens: Positive | None = None
+    allow_distilled: Flag = False
 
 
 class DataSettings(Settings):

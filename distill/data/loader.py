@@ -137,7 +137,7 @@ class Loader:
             states=rows.states[:B],
             times=rows.times[:B],
             conditioning=conditioning,
-            unconditional={**conditioning, **empty},  # time ids and the like are the prompt's
+            unconditional={**conditioning, **empty} if empty else {},  # time ids and the like are the prompt's
             guidance=rows.guidance[:B],
             keys=tuple(rows.keys[:B]),
             positions=tuple(found.positions[:B]),

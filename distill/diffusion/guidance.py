@@ -36,15 +36,28 @@ def guide(cond: Denoised, uncond: Denoised, w: Tensor | float) -> Denoised:
     return Denoised(uncond.x0 + w * (cond.x0 - uncond.x0), uncond.eps + w * (cond.eps - uncond.eps))
 
 
+def with_guidance(conditioning: Conditioning, w: Tensor | float, x_t: Tensor) -> Conditioning:
+    """The conditioning of states x_t [B, ...] with w, a number or [B], as its entry "guidance": [B] in float32.
+
+    It reaches networks that have w as an input, and no others.
+    """
+    weights = torch.as_tensor(w, dtype=torch.float32, device=x_t.device)
+    return {**conditioning, "guidance": weights.expand(len(x_t))}
+
+
 def guided(denoiser: Denoiser, unconditional: Conditioning, w: Tensor | float) -> Denoiser:
     """A denoiser that follows guidance w, with both passes in one batched forward.
 
     `unconditional` replaces the entries of the conditioning that it names ([B, ...] or [1, ...]); the others, such as
     SDXL's time ids, are the same in both passes. A plain w = 1 makes no unconditional pass at all.
 
+    An empty `unconditional` is that of a network which has w as an input: one pass, which is given w, 1 as well.
+
     Raises:
         ValueError: when called, if the conditioning lacks an entry that `unconditional` names.
     """
+    if not unconditional:
+        return lambda x_t, t, conditioning: denoiser(x_t, t, with_guidance(conditioning, w, x_t))
     if not isinstance(w, Tensor) and w == 1:
         return denoiser
 

@@ -44,9 +44,10 @@ class Batch:
     """What a method's loss sees: for each of B samples the n states that the method reads.
 
     `states` [B, n, C, h, w] at `times` [B, n] (int64); `conditioning` and `unconditional` hold the network's keyword
-    tensors [B, ...]; `guidance` [B] is the teacher's w; `positions` are places in the stream of global batches;
-    `prompts` are there for a method that needs them, and with them `next_prompts`: of each sample, that of the next one
-    in its global batch (after the last comes the first), which may be in another micro-batch or on another rank.
+    tensors [B, ...], the latter none where guidance takes no second pass; `guidance` [B] is the teacher's w;
+    `positions` are places in the stream of global batches; `prompts` are there for a method that needs them, and with
+    them `next_prompts`: of each sample, that of the next one in its global batch (after the last comes the first),
+    which may be in another micro-batch or on another rank.
     """
 
     states: Tensor

@@ -209,6 +209,7 @@ class ComparisonPlan:
         guidances, spacings: tried for the teacher at each number of steps, and the best taken. Of one guidance and
             one spacing nothing is tried.
         student_sampler, student_spacing, student_guidance, student_embedded: how the student is sampled from.
+        teacher_embedded: whether guidance is an input of the teacher's network.
         more: settings that have rows beside these.
         block_size: pictures that are made by one process, in batches of `batch_size`, and kept together.
     """
@@ -224,21 +225,24 @@ class ComparisonPlan:
     student_spacing: str = "lcm"
     student_guidance: float = 1.0
     student_embedded: bool = False
+    teacher_embedded: bool = False
     more: tuple[Setting, ...] = ()
     batch_size: int = 64
     block_size: int = 250
 
     def reference(self) -> Setting:
         """The teacher at full steps: what the student is to equal."""
-        return Setting("teacher", "ddim", self.teacher_steps, self.guidance)
+        return Setting("teacher", "ddim", self.teacher_steps, self.guidance, embedded=self.teacher_embedded)
 
     def candidates(self, steps: int) -> list[Setting]:
         """What the teacher's best at so many steps is chosen from."""
-        return [Setting("teacher", "ddim", steps, w, spacing) for spacing in self.spacings for w in self.guidances]
+        tried = [(spacing, w) for spacing in self.spacings for w in self.guidances]
+        return [Setting("teacher", "ddim", steps, w, spacing, self.teacher_embedded) for spacing, w in tried]
 
     def undistilled(self, steps: int) -> Setting:
         """The teacher's network in the student's sampler: what training has changed shows against this one."""
-        return Setting("teacher", self.student_sampler, steps, self.guidance, self.student_spacing)
+        sampler, spacing = self.student_sampler, self.student_spacing
+        return Setting("teacher", sampler, steps, self.guidance, spacing, self.teacher_embedded)
 
     def student(self, steps: int) -> Setting:
         return Setting(
@@ -428,7 +432,7 @@ class Comparison:
     def _decoded(self, latents: Sequence[Tensor], block: range) -> Iterator[Generated]:
         prompts = self.scorer.prompts("report", self.plan.n)[block.start : block.stop]
         for chunk in latents:
-            device = next(iter(self.teacher.unconditional().values())).device
+            device = next(iter(self.teacher.encode(prompts[:1]).values())).device
             yield Generated(self.teacher.decode(chunk.to(device)).cpu(), chunk, prompts[: len(chunk)])
             prompts = prompts[len(chunk) :]
 

@@ -101,11 +101,12 @@ def with_student(
 def _at_equal_cost(plan: ComparisonPlan, students: Sequence[Setting]) -> Iterator[Setting]:
     """The teacher in as many network evaluations as each student takes, where the plan has no such row of it.
 
-    Guided steps take two: an odd number of evaluations is one of steps without guidance.
+    Guided steps take two, unless guidance is an input: an odd number of evaluations is one of steps without guidance.
     """
+    embedded = plan.teacher_embedded
     tuned = len(plan.candidates(1)) > 1
     for nfe in dict.fromkeys(student.nfe for student in students):
-        guided = plan.guidance != 1 and nfe % 2 == 0
-        steps = nfe // 2 if guided else nfe
+        guided = plan.guidance != 1 and (embedded or nfe % 2 == 0)
+        steps = nfe // 2 if guided and not embedded else nfe
         if steps not in plan.steps or (not guided and plan.guidance != 1 and not tuned):
-            yield Setting("teacher", "ddim", steps, plan.guidance if guided else 1.0, plan.spacings[-1])
+            yield Setting("teacher", "ddim", steps, plan.guidance if guided else 1.0, plan.spacings[-1], embedded)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from distill.diffusion.guidance import guided
+from distill.diffusion.guidance import guided, with_guidance
 from distill.diffusion.losses import l2, pseudo_huber
 from distill.diffusion.prediction import Conditioning, Denoiser
 from distill.diffusion.random import Context
@@ -86,7 +86,7 @@ class LCM(Method):
             step, w = batch.transition(), batch.guidance
         else:
             step, w = self.noised(networks["teacher"], batch, context)
-        c = {**batch.conditioning, "guidance": w}  # a network without an embedding of w does not see it
+        c = with_guidance(batch.conditioning, w, step.x_t)  # a network without an input of w does not see it
 
         with torch.no_grad():  # first, while no activations are held for the backward pass
             f_s = self.f(networks[self.target], step.x_s, step.s, c)

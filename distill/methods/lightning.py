@@ -16,8 +16,9 @@ from torch import Tensor
 
 from distill.diffusion.adversarial import AdversarialScalars, Adversary
 from distill.diffusion.consistency import jump
-from distill.diffusion.guidance import guided
+from distill.diffusion.guidance import guided, with_guidance
 from distill.diffusion.losses import l2
+from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule, add_noise
 from distill.diffusion.solver import ddim_step, trailing_times
@@ -97,6 +98,11 @@ class Progressive(Method):
         t = self.sample_time(context, x_0.device)
         return self.noised(x_0, context.normal(x_0, "noise"), t), t, self.next_time(t)
 
+    def conditioning(self, batch: Batch) -> Conditioning:
+        """The student's, with the w that it learns: its trajectories', or the teacher's where that one is called."""
+        w = batch.guidance if self.source == "trajectory" else self.w
+        return with_guidance(batch.conditioning, w, batch.states)
+
     def noised(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The forward process, and at T no data at all (Lightning, eq. 24). [B, C, h, w]"""
         pure = noise if self.x_T == "noise" else self.schedule.sigma(self.schedule.T, noise) * noise
@@ -117,7 +123,7 @@ class Progressive(Method):
         """|| x_fake - x_real ||², both at the student's next time (Lightning, eq. 16)."""
         x_t, t, s = self.state(batch, context)
         x_real = self.teacher_target(networks, batch, x_t, t)
-        x_fake = ddim_step(self.schedule, networks["student"](x_t, t, batch.conditioning), s)
+        x_fake = ddim_step(self.schedule, networks["student"](x_t, t, self.conditioning(batch)), s)
         loss = l2(x_fake, x_real).mean()
         return Losses(loss, {"loss": loss.detach()})
 
@@ -211,8 +217,8 @@ class LightningAdversarial(Progressive):
     def loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
         """-log D(x_t, x_fake) (Lightning, eq. 19)."""
         x_t, t, s = self.state(batch, context)
-        x_fake = ddim_step(self.schedule, networks["student"](x_t, t, batch.conditioning), s)
-        adversary, D, c = self.adversary(context.step), networks["discriminator"], batch.conditioning
+        x_fake = ddim_step(self.schedule, networks["student"](x_t, t, self.conditioning(batch)), s)
+        adversary, D, c = self.adversary(context.step), networks["discriminator"], self.judged(batch)
         loss = adversary.generator(D, x_fake, c, context, (x_t, t), s).mean()
         return Losses(loss, {"loss": loss.detach()})
 
@@ -221,11 +227,15 @@ class LightningAdversarial(Progressive):
         x_t, t, s = self.state(batch, context)
         x_real = self.teacher_target(networks, batch, x_t, t)
         with torch.no_grad():
-            x_fake = ddim_step(self.schedule, networks["student"](x_t, t, batch.conditioning), s)
-        adversary, D, c = self.adversary(context.step), networks["discriminator"], batch.conditioning
+            x_fake = ddim_step(self.schedule, networks["student"](x_t, t, self.conditioning(batch)), s)
+        adversary, D, c = self.adversary(context.step), networks["discriminator"], self.judged(batch)
         verdict = adversary.discriminator(D, x_real, x_fake, c, context, (x_t, t), s)
         loss = verdict.loss.mean()
         return Losses(loss, {"loss": loss.detach(), **verdict.accuracies()})
+
+    def judged(self, batch: Batch) -> Conditioning:
+        """The discriminator's: it knows samples, and no guidance."""
+        return with_guidance(batch.conditioning, 1.0, batch.states)
 
     def adversary(self, step: int) -> Adversary:
         """The adversarial losses of a step."""
@@ -249,9 +259,10 @@ class LightningConvert(Progressive):
     def loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
         """|| x_0 of the student - x_0 of the teacher ||² (Lightning, sec. 3.7.3)."""
         x_t, t, _ = self.state(batch, context)
+        c = with_guidance(batch.conditioning, batch.guidance, x_t)  # what both learned before
         with torch.no_grad():
-            x_0 = networks["teacher"](x_t, t, batch.conditioning).x0
-        loss = l2(networks["student"](x_t, t, batch.conditioning).x0, x_0).mean()
+            x_0 = networks["teacher"](x_t, t, c).x0
+        loss = l2(networks["student"](x_t, t, c).x0, x_0).mean()
         return Losses(loss, {"loss": loss.detach()})
 
 

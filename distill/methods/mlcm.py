@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.diffusion.adversarial import AdversarialScalars, Adversary, Origin
 from distill.diffusion.consistency import inverse_jump, jump, where
-from distill.diffusion.guidance import guided
+from distill.diffusion.guidance import guided, with_guidance
 from distill.diffusion.losses import l2, pseudo_huber
 from distill.diffusion.matching import denoising_loss, matching_loss, matching_time
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
@@ -212,7 +212,7 @@ class MLCM(Method):
 
     def loss(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
         """|| g(x_t, t) - g⁻(x_s, s) ||, both of which land where t's segment starts (MLCM, eq. 7 and 10)."""
-        segments, c = self.segments[stage.segments], batch.conditioning
+        segments, c = self.segments[stage.segments], self.conditioning(stage, batch)
         step = self.pair(stage, networks, batch, context)
         end = segments.start(step.t)
 
@@ -297,7 +297,8 @@ class MLCM(Method):
         s_real, s_fake = guided(networks["teacher"], batch.unconditional, self.w), networks["fake_score"]
         t = matching_time(self.schedule.T, context, x0.device)
         noise = context.normal(x0, "noise'")
-        loss = matching_loss(self.schedule, s_real, s_fake, x0, t, noise, batch.conditioning).mean()
+        c = with_guidance(batch.conditioning, 1.0, x0)
+        loss = matching_loss(self.schedule, s_real, s_fake, x0, t, noise, c).mean()
         return Losses(loss, {"matching_loss": loss.detach()})
 
     def fake_score_loss(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
@@ -305,21 +306,22 @@ class MLCM(Method):
         fake, _, _ = self.fake_and_real(stage, networks["student"], batch, context)
         t = context.integers(1, self.schedule.T + 1, "t of the fake score", fake.device)
         noise = context.normal(fake, "noise of the fake score")
-        loss = denoising_loss(self.schedule, networks["fake_score"], fake, t, noise, batch.conditioning).mean()
+        c = with_guidance(batch.conditioning, 1.0, fake)
+        loss = denoising_loss(self.schedule, networks["fake_score"], fake, t, noise, c).mean()
         return Losses(loss, {"loss": loss.detach()})
 
     def generator_loss(
         self, stage: Stage, networks: Networks, x0: Tensor, step: Transition, batch: Batch, context: Context
     ) -> Losses:
         """The student's adversarial loss: D is to take its answers for real (MLCM, eq. 13)."""
-        D, c, origin = networks["discriminator"], batch.conditioning, (step.x_t, step.t)
+        D, c, origin = networks["discriminator"], with_guidance(batch.conditioning, 1.0, x0), (step.x_t, step.t)
         loss = self.adversary.generator(D, x0, c, context, origin).mean()
         return Losses(loss, {"adversarial_loss": loss.detach()})
 
     def discriminator_loss(self, stage: Stage, networks: Networks, batch: Batch, context: Context) -> Losses:
         """The loss of D: fake are the student's answers in one step, real its samples in more (MLCM, eq. 13)."""
         fake, real, origin = self.fake_and_real(stage, networks["student"], batch, context)
-        D, c = networks["discriminator"], batch.conditioning
+        D, c = networks["discriminator"], with_guidance(batch.conditioning, 1.0, fake)
         verdict = self.adversary.discriminator(D, real, fake, c, context, origin)
         loss = verdict.loss.mean()
         return Losses(loss, {"loss": loss.detach(), **verdict.accuracies()})
@@ -330,7 +332,15 @@ class MLCM(Method):
     ) -> tuple[Tensor, Tensor, Origin]:
         """The student's answer at this step's x_t, the sample that x_t is noised from, and (x_t, t); [B, C, h, w]."""
         x_0, x_t, t = self.own_state(stage, student, batch, context)
-        return student(x_t, t, batch.conditioning).x0, x_0, (x_t, t)
+        return student(x_t, t, self.conditioning(stage, batch)).x0, x_0, (x_t, t)
+
+    def conditioning(self, stage: Stage, batch: Batch) -> Conditioning:
+        """The student's, with the w that it learns: its trajectories', or the teacher's where that one is called.
+
+        Critics judge at w = 1: they know samples, and no guidance.
+        """
+        w = batch.guidance if stage.source == "trajectory" else self.w
+        return with_guidance(batch.conditioning, w, batch.states)
 
     # ---- where the pairs come from ------------------------------------------------------------------------------
 
@@ -373,18 +383,18 @@ class MLCM(Method):
         self, stage: Stage, student: Denoiser, batch: Batch, context: Context
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(x_0, x_t, t): the student's own sample, the same noised to a milestone, and which one (MLCM, eq. 9)."""
-        x_0 = self.student_sample(student, batch, context, stage.student_steps)
+        x_0 = self.student_sample(stage, student, batch, context)
         t = self.sample_time(stage, context, x_0.device)
         return x_0, add_noise(self.schedule, x_0, context.normal(x_0, "noise"), t), t
 
-    def student_sample(self, student: Denoiser, batch: Batch, context: Context, steps: int) -> Tensor:
-        """Clean latents by `steps` jumps of the student, with fresh noise after each but the last, [B, C, h, w]."""
-        T, x_0 = self.schedule.T, batch.states[:, 0]
+    def student_sample(self, stage: Stage, student: Denoiser, batch: Batch, context: Context) -> Tensor:
+        """Clean latents by the stage's jumps of the student, fresh noise after each but the last, [B, C, h, w]."""
+        T, x_0, steps, c = self.schedule.T, batch.states[:, 0], stage.student_steps, self.conditioning(stage, batch)
         for i in range(steps):
             noise = context.normal(x_0, f"student {i}")
             t = torch.full((len(x_0),), T - i * T // steps, device=x_0.device)
             x = noise if i == 0 else add_noise(self.schedule, x_0, noise, t)
-            x_0 = student(x, t, batch.conditioning).x0
+            x_0 = student(x, t, c).x0
         return x_0
 
     def step(self, teacher: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Conditioning) -> Tensor:

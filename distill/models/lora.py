@@ -219,7 +219,7 @@ def save_lora_file(
     family = family or family_of_network(network)
     file = family.lora.file(format, lora_state_dict(network, state), config, network.config, dtype)
     said = _portable(config) | ({"lora_alpha": config.r} if file.folded else {})
-    header = {"format": "pt", _RECORD: json.dumps(said)} | file.header | dict(metadata or {})
+    header = {"format": "pt", _RECORD: json.dumps(said)} | dict(metadata or {}) | file.header
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(file.tensors, path, metadata=header)
 

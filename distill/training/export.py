@@ -150,7 +150,12 @@ def write_student(
     with checking():
         step, weights = read_weights(checkpoints_of(run), "student", checkpoint, use_ema)
     model = settings.model
-    teacher = load_teacher(model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant)
+    teacher = load_teacher(
+        model.pretrained_model_name_or_path,
+        revision=model.revision,
+        variant=model.variant,
+        allow_distilled=model.allow_distilled,
+    )
     network = student.networks(teacher, keep_teacher=False)["student"]  # without its start: that is in its weights
     ema = use_ema and settings.ema_decay is not None
     export = _export_of(run, settings, teacher, network, name, wanted, dtype, step, ema, guidance)

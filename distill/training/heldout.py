@@ -137,7 +137,7 @@ def _batch_of(store: Store, samples: Sequence[Sample], positions: tuple[int, ...
         states=torch.stack([one.states for one in samples]),
         times=torch.stack([one.times for one in samples]),
         conditioning=conditioning,
-        unconditional={**conditioning, **empty},  # time ids and the like are those of the prompt
+        unconditional={**conditioning, **empty} if empty else {},  # time ids and the like are those of the prompt
         guidance=torch.tensor([one.guidance for one in samples]),
         positions=positions,
     )

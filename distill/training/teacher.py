@@ -28,6 +28,7 @@ def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: A
             family=model.family,
             text_dtype=getattr(torch, model.text_dtype),
             max_tokens=model.max_tokens,
+            allow_distilled=model.allow_distilled,
             **loading,
         )
     return as_set(teacher, model)

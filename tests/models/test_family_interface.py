@@ -82,7 +82,7 @@ def test_a_pipeline_and_its_network_lead_to_the_family(name: str) -> None:
 
 
 def test_a_network_of_no_family_is_said_to_be_one() -> None:
-    with pytest.raises(ValueError, match="a Linear is the network of no family; known: sd15, "):
+    with pytest.raises(ValueError, match="a Linear is the network of no family; known: .*sd15, "):
         family_of_network(nn.Linear(1, 1))
 
 
@@ -167,7 +167,7 @@ def test_a_registered_family_is_known_to_settings_pipelines_and_denoisers(elsewh
 
 
 def test_a_family_that_nobody_has_is_refused_in_one_line() -> None:
-    with pytest.raises(UnknownName, match="family 'sd16' is not known; allowed: sd15, "):
+    with pytest.raises(UnknownName, match="family 'sd16' is not known; allowed: .*sd15, "):
         check_family("sd16")
     with pytest.raises(ConfigError, match="model.family.*'sd16' is not known") as caught:
         load("train", TrainSettings, ["experiment=quickstart", "model.family=sd16"])

@@ -125,6 +125,7 @@ def load_teacher(
     family: str | None = None,
     text_dtype: torch.dtype = torch.float32,
     max_tokens: int | None = None,
+    allow_distilled: bool = False,
 ) -> Teacher:
     """Loads a teacher from a diffusers pipeline folder or from the hub: the named parts, frozen, and its configs.
 
@@ -134,7 +135,8 @@ def load_teacher(
 
     `max_tokens` is the length of a prompt where text encoders leave it open; None is the pipeline's own.
 
-    `family` is the only one wanted, by its name; None takes any.
+    `family` is the only one wanted, by its name; None takes any. A network that was distilled already is refused
+    unless `allow_distilled`.
 
     `vae` is the folder or hub id of an autoencoder to take the place of the teacher's, of the same latents; in
     `vae_dtype`, but in float32 where its config says that it overflows in float16 (`force_upcast`).
@@ -147,7 +149,8 @@ def load_teacher(
     path = str(pretrained_model_name_or_path)
     teacher, described = _open(path, parts, revision, variant)
     require_family(path, described.family, family)
-    _refuse_students(described)
+    if not allow_distilled:
+        _refuse_students(described)
     for part in map(part_named, parts):
         if part == "vae" and vae is not None:
             teacher.parts[part] = _load_vae(described, str(vae), vae_dtype or torch.float32)
@@ -206,6 +209,7 @@ def _open(path: str, parts: Sequence[str], revision: str | None, variant: str | 
         resolution=side * family.latents.factor(described.vae),
         latent_shape=(family.latents.channels(described.vae), side, side),
         zeros_for_empty=described.zeros_for_empty,
+        second_pass=family.guidance.form(described.network, described.index) == "cfg",
         weight_files=weight_files(folder, family.network.folder, variant),
         config=described.network,
     )
@@ -228,7 +232,7 @@ def _refuse_students(described: PipelineFacts) -> None:
     if guidance.form(described.network, described.index) == "none":
         raise ValueError(
             f"{described.path} cannot be a teacher: its network takes guidance as an input or needs none, so it is a "
-            "student already; take the model that it was distilled from"
+            "student already; take the model that it was distilled from, or set model.allow_distilled=true"
         )
 
 

@@ -58,6 +58,7 @@ class Teacher:
         resolution: side of the pictures it was trained for, in pixels.
         latent_shape: (C, h, w) of their latents.
         zeros_for_empty: whether "no prompt" is zeros (SDXL) instead of the encoded empty string.
+        second_pass: whether it is guided by a pass without a prompt, and not by w as an input, or not at all.
         weight_files: of its network; without them the hash is taken of the network in memory.
         parts: the loaded parts by their names in `PARTS`.
         lent: whether other networks compute with the weights of its own, so that these must stay as they are.
@@ -72,6 +73,7 @@ class Teacher:
     resolution: int
     latent_shape: tuple[int, int, int]
     zeros_for_empty: bool = False
+    second_pass: bool = True
     weight_files: Sequence[Path] = ()
     parts: dict[str, Any] = field(default_factory=dict)
     lent: bool = False
@@ -102,6 +104,11 @@ class Teacher:
     def network_config(self) -> Config:
         """The config of its network: of the one that is loaded, if one is."""
         return self.parts["network"].config if "network" in self.parts else self.config
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether w is an input of its network."""
+        return self.family.guidance.taken(self.network_config)
 
     @property
     def image_tokens(self) -> int:
@@ -224,7 +231,12 @@ class Teacher:
 
     @torch.no_grad()
     def unconditional(self) -> dict[str, Tensor]:
-        """The text's part of "no prompt", each [1, ...]: what classifier-free guidance puts in its place."""
+        """The text's part of "no prompt", each [1, ...]: what classifier-free guidance puts in its place.
+
+        Nothing where guidance takes no second pass: `guided` then gives the network w.
+        """
+        if not self.second_pass:
+            return {}
         empty = self.family.text.encode(self.text, [""])
         return {key: torch.zeros_like(tensor) for key, tensor in empty.items()} if self.zeros_for_empty else empty
 
