@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
@@ -239,19 +239,21 @@ class _Watched(nn.Module):
         self.name, self.walk, self.autocast = name, walk, autocast
         self.module = module
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         graded = torch.is_grad_enabled()
-        self.walk.evaluations[self.name] += len(x)
+        samples = len(args[0] if args else kwargs["hidden_states"])  # a batch, or a list of samples
+        self.walk.evaluations[self.name] += samples
         self.walk.calls[self.name] += 1
         if graded:
-            self.walk.with_gradient[self.name] += len(x)
+            self.walk.with_gradient[self.name] += samples
             self.walk.calls_with_gradient[self.name] += 1
-            return self._call(x, *args, **kwargs)
-        return self.walk.once((self.name, tuple(x.shape)), lambda: self._call(x, *args, **kwargs))
+            return self._call(*args, **kwargs)
+        shapes = tuple(tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        return self.walk.once((self.name, shapes), lambda: self._call(*args, **kwargs))
 
-    def _call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         with _Kernels(self.autocast):
-            out = self.module(x, *args, **kwargs)
+            out = self.module(*args, **kwargs)
         return tree_map(lambda y: y.float(), out) if self.autocast else out  # as Accelerate does
 
 
@@ -268,8 +270,8 @@ class _Kernels(TorchFunctionMode):
         if self.autocast and (func in _LOWER or func in _FLOAT):
             dtype = torch.bfloat16 if func in _LOWER else torch.float32
             args, kwargs = tree_map(functools.partial(self._cast, dtype), (args, kwargs))
-        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _cast(self, dtype: torch.dtype, x: Any) -> Any:
@@ -280,6 +282,22 @@ class _Kernels(TorchFunctionMode):
         if id(x) not in self._copies:  # autocast keeps those of trained weights
             self._copies[id(x)] = x.to(dtype)
         return self._copies[id(x)]
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **others: Any) -> Tensor:
+    """Attention as a GPU computes it, without a map of all pairs: flash attention, and another kernel under a mask.
+
+    Args:
+        others: further arguments of torch's function, of which the costs do not depend: scale, causality.
+    """
+    if others.get("enable_gqa"):  # several heads share a key
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    if attn_mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    pairs = (*query.shape[:-1], key.shape[-2])
+    bias = attn_mask.to(query.dtype).expand(pairs)
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, bias, torch.is_grad_enabled())[0]
 
 
 def _checkpoint(modules: Iterable[Any], checkpointed: bool, wide: Collection[int]) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +21,7 @@ from distill.data.writer import write_store
 from distill.diffusion.random import Context
 from distill.diffusion.trajectory import Trajectory
 from distill.methods.lcm import LCM
-from distill.planning.counting import Cost, cast, count
+from distill.planning.counting import Cost, cast, count, forward
 from distill.planning.estimates import (
     Held,
     best_interval,
@@ -136,6 +137,48 @@ def test_flops_are_those_of_torchs_own_counter() -> None:
     # In its backward pass flash attention multiplies query and key again: a fifth of the pass, which is a small part.
     assert counter.get_total_flops() <= 2 * cost.flops <= 1.02 * counter.get_total_flops()
     assert cost.evaluations == {"student": 2} and cost.with_gradient == {"student": 1}
+
+
+def flux_of(kind: str, device: str) -> tuple[Any, dict[str, Any]]:
+    """A small transformer whose attention diffusers calls by keywords, and its inputs for two samples."""
+    sizes: dict[str, Any] = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "in_channels": 8, "joint_attention_dim": 12}
+    if kind == "FluxTransformer2DModel":
+        sizes |= {"pooled_projection_dim": 6, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6)}
+    else:
+        sizes |= {"guidance_embeds": False, "axes_dims_rope": (4, 4, 4, 4)}
+    axes = len(sizes["axes_dims_rope"])
+    with torch.device(device):
+        inputs = {"hidden_states": torch.zeros(2, 64, 8), "encoder_hidden_states": torch.zeros(2, 7, 12)}
+        inputs |= {"timestep": torch.zeros(2), "guidance": torch.ones(2)}
+        if sizes["guidance_embeds"]:
+            inputs |= {"pooled_projections": torch.zeros(2, 6)}
+        inputs |= {"img_ids": torch.zeros(64, axes), "txt_ids": torch.zeros(7, axes)}
+        return getattr(diffusers, kind)(**sizes), inputs
+
+
+@pytest.mark.parametrize("kind", ["FluxTransformer2DModel", "Flux2Transformer2DModel"])
+def test_flops_of_attention_that_is_called_by_keywords_are_those_of_torchs_own_counter(kind: str) -> None:
+    """FLUX.1's and FLUX.2's networks."""
+    network, inputs = flux_of(kind, "cpu")
+    kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, kernel, torch.no_grad():
+        network(**inputs)
+    network, inputs = flux_of(kind, "meta")
+    assert 2 * forward(network, 2, **inputs)[0] == counter.get_total_flops()
+
+
+def test_attention_under_a_mask_is_counted_without_a_map_of_all_pairs() -> None:
+    with torch.device("meta"):
+        x, mask = torch.empty(1, 1, 4096, 8), torch.empty(1, 1, 1, 4096, dtype=torch.bool)
+
+    class Attention(torch.nn.Module):
+        def forward(self, x: torch.Tensor, **mask: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(query=x, key=x, value=x, **mask)
+
+    (plain, bytes_plain), (masked, bytes_masked) = (forward(Attention(), 1, x, **m) for m in ({}, {"attn_mask": mask}))
+    assert plain == masked == 4 * 4096**2 * 8
+    assert max(bytes_plain, bytes_masked) < 20 * 4 * 4096 * 8 < 4096**2
 
 
 def test_activations_grow_with_the_batch_and_gradients_do_not() -> None:
