@@ -32,7 +32,7 @@ import torch
 
 from distill.config.loading import ConfigError, checking, load, suggest
 from distill.config.packages import require
-from distill.config.settings import EvaluateSettings, TrainSettings
+from distill.config.settings import EvaluateSettings, ModelSettings, TrainSettings
 from distill.data.reader import open_store
 from distill.diffusion.registry import import_plugins
 from distill.evaluation.blocks import Cache, WorkShare
@@ -56,7 +56,7 @@ from distill.training.checkpoint import Checkpoints, mark_best
 from distill.training.export import export_run
 from distill.training.micro_batch import within_memory
 from distill.training.run import checkpoints_of, finished, read_run
-from distill.training.teacher import inference_dtype
+from distill.training.teacher import inference_dtype, located
 from distill.training.tracking import open_trackers, read_metrics, setup_logging
 
 log = logging.getLogger("distill")
@@ -177,12 +177,13 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
     dtype = inference_dtype(cfg.dtype, device)
     log.info("%s in %s", described(device, share.world_size), str(dtype).removeprefix("torch."))
     log.info("loading the teacher, the student and what scores them")
+    model = teacher_model(cfg, source)
     teacher = load_teacher(
-        teacher_path(cfg, source),
+        model.pretrained_model_name_or_path,
         parts=("network", "text", "vae"),
         dtype=dtype,
-        revision=cfg.model.revision,
-        variant=cfg.model.variant,
+        revision=model.revision,
+        variant=model.variant,
         allow_distilled=source is not None,  # whoever trained the student has decided it
     )
     teacher = at_resolution(teacher, cfg.protocol.resolution).at_shift(shift_of(source))
@@ -227,9 +228,19 @@ def stated(weights: str, dtype: torch.dtype) -> str:
     return weights if dtype == torch.float32 else f"{weights} in {str(dtype).removeprefix('torch.')}"
 
 
-def teacher_path(cfg: EvaluateSettings, source: Source | None) -> str:
-    """The teacher that is set, or the one that the student was distilled from where that is known to be there."""
+def teacher_model(cfg: EvaluateSettings, source: Source | None) -> ModelSettings:
+    """The teacher that is set, or the one that the student was distilled from where that is known to be there.
+
+    It is a pipeline's folder or hub id, whatever it was made of.
+    """
     own = {} if source is None else source.settings.get("model", {})
+    given = cfg.model.model_dump()
+    if cfg.model.pretrained_model_name_or_path is None and source is not None and source.run is not None:
+        given |= {key: own[key] for key in ("config", "loras") if key in own}
+    return located(ModelSettings(**given | {"pretrained_model_name_or_path": _teacher_path(cfg, source, own)}))
+
+
+def _teacher_path(cfg: EvaluateSettings, source: Source | None, own: Mapping[str, Any]) -> str:
     path = cfg.model.pretrained_model_name_or_path or own.get("pretrained_model_name_or_path")
     if cfg.model.pretrained_model_name_or_path is None and source is not None and source.run is None:
         path = path if path and "/" in path else None  # of a folder an export keeps the last name only
@@ -377,7 +388,7 @@ def agreement(cfg: EvaluateSettings, comparison: Comparison, source: Source) -> 
     expected = comparison.pictures(comparison.plan.student(steps), range(PROVEN))
     prompts, seeds = comparison.scorer.prompts("report", PROVEN), seeds_of("report", PROVEN)
     guidance = comparison.plan.student_guidance
-    path = teacher_path(cfg, source)
+    path = teacher_model(cfg, source).pretrained_model_name_or_path
     log.info("generating %d pictures in a stock diffusers pipeline too", PROVEN)
     difference = plain_pipeline_agrees(path, source.folder, prompts, seeds, steps, expected, guidance)
     if difference > 1e-2:

@@ -35,6 +35,7 @@ from distill.training.comfyui import write_workflows
 from distill.training.export import Export, check_formats, published, push, require_login, write_student
 from distill.training.micro_batch import within_memory
 from distill.training.run import read_run
+from distill.training.teacher import located
 from distill.training.tracking import setup_logging
 
 CELL = 192  # pixels of a sample on the card
@@ -118,7 +119,7 @@ def pipeline_of(folder: Path, export: Export) -> Any:
         return load_pipeline(str(folder))
     files = {"diffusers": folder, "kohya": folder / "kohya" / f"{export.name}.safetensors"}
     lora = next((files[name] for name in files if name in export.formats), None)
-    model = export.settings.model
+    model = located(export.settings.model)
     pipeline = load_pipeline(
         model.pretrained_model_name_or_path, lora=lora, revision=model.revision, variant=model.variant
     )

@@ -64,6 +64,7 @@ from distill.evaluation.sweeps import (
 )
 from distill.evaluation.toy import captions_right
 from distill.methods.sampling import Sampling
+from distill.models.derived import WeightedLoRA
 from distill.models.devices import described, own_device
 from distill.models.execution import execute
 from distill.models.families.registry import network_of
@@ -74,6 +75,7 @@ from distill.toy.world import CAPTIONS
 from distill.training.export import export_run
 from distill.training.micro_batch import within_memory
 from distill.training.run import read_run
+from distill.training.teacher import located
 from distill.training.tracking import setup_logging
 
 log = logging.getLogger("distill")
@@ -113,6 +115,10 @@ def check(cfg: SampleSettings) -> None:
         raise ConfigError("sweep=guidance compares with and without a negative prompt: set negative_prompt=...")
     if cfg.sweep is not None and (cfg.sampler or cfg.spacing):
         raise ConfigError("a sweep uses LCM's sampler and the pipeline's own: leave sampler and spacing null")
+    if cfg.sweep is not None and cfg.loras:
+        raise ConfigError("a sweep compares a student with its teacher, without further LoRAs: leave loras empty")
+    if cfg.lora is None and cfg.run is None and cfg.lora_scale != 1:
+        raise ConfigError("lora_scale is the weight of the student's LoRA, and there is none: set lora=... or run=...")
     if cfg.sampler is not None and cfg.spacing is not None:
         with checking():
             check_pair(cfg.sampler, cfg.spacing)
@@ -126,13 +132,16 @@ def check(cfg: SampleSettings) -> None:
 
 def load_student(cfg: SampleSettings, model: ModelSettings) -> tuple[Any, Sampling | None]:
     """The pipeline, and how its student is sampled; None for one that is not known to be a student's."""
+    model = located(model)
     path = model.pretrained_model_name_or_path
     with tempfile.TemporaryDirectory() as scratch, checking():
         files = cfg.lora if cfg.run is None else export_run(cfg.run, Path(scratch) / "student")
         sampling = sampling_of(files or path)
         chosen_sampling(cfg, sampling)  # before anything is loaded
         swept = cfg.sweep is not None  # beside the model itself, which keeps its own scheduler
-        pipeline = load_pipeline(path, files, cfg.lora_scale, model.revision, model.variant, own_scheduler=swept)
+        beside = [WeightedLoRA.read(text) for text in cfg.loras]
+        loading: dict[str, Any] = {"own_scheduler": swept, "beside": beside}
+        pipeline = load_pipeline(path, files, cfg.lora_scale, model.revision, model.variant, **loading)
     return pipeline, sampling or (Sampling() if is_student(pipeline) else None)
 
 
@@ -274,6 +283,7 @@ def load_teacher(cfg: SampleSettings, pipeline: Any, model: ModelSettings) -> An
     if cfg.teacher is not None:
         return on_device(cfg, load_pipeline(cfg.teacher))
     if (cfg.run or cfg.lora) and not pipeline.get_list_adapters():  # a full network has taken its teacher's place
+        model = located(model)
         path = model.pretrained_model_name_or_path
         return on_device(cfg, load_pipeline(path, revision=model.revision, variant=model.variant))
     return None

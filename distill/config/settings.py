@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from distill.config.loading import Settings, check_component, suggest
 from distill.data.sizes import PRESETS, read_size, read_sizes
 from distill.diffusion.samplers import check_pair, check_sampler, check_solver, check_spacing, usual_spacing
+from distill.models.derived import WeightedLoRA
 from distill.models.families import check_family
 
 
@@ -123,8 +124,23 @@ Solver = Annotated[str, AfterValidator(check_named(check_solver))]
 FamilyName = Annotated[str, AfterValidator(check_named(check_family))]
 
 
+def check_lora(text: str) -> str:
+    """A LoRA with its weight, `PATH:WEIGHT`. Raises ValueError for anything else."""
+    WeightedLoRA.read(text)
+    return home_expanded(text)
+
+
+LoRAText = Annotated[str, BeforeValidator(_written), AfterValidator(check_lora)]
+"""A LoRA's file or folder, with its weight behind a colon; without one the weight is 1."""
+
+
 class ModelSettings(Settings):
     """The teacher: a diffusers pipeline folder or hub id. `resolution` in pixels; null takes the teacher's own.
+
+    It may be a checkpoint in one file too; then `config` is a pipeline folder, or hub id, of the same architecture,
+    which gives what the file lacks: configs, tokenizers, and parts that it does not hold. `loras` are merged into it,
+    each `PATH:WEIGHT`; what is learned from, hashed and exported is then the merged model. Both are made once, into the
+    cache.
 
     `family` is the one that the other settings were chosen for, as experiments say it; null takes any. `shift` is for
     flow matching, sigma = shift u / (1 + (shift - 1) u) at u = t / T: the noise levels that a student learns; null
@@ -137,6 +153,8 @@ class ModelSettings(Settings):
     pretrained_model_name_or_path: FilePath
     revision: str | None = None
     variant: str | None = None
+    config: FilePath | None = None
+    loras: list[LoRAText] = []
     resolution: Positive | None = None
     shift: Annotated[Number, Field(gt=0)] | None = None
     family: FamilyName | None = None
@@ -340,6 +358,7 @@ class SampleSettings(Settings):
     run: FilePath | None
     lora: FilePath | None
     lora_scale: Number
+    loras: list[LoRAText] = []
     prompts: TextOrPath | list[str]
     negative_prompt: str | None
     sweep: Literal["steps", "guidance", "lora"] | None
@@ -439,6 +458,8 @@ class EvaluatedModelSettings(Settings):
     pretrained_model_name_or_path: FilePath | None
     revision: str | None
     variant: str | None
+    config: FilePath | None = None
+    loras: list[LoRAText] = []
 
 
 class ProtocolSettings(Settings):

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
-from distill.models.checks import naming
+from distill.models.derived import WeightedLoRA
 from distill.models.exported import FACTS, read_export
 from distill.models.families.base import DEFAULT_PIXELS, Family
 from distill.models.families.loading import load_network, open_pipeline
 from distill.models.families.registry import FAMILIES, family_of_network, network_of
 from distill.models.families.teacher import DECODED_PIXELS
-from distill.models.lora import LORA_FILE
+from distill.models.lora_files import put_lora, use_weights
 from distill.models.schedulers import make_scheduler, noise_of, sigmas_for, timesteps_for
 
 SIDES = 8
 """The pipelines of diffusers take sides that are multiples of it, whatever their autoencoder makes of them."""
+
+_BESIDE = "beside"  # how adapters are called that are no student's
 
 
 def load_pipeline(
@@ -34,6 +36,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     own_scheduler: bool = False,
+    beside: Sequence[WeightedLoRA] = (),
 ) -> Any:
     """A stock diffusers pipeline of the folder's or repository's parts, with a LoRA file or folder if one is given.
 
@@ -42,7 +45,7 @@ def load_pipeline(
 
     Instead of a LoRA, the export of a student that is a full network (a folder with `unet` or `transformer`) replaces
     the pipeline's network. An export's scheduler is the one that it names; with `own_scheduler` a LoRA's stays the
-    model's own.
+    model's own. Further LoRAs, `beside` it, have weights of their own and no say in how the pipeline samples.
 
     Raises:
         FileNotFoundError: no pipeline or no LoRA there.
@@ -58,10 +61,17 @@ def load_pipeline(
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
+    weights = {}
     if lora is not None and not _is_network(Path(lora)):
-        _load_lora(pipeline, lora, lora_scale, described.family)
+        put_lora(pipeline, lora, described.family, "student")
+        weights["student"] = lora_scale
         if not own_scheduler and sampling_of(lora):
             use_export_sampler(pipeline, lora)
+    for i, one in enumerate(beside):
+        put_lora(pipeline, one.path, described.family, f"{_BESIDE}{i}", "loras")
+        weights[f"{_BESIDE}{i}"] = one.weight
+    if weights:
+        use_weights(pipeline, weights)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -79,34 +89,6 @@ def use_network(pipeline: Any, folder: Path, family: Family) -> None:
 def _is_network(folder: Path) -> bool:
     there = any((folder / family.network.folder).is_dir() for family in FAMILIES.values())
     return there and not list(folder.glob("*.safetensors"))
-
-
-def _load_lora(pipeline: Any, lora: str | Path, scale: float, family: Family) -> None:
-    """Puts a LoRA of any format that diffusers reads onto the pipeline, all of it or nothing."""
-    named: dict[str, Any] = {"use_safetensors": True}
-    if (Path(lora) / LORA_FILE).is_file():
-        named["weight_name"] = LORA_FILE  # diffusers 0.38 contacts the hub otherwise
-    with naming(Path(lora)):
-        tensors = family.lora.seen(pipeline, str(lora), **named)
-    modules = dict(network_of(pipeline).named_modules())
-    if misfits := [key for key, x in tensors.items() if not _fits(modules, key, x)]:
-        raise ValueError(
-            f"lora={lora} is not of this model: {len(misfits)} of its {len(tensors)} tensors have no place in its "
-            f"network, as {misfits[0]} {list(tensors[misfits[0]].shape)}"
-        )
-    with naming(Path(lora)):
-        pipeline.load_lora_weights(str(lora), adapter_name="student", **named)
-        pipeline.set_adapters(["student"], [scale])
-
-
-def _fits(modules: Mapping[str, Any], key: str, tensor: Tensor) -> bool:
-    """Whether a LoRA's tensor belongs to one of the network's modules: A [rank, in, ...] and B [out, rank, ...]."""
-    name, _, kind = key.partition(".lora_")
-    weight = getattr(modules.get(name), "weight", None)
-    if weight is None or kind.partition(".")[0] not in ("A", "B"):
-        return weight is not None
-    width = weight.shape[1 if kind.startswith("A") else 0]
-    return tensor.ndim == weight.ndim and tensor.shape[1 if kind.startswith("A") else 0] == width
 
 
 def sampling_of(folder: str | Path) -> Sampling | None:
@@ -175,11 +157,13 @@ def use_adapters(pipeline: Any, weights: Mapping[str, float]) -> None:
 
 
 def is_student(pipeline: Any) -> bool:
-    """Whether a pipeline is a student as it was loaded: it has a LoRA, or comes with LCM's sampler.
+    """Whether a pipeline is a student as it was loaded: it has a student's LoRA, or comes with LCM's sampler.
 
     An export's folder says it for sure (`sampling_of`).
     """
-    return bool(pipeline.get_list_adapters()) or isinstance(pipeline.scheduler, (LCMScheduler, FlowMatchLCMScheduler))
+    adapters = {name for names in pipeline.get_list_adapters().values() for name in names}
+    own = any(not name.startswith(_BESIDE) for name in adapters)
+    return own or isinstance(pipeline.scheduler, (LCMScheduler, FlowMatchLCMScheduler))
 
 
 def embeds_guidance(pipeline: Any) -> bool:

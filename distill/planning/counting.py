@@ -355,7 +355,7 @@ def architecture(model: ModelSettings, sizes: Sequence[str] | str | None = None)
     Raises:
         ConfigError: neither of them; or the folder is no pipeline of a known family.
     """
-    path = model.pretrained_model_name_or_path
+    path = model.config or model.pretrained_model_name_or_path  # a single file has the sizes of its configs' folder
     names = {_settings_of(name)["pretrained_model_name_or_path"]: name for name in PUBLISHED}
     if path in names:
         (family, config), tokens = published(names[path]), TOKENS

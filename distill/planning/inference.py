@@ -143,7 +143,7 @@ class _Method(torch.nn.Module):
 
 
 def _autoencoder(model: ModelSettings) -> Any:
-    folder = Path(model.pretrained_model_name_or_path)
+    folder = Path(model.config or model.pretrained_model_name_or_path)
     config = read_json(folder, "vae/config.json") if folder.is_dir() else VAE
     with torch.device("meta"):
         return AutoencoderKL.from_config(config)
@@ -151,7 +151,7 @@ def _autoencoder(model: ModelSettings) -> Any:
 
 def _encoders(built: Architecture, model: ModelSettings) -> float:
     """Weights of the text encoders; of a folder by the size of its files, as if they were in float32."""
-    folder = Path(model.pretrained_model_name_or_path)
+    folder = Path(model.config or model.pretrained_model_name_or_path)
     if not folder.is_dir():
         return ENCODERS[built.teacher.family.name]
     towers = built.teacher.family.text.towers

@@ -15,6 +15,7 @@ from yaml import YAMLError
 from distill.config.settings import ModelSettings, TrainSettings
 from distill.data.words import counted
 from distill.diffusion.prediction import Prediction
+from distill.models.derived import SINGLE, WeightedLoRA
 from distill.models.families.registry import FAMILIES
 from distill.models.formats import LORA_FORMATS
 from distill.models.schedulers import as_code, scheduler_settings, sigmas_for, timesteps_for
@@ -124,9 +125,16 @@ def _introduction(export: Export) -> str:
     paper = f": {_plain(export.paper)}" if export.paper else ""
     return (
         f"A {what} that generates in {counted(export.sampling.steps or '1 to 8', 'step')}, distilled from "
-        f"{_code_span(export.base_model)} (SHA-256 of its UNet: {_code_span(export.base_hash)}).\n"
+        f"{_code_span(export.base_model)}{_merged(export)} (SHA-256 of its UNet: {_code_span(export.base_hash)}).\n"
         f"Method: {_plain(export.method)}{paper}."
     )
+
+
+def _merged(export: Export) -> str:
+    """The LoRAs that were merged into the base model, for a sentence."""
+    loras = [WeightedLoRA.read(text) for text in export.settings.model.loras]
+    named = [f"{_code_span(Path(lora.path).name)} at {lora.weight:g}" for lora in loras]
+    return f" with {' and '.join(named)} merged into it" if named else ""
 
 
 def _plain(value: Any) -> str:
@@ -361,7 +369,21 @@ def _base(export: Export) -> str:
     model = export.settings.model
     given = {"revision": model.revision, "variant": model.variant}
     more = "".join(f", {key}={_literal(value)}" for key, value in given.items() if value is not None)
-    return f"pipeline = DiffusionPipeline.from_pretrained({_literal(export.base_model)}{more})"
+    if model.config is not None:  # a single file
+        cls, file = FAMILIES[export.family].pipeline, f"{export.base_model}{SINGLE}"
+        lines = [f"pipeline = diffusers.{cls}.from_single_file({_literal(file)})"]
+        lines.insert(0, "import diffusers")
+    else:
+        lines = [f"pipeline = DiffusionPipeline.from_pretrained({_literal(export.base_model)}{more})"]
+    loras = [WeightedLoRA.read(text) for text in model.loras]
+    for i, lora in enumerate(loras):
+        file = _literal(Path(lora.path).name)
+        lines.append(f'pipeline.load_lora_weights(".", weight_name={file}, adapter_name="lora{i}")')
+    if loras:
+        names, weights = [f"lora{i}" for i in range(len(loras))], [lora.weight for lora in loras]
+        lines.append(f"pipeline.set_adapters({json.dumps(names)}, {weights})")
+        lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
+    return "\n".join(lines)
 
 
 def _sampler(export: Export) -> tuple[str, str]:

@@ -19,12 +19,13 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from distill.config.loading import ConfigError, build, checking
-from distill.config.settings import TrainSettings
+from distill.config.settings import ModelSettings, TrainSettings
 from distill.data.storage import sync_folder
 from distill.diffusion.noise import AnyNoise
 from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
 from distill.models.denoiser import NetworkDenoiser
+from distill.models.derived import SINGLE
 from distill.models.exported import FACTS
 from distill.models.families.loading import load_teacher
 from distill.models.families.teacher import Teacher
@@ -36,7 +37,7 @@ from distill.models.schedulers import make_scheduler
 from distill.models.single_file import save_single_file
 from distill.training.checkpoint import read_weights
 from distill.training.run import checkpoints_of, read_run, writing
-from distill.training.teacher import as_set
+from distill.training.teacher import as_set, located
 from distill.training.used_data import UsedData, data_of, learned_guidance, set_guidance
 
 
@@ -149,7 +150,7 @@ def write_student(
     wanted = _chosen(student, formats)
     with checking():
         step, weights = read_weights(checkpoints_of(run), "student", checkpoint, use_ema)
-    model = settings.model
+    model = located(settings.model)
     teacher = load_teacher(
         model.pretrained_model_name_or_path,
         revision=model.revision,
@@ -193,7 +194,7 @@ def _export_of(
         name=name,
         formats=formats,
         dtype=str(dtype).removeprefix("torch."),
-        base_model=teacher.teacher_id.removesuffix(f"@{settings.model.revision}"),
+        base_model=_base_model(settings.model, teacher),
         base_hash=teacher.teacher_hash,
         family=teacher.family.name,
         step=step,
@@ -213,9 +214,17 @@ def _export_of(
     )
 
 
+def _base_model(model: ModelSettings, teacher: Teacher) -> str:
+    """The hub id of a teacher, or its folder's or file's name; without LoRAs that were merged into it."""
+    if not model.loras:
+        return teacher.teacher_id.removesuffix(f"@{model.revision}")
+    path = Path(model.pretrained_model_name_or_path)
+    return path.resolve().name.removesuffix(SINGLE) if path.exists() else str(path)
+
+
 def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: Prediction, dtype: torch.dtype) -> None:
     """Writes those of the export's formats that hold a full network, which the teacher's has become."""
-    model, sampling = export.settings.model, export.sampling
+    model, sampling = located(export.settings.model), export.sampling
     path = model.pretrained_model_name_or_path
     if "checkpoint" in export.formats:
         save_single_file(

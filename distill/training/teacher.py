@@ -6,10 +6,39 @@ from typing import Any
 
 import torch
 
-from distill.config.loading import checking
+from distill.config.loading import ConfigError, checking
 from distill.config.settings import ModelSettings
+from distill.models.derived import WeightedLoRA, is_single_file
 from distill.models.families.loading import load_teacher
 from distill.models.families.teacher import Teacher
+from distill.models.from_file import folder_of_file
+from distill.models.merged import folder_with_loras
+
+
+def located(model: ModelSettings) -> ModelSettings:
+    """The same model as a pipeline folder or hub id: what a single file, or LoRAs to be merged, have become.
+
+    Raises:
+        FileNotFoundError: a file or folder is not there.
+        ConfigError: settings that do not go together, or files that cannot be used.
+    """
+    path = model.pretrained_model_name_or_path
+    with checking():
+        single = is_single_file(path)
+    if not single and model.config is not None:
+        raise ConfigError(f"model.config is for a model in a single .safetensors file, and {path} is none")
+    if not single and not model.loras:
+        return model
+    if single and (model.variant or model.revision):
+        raise ConfigError("model.variant and model.revision are for folders and the hub: a single file has neither")
+    given = {"revision": model.revision, "variant": model.variant}
+    with checking():
+        if single:
+            path = str(folder_of_file(path, model.config))
+        if model.loras:
+            path = str(folder_with_loras(path, [WeightedLoRA.read(lora) for lora in model.loras], **given))
+    found: dict[str, Any] = {"pretrained_model_name_or_path": path, "revision": None, "config": None, "loras": []}
+    return model.model_copy(update=found)
 
 
 def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: Any) -> Teacher:
@@ -19,6 +48,7 @@ def open_teacher(model: ModelSettings, parts: tuple[str, ...] = (), **loading: A
         FileNotFoundError: see `load_teacher`.
         ConfigError: what `load_teacher` refuses; see `as_set`.
     """
+    model = located(model)
     with checking():
         teacher = load_teacher(
             model.pretrained_model_name_or_path,

@@ -156,7 +156,7 @@ def load_teacher(
             teacher.parts[part] = _load_vae(described, str(vae), vae_dtype or torch.float32)
         else:
             wanted = {"network": dtype, "text": text_dtype}.get(part, torch.float32)
-            teacher.parts[part] = _load_part(part, described, wanted, variant, max_tokens)
+            teacher.parts[part] = load_part(part, described, wanted, variant, max_tokens)
     for module in modules_of(teacher.parts):
         module.requires_grad_(False).eval()
     return teacher
@@ -188,7 +188,7 @@ def open_pipeline(
     parts = [part for part in PARTS if part != "network" or network is None]
     teacher, described = _open(path, parts, revision, variant)
     for part in parts:
-        teacher.parts[part] = _load_part(part, described, torch.float32, variant)
+        teacher.parts[part] = load_part(part, described, torch.float32, variant)
     if network is not None:
         teacher.parts["network"] = network
     return teacher.pipeline(described.own_scheduler()), described
@@ -196,7 +196,7 @@ def open_pipeline(
 
 def _open(path: str, parts: Sequence[str], revision: str | None, variant: str | None) -> tuple[Teacher, PipelineFacts]:
     """A teacher without its parts."""
-    components = _folders("network") + [name for part in parts for name in _folders(part_named(part))]
+    components = folders_of("network") + [name for part in parts for name in folders_of(part_named(part))]
     described = check_pipeline(path, find_pipeline(path, components, revision, variant))
     folder, family, side = described.folder, described.family, described.side
     noise = family.noise(described.noise, (side // family.network.patch(described.network)) ** 2)
@@ -216,7 +216,7 @@ def _open(path: str, parts: Sequence[str], revision: str | None, variant: str | 
     return teacher, described
 
 
-def _folders(part: str) -> list[str]:
+def folders_of(part: str) -> list[str]:
     """The sub-folders that a part may live in, of whatever family the pipeline is."""
     if part == "vae":
         return ["vae"]
@@ -242,9 +242,10 @@ def _identity(path: str, folder: Path, revision: str | None) -> str:
     return f"{path}@{revision}" if revision else path
 
 
-def _load_part(
+def load_part(
     part: str, described: PipelineFacts, dtype: torch.dtype, variant: str | None, max_tokens: int | None = None
 ) -> Any:
+    """One of the parts of a pipeline that `check_pipeline` has checked; for errors see `load_teacher`."""
     folder, family, index = described.folder, described.family, described.index
     if part == "text":
         towers = family.text.load(folder, index, described.network, dtype, variant, max_tokens)
