@@ -156,6 +156,21 @@ def test_a_run_resumes_among_sizes_as_if_it_had_not_stopped(given: Given, tmp_pa
     assert [row["loss"] for row in rest] == [row["loss"] for row in whole] and len(whole) == 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("conditional", [False, True])
+def test_critics_learn_from_several_sizes(conditional: bool, given: Given, tmp_path: Path) -> None:
+    """A discriminator and a fake score beside the student, whose samples have the size of the step."""
+    critics = "{segments: 1, grid: 5, skip: 200, source: student, student_steps: 2, matching: 0.5, adversarial: 0.5, "
+    stages = f"method.stages=[{{segments: 1, skip: 100, iterations: 1}}, {critics} iterations: 6}}]"
+    rows = train(
+        *(tmp_path, *given.usual, "method=mlcm_critics", stages, "max_train_steps=7", "engine=single"),
+        *("validation_prompts=null", "ema_decay=0.9", f"networks.discriminator.conditional={conditional}".lower()),
+    )
+    assert all(
+        np.isfinite(row["student/adversarial_loss"]) for row in rows if row["step"] > 1 and "student/loss" in row
+    )
+
+
 def test_settings_that_are_not_the_stores_are_refused(given: Given, tmp_path: Path, monkeypatch: Any) -> None:
     arguments = [*given.usual, *TRAINED, "max_train_steps=1", f"output_dir={tmp_path}", "data.sizes=[24x24,32x16]"]
     monkeypatch.setattr("sys.argv", ["train", *arguments])
