@@ -23,14 +23,14 @@ from distill.data.heldout import within
 from distill.data.images import Accept, list_pictures
 from distill.data.reader import open_store
 from distill.data.sizes import read_sizes
-from distill.diffusion.schedule import NoiseSchedule
 from distill.models.families.loading import load_teacher
-from distill.models.families.teacher import Teacher
 from distill.planning.counting import architecture
 from distill.training.assembly import train_run
 from distill.training.heldout import HELDOUT, TRAINING
 from distill.training.sizes import chosen_sizes, latent_shape, require_sizes
+from distill.training.trajectories import TrajectorySolver
 from distill.training.used_data import USED
+from tests.data.stores import PLAN
 from tests.forked import python
 from tests.tiny import save_tiny, tiny_pipeline
 
@@ -226,14 +226,37 @@ def test_pictures_are_cut_to_the_nearest_size_and_say_so(given: Given, tmp_path:
     assert [row["step"] for row in rows] == [1, 2, 3] and all(np.isfinite(row["loss"]) for row in rows)
 
 
-@dataclass
-class Shifted(Teacher):
-    """A teacher whose noise schedule depends on the size of its images, as those of some flow models do."""
+def test_solves_of_flow_matching_have_their_sizes_too(tmp_path: Path) -> None:
+    """SD3 in two sizes: from the same noise to where the diffusers pipeline gets at that height and width."""
+    teacher = load_teacher(save_tiny(tmp_path, "sd3"), parts=("network", "text"))
+    plan = replace(PLAN, resolution=24, guidance=5.0, times=(1000, 0), sizes=("24x24", "32x16"), dtype="float32")
+    plan = replace(plan, text_dtype="float32")
+    require_sizes(teacher, plan.image_sizes)
+    solve, pipeline = TrajectorySolver(teacher, plan, "cpu", lambda i: i), tiny_pipeline("sd3")
+    pipeline.set_progress_bar_config(disable=True)
+    for i, size in enumerate(plan.image_sizes):
+        solved = solve([i], ["snow"])
+        assert solved.states.shape[3:] == (size.height // 4, size.width // 4)
+        end = pipeline(
+            "snow",
+            height=size.height,
+            width=size.width,
+            sigmas=[1 - k / 4 for k in range(4)],
+            guidance_scale=5.0,
+            latents=solved.states[:, 0],
+            output_type="latent",
+        ).images
+        assert torch.allclose(end, solved.states[:, -1], atol=1e-4)
 
-    def at_resolution(self, pixels: int | None) -> Teacher:
-        found = super().at_resolution(pixels)
-        steeper = NoiseSchedule.scaled_linear(beta_end=0.012 + 1e-5 * (found.resolution - 24))
-        return replace(found, schedule=steeper)
+
+def test_a_teacher_whose_noise_depends_on_the_size_is_refused_several(tmp_path: Path) -> None:
+    dynamic = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
+    folder = save_tiny(tmp_path, "sd3", **dynamic)
+    teacher = load_teacher(folder, parts=())
+    require_sizes(teacher, read_sizes("24x24"))
+    with pytest.raises(ValueError, match="the noise schedule of .* depends on the size of its images.*model.shift"):
+        require_sizes(teacher, read_sizes(["24x24", "32x16"]))
+    require_sizes(teacher.at_shift(2.0), read_sizes(["24x24", "32x16"]))
 
 
 def test_sizes_that_a_teacher_cannot_have_are_one_line(given: Given) -> None:
@@ -241,11 +264,6 @@ def test_sizes_that_a_teacher_cannot_have_are_one_line(given: Given) -> None:
     assert latent_shape(teacher, read_sizes("32x16")[0]) == (5, 8, 16) and latent_shape(teacher) == (5, 12, 12)
     with pytest.raises(ValueError, match="33x16 is no size for teacher: resolution must be a multiple of 2 pixels"):
         require_sizes(teacher, read_sizes(["33x16"]))
-    facts = {name: getattr(teacher, name) for name in teacher.__dataclass_fields__ if not name.startswith("_")}
-    shifted = Shifted(**facts | {"schedule": NoiseSchedule.scaled_linear()})
-    require_sizes(shifted, read_sizes("24x24"))
-    with pytest.raises(ValueError, match="the noise schedule of teacher depends on the size of its images"):
-        require_sizes(shifted, read_sizes(["24x24", "32x16"]))
 
     def data(**changes: Any) -> DataSettings:
         return DataSettings(store="STORE", guidance=1.0, **changes)
