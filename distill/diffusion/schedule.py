@@ -117,6 +117,15 @@ class NoiseSchedule:
         return self.shift is not None
 
     @property
+    def usual_sampling(self) -> tuple[str, str]:
+        """The sampler and the spacing of students whose method leaves both open.
+
+        Of flow matching it is Euler: pipelines hand LCM's scheduler no generator there, so that what it draws would not
+        depend on a picture's seed alone.
+        """
+        return ("ddim", "trailing") if self.is_linear else ("lcm", "lcm")
+
+    @property
     def kind(self) -> str:
         """What messages call such noise."""
         return "flow-matching" if self.is_linear else "variance-preserving"

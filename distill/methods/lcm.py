@@ -16,6 +16,7 @@ from distill.diffusion.schedule import NoiseSchedule, add_noise
 from distill.diffusion.solver import ddim_step
 from distill.diffusion.trajectory import Batch, CleanEnd, Pair, Reads, Transition
 from distill.methods.base import Losses, Method, Networks, Turn
+from distill.methods.sampling import Sampling
 
 SOURCES = ("trajectory", "noised")
 DISTANCES = ("huber", "l2")
@@ -68,6 +69,7 @@ class LCM(Method):
         if not 0 < huber_c < math.inf:
             raise ValueError(f"method.huber_c must be above 0, got {huber_c}")
         self.schedule, self.source, self.skip = schedule, source, skip
+        self.sampling = Sampling(*schedule.usual_sampling)
         self.w_min, self.w_max = w_min, w_max
         self.guidance = (w_min, w_max) if source == "noised" else None
         self.distance, self.huber_c = loss, huber_c

@@ -23,6 +23,7 @@ from distill.diffusion.segments import Segments
 from distill.diffusion.solver import ddim_step
 from distill.diffusion.trajectory import Batch, CleanEnd, Pair, Reads, Transition
 from distill.methods.base import Losses, Method, Networks, Reward, Turn
+from distill.methods.sampling import Sampling
 
 SOURCES = ("trajectory", "rollout", "student")
 SPACES = ("z_end", "x0", "v")
@@ -152,6 +153,7 @@ class MLCM(Method):
                 key = name.partition("_score")[0]
                 raise ValueError(f"method.{key}_learning_rate must be above 0, got {rate}")
         self.schedule, self.w, self.rates = schedule, guidance, rates
+        self.sampling = Sampling(*schedule.usual_sampling)
         try:
             self.adversary = Adversary(schedule, adversarial_loss, tuple(renoise_times), tuple(renoise_weights), r1)
         except ValueError as error:

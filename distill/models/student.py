@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from distill.models.lora import (
     merge_lora,
     save_lora,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class LoRAStudent:
@@ -140,7 +143,7 @@ class FullStudent:
 
     Args:
         guidance_embedding_dim: of the Fourier features of w, for a network that does not take them already. None adds
-            none: the student does not take guidance as an input.
+            none: the student does not take guidance as an input; nor does one of a family whose networks cannot.
         guidance_start: of their projection into the time embedding. `zero`: the student starts as it was, blind to w.
             `random`: as torch starts a layer, so that w counts from the first step on, and changes what the student
             starts as.
@@ -200,7 +203,13 @@ class FullStudent:
         network, guidance = teacher.network, teacher.family.guidance
         if start is not None and start.is_lora:
             _merge(network, start, teacher.family)
-        if self.guidance_embedding_dim is not None:
+        if self.guidance_embedding_dim is not None and not (guidance.weights or guidance.taken(network.config)):
+            _log.warning(
+                "a %s cannot be given guidance as an input: the student learns without it, as it does with "
+                "student=full_unguided",
+                type(network).__name__,
+            )
+        elif self.guidance_embedding_dim is not None:
             guidance.add(network, self.guidance_embedding_dim, seed if self.guidance_start == "random" else None)
         if start is not None and not start.is_lora:
             _fill(network, start, guidance.weights)
@@ -210,7 +219,9 @@ class FullStudent:
 
     def finish(self, teacher: Teacher, weights: Mapping[str, Tensor]) -> None:
         """Puts trained `weights`, by their names in the network, into `teacher.network`."""
-        teacher.network.load_state_dict(dict(weights))
+        network = teacher.network
+        fixed = {name: x for name, x in network.state_dict().items() if name not in dict(network.named_parameters())}
+        network.load_state_dict(fixed | dict(weights))  # a table of positions is no weight, and is not trained
 
 
 def as_teacher(teacher: Teacher, export: Exported) -> Teacher:
