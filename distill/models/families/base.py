@@ -231,7 +231,8 @@ class Guidance:
         it was distilled already (`none`).
 
         Args:
-            index: the pipeline's `model_index.json`.
+            index: the pipeline's `model_index.json`; if it names no `_name_or_path`, that is where it
+                was opened from.
         """
         return "cfg"
 

@@ -51,6 +51,11 @@ class PipelineFacts:
         return bool(self.index.get("force_zeros_for_empty_prompt", usual))
 
     @property
+    def guidance_form(self) -> str:
+        """What guides the network; see `Guidance.form`. It may be known by the pipeline's name alone."""
+        return self.family.guidance.form(self.network, {"_name_or_path": self.path} | self.index)
+
+    @property
     def side(self) -> int:
         """Of the states that its network was trained for."""
         return self.family.network.side(self.network) or DEFAULT_PIXELS // self.family.latents.factor(self.vae)
@@ -209,7 +214,7 @@ def _open(path: str, parts: Sequence[str], revision: str | None, variant: str | 
         resolution=side * family.latents.factor(described.vae),
         latent_shape=(family.latents.channels(described.vae), side, side),
         zeros_for_empty=described.zeros_for_empty,
-        second_pass=family.guidance.form(described.network, described.index) == "cfg",
+        second_pass=described.guidance_form == "cfg",
         weight_files=weight_files(folder, family.network.folder, variant),
         config=described.network,
     )
@@ -228,8 +233,7 @@ def folders_of(part: str) -> list[str]:
 
 def _refuse_students(described: PipelineFacts) -> None:
     """Raises ValueError for a network that was distilled already."""
-    guidance = described.family.guidance
-    if guidance.form(described.network, described.index) == "none":
+    if described.guidance_form == "none":
         raise ValueError(
             f"{described.path} cannot be a teacher: its network takes guidance as an input or needs none, so it is a "
             "student already; take the model that it was distilled from, or set model.allow_distilled=true"
