@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from diffusers.models import AutoencoderKL
@@ -32,13 +30,6 @@ def untrained_flow_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pi
         shift_factor=round(latents.mean().item(), 5), scaling_factor=round(1 / latents.std().item(), 5)
     )
     return build_flow_pipeline(folded)
-
-
-def load_flow_pipeline(folder: Path) -> StableDiffusion3Pipeline:
-    """A pipeline that the study has written."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def random_times(count: int, random: torch.Generator) -> Tensor:

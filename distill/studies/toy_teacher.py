@@ -38,7 +38,6 @@ from distill.evaluation.pipelines import load_pipeline
 from distill.studies.toy_flow import (
     flow_matching_loss,
     generate_flow_images,
-    load_flow_pipeline,
     untrained_flow_pipeline,
 )
 from distill.toy import teacher as toy
@@ -433,7 +432,7 @@ class ToyScorer:
 @torch.no_grad()
 def evaluate(recipe: ToyRecipe, output: Path, count: int, tuning_count: int) -> None:
     """Tunes spacing and guidance for every number of steps on one seed, reports the best on three others."""
-    pipeline = recipe.load(output / f"teacher{recipe.suffix}")
+    pipeline = load_pipeline(str(output / f"teacher{recipe.suffix}"), own_scheduler=True)
     judge = output / "judge.safetensors"
     measure = ToyScorer(load_judge(judge if judge.exists() else judge_file()))
     seeds = (101, 102, 103)
@@ -533,7 +532,6 @@ class ToyRecipe:
         spacings: of the times that it is sampled at.
         untrained: trained VAE, seed -> its pipeline before training.
         loss: pipeline, scaled latents [B, C, 8, 8], labels [B], random numbers -> scalar.
-        load: folder -> its pipeline.
         generate: pipeline, count, seed, steps, spacing, guidance -> pictures [count, 3, 32, 32] in [-1, 1].
     """
 
@@ -545,7 +543,6 @@ class ToyRecipe:
     spacings: tuple[str, ...]
     untrained: Callable[[AutoencoderKL, int], toy.Pipeline]
     loss: Callable[[toy.Pipeline, Tensor, Tensor, torch.Generator], Tensor]
-    load: Callable[[Path], toy.Pipeline]
     generate: Callable[[toy.Pipeline, int, int, int, str, float], Tensor]
 
 
@@ -559,7 +556,6 @@ RECIPES = {
         spacings=("leading", "trailing"),
         untrained=untrained_pipeline,
         loss=noise_loss,
-        load=lambda folder: load_pipeline(str(folder), own_scheduler=True),
         generate=generate_images,
     ),
     "flow": ToyRecipe(
@@ -571,7 +567,6 @@ RECIPES = {
         spacings=("default", "trailing"),
         untrained=untrained_flow_pipeline,
         loss=flow_matching_loss,
-        load=load_flow_pipeline,
         generate=generate_flow_images,
     ),
 }

@@ -174,7 +174,6 @@ BY_NAME = {  # classes of this project's own choice, which read tensors and conf
     "distill/commands/export.py": {"PeftModel", "cls"},  # of the export that was just written
     "distill/studies/control.py": {"ControlNetModel"},  # these have written what they read
     "distill/studies/toy_teacher.py": {"AutoencoderKL"},
-    "distill/studies/toy_flow.py": {"StableDiffusion3Pipeline"},
 }
 
 

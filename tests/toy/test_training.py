@@ -43,7 +43,7 @@ def test_the_flow_teacher_trains_beside_the_other_with_the_same_autoencoder_and_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def transformer(name: str) -> dict[str, torch.Tensor]:
-        return training.load_flow_pipeline(tmp_path / name / "teacher_flow").transformer.state_dict()
+        return training.load_pipeline(str(tmp_path / name / "teacher_flow")).transformer.state_dict()
 
     train(tmp_path / "one", "steps=2", "stages=[denoiser]", "teacher=flow")
     assert "the autoencoder is the bundled teacher's" in capsys.readouterr().out
