@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.diffusion.prediction import Prediction
+from distill.models.families.registry import FAMILIES
 from distill.models.folder import stored_tensors, weight_files, weights_hash
-from distill.models.formats import FOLDER_FORMATS
+from distill.models.formats import FOLDER_FORMATS, format_named
 from distill.models.lora import lora_file
 
 FACTS = "distill.json"
@@ -26,6 +27,7 @@ class Exported:
         folder: of the export.
         formats: those it holds.
         base_hash: identity of the model that it was distilled from, which its LoRA belongs on.
+        network: the sub-folder of its network, where it holds one.
         prediction: what its network predicts; None, in exports that do not say, is what that model predicts.
         sampling: how it is sampled, by the names of `Sampling`'s fields; empty in exports that do not say.
         shift: of the noise levels that it learned; None without flow matching.
@@ -34,6 +36,7 @@ class Exported:
     folder: Path
     formats: tuple[str, ...]
     base_hash: str
+    network: str = "unet"
     prediction: Prediction | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     shift: float | None = None
@@ -46,7 +49,7 @@ class Exported:
     @property
     def files(self) -> Sequence[Path]:
         """The files of the weights that are used; raises FileNotFoundError if they are gone."""
-        return [lora_file(self.folder)] if self.is_lora else weight_files(self.folder, "unet")
+        return [lora_file(self.folder)] if self.is_lora else weight_files(self.folder, self.network)
 
     @cached_property
     def weights_hash(self) -> str:
@@ -76,6 +79,7 @@ def read_export(folder: str | Path) -> Exported:
             folder,
             tuple(facts["formats"]),
             facts["base_hash"],
+            FAMILIES.find(facts.get("family", "sd15")).network.folder,
             None if prediction is None else Prediction(prediction),
             facts.get("sampling", {}),
             facts.get("noise", {}).get("shift"),
@@ -93,10 +97,10 @@ def open_export(folder: str | Path) -> Exported:
         ValueError: no export is there, or one without weights that a run takes up.
     """
     export = read_export(folder)
-    if not {"diffusers", *FOLDER_FORMATS} & set(export.formats):
+    if not {"diffusers", *FOLDER_FORMATS} & set(map(format_named, export.formats)):
         raise ValueError(
             f"{export.folder} holds {', '.join(export.formats)}: a run takes up a LoRA for diffusers or a whole "
-            "network, export it with formats=[diffusers] or formats=[unet]"
+            "network, export it with formats=[diffusers] or formats=[network]"
         )
     try:
         _ = export.files

@@ -1,4 +1,4 @@
-"""The formats a student is exported in, and those that hold a full network: a UNet's folder, a pipeline's folder."""
+"""The formats a student is exported in, and those that hold a full network: its own folder, a pipeline's folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from distill.diffusion.noise import AnyNoise, read_noise
 from distill.models.checks import check_folder, component
 from distill.models.copied import COPIED, copy_parts
 from distill.models.families.base import Family
-from distill.models.families.registry import family_of_network
+from distill.models.families.registry import FAMILIES, family_of_network
 from distill.models.files import rounded
 from distill.models.folder import find_pipeline, read_json
 
-LORA_FORMATS = ("diffusers", "peft", "kohya")
-FOLDER_FORMATS = ("unet", "pipeline")
-"""Formats with the sub-folder `unet`, from which a later run can take a network."""
+LORA_FORMATS = ("diffusers", "peft", "comfyui", "kohya")
+"""All that there are; a family has those that its `LoRA.formats` names."""
+NAMED_FORMATS = ("comfyui", "kohya")
+"""Those of one file that is called like the export, in a sub-folder of the format's name."""
+NETWORK = "network"
+"""The network alone. An export says the name of its sub-folder, `unet` or `transformer`, which users may type too."""
+FOLDER_FORMATS = (NETWORK, "pipeline")
+"""Formats with a sub-folder of the network, from which a later run can take it."""
 NETWORK_FORMATS = (*FOLDER_FORMATS, "checkpoint")
 _ONE_FILE = "1TB"  # a shard's greatest size: ComfyUI and others load a network from one file
 _OF_PIPELINES = (
@@ -30,6 +35,11 @@ _OF_PIPELINES = (
     "requires_safety_checker",
     "add_watermarker",
 )
+
+
+def format_named(name: str) -> str:
+    """A format by one of its names: those of networks' sub-folders are names of `NETWORK`."""
+    return NETWORK if name in {family.network.folder for family in FAMILIES.values()} else name
 
 
 def save_network(folder: Path, network: Any, dtype: torch.dtype, family: Family | None = None) -> None:

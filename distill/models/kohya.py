@@ -16,14 +16,22 @@ from distill.models.lora import lora_config, save_lora_file
 _PREDICTIONS = {Prediction.EPSILON: "epsilon", Prediction.V: "v"}
 
 
-def save_kohya(path: Path, teacher: Teacher, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+def save_kohya(
+    path: Path,
+    teacher: Teacher,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    format: str = "kohya",
+) -> None:
     """Writes the adapters of `teacher.network`, with the values of `state` (see `lora_state_dict`), to one file.
+
+    It is called like the export, because user interfaces show files by their names.
 
     Raises:
         ValueError: an adapter that `state` lacks, or a value that the dtype cannot hold.
     """
     metadata = kohya_metadata(teacher, path.name.removesuffix(".safetensors"))
-    save_lora_file(path, teacher.network, state, format="kohya", dtype=dtype, metadata=metadata, family=teacher.family)
+    save_lora_file(path, teacher.network, state, format=format, dtype=dtype, metadata=metadata, family=teacher.family)
 
 
 def kohya_metadata(teacher: Teacher, name: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from distill.models.families.base import Family
 from distill.models.families.loading import load_network
 from distill.models.families.teacher import Teacher
 from distill.models.folder import stored_tensors
-from distill.models.formats import LORA_FORMATS, NETWORK_FORMATS
+from distill.models.formats import LORA_FORMATS, NAMED_FORMATS, NETWORK, NETWORK_FORMATS
 from distill.models.kohya import kohya_metadata, save_kohya
 from distill.models.lora import (
     ADAPTER,
@@ -115,7 +115,7 @@ class LoRAStudent:
     ) -> None:
         """Writes trained `weights`, by their names in the network, as LoRA files.
 
-        kohya's is `kohya/<name>.safetensors`.
+        Beside those of `save_lora`, each format has a file of the export's name, `kohya/<name>.safetensors`.
 
         Raises:
             ValueError: a weight that is missing, or that the dtype cannot hold.
@@ -130,8 +130,9 @@ class LoRAStudent:
             metadata=metadata,
             family=teacher.family,
         )
-        if "kohya" in formats:
-            save_kohya(folder / "kohya" / f"{name}.safetensors", teacher, weights, dtype)
+        for format in NAMED_FORMATS:
+            if format in formats:
+                save_kohya(folder / format / f"{name}.safetensors", teacher, weights, dtype, format)
 
     def finish(self, teacher: Teacher, weights: Mapping[str, Tensor]) -> None:
         """Merges trained `weights` into `teacher.network`, an ordinary network that then computes the student."""
@@ -154,7 +155,7 @@ class FullStudent:
     """
 
     formats: tuple[str, ...] = NETWORK_FORMATS
-    usual_formats: tuple[str, ...] = ("unet",)
+    usual_formats: tuple[str, ...] = (NETWORK,)
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from distill.data.words import counted
 from distill.diffusion.prediction import Prediction
 from distill.models.derived import SINGLE, WeightedLoRA
 from distill.models.families.registry import FAMILIES
-from distill.models.formats import LORA_FORMATS
+from distill.models.formats import LORA_FORMATS, NETWORK
 from distill.models.schedulers import as_code, scheduler_settings, sigmas_for, timesteps_for
-from distill.training.clients import CHECKPOINT, LORA, NETWORK, clients_of
+from distill.training.clients import CHECKPOINT, LORA, clients_of
 from distill.training.comfyui import why_none, workflows_of
 from distill.training.export import Export
 
@@ -31,7 +32,8 @@ _LICENCE = ("license", "license_name", "license_link")
 _EXAMPLE = "a lighthouse in the snow"
 _FILE_NAMES = {
     "kohya": "kohya/{name}.safetensors",
-    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "comfyui": "comfyui/{name}.safetensors",
+    NETWORK: "{network}/diffusion_pytorch_model.safetensors",
     "checkpoint": "checkpoint/{name}.safetensors",
     "pipeline": "the whole folder",
 }
@@ -79,7 +81,7 @@ def sample_steps(export: Export) -> tuple[int, ...]:
 
 
 def _header(export: Export) -> ModelCardData:
-    tags = ["text-to-image", FAMILIES[export.family].tag, "distillation", export.tag]
+    tags = ["text-to-image", FAMILIES.find(export.family).tag, "distillation", export.tag]
     lora = _is_lora(export)
     return ModelCardData(
         base_model=export.base_model,
@@ -122,10 +124,11 @@ def _is_lora(export: Export) -> bool:
 
 def _introduction(export: Export) -> str:
     what = "LoRA" if _is_lora(export) else "network"
+    network = FAMILIES.find(export.family).network.noun
     paper = f": {_plain(export.paper)}" if export.paper else ""
     return (
         f"A {what} that generates in {counted(export.sampling.steps or '1 to 8', 'step')}, distilled from "
-        f"{_code_span(export.base_model)}{_merged(export)} (SHA-256 of its UNet: {_code_span(export.base_hash)}).\n"
+        f"{_code_span(export.base_model)}{_merged(export)} (SHA-256 of its {network}: {_code_span(export.base_hash)}).\n"
         f"Method: {_plain(export.method)}{paper}."
     )
 
@@ -229,7 +232,8 @@ def _other_programs(export: Export) -> list[str]:
     """Which file, sampler, scheduler and nodes belong to which program; nothing without a file that one loads."""
     rows = []
     for client in clients_of(export.sampling, Prediction(export.prediction)):
-        found = [_FILE_NAMES[name].format(name=export.name) for name in client.formats if name in export.formats]
+        held = filter(export.holds, client.formats)
+        found = [_FILE_NAMES[format].format(name=export.name, network=export.network) for format in held]
         if found:
             rows.append((client, "<br>".join(_code_span(file) if "/" in file else file for file in found)))
     if not rows:
@@ -251,7 +255,7 @@ def _other_programs(export: Export) -> list[str]:
 
 def _workflows(export: Export) -> list[str]:
     """Where ComfyUI's workflows are, or why there are none."""
-    if not {LORA, NETWORK, CHECKPOINT} & set(export.formats):
+    if not any(map(export.holds, (LORA, NETWORK, CHECKPOINT))):
         return []
     if reason := why_none(export):
         return [f"No workflow for ComfyUI is written: {reason}."]
@@ -273,13 +277,14 @@ def _uses(export: Export, here: str) -> list[str]:
     texts = {
         "pipeline": _pipeline,
         "diffusers": _diffusers,
-        "kohya": _kohya,
-        "unet": _unet,
+        "comfyui": partial(_named, "comfyui"),
+        "kohya": partial(_named, "kohya"),
+        NETWORK: _network,
         "checkpoint": _checkpoint,
         "peft": _peft,
     }
     guidance = _guidance_text(export)
-    return [text(export, here) for name, text in texts.items() if name in export.formats] + [guidance]
+    return [text(export, here) for name, text in texts.items() if export.holds(name)] + [guidance]
 
 
 def _guidance_text(export: Export) -> str:
@@ -318,20 +323,20 @@ def _diffusers(export: Export, here: str) -> str:
     )
 
 
-def _kohya(export: Export, here: str) -> str:
+def _named(format: str, export: Export, here: str) -> str:
     file = _literal(f"{export.name}.safetensors")
     return _code(
-        f"As a LoRA under the name of this export, {_code_span(f'kohya/{export.name}.safetensors')}, in diffusers:",
+        f"As a LoRA under the name of this export, {_code_span(f'{format}/{export.name}.safetensors')}, in diffusers:",
         f"from diffusers import DiffusionPipeline, {_scheduler(export)}",
         "",
         _base(export),
-        f'pipeline.load_lora_weights({_literal(here)}, subfolder="kohya", weight_name={file})',
+        f'pipeline.load_lora_weights({_literal(here)}, subfolder="{format}", weight_name={file})',
         *_sampler(export),
     )
 
 
 def _checkpoint(export: Export, here: str) -> str:
-    cls = FAMILIES[export.family].pipeline
+    cls = FAMILIES.find(export.family).pipeline
     return _code(
         "As a checkpoint in one file, in diffusers:",
         f"from diffusers import {cls}, {_scheduler(export)}",
@@ -342,25 +347,27 @@ def _checkpoint(export: Export, here: str) -> str:
     )
 
 
-def _unet(export: Export, here: str) -> str:
+def _network(export: Export, here: str) -> str:
+    network, name = FAMILIES.find(export.family).network, export.network
     return _code(
-        "As a UNet, in diffusers:",
-        f"from diffusers import DiffusionPipeline, {_scheduler(export)}, UNet2DConditionModel",
+        f"As a {network.noun}, in diffusers:",
+        f"from diffusers import DiffusionPipeline, {_scheduler(export)}, {network.kind}",
         "",
         _base(export),
-        f'pipeline.unet = UNet2DConditionModel.from_pretrained({_literal(here)}, subfolder="unet")',
+        f'pipeline.{name} = {network.kind}.from_pretrained({_literal(here)}, subfolder="{name}")',
         *_sampler(export),
     )
 
 
 def _peft(export: Export, here: str) -> str:
+    name = export.network
     return _code(
         "As a LoRA, in PEFT:",
         f"from diffusers import DiffusionPipeline, {_scheduler(export)}",
         "from peft import PeftModel",
         "",
         _base(export),
-        f'pipeline.unet = PeftModel.from_pretrained(pipeline.unet, {_literal(here)}, subfolder="peft")',
+        f'pipeline.{name} = PeftModel.from_pretrained(pipeline.{name}, {_literal(here)}, subfolder="peft")',
         *_sampler(export),
     )
 

@@ -23,6 +23,7 @@ from distill.data.index import INDEX, StoreIndex
 from distill.data.reader import read_index
 from distill.data.record import StoreError
 from distill.data.storage import Folder
+from distill.models.formats import format_named
 from distill.training.checkpoint import Checkpoints
 from distill.training.export import FACTS, check_formats
 from distill.training.fitting import unread
@@ -195,7 +196,7 @@ def exported(export: Path, run: Path, formats: Sequence[str] = ()) -> bool:
         newest = facts["step"] == int((run / "DONE").read_text())
     except (OSError, ValueError, KeyError):
         return False
-    return complete and newest and set(formats) <= set(facts["formats"])
+    return complete and newest and set(map(format_named, formats)) <= set(map(format_named, facts["formats"]))
 
 
 def export_of(folder: Path) -> Path:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
+from distill.models.formats import NETWORK
 
 COMFYUI, WEBUI, INVOKEAI = "ComfyUI", "A1111, Forge", "InvokeAI"
-LORA, NETWORK, CHECKPOINT, FOLDER = "kohya", "unet", "checkpoint", "pipeline"
+LORA, CHECKPOINT, FOLDER = "kohya", "checkpoint", "pipeline"
 """Formats of exports: the files that these programs load."""
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
-from distill.training.clients import CHECKPOINT, COMFYUI, LORA, NETWORK, Client, clients_of
+from distill.models.formats import NETWORK
+from distill.training.clients import CHECKPOINT, COMFYUI, LORA, Client, clients_of
 from distill.training.export import Export
 
 FOLDER = "comfyui"
@@ -58,11 +59,11 @@ _PUBLISHED = {
 """Hub ids whose files are called as `Base.file` says."""
 
 _FILES = {
-    LORA: ("lora", "kohya/{name}.safetensors", "models/loras/{name}.safetensors"),
-    NETWORK: ("unet", "unet/diffusion_pytorch_model.safetensors", "models/diffusion_models/{name}.safetensors"),
-    CHECKPOINT: ("checkpoint", "checkpoint/{name}.safetensors", "models/checkpoints/{name}.safetensors"),
+    LORA: ("lora", "kohya/{name}.safetensors", "loras"),
+    NETWORK: ("{network}", "{network}/diffusion_pytorch_model.safetensors", "diffusion_models"),
+    CHECKPOINT: ("checkpoint", "checkpoint/{name}.safetensors", "checkpoints"),
 }
-"""For each format: the workflow's name, the export's file, and where ComfyUI looks for it."""
+"""For each format: the workflow's name, the export's file, and in which folder of models ComfyUI looks for it."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,11 @@ def workflows_of(export: Export) -> list[Workflow]:
     if why_none(export):
         return []
     found = []
-    for format in (format for format in _FILES if format in export.formats):
-        name, source, target = (part.format(name=export.name) for part in _FILES[format])
-        found.append(Workflow(f"{FOLDER}/{name}.json", source, target, _nodes(export, format, Path(target).name)))
+    for format in filter(export.holds, _FILES):
+        name, source, models = (part.format(name=export.name, network=export.network) for part in _FILES[format])
+        file = f"{export.name}.safetensors"
+        workflow = f"{FOLDER}/{name}.json"
+        found.append(Workflow(workflow, source, f"models/{models}/{file}", _nodes(export, format, file)))
     return found
 
 

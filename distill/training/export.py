@@ -27,10 +27,12 @@ from distill.methods.sampling import Sampling
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.derived import SINGLE
 from distill.models.exported import FACTS
+from distill.models.families.base import Family
 from distill.models.families.loading import load_teacher
+from distill.models.families.registry import FAMILIES
 from distill.models.families.teacher import Teacher
 from distill.models.files import share
-from distill.models.formats import LORA_FORMATS, save_network, save_pipeline
+from distill.models.formats import LORA_FORMATS, NETWORK, format_named, save_network, save_pipeline
 from distill.models.full_size import published_name
 from distill.models.kohya import checkpoint_metadata
 from distill.models.schedulers import make_scheduler
@@ -87,6 +89,15 @@ class Export:
     architecture: str | None = None
 
     @property
+    def network(self) -> str:
+        """What its pipeline calls its network, which is its sub-folder too: `unet` or `transformer`."""
+        return FAMILIES.find(self.family).network.folder
+
+    def holds(self, format: str) -> bool:
+        """Whether it is in this format, of which `NETWORK` goes by the network's own name here."""
+        return (self.network if format == NETWORK else format) in self.formats
+
+    @property
     def guidance_scale(self) -> float:
         """The guidance to sample with: 1, or, where w is an input, the validation's, within what was learned."""
         low, high = self.guidance
@@ -133,9 +144,10 @@ def write_student(
         name: of the export.
         checkpoint: `latest` or a step.
         use_ema: the moving average of the weights, where the run keeps one.
-        formats: `diffusers`, `peft`, `kohya` (LoRA files), `unet` (a full network), `pipeline` (the teacher's, with
-            that network and the student's scheduler), `checkpoint` (network, autoencoder and text encoders in one
-            file); None takes the student's usual ones.
+        formats: `diffusers`, `peft`, `comfyui`, `kohya` (LoRA files), `network` (a full network; `unet` or
+            `transformer`, the name of its sub-folder, says the same), `pipeline` (the teacher's, with that network and
+            the student's scheduler), `checkpoint` (network, autoencoder and text encoders in one file); those that
+            exist for the teacher's family; None takes the student's usual ones.
         dtype: of the student's weights in the files, and of all that is in a checkpoint; a pipeline's other parts are
             copied as they are.
         guidance: the w to fix, of a student that takes it as an input; None leaves the input.
@@ -147,7 +159,7 @@ def write_student(
     """
     settings = read_run(run)
     student = build(settings.student)
-    wanted = _chosen(student, formats)
+    _chosen(student, formats)
     with checking():
         step, weights = read_weights(checkpoints_of(run), "student", checkpoint, use_ema)
     model = located(settings.model)
@@ -157,6 +169,7 @@ def write_student(
         variant=model.variant,
         allow_distilled=model.allow_distilled,
     )
+    wanted = formats_of(student, teacher.family, formats)
     network = student.networks(teacher, keep_teacher=False)["student"]  # without its start: that is in its weights
     ema = use_ema and settings.ema_decay is not None
     export = _export_of(run, settings, teacher, network, name, wanted, dtype, step, ema, guidance)
@@ -246,12 +259,29 @@ def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: P
         save_pipeline(
             folder, teacher.network, path, dtype, scheduler, model.revision, model.variant, family=teacher.family
         )
-    elif "unet" in export.formats:
+    elif teacher.family.network.folder in export.formats:
         save_network(folder, teacher.network, dtype, teacher.family)
 
 
+def formats_of(student: Any, family: Family, formats: Sequence[str] | None) -> tuple[str, ...]:
+    """The formats of an export, by the names that it says them by; None takes the usual ones of student and family.
+
+    Raises:
+        ConfigError: a format that the student cannot give, or that does not exist for the family.
+    """
+    exist = [f for f in student.formats if f not in LORA_FORMATS or f in family.lora.formats]
+    exist = [f for f in exist if f != "checkpoint" or family.network.in_one_file]
+    chosen = [f for f in _chosen(student, formats) if formats is not None or f in exist]
+    names = {NETWORK: family.network.folder}
+    for name in chosen:
+        if name not in exist:
+            allowed = ", ".join(names.get(one, one) for one in exist)
+            raise ConfigError(f"formats: {name} does not exist for {family.title}; allowed: {allowed}")
+    return tuple(names.get(name, name) for name in chosen)
+
+
 def _chosen(student: Any, formats: Sequence[str] | None) -> tuple[str, ...]:
-    chosen = tuple(dict.fromkeys(student.usual_formats if formats is None else formats))
+    chosen = tuple(dict.fromkeys(map(format_named, student.usual_formats if formats is None else formats)))
     for name in chosen:
         if name not in student.formats:
             kind = type(student).__name__

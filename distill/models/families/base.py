@@ -47,12 +47,17 @@ class Network:
         blocks: its attributes that hold its repeated blocks, a block or a list of them: what a LoRA adapts, what is
             quantized. The rest are its ends and embeddings.
         same: keys of its config in which a student must equal its model.
+        noun: what people call such a network.
+        in_one_file: whether other programs read it with its autoencoder and text encoders in one file, and
+            `single_file` writes that.
     """
 
     folder: str
     kind: str
     blocks: tuple[str, ...]
     same: tuple[str, ...]
+    noun: str = "transformer"
+    in_one_file: bool = False
 
     def describes(self, network: Config) -> bool:
         """Whether a network of this class with this config is one of the family's: others may have its class too."""

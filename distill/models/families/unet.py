@@ -103,6 +103,8 @@ class UNet(Network):
         "addition_embed_type",
         "block_out_channels",
     )
+    noun: str = "UNet"
+    in_one_file: bool = True
     added: str | None = None
 
     def describes(self, network: Config) -> bool:
