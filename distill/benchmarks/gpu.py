@@ -133,12 +133,10 @@ def run(size: str, sections: Sequence[str], budget: float, output_dir: Path) -> 
 
 def batch_of(bench: GPUBenchmark, model: Model, B: int, times: Sequence[int]) -> Batch:
     """What the loader gives of a store: float16 states [B, len(times), 4, h, w] and texts, pinned beside a GPU."""
-    g, side, width = generator("gpu", B), model.side, model.unet["cross_attention_dim"]
-    text = {"encoder_hidden_states": torch.randn(B, model.tokens, width, generator=g).half()}
-    if model.unet.get("addition_embed_type"):
-        pooled = model.unet["projection_class_embeddings_input_dim"] - 6 * model.unet["addition_time_embed_dim"]
-        text["text_embeds"] = torch.randn(B, pooled, generator=g).half()
-        text["time_ids"] = torch.tensor([[8.0 * side, 8.0 * side, 0, 0, 8.0 * side, 8.0 * side]] * B)
+    g, side, family = generator("gpu", B), model.side, model.family
+    shapes = family.text.shapes(model.unet, model.tokens)
+    text = {name: torch.randn(B, *shape, generator=g).half() for name, shape in shapes.items()}
+    text |= family.sizes([(8 * side, 8 * side)] * B, [(0, 0)] * B, (8 * side, 8 * side))
     states = torch.randn(B, len(times), 4, side, side, generator=g).half()
     if bench.device.type == "cuda":
         states, text = states.pin_memory(), {name: value.pin_memory() for name, value in text.items()}

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from distill.benchmarks.common import SCHEDULE
 from distill.diffusion.noise import Noise
 from distill.diffusion.prediction import Prediction
+from distill.models.families.base import Family
 from distill.models.families.registry import FAMILIES
 from distill.models.families.teacher import Teacher
 from distill.models.families.towers import TextTower
@@ -75,6 +76,10 @@ class Model:
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)
     rank: int = 64
     tokens: int = 77
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES["sdxl" if len(self.towers) > 1 else "sd15"]
 
     def build_unet(self, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
         return build_unet(self.unet, device=device, dtype=dtype).requires_grad_(False)
@@ -139,7 +144,7 @@ def teacher_of(pipeline: Any, model: Model) -> Teacher:
     if len(model.towers) > 1:
         encoders.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
     return Teacher(
-        family=FAMILIES["sdxl" if len(model.towers) > 1 else "sd15"],
+        family=model.family,
         schedule=SCHEDULE,
         prediction=Prediction.EPSILON,
         noise=Noise(),

@@ -21,7 +21,7 @@ def network_config(name: str) -> dict[str, Any]:
     Raises:
         ValueError: a name that is not known.
     """
-    return dict(published(name)[1])
+    return dict(published(name)[1].network)
 
 
 def published_name(family: Family, config: Mapping[str, Any]) -> str | None:
@@ -30,7 +30,8 @@ def published_name(family: Family, config: Mapping[str, Any]) -> str | None:
     A fine-tune has those of its base.
     """
     for name, known in family.full_size.items():
-        if all(_plain(config.get(key)) == _plain(value) for key, value in known.items() if key != "sample_size"):
+        sizes = {key: value for key, value in known.network.items() if key != "sample_size"}
+        if all(_plain(config.get(key)) == _plain(value) for key, value in sizes.items()):
             return name
     return None
 

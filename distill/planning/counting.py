@@ -29,14 +29,12 @@ from distill.config.composition import yaml_of
 from distill.config.loading import ConfigError, build, checking
 from distill.config.settings import OF_PROMPTS, ModelSettings, TrainSettings
 from distill.data.sizes import read_sizes
-from distill.diffusion.noise import Noise
-from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context
-from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Networks, Turn
+from distill.models.families.base import Published
 from distill.models.families.loading import load_teacher, prompt_tokens, require_family
-from distill.models.families.registry import published
+from distill.models.families.registry import FAMILIES, published
 from distill.models.families.teacher import Teacher
 from distill.models.full_size import build_network
 from distill.models.lora import TEACHING, add_lora
@@ -44,9 +42,8 @@ from distill.models.quantized import quantize
 from distill.training.sizes import latent_shape, require_sizes
 from distill.training.teacher import as_set
 
-PUBLISHED = ("sd15", "sdxl", "ssd1b")
+PUBLISHED = tuple(name for family in FAMILIES.values() for name in family.full_size)
 """Models of `configs/model/` whose sizes are known without a download."""
-TOKENS = 77
 TEACHERS = ("lora", "whole")
 """What `teacher` may be where there is no export yet."""
 # What CUDA's autocast computes in bfloat16, and in float32; of what the networks are made of.
@@ -340,10 +337,12 @@ def forward(module: nn.Module, samples: int, *args: Any, **kwargs: Any) -> tuple
 
 @dataclass(frozen=True)
 class Architecture:
-    """A teacher without weights, on the meta device, and how many tokens its prompts have."""
+    """A teacher without weights, on the meta device, how many tokens its prompts have, and what else is known of a
+    published one."""
 
     teacher: Teacher
     tokens: int
+    published: Published | None = None
 
 
 def architecture(model: ModelSettings, sizes: Sequence[str] | str | None = None) -> Architecture:
@@ -356,13 +355,12 @@ def architecture(model: ModelSettings, sizes: Sequence[str] | str | None = None)
         ConfigError: neither of them; or the folder is no pipeline of a known family.
     """
     path = model.config or model.pretrained_model_name_or_path  # a single file has the sizes of its configs' folder
-    names = {_settings_of(name)["pretrained_model_name_or_path"]: name for name in PUBLISHED}
+    names = {_settings_of(name)["pretrained_model_name_or_path"]: name for name in PUBLISHED if _settings_of(name)}
+    known: Published | None = None
     if path in names:
-        (family, config), tokens = published(names[path]), TOKENS
-        side = config["sample_size"]
-        schedule, shape = NoiseSchedule.scaled_linear(), (config["in_channels"], side, side)
-        teacher = Teacher(family, schedule, Prediction.EPSILON, Noise(), path, 8 * side, shape)
-        network = build_network(family.network.kind, config, device="meta")
+        family, known = published(names[path])  # its files are not looked at
+        teacher, tokens = Teacher.of(family, known.network, known.vae, known.noise, path), known.tokens
+        network = build_network(family.network.kind, known.network, device="meta")
         with checking():
             require_family(path, family, model.family)
     elif Path(path).is_dir():
@@ -381,7 +379,7 @@ def architecture(model: ModelSettings, sizes: Sequence[str] | str | None = None)
             require_sizes(teacher, listed)
         largest = latent_shape(teacher, max(listed, key=lambda size: size.pixels))
         teacher = replace(teacher, latent_shape=largest)
-    return Architecture(teacher, tokens)
+    return Architecture(teacher, tokens, known)
 
 
 def _settings_of(name: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
 
 from distill.config.settings import ClusterSettings, DataSettings, ModelSettings
 from distill.diffusion.samplers import SAMPLERS
@@ -17,16 +17,6 @@ from distill.models.folder import read_json
 from distill.planning.counting import Architecture, architecture, batch_of, forward
 
 WALKED = 2
-ENCODERS = {"sd15": 123.1e6, "sdxl": 817.7e6}
-"""Weights of the published models' text encoders: CLIP ViT-L/14's, and OpenCLIP ViT-bigG/14's beside it."""
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-"""The published models' autoencoder, as diffusers' config has it."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +90,12 @@ def inference(model: ModelSettings, half: bool, sizes: Sequence[str] | str | Non
     x, dtype = batch.states[:, 0], next(network.parameters()).dtype
     conditioning = {name: entry.to(dtype) for name, entry in batch.conditioning.items()}
     flops, most = forward(_Called(network, family), WALKED, x.to(dtype), batch.times[:, 0], conditioning, dtype)
-    vae = _autoencoder(model)
+    vae = _autoencoder(built, model)
     with torch.device("meta"):
-        latents = torch.empty(1, *built.teacher.latent_shape)
-        factor = family.latents.factor(vae.config)
-        picture = torch.empty(1, 3, *(factor * side for side in built.teacher.latent_shape[1:]))
+        sides = [family.latents.factor(vae.config) * side for side in built.teacher.latent_shape[1:]]  # in pixels
+        halved = 2 ** (len(vae.config.block_out_channels) - 1)
+        latents = torch.empty(1, vae.config.latent_channels, *(side // halved for side in sides))
+        picture = torch.empty(1, 3, *sides)
     decoding, decoded = forward(_Method(vae, "decode"), 1, latents)
     _, encoded = forward(_Method(vae, "encode"), 1, picture)
     return Inference(
@@ -142,18 +133,18 @@ class _Method(torch.nn.Module):
         return getattr(self.module, self.name)(x)
 
 
-def _autoencoder(model: ModelSettings) -> Any:
+def _autoencoder(built: Architecture, model: ModelSettings) -> Any:
     folder = Path(model.config or model.pretrained_model_name_or_path)
-    config = read_json(folder, "vae/config.json") if folder.is_dir() else VAE
+    config = read_json(folder, "vae/config.json") if built.published is None else dict(built.published.vae)
     with torch.device("meta"):
-        return AutoencoderKL.from_config(config)
+        return getattr(diffusers, built.teacher.family.latents.kind).from_config(config)
 
 
 def _encoders(built: Architecture, model: ModelSettings) -> float:
     """Weights of the text encoders; of a folder by the size of its files, as if they were in float32."""
+    if built.published is not None:
+        return built.published.encoders
     folder = Path(model.config or model.pretrained_model_name_or_path)
-    if not folder.is_dir():
-        return ENCODERS[built.teacher.family.name]
     towers = built.teacher.family.text.towers
     files = (path for tower in towers for path in (folder / tower.encoder).glob("*.safetensors"))
     return sum(path.stat().st_size for path in files) / 4

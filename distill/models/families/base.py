@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.diffusion.noise import AnyNoise
+from distill.diffusion.noise import AnyNoise, Noise
 from distill.diffusion.prediction import Conditioning
 from distill.models.checks import component, levels, positive
 from distill.models.families.towers import TextTower, Tower
@@ -390,6 +390,35 @@ class CriticFeatures(ABC):
         """(width, h', w') of the features of states of `size` (h, w)."""
 
 
+SD_VAE: Config = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+"""Stable Diffusion's autoencoder, whose shape most others have."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model, of which no file is needed to know what it takes.
+
+    Args:
+        network: the config of its network, as far as it is not the class's own; with what tells it from its relatives.
+        encoders: weights of its text encoders.
+        tokens: of a prompt.
+        vae: the config of its autoencoder.
+        noise: what its scheduler stands for.
+    """
+
+    network: Config
+    encoders: float
+    tokens: int = 77
+    vae: Config = field(default_factory=lambda: SD_VAE)
+    noise: AnyNoise = field(default_factory=Noise)
+
+
 class Family(ABC):
     """A kind of teachers. An instance has no state; there is one of each."""
 
@@ -407,8 +436,8 @@ class Family(ABC):
     guidance: Guidance
     lora: LoRA
     critic: CriticFeatures
-    full_size: Mapping[str, Mapping[str, Any]]
-    """The configs of published networks, by their names: what can be built and measured without a download."""
+    full_size: Mapping[str, Published]
+    """Published models by the names of their files in `configs/model/`: what can be measured without a download."""
 
     def arguments(self, zeros_for_empty: bool) -> dict[str, Any]:
         """What the pipeline's constructor takes beside its parts.

@@ -15,9 +15,8 @@ from safetensors import SafetensorError
 
 from distill.diffusion.noise import AnyNoise, Noise, read_noise, short
 from distill.diffusion.prediction import Prediction
-from distill.diffusion.schedule import NoiseSchedule
 from distill.models.checks import check_folder, check_sizes, component, first_line, load_checked, naming
-from distill.models.families.base import DEFAULT_PIXELS, Config, Family
+from distill.models.families.base import Config, Family
 from distill.models.families.registry import FAMILIES, family_of_pipeline
 from distill.models.families.teacher import PARTS, Teacher, modules_of, part_named
 from distill.models.folder import find_pipeline, read_json, variant_of, weight_files
@@ -54,11 +53,6 @@ class PipelineFacts:
     def guidance_form(self) -> str:
         """What guides the network; see `Guidance.form`. It may be known by the pipeline's name alone."""
         return self.family.guidance.form(self.network, {"_name_or_path": self.path} | self.index)
-
-    @property
-    def side(self) -> int:
-        """Of the states that its network was trained for."""
-        return self.family.network.side(self.network) or DEFAULT_PIXELS // self.family.latents.factor(self.vae)
 
     def own_scheduler(self) -> Any:
         """The pipeline's scheduler as it comes, of a class of diffusers whose noise is understood."""
@@ -203,20 +197,16 @@ def _open(path: str, parts: Sequence[str], revision: str | None, variant: str | 
     """A teacher without its parts."""
     components = folders_of("network") + [name for part in parts for name in folders_of(part_named(part))]
     described = check_pipeline(path, find_pipeline(path, components, revision, variant))
-    folder, family, side = described.folder, described.family, described.side
-    noise = family.noise(described.noise, (side // family.network.patch(described.network)) ** 2)
-    teacher = Teacher(
-        family=family,
-        schedule=NoiseSchedule.of(noise),
-        prediction=Prediction(noise.prediction_type),
-        noise=noise,
-        teacher_id=_identity(path, folder, revision),
-        resolution=side * family.latents.factor(described.vae),
-        latent_shape=(family.latents.channels(described.vae), side, side),
+    folder, family = described.folder, described.family
+    teacher = Teacher.of(
+        family,
+        described.network,
+        described.vae,
+        described.noise,
+        _identity(path, folder, revision),
         zeros_for_empty=described.zeros_for_empty,
         second_pass=described.guidance_form == "cfg",
         weight_files=weight_files(folder, family.network.folder, variant),
-        config=described.network,
     )
     return teacher, described
 

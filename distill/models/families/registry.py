@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import Any
 
 from distill.diffusion.noise import short
 from distill.diffusion.registry import Registry, import_plugins
 from distill.models.families import NAMES
-from distill.models.families.base import Family
+from distill.models.families.base import Family, Published
 
 FAMILIES: Registry[Family] = Registry(
     "family", (importlib.import_module(f"distill.models.families.{name}").FAMILY for name in NAMES)
@@ -53,13 +52,13 @@ def family_of_network(network: Any) -> Family:
     raise ValueError(f"a {kind} is the network of no family; known: {', '.join(FAMILIES)}")
 
 
-def published(name: str) -> tuple[Family, Mapping[str, Any]]:
-    """The family and the config of a published network, by its name in `Family.full_size`.
+def published(name: str) -> tuple[Family, Published]:
+    """The family of a published model and what is known of it, by its name in `Family.full_size`.
 
     Raises:
         ValueError: a name that is not known.
     """
-    known = {own: (family, config) for family in FAMILIES.values() for own, config in family.full_size.items()}
+    known = {own: (family, model) for family in FAMILIES.values() for own, model in family.full_size.items()}
     if name not in known:
-        raise ValueError(f"network {name!r} is not known; allowed: {', '.join(known)}")
+        raise ValueError(f"published model {name!r} is not known; allowed: {', '.join(known)}")
     return known[name]

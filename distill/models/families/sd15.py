@@ -7,12 +7,23 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.models.families.base import Config, Latents
+from distill.models.families.base import Config, Latents, Published
 from distill.models.families.towers import CLIPTower, TextTower
 from distill.models.families.unet import TEXT, CLIPText, UNet, UNetCritic, UNetFamily, UNetGuidance, UNetLoRA
 
 SD2_WIDTH = 1024
 """Width of the text states that SD 2.x reads; SD 1.x reads 768."""
+
+_SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 8,  # heads, in spite of the name
+    "cross_attention_dim": 768,
+}
 
 
 class SD15Text(CLIPText):
@@ -42,18 +53,7 @@ class StableDiffusion(UNetFamily):
     guidance = UNetGuidance()
     lora = SD15LoRA()
     critic = UNetCritic()
-    full_size = {
-        "sd15": {
-            "sample_size": 64,
-            "in_channels": 4,
-            "out_channels": 4,
-            "block_out_channels": (320, 640, 1280, 1280),
-            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            "attention_head_dim": 8,  # heads, in spite of the name
-            "cross_attention_dim": 768,
-        }
-    }
+    full_size = {"sd15": Published(_SD15, encoders=123.1e6)}  # CLIP ViT-L/14's
 
     def arguments(self, zeros_for_empty: bool) -> dict[str, Any]:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

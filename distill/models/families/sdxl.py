@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.models.families.base import Config, Latents, Size
+from distill.models.families.base import Config, Latents, Published, Size
 from distill.models.families.towers import CLIPTower, TextTower
 from distill.models.families.unet import TEXT, CLIPText, UNet, UNetCritic, UNetFamily, UNetGuidance, UNetLoRA
 
@@ -78,7 +78,8 @@ class StableDiffusionXL(UNetFamily):
     guidance = UNetGuidance()
     lora = SDXLLoRA()
     critic = UNetCritic()
-    full_size = {"sdxl": _SDXL, "ssd1b": _SSD1B}
+    # CLIP ViT-L/14's text encoder and OpenCLIP ViT-bigG/14's
+    full_size = {"sdxl": Published(_SDXL, encoders=817.7e6), "ssd1b": Published(_SSD1B, encoders=817.7e6)}
 
     def sizes(self, originals: Sequence[Size], corners: Sequence[Size], size: Size) -> dict[str, Tensor]:
         ids = [[*original, *corner, *size] for original, corner in zip(originals, corners, strict=True)]

@@ -18,7 +18,7 @@ from distill.diffusion.noise import AnyNoise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.schedule import NoiseSchedule
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.families.base import Config, Family, Size
+from distill.models.families.base import DEFAULT_PIXELS, Config, Family, Size
 from distill.models.families.towers import TextTower
 from distill.models.folder import stored_tensors, weights_hash
 from distill.models.lora import ADAPTER
@@ -79,6 +79,33 @@ class Teacher:
     lent: bool = False
     config: Config = field(default_factory=dict)
     _warned_of_cuts: bool = field(default=False, init=False, repr=False)
+
+    @classmethod
+    def of(
+        cls, family: Family, network: Config, vae: Config, noise: AnyNoise, teacher_id: str, **known: Any
+    ) -> Teacher:
+        """A teacher without its parts, by the configs of its network and its autoencoder.
+
+        Args:
+            noise: what its scheduler stands for.
+            known: further fields.
+
+        Raises:
+            ValueError: see `Family.noise`.
+        """
+        side = family.network.side(network) or DEFAULT_PIXELS // family.latents.factor(vae)
+        noise = family.noise(noise, (side // family.network.patch(network)) ** 2)
+        return cls(
+            family=family,
+            schedule=NoiseSchedule.of(noise),
+            prediction=Prediction(noise.prediction_type),
+            noise=noise,
+            teacher_id=teacher_id,
+            resolution=side * family.latents.factor(vae),
+            latent_shape=(family.latents.channels(vae), side, side),
+            config=network,
+            **known,
+        )
 
     def __post_init__(self) -> None:
         if _EARLIER.keys() & self.parts.keys():
