@@ -16,22 +16,18 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from distill.models.families.base import Family
+from distill.models.families.towers import Tower
 from distill.models.files import save_file
 from distill.models.folder import read_json, stored_tensors, weight_files
 
-# By what a pipeline calls them: the library and the classes that they may be of.
-_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "vae": ("diffusers", ("AutoencoderKL",)),
-    "text_encoder": ("transformers", ("CLIPTextModel", "CLIPTextModelWithProjection")),
-    "text_encoder_2": ("transformers", ("CLIPTextModel", "CLIPTextModelWithProjection")),
-    "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
-    "tokenizer_2": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+Classes = dict[str, tuple[str, tuple[str, ...]]]
+"""Parts by what a pipeline calls them: the library and the classes that they may be of."""
+_OPTIONAL: Classes = {  # a pipeline works without them
     "feature_extractor": ("transformers", ("CLIPImageProcessor",)),
     "image_encoder": ("transformers", ("CLIPVisionModelWithProjection",)),
     "safety_checker": ("stable_diffusion", ("StableDiffusionSafetyChecker",)),
 }
-COPIED = tuple(_PARTS)
-_OPTIONAL = ("feature_extractor", "image_encoder", "safety_checker")  # a pipeline works without them
 _EARLIER_CLASSES = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # renamed in transformers, the files are the same
 _OF_TOKENIZERS = (
     "vocab.json",
@@ -40,17 +36,32 @@ _OF_TOKENIZERS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "spiece.model",
 )
 _OF_PROCESSORS = ("preprocessor_config.json",)
 _MERGES_HEADER = "#version: 0.2"
 _HALVES = ("F16", "BF16")
-CLIP_POSITIONS = 77  # where a config leaves them out
 _TEXT_MODEL = "text_model."
 _PROJECTION = "text_projection."
 
 
-def copy_parts(source: Path, folder: Path, variant: str | None = None) -> dict[str, list[str | None]]:
-    """Copies a pipeline's parts, all but its UNet and scheduler; returns their entries for `model_index.json`.
+def parts_of(family: Family) -> Classes:
+    """What is copied of a pipeline of a family: all parts but its network and scheduler."""
+    towers = family.text.towers
+    return {
+        "vae": ("diffusers", (family.latents.kind,)),
+        **{tower.encoder: ("transformers", (tower.encoder_kind,)) for tower in towers},
+        **{tower.tokenizer: ("transformers", _with_fast(tower.tokenizer_kind)) for tower in towers},
+        **_OPTIONAL,
+    }
+
+
+def _with_fast(kind: str) -> tuple[str, ...]:
+    return kind.removesuffix("Fast"), f"{kind.removesuffix('Fast')}Fast"
+
+
+def copy_parts(source: Path, folder: Path, family: Family, variant: str | None = None) -> dict[str, list[str | None]]:
+    """Copies the parts of a family's pipeline; returns their entries for `model_index.json`.
 
     Links are followed, a variant's files lose its name, and paths of the machine that wrote a config are left out.
     A part that a pipeline works without is left out, with the entry [None, None], if its weights are not there as
@@ -61,16 +72,18 @@ def copy_parts(source: Path, folder: Path, variant: str | None = None) -> dict[s
     """
     index = read_json(source, "model_index.json")
     entries: dict[str, list[str | None]] = {}
-    for name in [name for name in _PARTS if name in index]:
-        library, classes = _PARTS[name]
+    parts = parts_of(family)
+    lacking = {name for tower in family.text.towers if tower.optional for name in (tower.tokenizer, tower.encoder)}
+    for name in [name for name in parts if name in index]:
+        library, classes = parts[name]
         found = index[name][1] if isinstance(index[name], list) and len(index[name]) == 2 else None
         kind = _EARLIER_CLASSES.get(found, found) if isinstance(found, str) else None
         entries[name] = [None, None]
         try:
             if kind in classes:
-                _copy(source, folder, name, variant)
+                _copy(source, folder, name, family, variant)
                 entries[name] = [library, kind]
-            elif name not in _OPTIONAL:
+            elif name not in _OPTIONAL and not (name in lacking and kind is None):
                 raise ValueError(f"{source} cannot be copied: its {name} is {found}, known: {', '.join(classes)}")
         except FileNotFoundError:
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -88,16 +101,18 @@ def _without_half_a_checker(folder: Path, entries: dict[str, list[str | None]]) 
     return entries
 
 
-def _copy(source: Path, folder: Path, name: str, variant: str | None) -> None:
+def _copy(source: Path, folder: Path, name: str, family: Family, variant: str | None) -> None:
     (folder / name).mkdir(parents=True, exist_ok=True)
-    if "tokenizer" in name:
+    reading = {tower.tokenizer: tower for tower in family.text.towers}
+    if name in reading:
         _copy_named(source, folder, name, _OF_TOKENIZERS)
         _complete_tokenizer(folder / name)
-        _say_length(source, folder / name, name.replace("tokenizer", "text_encoder"))
+        _say_length(source, folder / name, reading[name])
     elif name == "feature_extractor":
         _copy_named(source, folder, name, _OF_PROCESSORS)
     else:
-        _copy_model(source, folder, name, variant)
+        renames = any(tower.renames for tower in family.text.towers if tower.encoder == name)
+        _copy_model(source, folder, name, renames, variant)
 
 
 def _copy_named(source: Path, folder: Path, name: str, allowed: tuple[str, ...]) -> None:
@@ -108,12 +123,12 @@ def _copy_named(source: Path, folder: Path, name: str, allowed: tuple[str, ...])
         _copy_text(source / name / file, folder / name / file)
 
 
-def _copy_model(source: Path, folder: Path, name: str, variant: str | None) -> None:
+def _copy_model(source: Path, folder: Path, name: str, renames: bool, variant: str | None) -> None:
     config = read_json(source, f"{name}/config.json")
     weights = weight_files(source, name, variant)
     targets = {path.name: re.sub(rf"\.{re.escape(variant)}(?=[.-])", "", path.name) if variant else path.name
                for path in weights}  # fmt: skip
-    if name.startswith("text_encoder") and not _has_usual_names(weights):
+    if renames and not _has_usual_names(weights):
         save_file(dict(text_tensors(source, name, variant)), folder / name / "model.safetensors", {"format": "pt"})
     else:
         for path in weights:
@@ -178,13 +193,12 @@ def _has_usual_names(weights: list[Path]) -> bool:
         return all(key.startswith((_TEXT_MODEL, _PROJECTION)) for key in file.keys())
 
 
-def _say_length(source: Path, folder: Path, encoder: str) -> None:
+def _say_length(source: Path, folder: Path, tower: Tower) -> None:
     """Writes how many tokens a prompt has where the tokenizer does not say it: as many as the encoder has positions."""
     path = folder / "tokenizer_config.json"
     config = read_json(folder, path.name) if path.is_file() else {}
-    if "model_max_length" not in config and (source / encoder / "config.json").is_file():
-        positions = read_json(source, f"{encoder}/config.json").get("max_position_embeddings", CLIP_POSITIONS)
-        path.write_text(json.dumps(config | {"model_max_length": positions}, indent=2) + "\n")
+    if "model_max_length" not in config and (source / tower.encoder / "config.json").is_file():
+        path.write_text(json.dumps(config | {"model_max_length": tower.positions(source)}, indent=2) + "\n")
 
 
 def _complete_tokenizer(folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from distill.diffusion.noise import AnyNoise, read_noise
 from distill.models.checks import check_folder, component
-from distill.models.copied import COPIED, copy_parts
+from distill.models.copied import copy_parts, parts_of
 from distill.models.families.base import Family
 from distill.models.families.registry import FAMILIES, family_of_network
 from distill.models.files import rounded
@@ -76,7 +76,8 @@ def save_pipeline(
         FileNotFoundError: the pipeline lacks a file that diffusers needs.
         ValueError: a weight that the dtype cannot hold; a part of a class that is not known.
     """
-    source = find_pipeline(pretrained_model_name_or_path, COPIED, revision, variant)
+    family = family or family_of_network(network)
+    source = find_pipeline(pretrained_model_name_or_path, list(parts_of(family)), revision, variant)
     index = check_folder(source)
     sampling_scheduler = scheduler(
         read_noise(component(source, index, "scheduler")[1], read_json(source, "scheduler/scheduler_config.json"))
@@ -84,11 +85,11 @@ def save_pipeline(
     save_network(folder, network, dtype, family)
     sampling_scheduler.save_pretrained(folder / "scheduler")
     _forget_paths(folder / "scheduler")
-    entries = copy_parts(source, folder, variant)
+    entries = copy_parts(source, folder, family, variant)
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = bool(entries.get("safety_checker", [None])[0])
     written = {key: index[key] for key in _OF_PIPELINES if isinstance(index.get(key), (str, bool))} | entries
-    written[(family or family_of_network(network)).network.folder] = ["diffusers", type(network).__name__]
+    written[family.network.folder] = ["diffusers", type(network).__name__]
     written["scheduler"] = ["diffusers", type(sampling_scheduler).__name__]
     (folder / "model_index.json").write_text(json.dumps(written, indent=2) + "\n")
 

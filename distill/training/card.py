@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,7 @@ def _menu(name: str) -> str:
 
 def _uses(export: Export, here: str) -> list[str]:
     """A paragraph and a block of code for each format."""
-    texts = {
+    texts: dict[str, Callable[[Export, str], str]] = {
         "pipeline": _pipeline,
         "diffusers": _diffusers,
         "comfyui": partial(_named, "comfyui"),

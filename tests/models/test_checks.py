@@ -21,6 +21,7 @@ import distill
 from distill.evaluation.pipelines import generate_images, load_pipeline
 from distill.models.copied import copy_parts
 from distill.models.families.loading import load_teacher, open_pipeline, prompt_tokens
+from distill.models.families.registry import FAMILIES
 from distill.models.families.teacher import PARTS
 from distill.models.formats import save_pipeline
 from distill.models.lora import add_lora, save_lora
@@ -208,7 +209,7 @@ def test_a_tokenizer_that_says_no_length_has_the_encoders(folder: Path) -> None:
     pipeline = load_pipeline(str(folder))
     assert pipeline.tokenizer.model_max_length == TOKENS
     assert generate_images(pipeline, ["a cat"], [0], 1).shape[0] == 1
-    copy_parts(folder, folder.with_name("copied"))
+    copy_parts(folder, folder.with_name("copied"), FAMILIES["sd15"])
     copied = json.loads((folder.with_name("copied") / "tokenizer/tokenizer_config.json").read_text())
     assert copied["model_max_length"] == TOKENS, "plain diffusers reads it there"
 

@@ -78,6 +78,7 @@ class Tower(ABC):
     tokenizer_kind: str
     encoder_kind: str
     optional: bool = False
+    renames = False  # whether its weights are saved under other names by some versions of transformers
 
     @abstractmethod
     def load(self, folder: Path, dtype: torch.dtype, variant: str | None) -> TextTower:
@@ -94,9 +95,15 @@ class Tower(ABC):
     def tokens(self, folder: Path) -> int:
         """The length of a prompt, by the configs of the pipeline in `folder`; raises like `load`."""
 
+    def positions(self, folder: Path) -> int:
+        """The most tokens that the encoder in `folder` reads, which are a prompt's where the tokenizer says nothing."""
+        return self.tokens(folder)
+
 
 class CLIPTower(Tower):
     """A CLIP text encoder; `encoder_kind` says whether it has a projection."""
+
+    renames = True
 
     def load(self, folder: Path, dtype: torch.dtype, variant: str | None) -> TextTower:
         cls: type[CLIPTextModel] | type[CLIPTextModelWithProjection] = getattr(transformers, self.encoder_kind)
@@ -127,11 +134,13 @@ class CLIPTower(Tower):
 
     def tokens(self, folder: Path) -> int:
         said = read_json(folder, f"{self.tokenizer}/tokenizer_config.json").get("model_max_length", MOST_TOKENS)
+        return length_of(folder / self.tokenizer / "tokenizer_config.json", said, self.positions(folder))
+
+    def positions(self, folder: Path) -> int:
         config = read_json(folder, f"{self.encoder}/config.json")
-        positions = positive(
+        return positive(
             folder / self.encoder / "config.json", {"max_position_embeddings": 77} | config, "max_position_embeddings"
         )
-        return length_of(folder / self.tokenizer / "tokenizer_config.json", said, positions)
 
 
 @dataclass(frozen=True)
