@@ -65,8 +65,8 @@ def test_no_two_families_have_one_pipeline_or_one_name_for_a_network() -> None:
 
 @pytest.mark.parametrize("name", [name for family in FAMILIES.values() for name in family.full_size])
 def test_a_published_network_is_built_and_recognised(name: str) -> None:
-    family, config = published(name)
-    network = build_network(family.network.kind, config, device="meta")
+    family, known = published(name)
+    network = build_network(family.network.kind, known.network, device="meta")
     assert family_of_network(network) is family
     assert published_name(family, network.config) == name
     assert family.network.parts(network), "it has blocks"
