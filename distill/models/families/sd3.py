@@ -7,7 +7,7 @@ them; both CLIPs' pooled outputs come in with the time. A pipeline without a T5 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.diffusion.noise import FlowNoise
 from distill.diffusion.prediction import Conditioning
 from distill.models.checks import positive
 from distill.models.execution import bare
-from distill.models.families.base import Config, CriticFeatures, Family, Guidance, Latents, Network, Size, Text
+from distill.models.families.base import (
+    SD_VAE,
+    Config,
+    CriticFeatures,
+    Family,
+    Guidance,
+    Latents,
+    Network,
+    Published,
+    Size,
+    Text,
+)
 from distill.models.families.towers import CLIPTower, T5Tower, TextTower
 from distill.models.families.transformer import TransformerLoRA
 from distill.models.shared import on_the_weights_of
@@ -53,6 +65,13 @@ _LARGE_35 = _MEDIUM | {
     "caption_projection_dim": 2432,
     "qk_norm": "rms_norm",
 }
+_SIZES = {"sd3": _MEDIUM, "sd35_medium": _MEDIUM_35, "sd35_large": _LARGE_35}
+_VAE = dict(SD_VAE) | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+
+
+def _published(network: Config) -> Published:
+    """CLIP ViT-L/14's text encoder, OpenCLIP ViT-bigG/14's and T5 v1.1 XXL's encoder, with 77 and 256 tokens."""
+    return Published(network, encoders=5.57e9, tokens=77 + 256, vae=_VAE, noise=FlowNoise(shift=3.0))
 
 
 @dataclass(frozen=True)
@@ -276,11 +295,7 @@ class StableDiffusion3(Family):
     guidance = Guidance()
     lora = SD3LoRA()
     critic = SD3Critic()
-    full_size: Mapping[str, Mapping[str, Any]] = {
-        "sd3": _MEDIUM,
-        "sd35_medium": _MEDIUM_35,
-        "sd35_large": _LARGE_35,
-    }
+    full_size = {name: _published(config) for name, config in _SIZES.items()}
 
     def predict(
         self, module: nn.Module, x_t: Tensor, told: Tensor, conditioning: Conditioning, dtype: torch.dtype
