@@ -126,9 +126,10 @@ def _introduction(export: Export) -> str:
     what = "LoRA" if _is_lora(export) else "network"
     network = FAMILIES.find(export.family).network.noun
     paper = f": {_plain(export.paper)}" if export.paper else ""
+    base, digest = f"{_code_span(export.base_model)}{_merged(export)}", _code_span(export.base_hash)
     return (
         f"A {what} that generates in {counted(export.sampling.steps or '1 to 8', 'step')}, distilled from "
-        f"{_code_span(export.base_model)}{_merged(export)} (SHA-256 of its {network}: {_code_span(export.base_hash)}).\n"
+        f"{base} (SHA-256 of its {network}: {digest}).\n"
         f"Method: {_plain(export.method)}{paper}."
     )
 

@@ -21,5 +21,5 @@ def test_a_cheap_fill_is_reproducible_and_keeps_activations_in_range():
 
 
 def test_an_unknown_size_is_named():
-    with pytest.raises(ValueError, match="UNet 'sd3' is not known; allowed: .*sd15, sdxl, ssd1b"):
-        unet_config("sd3")
+    with pytest.raises(ValueError, match="published model 'sd16' is not known; allowed: .*sd15, .*sdxl, ssd1b"):
+        unet_config("sd16")

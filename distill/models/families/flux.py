@@ -14,10 +14,12 @@ import torch
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from torch import Tensor, nn
 
+from distill.diffusion.noise import DynamicShift, FlowNoise
 from distill.diffusion.prediction import Conditioning
 from distill.models.checks import positive
 from distill.models.execution import bare
 from distill.models.families.base import (
+    SD_VAE,
     Config,
     CriticFeatures,
     Family,
@@ -25,6 +27,7 @@ from distill.models.families.base import (
     Latents,
     LoRAFile,
     Network,
+    Published,
     Size,
     Text,
 )
@@ -38,6 +41,19 @@ PATCH = 2
 """Side of what is packed into one token, in entries of a state."""
 _SIDE = 128  # of the states that diffusers' pipeline generates by itself: the network's config does not say it
 _TOLD = 1000  # the network is told sigma, and multiplies it by this itself
+
+
+_SIZES: dict[str, Any] = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+}
+_ENCODERS = 4.88e9  # weights of CLIP ViT-L/14's text encoder and of T5 v1.1 XXL's encoder
+_VAE = dict(SD_VAE) | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
 def pack(x: Tensor) -> Tensor:
@@ -385,19 +401,12 @@ class Flux(Family):
     guidance = FluxGuidance()
     lora = FluxLoRA()
     critic = FluxCritic()
-    full_size: Mapping[str, Mapping[str, Any]] = {
-        name: {
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": guided,
-        }
-        for name, guided in (("flux_dev", True), ("flux_schnell", False))
-    }
+    full_size = {
+        "flux_dev": Published(_SIZES | {"guidance_embeds": True}, noise=FlowNoise(shift=None, dynamic=DynamicShift()),
+                              encoders=_ENCODERS, tokens=512, vae=_VAE),
+        "flux_schnell": Published(_SIZES | {"guidance_embeds": False}, noise=FlowNoise(shift=1.0),
+                                  encoders=_ENCODERS, tokens=512, vae=_VAE),
+    }  # fmt: skip
 
     def predict(
         self, module: nn.Module, x_t: Tensor, told: Tensor, conditioning: Conditioning, dtype: torch.dtype
