@@ -23,7 +23,7 @@ class TransformerLoRA(LoRA):
     alpha / rank multiplied into B: it is right wherever it is read, diffusers included.
     """
 
-    formats = ("diffusers", "peft", "comfyui")
+    formats: tuple[str, ...] = ("diffusers", "peft", "comfyui")
     prefix = "transformer"
 
     def file(
