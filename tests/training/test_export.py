@@ -376,7 +376,7 @@ def test_each_student_has_its_usual_formats(lora: Trained, full: Trained, tmp_pa
 
 def test_a_format_that_the_student_cannot_give_is_one_line_before_anything(full: Trained, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="^formats: a FullStudent cannot .* 'kohya'; allowed: unet, pipeline, checkpoint$"
+        ConfigError, match="^formats: a FullStudent cannot .* 'kohya'; allowed: network, pipeline, checkpoint$"
     ):
         full.export(tmp_path / "deep" / "a", "formats=[unet,kohya]")
     assert not (tmp_path / "deep").exists()
