@@ -11,11 +11,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.diffusion.noise import AnyNoise, FlowNoise, short
+from distill.diffusion.noise import AnyNoise, DynamicShift, FlowNoise, short
 from distill.diffusion.prediction import Conditioning
 from distill.models.checks import levels, positive
 from distill.models.execution import bare
-from distill.models.families.base import Config, CriticFeatures, Family, Guidance, Latents, Network, Size
+from distill.models.families.base import (
+    SD_VAE,
+    Config,
+    CriticFeatures,
+    Family,
+    Guidance,
+    Latents,
+    Network,
+    Published,
+    Size,
+)
 from distill.models.families.cut import FirstInput, cut_off
 from distill.models.families.qwen3 import TEXT, Qwen3Text, Qwen3Tower, check_states
 from distill.models.families.towers import TextTower
@@ -27,6 +37,14 @@ PATCH = 2
 """Side of what the autoencoder's latents are packed into one entry of a state."""
 USUAL_STEPS = 50
 """diffusers' default: the shift of its pipeline depends on how many steps are made, and a run has one shift."""
+
+_VAE = dict(SD_VAE) | {"latent_channels": 32}
+
+
+def _published(network: Config, encoders: float) -> Published:
+    noise = FlowNoise(shift=None, dynamic=DynamicShift())
+    return Published(network, encoders, tokens=512, vae=_VAE, noise=noise)
+
 
 _KLEIN_4B: dict[str, Any] = {
     "num_layers": 5,
@@ -243,7 +261,10 @@ class Flux2Klein(Family):
     guidance = KleinGuidance()
     lora = KleinLoRA()
     critic = KleinCritic()
-    full_size = {"flux2_klein_4b": _KLEIN_4B, "flux2_klein_9b": _KLEIN_9B}
+    full_size = {
+        "flux2_klein_4b": _published(_KLEIN_4B, encoders=4.02e9),  # Qwen3-4B
+        "flux2_klein_9b": _published(_KLEIN_9B, encoders=7.57e9),  # Qwen3-8B, by the width of its states
+    }
 
     def noise(self, noise: AnyNoise, tokens: int) -> AnyNoise:
         """Where the scheduler leaves the shift to the pipeline, that of diffusers' pipeline at its usual steps."""

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.diffusion.noise import short
+from distill.diffusion.noise import FlowNoise, short
 from distill.diffusion.prediction import Conditioning
 from distill.models.checks import positive
 from distill.models.families.base import (
+    SD_VAE,
     Config,
     CriticFeatures,
     Family,
@@ -20,6 +21,7 @@ from distill.models.families.base import (
     Latents,
     LoRAFile,
     Network,
+    Published,
     Size,
 )
 from distill.models.families.cut import FirstInput, cut_off
@@ -34,6 +36,7 @@ PATCH = 2
 _PATCHES = f"{PATCH}-1"  # the names of its ends for tokens of this side and of one frame
 _FLAT = "lora_unet_"
 
+_VAE = dict(SD_VAE) | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 _Z_IMAGE: dict[str, Any] = {
     "in_channels": 16,
     "dim": 3840,
@@ -210,7 +213,9 @@ class ZImage(Family):
     guidance = ZImageGuidance()
     lora = ZImageLoRA()
     critic = ZImageCritic()
-    full_size = {"z_image": _Z_IMAGE}
+    full_size = {
+        "z_image": Published(_Z_IMAGE, encoders=4.02e9, tokens=512, vae=_VAE, noise=FlowNoise(shift=3.0))  # Qwen3-4B
+    }
 
     def predict(
         self, module: nn.Module, x_t: Tensor, told: Tensor, conditioning: Conditioning, dtype: torch.dtype
