@@ -325,14 +325,16 @@ LORAS = [  # modules, and parameters at rank 64
 
 @pytest.mark.parametrize(("name", "millions"), COUNTS.items())
 def test_full_size_networks_have_their_published_weights(name: str, millions: int) -> None:
-    family, config = published(name)
+    family, known = published(name)
+    config = known.network
     network = build_network(family.network.kind, config, device="meta")
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
 
 
 @pytest.mark.parametrize(("name", "which", "modules", "weights"), LORAS)
 def test_loras_adapt_so_many_modules(name: str, which: str, modules: int, weights: int) -> None:
-    family, config = published(name)
+    family, known = published(name)
+    config = known.network
     network = build_network(family.network.kind, config, device="meta")
     chosen = LoraConfig(target_modules=family.lora.chosen(network, which))
     adapted = [m for n, m in network.named_modules() if check_target_module_exists(chosen, n)]
@@ -457,7 +459,8 @@ def test_a_critic_on_the_teachers_weights_trains_a_lora(teacher: Teacher) -> Non
 
 def test_a_head_is_at_most_1024_wide() -> None:
     for name in ("flux2_klein_4b", "z_image"):
-        family, config = published(name)
+        family, known = published(name)
+        config = known.network
         network = build_network(family.network.kind, config, device="meta")
         critic = CriticNetwork(network, (64, 64), family=family)
         assert critic.head.convs[0].weight.shape[0] == 1024 < critic.head.convs[0].weight.shape[1]

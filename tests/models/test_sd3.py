@@ -219,7 +219,8 @@ def test_pictures_survive_the_way_to_latents_and_back(teacher: Teacher) -> None:
 def test_published_networks_and_their_loras_have_the_sizes_that_are_known(
     name: str, millions: int, modules: dict[str, int], trained: dict[str, float]
 ) -> None:
-    family, config = published(name)
+    family, known = published(name)
+    config = known.network
     for which, expected in trained.items():
         network = build_network(family.network.kind, config, device="meta")
         assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
