@@ -335,7 +335,7 @@ def _fused(weights: Mapping[str, Tensor], modules: Iterable[str], network: Confi
 # ---- critics --------------------------------------------------------------------------------------------------------
 
 
-class _FirstArgument(nn.Module):
+class _FirstOfTwo(nn.Module):
     """Stands for the last normalisation, which reads the time beside the states."""
 
     def forward(self, states: Tensor, _: Tensor) -> Tensor:
@@ -348,7 +348,7 @@ class FluxCritic(CriticFeatures):
     widest_head = 1024
 
     def encoder(self, network: Any, on_its_weights: bool = False) -> Any:
-        left_out: dict[int, Any] = {id(network.norm_out): _FirstArgument(), id(network.proj_out): nn.Identity()}
+        left_out: dict[int, Any] = {id(network.norm_out): _FirstOfTwo(), id(network.proj_out): nn.Identity()}
         kept = self.kept(network)
         for name, many in kept.items():
             left_out |= {id(block): nn.Identity() for block in getattr(network, name)[many:]}
