@@ -10,7 +10,7 @@ run may be stopped at any time), `judge.safetensors`, `reward.safetensors`, `che
 `evaluation.md`. It takes about an hour and a half on one CPU core. Copy `teacher/` and the two files into
 `distill/toy/` to bundle them.
 
-`teacher=flow` trains and measures the flow-matching teacher in their place: `teacher_flow/`, in about an hour, and
+`teacher=flow` trains and measures the flow-matching teacher in their place: `teacher_flow/`, in an hour or two, and
 `evaluation_flow.json` and `.md`. It has the same captions, autoencoder and classifier: those of the folder, or the
 bundled ones where the folder has none.
 """
