@@ -114,8 +114,6 @@ class StorePlan:
         vae_hash: the autoencoder's weights.
         teacher_dtype: what the teacher's network computed in while it solved; nothing in a store of pictures, and in
             those of before it was recorded.
-        text_dtype: of the text's part of a sample; nothing where it is `dtype`.
-        shift: of flow matching: which noise levels the times stand for. 0 where there is none.
         text_dtype: of the text's part of a sample, where that is not `dtype`.
         shift: of flow matching, which noise levels the times stand for; 0 where there is none.
 

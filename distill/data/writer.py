@@ -455,7 +455,8 @@ def _as_recorded(folder: Folder, plan: StorePlan) -> StorePlan:
         facts = load_facts(folder.read(PLAN), f"{PLAN} of {folder.url}")
     except FileNotFoundError:
         return plan
-    unsaid: dict[str, Any] = {name: "" for name in LATER if getattr(plan, name) and name not in facts}
+    recorded = {name: getattr(plan, name) for name in LATER if getattr(plan, name) and name not in facts}
+    unsaid: dict[str, Any] = {name: type(value)() for name, value in recorded.items()}
     if unsaid:
         log.warning("%s does not record %s, and continues without", folder.url, ", ".join(unsaid))
     return replace(plan, **unsaid)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill.data import writer
 from distill.data.errors import NotWritten
-from distill.data.index import INDEX, OF_PICTURES, OF_SIZES, PLAN_FIELDS, SETTINGS, StoreMismatch, kept_times
+from distill.data.index import INDEX, LATER, OF_PICTURES, OF_SIZES, PLAN_FIELDS, SETTINGS, StoreMismatch, kept_times
 from distill.data.reader import open_store
 from distill.data.record import StoreError
 from distill.data.storage import Folder
@@ -92,7 +92,7 @@ def test_publishers_that_race_lose_no_shard(tmp_path: Path, monkeypatch: pytest.
         **{
             name: json.loads((tmp_path / "plan.json").read_bytes())[name]
             for name in PLAN_FIELDS
-            if name not in (*OF_PICTURES, *OF_SIZES, "teacher_dtype")
+            if name not in (*OF_PICTURES, *OF_SIZES, *LATER)
         },
     )
     publish, others = Folder.publish, [1, 2]
