@@ -33,6 +33,7 @@ from distill.training.used_data import USED
 from tests.data.stores import PLAN
 from tests.forked import python
 from tests.tiny import save_tiny, tiny_pipeline
+from tests.tiny_flux import save_tiny_flux, tiny_flux_pipeline
 
 ROOT = Path(__file__).parents[2]
 SIZES = ("24x24", "32x16", "16x32")
@@ -247,6 +248,33 @@ def test_solves_of_flow_matching_have_their_sizes_too(tmp_path: Path) -> None:
             output_type="latent",
         ).images
         assert torch.allclose(end, solved.states[:, -1], atol=1e-4)
+
+
+def test_solves_of_flux_have_their_sizes_once_its_shift_is_fixed(tmp_path: Path) -> None:
+    loaded = load_teacher(save_tiny_flux(tmp_path), parts=("network", "text")).at_resolution(32)
+    plan = replace(PLAN, resolution=32, guidance=3.5, times=(1000, 0), sizes=("32x32", "48x16"), dtype="float32")
+    plan = replace(plan, text_dtype="float32")
+    with pytest.raises(ValueError, match="depends on the size of its images"):
+        require_sizes(loaded, plan.image_sizes)
+    teacher = loaded.at_shift(2.0)
+    require_sizes(teacher, plan.image_sizes)
+    solve, pipeline = TrajectorySolver(teacher, plan, "cpu", lambda i: i), tiny_flux_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    pinned = {"use_dynamic_shifting": False, "shift": 2.0}
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **pinned)
+    for i, size in enumerate(plan.image_sizes):
+        solved = solve([i], ["snow"]).states
+        noise, end = (pipeline._pack_latents(x, *x.shape) for x in (solved[:, 0], solved[:, -1]))
+        found = pipeline(
+            "snow",
+            height=size.height,
+            width=size.width,
+            num_inference_steps=4,
+            guidance_scale=3.5,
+            latents=noise,
+            output_type="latent",
+        ).images
+        assert torch.allclose(found, end, atol=1e-4)
 
 
 def test_a_teacher_whose_noise_depends_on_the_size_is_refused_several(tmp_path: Path) -> None:
