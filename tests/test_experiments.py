@@ -10,6 +10,7 @@ import math
 import resource
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,24 @@ from torch import nn
 
 from distill.config.loading import CONFIGS, build, load
 from distill.config.settings import TrainSettings
-from distill.diffusion.noise import Noise
+from distill.diffusion.noise import FlowNoise, Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.families.sd15 import StableDiffusion
-from distill.models.families.sdxl import StableDiffusionXL
+from distill.models.families.base import Family
+from distill.models.families.registry import FAMILIES, published
 from distill.models.families.teacher import Teacher
-from distill.models.full_size import build_unet, unet_config
+from distill.models.full_size import build_network
 from distill.training.engine import EngineSettings
 from distill.training.learning_rate import LearningRate
 from distill.training.trained_network import TrainingRecipe
 from tests.forked import python
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEDULE = NoiseSchedule.scaled_linear()
+SCHEDULE, FLOW_SCHEDULE = NoiseSchedule.scaled_linear(), NoiseSchedule.linear(3.0)
 BUNDLED = ("quickstart", "lcm_toy", "mlcm_toy", "lightning_toy")
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if p.stem not in BUNDLED)
 # LCM-LoRA (arXiv 2311.05556) says 67.5 M, 105 M, 197 M; a full network has 256 inputs for w beside its teacher's.
@@ -48,6 +49,9 @@ TRAINED = {
     "mlcm_sdxl": 196_751_360,
     "lightning_sd15": 67_252_224,
     "lightning_sdxl": 196_751_360,
+    "lcm_lora_flux_dev": 261_488_640,
+    "mlcm_flux_dev": 261_488_640,
+    "lightning_flux_dev": 261_488_640,
     "lcm_sd15": 859_520_964 + 256 * 320,
     "lcm_ssd1b": 1_331_334_404 + 256 * 320,
     "lcm_sdxl": 2_567_463_684 + 256 * 320,
@@ -68,24 +72,34 @@ def settings_of(experiment: str, *overrides: str) -> TrainSettings:
     return load("train", TrainSettings, [f"experiment={experiment}", "data.store=STORE", *overrides])
 
 
+def published_of(experiment: str) -> tuple[str, Family, Mapping[str, Any]]:
+    """The published network of an experiment, whose name ends with its name."""
+    sizes = [name for family in FAMILIES.values() for name in family.full_size]
+    name = max((size for size in sizes if experiment.endswith(f"_{size}")), key=len)
+    return name, *published(name)
+
+
 def full_size_teacher(experiment: str, device: str, dtype: torch.dtype = torch.float32) -> Teacher:
     """A teacher of the experiment's architecture with random weights, or with none."""
-    size = experiment.rpartition("_")[2]
-    unet = build_unet(unet_config(size), device=device, dtype=dtype).requires_grad_(False)
+    size, family, config = published_of(experiment)
+    network = build_network(family.network.kind, config, device=device, dtype=dtype).requires_grad_(False)
+    flow = family.network.folder == "transformer"
+    side = family.network.side(network.config) or 128
     return Teacher(
-        family=StableDiffusion() if size == "sd15" else StableDiffusionXL(),
-        schedule=SCHEDULE,
-        prediction=Prediction.EPSILON,
-        noise=Noise(),
+        family=family,
+        schedule=FLOW_SCHEDULE if flow else SCHEDULE,
+        prediction=Prediction.FLOW if flow else Prediction.EPSILON,
+        noise=FlowNoise(shift=3.0) if flow else Noise(),
         teacher_id=size,
-        resolution=8 * unet.config.sample_size,
-        latent_shape=(4, unet.config.sample_size, unet.config.sample_size),
-        parts={"network": unet},
+        resolution=8 * side,
+        latent_shape=(16 if flow else 4, side, side),
+        second_pass=family.guidance.form(network.config, {}) == "cfg",
+        parts={"network": network},
     )
 
 
 def networks_of(cfg: TrainSettings, teacher: Teacher) -> tuple[Method, dict[str, NetworkDenoiser]]:
-    method: Method = build(cfg.method, schedule=SCHEDULE)
+    method: Method = build(cfg.method, schedule=teacher.schedule)
     return method, build(cfg.student).networks(teacher, cfg.seed, "teacher" in method.requires)
 
 

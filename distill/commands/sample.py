@@ -67,6 +67,7 @@ from distill.methods.sampling import Sampling
 from distill.models.derived import WeightedLoRA
 from distill.models.devices import described, own_device
 from distill.models.execution import execute
+from distill.models.exported import read_export
 from distill.models.families.registry import network_of
 from distill.models.schedulers import noise_of
 from distill.toy.judge import load_judge
@@ -95,7 +96,9 @@ def main(cfg: SampleSettings) -> None:
     model = cfg.model if cfg.run is None else read_run(cfg.run).model
     if cfg.sweep is not None and model.shift is not None:
         raise ConfigError("a sweep compares at the pipeline's own noise levels: leave model.shift null")
-    pipeline, sampling = load_student(cfg, model)
+    pipeline, sampling, usual = load_student(cfg, model)
+    if cfg.guidance is None and cfg.sweep != "guidance":
+        cfg = cfg.model_copy(update={"guidance": usual})
     pipeline = on_device(cfg, pipeline)
     if cfg.sweep is None:
         sample_pictures(cfg, pipeline, sampling, model, prompts)
@@ -130,19 +133,24 @@ def check(cfg: SampleSettings) -> None:
         raise ConfigError("teacher is the reference of a sweep: set sweep=steps or sweep=guidance, or leave it null")
 
 
-def load_student(cfg: SampleSettings, model: ModelSettings) -> tuple[Any, Sampling | None]:
-    """The pipeline, and how its student is sampled; None for one that is not known to be a student's."""
+def load_student(cfg: SampleSettings, model: ModelSettings) -> tuple[Any, Sampling | None, float | None]:
+    """The pipeline, how its student is sampled, and the guidance that it learned, if it takes that as an input.
+
+    The latter two are None for a pipeline that is not known to be a student's.
+    """
     model = located(model)
     path = model.pretrained_model_name_or_path
     with tempfile.TemporaryDirectory() as scratch, checking():
         files = cfg.lora if cfg.run is None else export_run(cfg.run, Path(scratch) / "student")
         sampling = sampling_of(files or path)
+        usual = None if sampling is None else read_export(files or path).learned(cfg.teacher_guidance)
         chosen_sampling(cfg, sampling)  # before anything is loaded
         swept = cfg.sweep is not None  # beside the model itself, which keeps its own scheduler
         beside = [WeightedLoRA.read(text) for text in cfg.loras]
         loading: dict[str, Any] = {"own_scheduler": swept, "beside": beside}
         pipeline = load_pipeline(path, files, cfg.lora_scale, model.revision, model.variant, **loading)
-    return pipeline, sampling or (Sampling() if is_student(pipeline) else None)
+    own = sampling or (Sampling() if is_student(pipeline) else None)
+    return pipeline, own, usual if embeds_guidance(pipeline) else None
 
 
 def on_device(cfg: SampleSettings, pipeline: Any) -> Any:

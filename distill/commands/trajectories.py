@@ -62,6 +62,7 @@ def main(cfg: TrainSettings) -> None:
             export = open_export(cfg.teacher)
             export.require_base(own_hash)
             teacher, own_hash = as_teacher(teacher, export), export.weights_hash
+        check_guidance(cfg.data, teacher)
         nn.Module.to(teacher.network, dtype)  # diffusers' own `to` warns of nothing
         plan = replace(plan_of(cfg, teacher, own_hash), teacher_dtype=str(dtype).removeprefix("torch."))
         plan = sized(plan, cfg.data, teacher, own_sizes)
@@ -80,6 +81,14 @@ def main(cfg: TrainSettings) -> None:
             solver = TrajectorySolver(teacher, own_plan, device, size_of)
             unconditional = stored(teacher.unconditional(), own_plan)
             write_store(url, own_plan, texts, unconditional, solver, size_of=size_of, rank=rank, world_size=world_size)
+
+
+def check_guidance(data: DataSettings, teacher: Teacher) -> None:
+    """Raises ValueError for a guidance of a teacher that knows none."""
+    if data.guidance not in (1, (1, 1)) and not teacher.second_pass and not teacher.takes_guidance:
+        raise ValueError(
+            f"data.guidance={data.guidance}: this teacher was distilled and takes no guidance, set data.guidance=1"
+        )
 
 
 def prompts_of(cfg: TrainSettings) -> tuple[list[str], list[ImageSize] | None]:

@@ -31,6 +31,7 @@ class Exported:
         prediction: what its network predicts; None, in exports that do not say, is what that model predicts.
         sampling: how it is sampled, by the names of `Sampling`'s fields; empty in exports that do not say.
         shift: of the noise levels that it learned; None without flow matching.
+        guidance: the lowest and the highest w that it learned; None in exports that do not say.
     """
 
     folder: Path
@@ -40,6 +41,12 @@ class Exported:
     prediction: Prediction | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     shift: float | None = None
+    guidance: tuple[float, float] | None = None
+
+    def learned(self, w: float) -> float:
+        """The w nearest to this one that it has learned."""
+        low, high = self.guidance or (w, w)
+        return min(max(w, low), high)
 
     @property
     def is_lora(self) -> bool:
@@ -74,7 +81,7 @@ def read_export(folder: str | Path) -> Exported:
     folder = Path(folder).expanduser()
     try:
         facts = json.loads((folder / FACTS).read_text())
-        prediction = facts.get("prediction")
+        prediction, guidance = facts.get("prediction"), facts.get("guidance")
         return Exported(
             folder,
             tuple(facts["formats"]),
@@ -83,6 +90,7 @@ def read_export(folder: str | Path) -> Exported:
             None if prediction is None else Prediction(prediction),
             facts.get("sampling", {}),
             facts.get("noise", {}).get("shift"),
+            None if guidance is None else (float(guidance[0]), float(guidance[1])),
         )
     except FileNotFoundError:
         raise ValueError(f"{folder} is not an export: it has no {FACTS} (distill export writes them)") from None

@@ -309,6 +309,10 @@ def _check_guidance(
             )
     elif not takes_guidance:
         raise ConfigError(f"guidance={guidance:g}: this student takes no guidance as an input, it is built in already")
+    elif any(format in LORA_FORMATS for format in formats):
+        raise ConfigError(
+            f"guidance={guidance:g}: a LoRA leaves the model its input of guidance; set formats to those of a network"
+        )
     elif not low <= guidance <= high:
         raise ConfigError(f"guidance={guidance:g} is not what this student learned, which is {known}")
 
