@@ -37,6 +37,7 @@ from distill.config.settings import ModelSettings, SampleSettings
 from distill.data.prompts import read_prompts
 from distill.data.sizes import ImageSize, read_sizes
 from distill.data.words import counted
+from distill.diffusion.noise import FlowNoise
 from distill.diffusion.samplers import check_pair, usual_spacing
 from distill.evaluation.figures import CELL, GridRow, draw_grid
 from distill.evaluation.pipelines import (
@@ -186,13 +187,15 @@ def sample_pictures(
     sampling = chosen_sampling(cfg, own)
     guidance = one_guidance(cfg, pipeline, own is not None)
     numbers = cfg.steps if isinstance(cfg.steps, list) else [cfg.steps or sampling.steps or SOME_STEPS]
+    sizes = sizes_of(cfg, pipeline, model)
     with checking("model."):
-        noise_of(pipeline.scheduler).at(shift=model.shift)
+        noise = noise_of(pipeline.scheduler).at(shift=model.shift)
+        if len(sizes) > 1 and isinstance(noise, FlowNoise) and noise.shift is None:
+            raise ValueError("shift is null, and the pipeline's own depends on the size: set it, or sample in one size")
     with checking():
-        use_sampler(pipeline, sampling.sampler, sampling.spacing, shift=model.shift)
+        use_sampler(pipeline, sampling.sampler, sampling.spacing, shift=model.shift, size=sizes[0])
     with checking("steps: "):
         arguments = {n: arguments_of(pipeline, sampling.spacing, n, model.max_tokens) for n in numbers}
-    sizes = sizes_of(cfg, pipeline, model)
     facts = {"guidance": guidance, "sampler": sampling.sampler, "negative_prompt": cfg.negative_prompt}
     written = Written(Path(cfg.output_dir), claimed=pictures_of(Path(cfg.output_dir)))
     written.clear()

@@ -12,11 +12,12 @@ import torch
 from diffusers import FlowMatchLCMScheduler, LCMScheduler
 from torch import Tensor, nn
 
+from distill.diffusion.noise import AnyNoise, FlowNoise
 from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
 from distill.models.derived import WeightedLoRA
 from distill.models.exported import FACTS, read_export
-from distill.models.families.base import DEFAULT_PIXELS, Family
+from distill.models.families.base import DEFAULT_PIXELS, Family, Size
 from distill.models.families.loading import load_network, open_pipeline
 from distill.models.families.registry import FAMILIES, family_of_network, network_of
 from distill.models.families.teacher import DECODED_PIXELS
@@ -117,17 +118,30 @@ def use_sampler(
     prediction: Prediction | None = None,
     steps: int | None = None,
     shift: float | None = None,
+    size: Size | int | None = None,
 ) -> None:
     """Replaces the scheduler by that of `scheduler_settings`, which keeps the noise of the old one and nothing else.
 
-    With `steps` it is for that number alone; without, for any. `shift` takes the place of flow matching's own, which
-    it has to where that depends on the picture's size. A call of the pipeline has to be given `arguments_of`.
+    With `steps` it is for that number alone; without, for any. `shift` takes the place of flow matching's own; where
+    that depends on the picture's size, `size`, (height, width) or a square's side, says which one it is, and None is
+    the pipeline's own. A call of the pipeline has to be given `arguments_of`.
 
     Raises:
         ValueError: a sampler or a spacing that is not known, that do not go together, or not on this noise.
     """
     noise = noise_of(pipeline.scheduler).at(shift=shift)
+    if isinstance(noise, FlowNoise) and noise.shift is None:
+        noise = _settled(pipeline, noise, size)
     pipeline.scheduler = make_scheduler(noise, sampler, spacing, prediction, steps)
+
+
+def _settled(pipeline: Any, noise: FlowNoise, size: Size | int | None) -> AnyNoise:
+    """The noise of pictures of a size, whose shift depends on that."""
+    network = network_of(pipeline)
+    family, side = family_of_network(network), size or _side(pipeline)
+    height, width = (side, side) if isinstance(side, int) else side
+    token = family.latents.factor(pipeline.vae.config) * family.network.patch(network.config)
+    return family.noise(noise, (height // token) * (width // token))
 
 
 def arguments_of(pipeline: Any, spacing: str, steps: int, max_tokens: int | None = None) -> dict[str, Any]:
