@@ -10,7 +10,6 @@ import math
 import resource
 import subprocess
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ from torch import nn
 
 from distill.config.loading import CONFIGS, build, load
 from distill.config.settings import TrainSettings
-from distill.diffusion.noise import FlowNoise, Noise
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
 from distill.models.denoiser import NetworkDenoiser
-from distill.models.families.base import Family
+from distill.models.families.base import DEFAULT_PIXELS
 from distill.models.families.registry import FAMILIES, published
 from distill.models.families.teacher import Teacher
 from distill.models.full_size import build_network
@@ -37,7 +35,7 @@ from distill.training.trained_network import TrainingRecipe
 from tests.forked import python
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEDULE, FLOW_SCHEDULE = NoiseSchedule.scaled_linear(), NoiseSchedule.linear(3.0)
+SCHEDULE = NoiseSchedule.scaled_linear()
 BUNDLED = ("quickstart", "lcm_toy", "mlcm_toy", "lightning_toy")
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if p.stem not in BUNDLED)
 # LCM-LoRA (arXiv 2311.05556) says 67.5 M, 105 M, 197 M; a full network has 256 inputs for w beside its teacher's.
@@ -72,27 +70,28 @@ def settings_of(experiment: str, *overrides: str) -> TrainSettings:
     return load("train", TrainSettings, [f"experiment={experiment}", "data.store=STORE", *overrides])
 
 
-def published_of(experiment: str) -> tuple[str, Family, Mapping[str, Any]]:
-    """The published network of an experiment, whose name ends with its name."""
+def published_of(experiment: str) -> str:
+    """The published model of an experiment, whose name ends with its name."""
     sizes = [name for family in FAMILIES.values() for name in family.full_size]
-    name = max((size for size in sizes if experiment.endswith(f"_{size}")), key=len)
-    return name, *published(name)
+    return max((size for size in sizes if experiment.endswith(f"_{size}")), key=len)
 
 
 def full_size_teacher(experiment: str, device: str, dtype: torch.dtype = torch.float32) -> Teacher:
     """A teacher of the experiment's architecture with random weights, or with none."""
-    size, family, config = published_of(experiment)
-    network = build_network(family.network.kind, config, device=device, dtype=dtype).requires_grad_(False)
-    flow = family.network.folder == "transformer"
-    side = family.network.side(network.config) or 128
+    size = published_of(experiment)
+    family, known = published(size)
+    network = build_network(family.network.kind, known.network, device=device, dtype=dtype).requires_grad_(False)
+    factor = family.latents.factor(known.vae)
+    side = family.network.side(network.config) or DEFAULT_PIXELS // factor
+    noise = family.noise(known.noise, (side // family.network.patch(network.config)) ** 2)
     return Teacher(
         family=family,
-        schedule=FLOW_SCHEDULE if flow else SCHEDULE,
-        prediction=Prediction.FLOW if flow else Prediction.EPSILON,
-        noise=FlowNoise(shift=3.0) if flow else Noise(),
+        schedule=NoiseSchedule.of(noise),
+        prediction=Prediction(noise.prediction_type),
+        noise=noise,
         teacher_id=size,
-        resolution=8 * side,
-        latent_shape=(16 if flow else 4, side, side),
+        resolution=factor * side,
+        latent_shape=(family.latents.channels(known.vae), side, side),
         second_pass=family.guidance.form(network.config, {}) == "cfg",
         parts={"network": network},
     )

@@ -108,6 +108,16 @@ def test_the_shift_follows_the_tokens_of_the_picture_by_the_pipelines_own_rule(t
     assert (teacher.latent_shape, teacher.prediction.value) == ((CHANNELS, 8, 8), "flow_prediction")
 
 
+def test_a_shift_only_labels_the_noise_levels(teacher: Teacher) -> None:
+    """At one sigma, by whatever time, the network is called alike."""
+    c, x = tiny_flux_conditioning(2), states()
+    with torch.no_grad():
+        found = [
+            teacher.at_shift(shift).denoiser()(x, torch.tensor([t, t]), c).x0 for shift, t in ((1.0, 500), (3.0, 250))
+        ]
+    assert torch.equal(*found)
+
+
 def test_a_picture_is_made_of_whole_tokens(teacher: Teacher) -> None:
     with pytest.raises(ValueError, match="resolution must be a multiple of 4 pixels, got 18"):
         teacher.at_resolution(18)
@@ -266,8 +276,8 @@ def test_a_w_can_be_built_in(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def full_size() -> Any:
     """FLUX.1 [dev] without memory."""
-    family, config = published("flux_dev")
-    return build_network(family.network.kind, config, device="meta")
+    family, known = published("flux_dev")
+    return build_network(family.network.kind, known.network, device="meta")
 
 
 @pytest.mark.parametrize(
@@ -346,7 +356,7 @@ def random_lora(shapes: Mapping[str, tuple[int, int]], rank: int = 2) -> dict[st
 
 def converted(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """What diffusers makes of a kohya file, as products alpha / rank B A of a few rows, by modules."""
-    config = published("flux_dev")[1]
+    config = published("flux_dev")[1].network
     theirs = _convert_kohya_flux_lora_to_diffusers(fused_state_dict(weights, alpha, config, torch.float32))
     assert all(key.startswith("transformer.") for key in theirs)
     return {key.removeprefix("transformer."): x for key, x in theirs.items()}
