@@ -19,7 +19,7 @@ from distill.config.settings import ClusterSettings, PlanSettings
 from distill.data.words import counted
 from distill.diffusion.samplers import SAMPLERS
 from distill.planning.estimates import best_interval, lost_share, most_samples, read_bytes
-from distill.planning.inference import hours, inference, passes
+from distill.planning.inference import hours, inference
 from distill.planning.phases import (
     GB,
     GIB,
@@ -177,7 +177,7 @@ def around(run: PlannedRun) -> Iterator[str]:
     data = cfg.data
     if data.guidance is not None and data.num_samples is not None:
         used = hours(data.num_samples * model.solve_flops(data), cluster, run.bf16)
-        evaluations = SAMPLERS[data.solver].evaluations(data.solver_steps) * passes(data)
+        evaluations = SAMPLERS[data.solver].evaluations(data.solver_steps) * model.passes(data)
         yield (
             f"The teacher's solves: {counted(data.num_samples, 'sample')}, {evaluations} evaluations each, "
             f"{used:.2f} {cluster.device} hours, {used / run.ranks:.2f} h here; "

@@ -435,7 +435,7 @@ def batch_of(architecture: Architecture, states: int, samples: int = 1) -> Batch
         return Batch(
             states=torch.empty(samples, states, *teacher.latent_shape),
             times=torch.empty(samples, states, dtype=torch.int64),
-            conditioning=text | {name: torch.empty_like(entry) for name, entry in sizes.items()},
+            conditioning=text | {name: torch.empty(entry.shape) for name, entry in sizes.items()},
             unconditional=text if teacher.second_pass else {},
             guidance=torch.empty(samples),
             keys=("",) * samples,

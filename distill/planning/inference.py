@@ -27,12 +27,13 @@ class Inference:
         weights: how many its network has.
         flops: of an evaluation of the network.
         activations: bytes of an evaluation.
-        encoders: weights of its text encoders.
+        encoders: weights of its text encoders, two in bfloat16 for one.
         vae_weights: of its autoencoder.
         decoding: FLOPs of a picture's decoding.
         decoded: bytes of activations of that, in float32.
         encoded: bytes of activations of a picture's encoding, in float32.
         width: bytes of a number.
+        second_pass: whether guidance takes an evaluation of its own.
     """
 
     weights: float
@@ -44,15 +45,20 @@ class Inference:
     decoded: float
     encoded: float
     width: int
+    second_pass: bool = True
 
     def solve_flops(self, data: DataSettings) -> float:
         """FLOPs of one of a store's solves."""
-        return SAMPLERS[data.solver].evaluations(data.solver_steps) * passes(data) * self.flops
+        return SAMPLERS[data.solver].evaluations(data.solver_steps) * self.passes(data) * self.flops
+
+    def passes(self, data: DataSettings) -> int:
+        """Passes of the network for an evaluation of the teacher: two where guidance takes one of its own."""
+        return 2 if self.second_pass and data.guidance != 1 else 1
 
     def solve_bytes(self, data: DataSettings) -> float:
         """Bytes of a process that makes a store: the text encoders stay, in float32 at most."""
         held = self.width * self.weights + 4 * self.encoders
-        return held + data.batch_size * passes(data) * self.activations
+        return held + data.batch_size * self.passes(data) * self.activations
 
     def encoding_bytes(self, data: DataSettings) -> float:
         """Bytes of a process that makes a store of pictures, in float32."""
@@ -60,17 +66,12 @@ class Inference:
 
     def picture_flops(self, steps: int, guided: bool) -> float:
         """FLOPs of a picture of `steps` evaluations, each of them two if it is guided."""
-        return steps * (2 if guided else 1) * self.flops + self.decoding
+        return steps * (2 if guided and self.second_pass else 1) * self.flops + self.decoding
 
     def sampling_bytes(self, samples: int, guided: bool = True) -> float:
         """Bytes of a process that generates so many pictures at once and decodes them one by one, in float32."""
         held = self.width * self.weights + 4 * (self.encoders + self.vae_weights)
-        return held + max(samples * (2 if guided else 1) * self.activations, self.decoded)
-
-
-def passes(data: DataSettings) -> int:
-    """Passes of the network for an evaluation of the teacher: two where it is guided."""
-    return 1 if data.guidance == 1 else 2
+        return held + max(samples * (2 if guided and self.second_pass else 1) * self.activations, self.decoded)
 
 
 def inference(model: ModelSettings, half: bool, sizes: Sequence[str] | str | None = None) -> Inference:
@@ -89,6 +90,8 @@ def inference(model: ModelSettings, half: bool, sizes: Sequence[str] | str | Non
     batch = batch_of(built, 1, WALKED)
     x, dtype = batch.states[:, 0], next(network.parameters()).dtype
     conditioning = {name: entry.to(dtype) for name, entry in batch.conditioning.items()}
+    if family.guidance.taken(network.config):
+        conditioning["guidance"] = batch.guidance
     flops, most = forward(_Called(network, family), WALKED, x.to(dtype), batch.times[:, 0], conditioning, dtype)
     vae = _autoencoder(built, model)
     with torch.device("meta"):
@@ -102,12 +105,13 @@ def inference(model: ModelSettings, half: bool, sizes: Sequence[str] | str | Non
         weights=sum(p.numel() for p in network.parameters()),
         flops=flops,
         activations=most,
-        encoders=_encoders(built, model),
+        encoders=_encoders(built, model) / (2 if model.text_dtype == "bfloat16" else 1),
         vae_weights=sum(p.numel() for p in vae.parameters()),
         decoding=decoding,
         decoded=decoded,
         encoded=encoded,
         width=2 if half else 4,
+        second_pass=built.teacher.second_pass,
     )
 
 
