@@ -52,7 +52,7 @@ class PipelineFacts:
     @property
     def guidance_form(self) -> str:
         """What guides the network; see `Guidance.form`. It may be known by the pipeline's name alone."""
-        return self.family.guidance.form(self.network, {"_name_or_path": self.path} | self.index)
+        return self.family.guidance.form(self.network, {"_name_or_path": self.path, **self.index})
 
     def own_scheduler(self) -> Any:
         """The pipeline's scheduler as it comes, of a class of diffusers whose noise is understood."""
