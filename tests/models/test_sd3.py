@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.diffusion.guidance import guided
 from distill.diffusion.solver import make_times, solve
+from distill.models.discriminator import CriticNetwork
 from distill.models.families.loading import load_teacher, prompt_tokens
 from distill.models.families.registry import FAMILIES, published
 from distill.models.families.teacher import Teacher
 from distill.models.full_size import build_network
-from distill.models.lora import add_lora
+from distill.models.lora import add_lora, load_lora, lora_config, only_adapter, save_lora, save_lora_file
 from tests.tiny import CHANNELS, SD3_TRANSFORMER, SHIFT, TOKENS, save_tiny, tiny_conditioning, tiny_transformer
 
 SD3 = FAMILIES["sd3"]
@@ -247,3 +251,102 @@ def test_a_critics_features_are_the_states_after_half_of_the_blocks(on_its_weigh
     assert features.shape == (2, *SD3.critic.shape(network, (6, 4))) == (2, width, 3, 2)
     assert torch.equal(features.flatten(2).transpose(1, 2), seen[0])
     assert len(network.transformer_blocks) == 4, "the network itself is whole"
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_every_trained_weight_of_a_critic_counts(rank: int | None) -> None:
+    """What the last block makes of the text is read by nothing, and is not trained; text and origin are read."""
+    critic = CriticNetwork(tiny_transformer().requires_grad_(False), (6, 6), conditional=True, rank=rank, family=SD3)
+    for parameter in critic.head.logit.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    if rank is not None:  # as a LoRA starts, its A has no gradient yet
+        for name, parameter in critic.encoder.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    x, c = torch.randn(4, CHANNELS, 6, 6), tiny_conditioning("sd3", 4)
+    told = torch.tensor([100.0, 900.0, 400.0, 950.0])
+    logit = critic(x, told, 2, c)
+    assert logit.shape == (2,)
+    logit.sum().backward()
+    idle = [name for name, p in critic.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert idle == []
+    frozen = {name for name, p in critic.encoder.named_parameters() if not p.requires_grad}
+    assert rank is not None or all(name.startswith("transformer_blocks.1.") for name in frozen) and frozen
+    with torch.no_grad():
+        other = {
+            key: entry + torch.tensor([1.0, 0, 0, 0]).view(-1, *[1] * (entry.ndim - 1)) for key, entry in c.items()
+        }
+        for key in c:
+            assert (critic(x, told, 2, c | {key: other[key]}) != logit).tolist() == [True, False]
+        moved = x + torch.tensor([0.0, 0, 1, 0]).view(-1, 1, 1, 1)
+        assert (critic(moved, told, 2, c) != logit).tolist() == [True, False]
+
+
+def test_heads_over_wide_features_are_narrower() -> None:
+    family, config = published("sd35_large")
+    network = build_network(family.network.kind, config, device="meta")
+    critic = CriticNetwork(network, (128, 128), family=family)
+    assert critic.head.convs[0].in_channels == 2432 and critic.head.convs[0].out_channels == 1024
+    assert len(critic.encoder.transformer_blocks) == 19
+
+
+# --- LoRAs ---
+
+
+@pytest.fixture
+def adapted() -> Any:
+    """A network with a LoRA that is not zero, and whose alpha is not its rank."""
+    network = tiny_transformer().requires_grad_(False)
+    random = torch.Generator().manual_seed(1)
+    for parameter in add_lora(network, rank=3, alpha=2.0, family=SD3):
+        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=random))
+    return network
+
+
+def predicted(network: Any) -> Tensor:
+    x = torch.randn(2, CHANNELS, 6, 6, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return SD3.predict(network, x, T.float(), tiny_conditioning("sd3", 2), torch.float32)
+
+
+def in_diffusers(pipeline: Any, path: Path, **given: Any) -> Tensor:
+    """What the pipeline's network predicts with a LoRA's file."""
+    pipeline.transformer = tiny_transformer().requires_grad_(False)
+    pipeline.load_lora_weights(str(path), **given)
+    return predicted(pipeline.transformer)
+
+
+def test_its_files_are_read_by_diffusers_and_peft_at_their_scale(adapted: Any, pipeline: Any, tmp_path: Path) -> None:
+    expected, bare = predicted(adapted), predicted(tiny_transformer().requires_grad_(False))
+    assert (expected - bare).abs().max() > 0.01
+    save_lora(tmp_path, adapted, formats=("diffusers", "peft"), family=SD3)
+    save_lora_file(tmp_path / "c.safetensors", adapted, format="comfyui", family=SD3)
+    assert torch.equal(in_diffusers(pipeline, tmp_path), expected)
+    torch.testing.assert_close(in_diffusers(pipeline, tmp_path / "c.safetensors"), expected, rtol=0, atol=1e-5)
+    in_peft = PeftModel.from_pretrained(tiny_transformer().requires_grad_(False), tmp_path / "peft")
+    torch.testing.assert_close(predicted(in_peft.base_model.model), expected, rtol=0, atol=1e-6)
+
+
+def test_a_file_without_its_header_would_be_read_at_another_scale(adapted: Any, pipeline: Any, tmp_path: Path) -> None:
+    """Why there are two files, and why a folded one says nothing of an alpha."""
+    save_lora(tmp_path, adapted, formats=("diffusers",), family=SD3)
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    save_file(tensors, tmp_path / "bare.safetensors")
+    assert (in_diffusers(pipeline, tmp_path / "bare.safetensors") - predicted(adapted)).abs().max() > 1e-3
+    save_lora_file(tmp_path / "c.safetensors", adapted, format="comfyui", family=SD3)
+    with safe_open(tmp_path / "c.safetensors", framework="pt") as file:
+        header, keys = file.metadata(), set(file.keys())
+    assert "lora_adapter_metadata" not in header and json.loads(header["distill_lora"])["lora_alpha"] == 3
+    assert keys == set(tensors) and all(key.startswith("transformer.") for key in keys)
+    assert "kohya" not in SD3.lora.formats, "no loader of diffusers reads such names for this network"
+
+
+def test_a_lora_comes_back_bit_for_bit_and_is_the_teacher_when_off(adapted: Any, tmp_path: Path) -> None:
+    save_lora(tmp_path, adapted, formats=("diffusers",), family=SD3)
+    again = tiny_transformer().requires_grad_(False)
+    load_lora(again, tmp_path, family=SD3)
+    theirs = dict(again.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in adapted.named_parameters())
+    assert lora_config(again).lora_alpha == 2.0
+    with only_adapter(adapted, None):
+        assert torch.equal(predicted(adapted), predicted(tiny_transformer().requires_grad_(False)))
