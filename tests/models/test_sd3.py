@@ -223,10 +223,9 @@ def test_pictures_survive_the_way_to_latents_and_back(teacher: Teacher) -> None:
 def test_published_networks_and_their_loras_have_the_sizes_that_are_known(
     name: str, millions: int, modules: dict[str, int], trained: dict[str, float]
 ) -> None:
-    family, known = published(name)
-    config = known.network
+    family, model = published(name)
     for which, expected in trained.items():
-        network = build_network(family.network.kind, config, device="meta")
+        network = build_network(family.network.kind, model.network, device="meta")
         assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
         found = add_lora(network, 64, 64, targets=family.lora.chosen(network, which), family=family)
         assert round(sum(p.numel() for p in found) / 1e6, 1) == expected
@@ -283,8 +282,8 @@ def test_every_trained_weight_of_a_critic_counts(rank: int | None) -> None:
 
 
 def test_heads_over_wide_features_are_narrower() -> None:
-    family, config = published("sd35_large")
-    network = build_network(family.network.kind, config, device="meta")
+    family, model = published("sd35_large")
+    network = build_network(family.network.kind, model.network, device="meta")
     critic = CriticNetwork(network, (128, 128), family=family)
     assert critic.head.convs[0].in_channels == 2432 and critic.head.convs[0].out_channels == 1024
     assert len(critic.encoder.transformer_blocks) == 19
