@@ -55,6 +55,8 @@ TRAINED = {
     "lcm_lora_flux_dev": 261_488_640,
     "mlcm_flux_dev": 261_488_640,
     "lightning_flux_dev": 261_488_640,
+    "lcm_lora_flux2_klein": 96_337_920,
+    "lcm_lora_z_image": 158_760_960,
     "lcm_sd15": 859_520_964 + 256 * 320,
     "lcm_ssd1b": 1_331_334_404 + 256 * 320,
     "lcm_sdxl": 2_567_463_684 + 256 * 320,

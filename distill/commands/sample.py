@@ -48,6 +48,7 @@ from distill.evaluation.pipelines import (
     load_pipeline,
     sampling_of,
     side_multiple,
+    takes_negative_prompts,
     use_sampler,
 )
 from distill.evaluation.sweeps import (
@@ -100,6 +101,8 @@ def main(cfg: SampleSettings) -> None:
     pipeline, sampling, usual = load_student(cfg, model)
     if cfg.guidance is None and cfg.sweep != "guidance":
         cfg = cfg.model_copy(update={"guidance": usual})
+    if cfg.negative_prompt is not None and not takes_negative_prompts(pipeline):
+        raise ConfigError(f"negative_prompt: a {type(pipeline).__name__} takes none, leave it null")
     pipeline = on_device(cfg, pipeline)
     if cfg.sweep is None:
         sample_pictures(cfg, pipeline, sampling, model, prompts)

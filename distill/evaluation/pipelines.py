@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -216,16 +217,17 @@ def generate_images(
         pipeline.vae.enable_slicing()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     scale = family_of_network(network_of(pipeline)).guidance.to_pipeline(guidance)
+    negative = {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts)}
     with _global_noise(pipeline, seeds[0]):
         return pipeline(
             prompt=list(prompts),
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
             num_inference_steps=steps,
             guidance_scale=scale,
             generator=generators,
             height=height,
             width=width,
             output_type="pt",
+            **negative,
             **(arguments or {}),
         ).images
 
@@ -242,11 +244,16 @@ def _global_noise(pipeline: Any, seed: int) -> Iterator[None]:
         yield
 
 
+def takes_negative_prompts(pipeline: Any) -> bool:
+    """Whether a pipeline can be called with a negative prompt; that of FLUX.2 klein cannot."""
+    return "negative_prompt" in signature(type(pipeline).__call__).parameters
+
+
 def side_multiple(pipeline: Any) -> int:
     """Of which whole number of pixels the sides of its pictures are multiples."""
     network = network_of(pipeline)
-    patch = family_of_network(network).network.patch(network.config)
-    return math.lcm(SIDES, pipeline.vae_scale_factor * patch)
+    family = family_of_network(network)
+    return math.lcm(SIDES, family.latents.factor(pipeline.vae.config) * family.network.patch(network.config))
 
 
 def _side(pipeline: Any) -> int:

@@ -37,6 +37,7 @@ _OF_TOKENIZERS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "spiece.model",
+    "chat_template.jinja",
 )
 _OF_PROCESSORS = ("preprocessor_config.json",)
 _MERGES_HEADER = "#version: 0.2"

@@ -34,6 +34,7 @@ _OF_PIPELINES = (
     "force_zeros_for_empty_prompt",
     "requires_safety_checker",
     "add_watermarker",
+    "is_distilled",
 )
 
 

@@ -33,7 +33,7 @@ WEIGHTS = {
     "sd35_large": (8_056_627_520, 89_653_248),
     "flux_dev": (11_901_408_320, 0),
     "flux_schnell": (11_891_178_560, 0),
-    "flux2_klein_4b": (3_875_544_576, 0),
+    "flux2_klein": (3_875_544_576, 0),
     "flux2_klein_9b": (9_078_581_248, 0),
     "z_image": (6_154_908_736, 0),
 }
@@ -44,14 +44,14 @@ LORAS = {
     "sd35_large": ((453, 211_058_688), (303, 94_322_688)),
     "flux_dev": ((418, 261_488_640), (190, 74_711_040)),
     "flux_schnell": ((418, 261_488_640), (190, 74_711_040)),
-    "flux2_klein_4b": ((100, 96_337_920), (20, 7_864_320)),
+    "flux2_klein": ((100, 96_337_920), (20, 7_864_320)),
     "flux2_klein_9b": ((144, 174_063_616), (32, 16_777_216)),
     "z_image": ((238, 158_760_960), (136, 66_846_720)),
 }
 """Adapted modules and trained numbers of a LoRA of rank 64: on all of the blocks, and on their attention."""
 
 
-SOME = ("sd35_medium", "flux_dev", "flux2_klein_4b", "z_image")
+SOME = ("sd35_medium", "flux_dev", "flux2_klein", "z_image")
 
 
 @pytest.mark.parametrize(

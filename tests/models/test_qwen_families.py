@@ -11,8 +11,6 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline, compute_empirical_mu
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from distill.diffusion.guidance import guided
@@ -311,37 +309,6 @@ def test_z_image_has_positions_for_so_many_pixels(folders: dict[str, str]) -> No
         teacher.at_resolution(132)
 
 
-# --- full size ---
-
-COUNTS = {"flux2_klein_4b": 3876, "flux2_klein_9b": 9079, "z_image": 6155}
-LORAS = [  # modules, and parameters at rank 64
-    ("flux2_klein_4b", "attention", 20, 7_864_320),
-    ("flux2_klein_4b", "blocks", 100, 96_337_920),
-    ("z_image", "attention", 136, 66_846_720),
-    ("z_image", "blocks", 238, 158_760_960),
-    ("z_image", "all", 270, 190_742_528),
-]
-
-
-@pytest.mark.parametrize(("name", "millions"), COUNTS.items())
-def test_full_size_networks_have_their_published_weights(name: str, millions: int) -> None:
-    family, known = published(name)
-    config = known.network
-    network = build_network(family.network.kind, config, device="meta")
-    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
-
-
-@pytest.mark.parametrize(("name", "which", "modules", "weights"), LORAS)
-def test_loras_adapt_so_many_modules(name: str, which: str, modules: int, weights: int) -> None:
-    family, known = published(name)
-    config = known.network
-    network = build_network(family.network.kind, config, device="meta")
-    chosen = LoraConfig(target_modules=family.lora.chosen(network, which))
-    adapted = [m for n, m in network.named_modules() if check_target_module_exists(chosen, n)]
-    assert len(adapted) == modules
-    assert sum(64 * (m.in_features + m.out_features) for m in adapted) == weights
-
-
 # --- LoRA files, with alpha unlike the rank ---
 
 
@@ -458,7 +425,7 @@ def test_a_critic_on_the_teachers_weights_trains_a_lora(teacher: Teacher) -> Non
 
 
 def test_a_head_is_at_most_1024_wide() -> None:
-    for name in ("flux2_klein_4b", "z_image"):
+    for name in ("flux2_klein", "z_image"):
         family, known = published(name)
         config = known.network
         network = build_network(family.network.kind, config, device="meta")

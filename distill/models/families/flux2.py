@@ -262,7 +262,7 @@ class Flux2Klein(Family):
     lora = KleinLoRA()
     critic = KleinCritic()
     full_size = {
-        "flux2_klein_4b": _published(_KLEIN_4B, encoders=4.02e9),  # Qwen3-4B
+        "flux2_klein": _published(_KLEIN_4B, encoders=4.02e9),  # Qwen3-4B
         "flux2_klein_9b": _published(_KLEIN_9B, encoders=7.57e9),  # Qwen3-8B, by the width of its states
     }
 
