@@ -157,7 +157,8 @@ def test_what_is_exported_is_drawn_by_diffusers_alone_at_the_guidance_that_it_le
     first.mkdir()
     export = write_student(first, lora, "l", formats=["diffusers", "peft", "comfyui", "kohya", "pipeline"])
     card = write_card(first, export).read_text()
-    assert export.guidance_scale == W and f"guidance_scale={W}" in card and f"`guidance_scale={W:g}`" not in card
+    assert export.guidance_scale == W and f"guidance_scale={W}" in card
+    assert "a shift of 1.58308" in card and f"CFG scale 1, and {W:g} for the model's own input of guidance" in card
     export_run(full, second, formats=["transformer", "pipeline"])
     export_run(full, third, formats=["pipeline"], guidance=W)
     pinned = json.loads((second / "scheduler/scheduler_config.json").read_text())

@@ -15,10 +15,11 @@ from yaml import YAMLError
 
 from distill.config.settings import ModelSettings, TrainSettings
 from distill.data.words import counted
+from distill.diffusion.noise import FlowNoise
 from distill.diffusion.prediction import Prediction
 from distill.models.derived import SINGLE, WeightedLoRA
 from distill.models.families.registry import FAMILIES
-from distill.models.formats import LORA_FORMATS, NETWORK
+from distill.models.formats import LORA_FORMATS, NAMED_FORMATS, NETWORK
 from distill.models.schedulers import as_code, scheduler_settings, sigmas_for, timesteps_for
 from distill.training.clients import CHECKPOINT, LORA, clients_of
 from distill.training.comfyui import why_none, workflows_of
@@ -231,6 +232,8 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 def _other_programs(export: Export) -> list[str]:
     """Which file, sampler, scheduler and nodes belong to which program; nothing without a file that one loads."""
+    if isinstance(export.noise, FlowNoise):
+        return _flow_programs(export, export.noise.settled_shift)
     rows = []
     for client in clients_of(export.sampling, Prediction(export.prediction)):
         held = filter(export.holds, client.formats)
@@ -252,6 +255,26 @@ def _other_programs(export: Export) -> list[str]:
             "generate other pictures: export it for them with `guidance=W`, which builds one W in."
         )
     return [*texts, "\n".join(lines), *_workflows(export)]
+
+
+def _flow_programs(export: Export, shift: float) -> list[str]:
+    """What other programs have to do with a student of flow matching, which was not tried in any."""
+    files = [_FILE_NAMES[name].format(name=export.name, network=export.network) for name in (*NAMED_FORMATS, NETWORK)
+             if export.holds(name)]  # fmt: skip
+    if not files:
+        return []
+    sampler = {"ddim": "euler"}.get(export.sampling.sampler, export.sampling.sampler)
+    guidance = "CFG scale 1 (guidance is built in)"
+    if export.takes_guidance:
+        guidance = f"CFG scale 1, and {export.guidance_scale:g} for the model's own input of guidance"
+    steps = counted(_steps(export), "step")
+    text = (
+        f"{', '.join(map(_code_span, files))}: not tried in other programs. They have to sample by "
+        f"{_code_span(sampler)} in {steps} at the noise levels that the student learned, sigma = {shift:.6g} u / "
+        f"(1 + {shift - 1:.6g} u) for u = 1, 1 - 1/N ... 1/N, which is a shift of {shift:.6g} (ComfyUI's scheduler "
+        f"`simple` and its ModelSampling node of the model); {guidance}."
+    )
+    return ["## In other programs", text]
 
 
 def _workflows(export: Export) -> list[str]:
