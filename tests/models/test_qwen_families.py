@@ -129,6 +129,15 @@ def test_padding_of_a_prompt_is_not_read_by_z_image(folders: dict[str, str]) -> 
     assert torch.equal(*found)
 
 
+def test_a_network_without_values_reads_whole_prompts(teacher: Teacher) -> None:
+    """On the meta device, where plans count what a step takes."""
+    x, t, c = inputs(teacher)
+    network: Any = build_network(teacher.family.network.kind, dict(teacher.network.config), device="meta")
+    meta = {key: entry.to("meta") for key, entry in c.items()}
+    told = teacher.schedule.told(t).to("meta")
+    assert teacher.family.predict(network, x.to("meta"), told, meta, torch.float32).shape == x.shape
+
+
 def test_conditioning_that_is_not_known_or_missing_is_refused(teacher: Teacher) -> None:
     x, t, c = inputs(teacher)
     told = teacher.schedule.told(t)

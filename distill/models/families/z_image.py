@@ -33,7 +33,6 @@ from distill.models.files import rounded
 MASK = "text_mask"
 PATCH = 2
 """Side of what its pipeline has the network read as one token."""
-_PATCHES = f"{PATCH}-1"  # the names of its ends for tokens of this side and of one frame
 _FLAT = "lora_unet_"
 
 _VAE = dict(SD_VAE) | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
@@ -185,7 +184,8 @@ def _call(module: nn.Module, x: Tensor, told: Tensor, conditioning: Conditioning
         if key not in conditioning:
             raise ValueError(f"the conditioning lacks {key!r}; it has {sorted(conditioning)}")
     text, mask = conditioning[TEXT].to(dtype), conditioning[MASK].bool()
-    prompts = text[mask].split(mask.sum(1).tolist())
+    # Without values, as in a plan, all tokens of a prompt count.
+    prompts = text.unbind(0) if mask.is_meta else text[mask].split(mask.sum(1).tolist())
     out = module(
         list(x.to(dtype).unsqueeze(2).unbind(0)),
         (1000 - told) / 1000,
