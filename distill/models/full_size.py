@@ -77,6 +77,9 @@ def build_network(
             _tile(parameter.data, block, scale=parameter[0].numel() ** -0.5)
         else:
             parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)  # norms and biases
+    for buffer in network.buffers():  # tables that their constructors would have filled
+        if buffer.is_floating_point():
+            _tile(buffer, block, scale=1.0)
     return network
 
 
