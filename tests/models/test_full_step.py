@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIDE, TOKENS = 16, 96  # of a state, and of a prompt
 STEPS: dict[str, tuple[dict[str, int], float]] = {
     "sd35_medium": ({}, 9.0),
-    "flux2_klein_4b": ({"num_layers": 2, "num_single_layers": 4}, 6.0),
+    "flux2_klein": ({"num_layers": 2, "num_single_layers": 4}, 6.0),
     "flux_dev": ({"num_layers": 2, "num_single_layers": 4}, 8.0),
 }
 """What of a network's config is changed, and GiB that a step may take."""
