@@ -170,7 +170,16 @@ def test_python_beside_a_part_is_refused_and_not_run(folder: Path, place: str) -
 CALLS = {"from_pretrained", "from_single_file"}
 BY_NAME = {  # classes of this project's own choice, which read tensors and configs of the parts that they are named for
     "distill/models/families/loading.py": {"cls"},  # of its family
-    "distill/models/families/towers.py": {"cls", "CLIPTextConfig", "CLIPTokenizer"},
+    "distill/models/families/towers.py": {
+        "cls",
+        "CLIPTextConfig",
+        "CLIPTokenizer",
+        "T5Config",
+        "T5EncoderModel",
+        "T5Tokenizer",
+    },
+    "distill/models/families/qwen3.py": {"cls", "Qwen3Config", "Qwen2Tokenizer"},
+    "distill/models/from_file.py": {"cls"},  # of the family's network, configured by a local folder
     "distill/models/rewards.py": {"CLIPModel", "AutoTokenizer"},
     "distill/commands/export.py": {"PeftModel", "cls"},  # of the export that was just written
     "distill/studies/control.py": {"ControlNetModel"},  # these have written what they read

@@ -370,7 +370,7 @@ def _edit(folder: Path, name: str, **changes: object) -> None:
 
 
 WRONG = {
-    "another class": ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline; known teachers: Stable"),
+    "another class": ("model_index.json", {"_class_name": "KolorsPipeline"}, "is a KolorsPipeline; known .*Stable"),
     "refiner": ("model_index.json", {"tokenizer": [None, None]}, "its tokenizer is None, it must be a CLIPTokenizer"),
     "inpainting": ("unet/config.json", {"in_channels": 9}, "reads 9 and writes 5 channels.*inpainting"),
     "learned variance": ("unet/config.json", {"out_channels": 10}, "writes 10 channels"),
