@@ -149,6 +149,7 @@ class FullStudent:
             `random`: as torch starts a layer, so that w counts from the first step on, and changes what the student
             starts as.
         prediction: what its output is read as from now on; None leaves what the teacher's is read as, or the start's.
+            For flow matching `sample` is left aside, which a line says.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -215,8 +216,18 @@ class FullStudent:
         if start is not None and not start.is_lora:
             _fill(network, start, guidance.weights)
         network.requires_grad_(True)
-        prediction = self.prediction or (None if start is None else start.prediction)
+        prediction = self._predicts(teacher) or (None if start is None else start.prediction)
         return {"student": teacher.denoiser_of(network, prediction)} | networks
+
+    def _predicts(self, teacher: Teacher) -> Prediction | None:
+        """What is set. Networks are made to predict clean data for the noisiest time, where a velocity does already."""
+        if self.prediction is Prediction.SAMPLE and teacher.schedule.is_linear:
+            _log.warning(
+                "student.prediction=sample is left aside: a velocity says what clean data is at every noise level, and "
+                "diffusers has no flow-matching scheduler for networks that predict clean data"
+            )
+            return None
+        return self.prediction
 
     def finish(self, teacher: Teacher, weights: Mapping[str, Tensor]) -> None:
         """Puts trained `weights`, by their names in the network, into `teacher.network`."""

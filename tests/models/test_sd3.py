@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.diffusion.guidance import guided
+from distill.diffusion.prediction import Prediction
 from distill.diffusion.solver import make_times, solve
 from distill.models.discriminator import CriticNetwork
 from distill.models.families.loading import load_teacher, prompt_tokens
@@ -23,6 +25,7 @@ from distill.models.families.registry import FAMILIES, published
 from distill.models.families.teacher import Teacher
 from distill.models.full_size import build_network
 from distill.models.lora import add_lora, load_lora, lora_config, only_adapter, save_lora, save_lora_file
+from distill.models.student import FullStudent
 from tests.tiny import CHANNELS, SD3_TRANSFORMER, SHIFT, TOKENS, save_tiny, tiny_conditioning, tiny_transformer
 
 SD3 = FAMILIES["sd3"]
@@ -195,6 +198,14 @@ def test_a_conditioning_that_does_not_fit_is_named() -> None:
         SD3.predict(network, x, told, {"encoder_hidden_states": c["encoder_hidden_states"]}, torch.float32)
     with pytest.raises(ValueError, match="conditioning 'time_ids' is not known"):
         SD3.predict(network, x, told, c | {"time_ids": told}, torch.float32)
+
+
+def test_a_student_of_clean_data_goes_on_predicting_velocities(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    student = FullStudent(guidance_embedding_dim=None, prediction="sample")
+    with caplog.at_level(logging.WARNING):
+        networks = student.networks(load_teacher(folder), keep_teacher=False)
+    assert networks["student"].prediction is Prediction.FLOW
+    assert "student.prediction=sample is left aside" in caplog.text
 
 
 def test_pictures_survive_the_way_to_latents_and_back(teacher: Teacher) -> None:
