@@ -296,7 +296,7 @@ def test_the_second_stage_stands_at_milestones_with_the_teacher_in_between() -> 
     assert [int(t[0]) for t in student.times] == [1000, 750, 500, 250]
     thirds = [step.t - 125 * j // 3 for j in range(3)]
     assert all(torch.equal(seen, wanted) for seen, wanted in zip(teacher.times, thirds, strict=True))
-    x_0 = mlcm.student_sample(exact(data(), Segments(1000, 1)), noise_batch(n), context(n), 4)
+    x_0 = mlcm.student_sample(stage, exact(data(), Segments(1000, 1)), noise_batch(n), context(n))
     assert float(x_0.mean()) == pytest.approx(0.3, abs=0.1) and float(x_0.std()) == pytest.approx(0.8, abs=0.1)
     torch.testing.assert_close(step.x_t, add_noise(SCHEDULE, x_0, context(n).normal(x_0, "noise"), step.t))
 

@@ -142,7 +142,7 @@ def test_real_are_the_students_samples_and_fake_its_answers_near_them() -> None:
     ((real, fake), t, origin), ((answer,), u, same_origin) = parties["discriminator"].shown
 
     student = parties["student"]
-    x_0 = mlcm.student_sample(student, noise_batch(n), context(n), 4)
+    x_0 = mlcm.student_sample(mlcm.stages[0], student, noise_batch(n), context(n))
     at = mlcm.sample_time(mlcm.stages[0], context(n), x_0.device)
     x_t = add_noise(SCHEDULE, x_0, context(n).normal(x_0, "noise"), at)
     noise = context(n).normal(x_0, "noise*")
