@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.models.files import share
-
 log = logging.getLogger(__name__)
 
 CACHE = "DISTILL_CACHE"
@@ -100,6 +98,8 @@ def made_once(name: str, facts: Mapping[str, Any], what: str, make: Callable[[Pa
     with _writing(place), _alone(place.with_name(f"{digest}.lock")):
         if _complete(folder):
             return folder
+        from distill.models.files import share  # and with it torch, which settings do without
+
         log.info("%s, once, into %s", what, folder)
         aside = place.with_name(f"{digest}.{os.getpid()}.partial")
         shutil.rmtree(aside, ignore_errors=True)
