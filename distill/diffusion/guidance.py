@@ -41,8 +41,9 @@ def with_guidance(conditioning: Conditioning, w: Tensor | float, x_t: Tensor) ->
 
     It reaches networks that have w as an input, and no others.
     """
-    weights = torch.as_tensor(w, dtype=torch.float32, device=x_t.device)
-    return {**conditioning, "guidance": weights.expand(len(x_t))}
+    if not isinstance(w, Tensor):  # made on the device: a copy from the host would be waited for
+        return {**conditioning, "guidance": torch.full((len(x_t),), w, dtype=torch.float32, device=x_t.device)}
+    return {**conditioning, "guidance": w.to(x_t.device, torch.float32).expand(len(x_t))}
 
 
 def guided(denoiser: Denoiser, unconditional: Conditioning, w: Tensor | float) -> Denoiser:
