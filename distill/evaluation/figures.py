@@ -84,7 +84,9 @@ def draw_grid(path: Path, columns: Sequence[str], groups: Sequence[Sequence[Grid
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """Matplotlib's own font, which is everywhere where matplotlib is, and knows more letters than Pillow's."""
-    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    return ImageFont.truetype(
+        str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size
+    )  # old Pillows take no path
 
 
 def cell_picture(image: Tensor, cell: int) -> Image.Image:
