@@ -322,7 +322,9 @@ def predicted(network: Any) -> Tensor:
 def in_diffusers(pipeline: Any, path: Path, **given: Any) -> Tensor:
     """What the pipeline's network predicts with a LoRA's file."""
     pipeline.transformer = tiny_transformer().requires_grad_(False)
-    pipeline.load_lora_weights(str(path), **given)
+    name = path.name if path.is_file() else "pytorch_lora_weights.safetensors"  # which diffusers 0.39 wants to be given
+    folder = path.parent if path.is_file() else path
+    pipeline.load_lora_weights(str(folder), **({"weight_name": name} | given))
     return predicted(pipeline.transformer)
 
 
