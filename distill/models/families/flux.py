@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,10 +30,10 @@ from distill.models.families.base import (
     Size,
     Text,
 )
+from distill.models.families.cut import FirstInput, cut_off
 from distill.models.families.towers import CLIPTower, T5Tower, TextTower
 from distill.models.families.transformer import TransformerLoRA
 from distill.models.files import rounded
-from distill.models.shared import on_the_weights_of
 
 TEXT, POOLED, GUIDANCE = "encoder_hidden_states", "pooled_projections", "guidance"
 PATCH = 2
@@ -335,28 +334,16 @@ def _fused(weights: Mapping[str, Tensor], modules: Iterable[str], network: Confi
 # ---- critics --------------------------------------------------------------------------------------------------------
 
 
-class _FirstOfTwo(nn.Module):
-    """Stands for the last normalisation, which reads the time beside the states."""
-
-    def forward(self, states: Tensor, _: Tensor) -> Tensor:
-        return states
-
-
 class FluxCritic(CriticFeatures):
     """The hidden states of the image's tokens after the first half of all blocks, those with two streams first."""
 
     widest_head = 1024
 
     def encoder(self, network: Any, on_its_weights: bool = False) -> Any:
-        left_out: dict[int, Any] = {id(network.norm_out): _FirstOfTwo(), id(network.proj_out): nn.Identity()}
+        ends = {network.norm_out: FirstInput(), network.proj_out: nn.Identity()}
         kept = self.kept(network)
-        for name, many in kept.items():
-            left_out |= {id(block): nn.Identity() for block in getattr(network, name)[many:]}
-        encoder: Any
-        if on_its_weights:
-            encoder = on_the_weights_of(network, left_out)
-        else:
-            encoder = copy.deepcopy(network, left_out).requires_grad_(True)
+        dropped = [block for name, many in kept.items() for block in getattr(network, name)[many:]]
+        encoder = cut_off(network, ends, dropped, on_its_weights)
         for name, many in kept.items():
             setattr(encoder, name, getattr(encoder, name)[:many])
         for module in self.idle(encoder):

@@ -12,10 +12,9 @@ import transformers
 from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Config
 
-from distill.models.checks import check_sizes, load_checked, naming
+from distill.models.checks import naming
 from distill.models.families.base import Text
-from distill.models.families.towers import TextTower, Tower
-from distill.models.folder import read_json, variant_of, weight_files
+from distill.models.families.towers import TextTower, Tower, check_vocabulary
 
 TEXT = "encoder_hidden_states"
 """The conditioning's entry of text states."""
@@ -98,30 +97,13 @@ class Qwen3Tower(Tower):
         if dtype == torch.float16:  # which its activations overflow
             dtype = torch.bfloat16
         cls: Any = getattr(transformers, self.encoder_kind)
-        place, files = folder / self.encoder, weight_files(folder, self.encoder, variant)
-        check_sizes(place / "config.json", read_json(folder, f"{self.encoder}/config.json"))
-        model = load_checked(
-            place,
-            files,
-            lambda: cls(Qwen3Config.from_pretrained(place)),
-            lambda: cls.from_pretrained(
-                place,
-                dtype=dtype,
-                variant=variant_of(folder, self.encoder, variant),
-                use_safetensors=True,
-                output_loading_info=True,
-            ),
-        )
+        model = self.load_encoder(folder, cls, lambda place: cls(Qwen3Config.from_pretrained(place)), dtype, variant)
         words_of = folder / self.tokenizer
         with naming(words_of):
             words = Qwen2Tokenizer.from_pretrained(words_of)
         if not isinstance(words.chat_template, str):
             raise ValueError(f"{words_of} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
-        if len(words) > model.config.vocab_size:
-            raise ValueError(
-                f"{words_of} has {len(words)} tokens, its text encoder reads {model.config.vocab_size}: they do "
-                "not belong together"
-            )
+        check_vocabulary(words_of, words, model)
         return ChatTower(words, model, self.thinking)
 
     def tokens(self, folder: Path) -> int:

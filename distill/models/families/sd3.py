@@ -6,7 +6,6 @@ them; both CLIPs' pooled outputs come in with the time. A pipeline without a T5 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +31,9 @@ from distill.models.families.base import (
     Size,
     Text,
 )
+from distill.models.families.cut import FirstInput, cut_off
 from distill.models.families.towers import CLIPTower, T5Tower, TextTower
 from distill.models.families.transformer import TransformerLoRA
-from distill.models.shared import on_the_weights_of
 
 TEXT, POOLED = "encoder_hidden_states", "pooled_projections"
 _GUIDANCE = "guidance"
@@ -229,13 +228,6 @@ class SD3LoRA(TransformerLoRA):
         return "sd3", name
 
 
-class _FirstArgument(nn.Module):
-    """Stands for the last normalisation, which reads the time beside the states."""
-
-    def forward(self, states: Tensor, _: Tensor) -> Tensor:
-        return states
-
-
 class SD3Critic(CriticFeatures):
     """The hidden states of the image's patches after the first half of the blocks."""
 
@@ -243,13 +235,8 @@ class SD3Critic(CriticFeatures):
 
     def encoder(self, network: Any, on_its_weights: bool = False) -> Any:
         kept = max(1, len(network.transformer_blocks) // 2)
-        left_out: dict[int, Any] = {id(block): nn.Identity() for block in network.transformer_blocks[kept:]}
-        left_out |= {id(network.norm_out): _FirstArgument(), id(network.proj_out): nn.Identity()}
-        encoder: Any
-        if on_its_weights:
-            encoder = on_the_weights_of(network, left_out)
-        else:
-            encoder = copy.deepcopy(network, left_out).requires_grad_(True)
+        ends = {network.norm_out: FirstInput(), network.proj_out: nn.Identity()}
+        encoder = cut_off(network, ends, network.transformer_blocks[kept:], on_its_weights)
         encoder.transformer_blocks = encoder.transformer_blocks[:kept]
         encoder.out_channels = _width(encoder) // encoder.config["patch_size"] ** 2
         for module in self.idle(encoder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,29 @@ class Tower(ABC):
     def tokens(self, folder: Path) -> int:
         """The length of a prompt, by the configs of the pipeline in `folder`; raises like `load`."""
 
+    def load_encoder(
+        self, folder: Path, cls: Any, empty: Callable[[Path], Any], dtype: torch.dtype, variant: str | None
+    ) -> Any:
+        """The text encoder, of a class of transformers; raises like `load`.
+
+        Args:
+            empty: makes one without weights, of the config in a folder.
+        """
+        place, files = folder / self.encoder, weight_files(folder, self.encoder, variant)
+        check_sizes(place / "config.json", read_json(folder, f"{self.encoder}/config.json"))
+        return load_checked(
+            place,
+            files,
+            lambda: empty(place),
+            lambda: cls.from_pretrained(
+                place,
+                dtype=dtype,
+                variant=variant_of(folder, self.encoder, variant),
+                use_safetensors=True,
+                output_loading_info=True,
+            ),
+        )
+
     def positions(self, folder: Path) -> int:
         """The most tokens that the encoder in `folder` reads, which are a prompt's where the tokenizer says nothing."""
         return self.tokens(folder)
@@ -107,29 +130,12 @@ class CLIPTower(Tower):
 
     def load(self, folder: Path, dtype: torch.dtype, variant: str | None) -> TextTower:
         cls: type[CLIPTextModel] | type[CLIPTextModelWithProjection] = getattr(transformers, self.encoder_kind)
-        place, files = folder / self.encoder, weight_files(folder, self.encoder, variant)
-        check_sizes(place / "config.json", read_json(folder, f"{self.encoder}/config.json"))
-        model = load_checked(
-            place,
-            files,
-            lambda: cls(CLIPTextConfig.from_pretrained(place)),
-            lambda: cls.from_pretrained(
-                place,
-                dtype=dtype,
-                variant=variant_of(folder, self.encoder, variant),
-                use_safetensors=True,
-                output_loading_info=True,
-            ),
-        )
+        model = self.load_encoder(folder, cls, lambda place: cls(CLIPTextConfig.from_pretrained(place)), dtype, variant)
         words_of = folder / self.tokenizer
         with naming(words_of):
             words = CLIPTokenizer.from_pretrained(words_of)
         words.model_max_length = length_of(words_of, words.model_max_length, model.config.max_position_embeddings)
-        if len(words) > model.config.vocab_size:
-            raise ValueError(
-                f"{words_of} has {len(words)} tokens, its text encoder reads {model.config.vocab_size}: they do "
-                "not belong together"
-            )
+        check_vocabulary(words_of, words, model)
         return TextTower(words, model)
 
     def tokens(self, folder: Path) -> int:
@@ -175,32 +181,26 @@ class T5Tower(Tower):
     def load(self, folder: Path, dtype: torch.dtype, variant: str | None) -> TextTower:
         if dtype == torch.float16:  # which its activations overflow
             dtype = torch.bfloat16
-        place, files = folder / self.encoder, weight_files(folder, self.encoder, variant)
-        check_sizes(place / "config.json", read_json(folder, f"{self.encoder}/config.json"))
-        model = load_checked(
-            place,
-            files,
-            lambda: T5EncoderModel(T5Config.from_pretrained(place)),
-            lambda: T5EncoderModel.from_pretrained(
-                place,
-                dtype=dtype,
-                variant=variant_of(folder, self.encoder, variant),
-                use_safetensors=True,
-                output_loading_info=True,
-            ),
+        model = self.load_encoder(
+            folder, T5EncoderModel, lambda place: T5EncoderModel(T5Config.from_pretrained(place)), dtype, variant
         )
         words_of = folder / self.tokenizer
         with naming(words_of):
             words = T5Tokenizer.from_pretrained(words_of)
-        if len(words) > model.config.vocab_size:
-            raise ValueError(
-                f"{words_of} has {len(words)} tokens, its text encoder reads {model.config.vocab_size}: they do "
-                "not belong together"
-            )
+        check_vocabulary(words_of, words, model)
         return T5Text(words, model)
 
     def tokens(self, folder: Path) -> int:
         return T5Text.most
+
+
+def check_vocabulary(path: Path, words: Any, encoder: Any) -> None:
+    """Raises ValueError for a tokenizer, in `path`, of more tokens than its encoder reads."""
+    if len(words) > encoder.config.vocab_size:
+        raise ValueError(
+            f"{path} has {len(words)} tokens, its text encoder reads {encoder.config.vocab_size}: they do not belong "
+            "together"
+        )
 
 
 def length_of(path: Path, said: object, positions: int) -> int:
