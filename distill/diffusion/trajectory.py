@@ -106,9 +106,10 @@ class Pair:
     skip: int
     segments: Segments | None = None
     apart: int | None = None
+    lowest: int = 1
 
     def check(self, times: Sequence[int]) -> None:
-        if all(t - self.skip not in times for t in times):
+        if all(t - self.skip not in times for t in times if t >= self.lowest):
             raise ValueError(f"skip {self.skip} is off the stored grid: no two of {_short(times)} lie so far apart")
         if self.segments and (missing := sorted(set(self.segments.milestones) - set(times))):
             raise ValueError(f"the segments start at {missing}, which the store does not keep: it has {_short(times)}")
@@ -122,7 +123,7 @@ class Pair:
     @lru_cache(maxsize=64)  # noqa: B019 - a few objects, which last as long as the run
     def _pairs(self, times: tuple[int, ...]) -> list[tuple[int, int]]:
         place = {int(t): i for i, t in enumerate(times)}
-        starts = [t for t in place if t > 0 and (self.apart is None or t % self.apart == 0)]
+        starts = [t for t in place if t >= self.lowest and (self.apart is None or t % self.apart == 0)]
         ends = self.segments.start(torch.tensor(starts)).tolist() if self.segments else [0] * len(starts)
         follows = {t: max(t - self.skip, end) for t, end in zip(starts, ends, strict=True)}
         return [(place[t], place[s]) for t, s in follows.items() if s in place]

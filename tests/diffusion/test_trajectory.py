@@ -109,6 +109,13 @@ def test_t_is_drawn_from_multiples_alone() -> None:
     assert picked == {200, 400, 600, 800, 1000}
 
 
+def test_t_is_not_below_the_lowest() -> None:
+    picked = {GRID[Pair(20, lowest=901).pick(GRID, generator("lowest", i))[0]] for i in range(200)}
+    assert picked == {920, 940, 960, 980, 1000}
+    with pytest.raises(ValueError, match="skip 20 is off the stored grid"):
+        Pair(20, lowest=901).check([900, 880, 0])
+
+
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
