@@ -3,7 +3,8 @@
     eval "$(distill -sc install=bash)"        # zsh likewise; fish: distill -sc install=fish | source
 
 The shell runs `distill -sc query=bash` whenever Tab is pressed, with the line in COMP_LINE and the cursor's place in
-COMP_POINT: the protocol is Hydra's. Where nothing is found the shell completes paths. Nothing here loads torch.
+COMP_POINT, which is empty where the line ends at the cursor: the protocol is Hydra's. Where nothing is found the shell
+completes paths. Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -37,16 +38,21 @@ complete -o default -F _distill distill
 """
 ZSH = r"""
 _distill() {
-    local -a found
-    found=("${(@f)$(COMP_LINE="$BUFFER" COMP_POINT="$CURSOR" distill -sc query=zsh 2>/dev/null)}")
+    local -a found settings
+    local line="${(j: :)words[1,CURRENT-1]} $PREFIX" # of this command alone, whatever precedes it
+    found=("${(@f)$(COMP_LINE="$line" COMP_POINT= distill -sc query=zsh 2>/dev/null)}")
     found=(${found:#})
-    if (( $#found )); then compadd -Q -S '' -- $found; else compset -P '*='; _files; fi
+    settings=(${(M)found:#*=}) found=(${found:#*=})
+    if (( ! $#found && ! $#settings )); then compset -P '*='; _files; return; fi
+    (( $#settings )) && compadd -Q -S '' -- $settings
+    (( $#found )) && compadd -Q -- $found
+    return 0
 }
 compdef _distill distill
 """
 FISH = r"""
 function __distill
-    env COMP_LINE=(commandline -cp) COMP_POINT=(commandline -C) distill -sc query=fish 2>/dev/null
+    env COMP_LINE=(commandline -cp | string collect) COMP_POINT= distill -sc query=fish 2>/dev/null
 end
 complete -c distill -a '(__distill)'
 """

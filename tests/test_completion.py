@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,20 +80,68 @@ def test_a_mistake_about_a_shell_is_a_line() -> None:
     assert all(answer(f"install={shell}") and answer(f"uninstall={shell}") for shell in completion.SHELLS)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-def test_bash_completes(tmp_path: Path) -> None:
-    """A real bash, whose words end at `=`, with the command as it is installed; within a second, without torch."""
+@pytest.fixture
+def with_distill(tmp_path: Path) -> dict[str, str]:
+    """The environment of a shell that finds the command as it is installed; one that imports torch fails."""
     program = tmp_path / "distill"
     check = "import sys; from distill.__main__ import main\ntry: main()\nfinally: assert 'torch' not in sys.modules\n"
     program.write_text(f"#!{sys.executable}\n{check}")
     program.chmod(0o755)
-    script = f"""
-        PATH={tmp_path}:$PATH
+    return {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes(with_distill: dict[str, str]) -> None:
+    """A real bash, whose words end at `=`."""
+    script = """
         eval "$(distill -sc install=bash)"
         COMP_LINE='distill train engine=zer' COMP_POINT=24 COMP_WORDS=(distill train engine = zer) COMP_CWORD=4
-        _distill; echo "${{COMPREPLY[@]}}"; complete -p distill
+        _distill; echo "${COMPREPLY[@]}"; complete -p distill
     """
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     command = ["bash", "--norc", "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=with_distill, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["zero1 zero2 zero3", "complete -o default -F _distill distill"], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")
+def test_fish_completes(with_distill: dict[str, str]) -> None:
+    script = """
+        distill -sc install=fish | source
+        complete -C 'cd /; distill train engine=zer'
+    """
+    done = subprocess.run(["fish", "--no-config", "-c", script], env=with_distill, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["engine=zero1", "engine=zero2", "engine=zero3"], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
+@pytest.mark.parametrize(
+    "typed, becomes",
+    [
+        ("cd / && distill train method=lcm_", "cd / && distill train method=lcm_noised "),
+        ("distill train max_tr", "distill train max_train_steps="),
+    ],
+)
+def test_zsh_completes(with_distill: dict[str, str], typed: str, becomes: str) -> None:
+    """A real zsh on a terminal: its completion works nowhere else."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvpe("zsh", ["zsh", "-f", "-i"], with_distill | {"TERM": "dumb", "COLUMNS": "200"})
+    try:
+        ready = 'autoload -Uz compinit; compinit -u -D; eval "$(distill -sc install=zsh)"; echo REA""DY\n'
+        os.write(terminal, ready.encode())
+        assert "READY" in shown_until(terminal, "READY")
+        os.write(terminal, f"{typed}\t".encode())
+        assert becomes in shown_until(terminal, becomes)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(terminal)
+
+
+def shown_until(terminal: int, text: str, seconds: float = 60) -> str:
+    """What a terminal shows until it is `text`, or some seconds are over."""
+    shown, end = "", time.monotonic() + seconds
+    while time.monotonic() < end and text not in shown:
+        if select.select([terminal], [], [], 0.2)[0]:
+            shown += os.read(terminal, 4096).decode(errors="replace")
+    return shown
