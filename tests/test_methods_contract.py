@@ -51,8 +51,8 @@ class Critic(nn.Module):
         return [self.mix(torch.stack([x.float().flatten(1).mean(1), t / 1000], 1))[:, 0] for x in samples]
 
 
-def batch(method: Method, positions: tuple[int, ...]) -> Batch:
-    reads = method.reads()
+def batch(method: Method, positions: tuple[int, ...], step: int = 0) -> Batch:
+    reads = method.reads(step)
     reads.check(TIMES)
     picked = [reads.pick(TIMES, generator("pick", p)) for p in positions]
     kept = len(picked[0])
@@ -66,6 +66,12 @@ def batch(method: Method, positions: tuple[int, ...]) -> Batch:
         guidance=torch.full((len(positions),), 7.5),
         positions=positions,
     )
+
+
+def steps(method: Method) -> list[int]:
+    """Those of the first period of each stage; of the first stage alone where others call helpers, a reward say."""
+    starts = method.starts[:1] if method.helpers else method.starts
+    return [start + i for start in starts for i in range(method.period)]
 
 
 @pytest.fixture(params=METHODS, ids=lambda path: path.stem)
@@ -83,34 +89,54 @@ def networks(method: Method) -> dict[str, nn.Module]:
 
 
 def test_each_turn_trains_its_network_and_no_other(method: Method, networks: dict[str, nn.Module]) -> None:
-    for turn in method.turns(step=0):
-        assert turn.updates in method.trains
-        losses = turn.loss(networks, batch(method, (0, 1, 2)), Context(seed=0, step=0, positions=(0, 1, 2)))
-        assert losses.total.ndim == 0 and torch.isfinite(losses.total)
-        losses.total.backward()
-        for name, network in networks.items():
-            gradients = [p.grad for p in network.parameters()]
-            if name == turn.updates:
-                assert all(g is not None and g.abs().sum() > 0 for g in gradients)
-            elif name not in method.trains:
-                assert all(g is None for g in gradients)
-            network.zero_grad(set_to_none=True)
+    for step in steps(method):
+        for turn in method.turns(step):
+            assert turn.updates in method.trains
+            losses = turn.loss(
+                networks, batch(method, (0, 1, 2), step), Context(seed=0, step=step, positions=(0, 1, 2))
+            )
+            assert losses.total.ndim == 0 and torch.isfinite(losses.total)
+            losses.total.backward()
+            for name, network in networks.items():
+                gradients = [p.grad for p in network.parameters()]
+                if name == turn.updates:
+                    assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+                elif name not in method.trains:
+                    assert all(g is None for g in gradients)
+                network.zero_grad(set_to_none=True)
+
+
+def test_turns_repeat_after_a_period_in_which_the_student_comes_last(method: Method) -> None:
+    """Then a logged step, at a multiple of the period, has the numbers of all networks."""
+
+    def period(first: int) -> list[list[str]]:
+        return [[turn.updates for turn in method.turns(first + i)] for i in range(method.period)]
+
+    for start in method.starts:
+        names = period(start)
+        if any("student" in turns for turns in names):  # not where another network warms up alone
+            assert names[-1][-1] == "student" and start % method.period == 0
+        if not any(start < other < start + 2 * method.period for other in method.starts):
+            assert period(start + method.period) == names
+    assert {name for start in method.starts for turns in period(start) for name in turns} == set(method.trains)
 
 
 def test_a_loss_is_a_mean_over_samples_however_they_are_grouped(method: Method, networks: dict[str, nn.Module]) -> None:
-    for turn in method.turns(step=3):
+    for step in range(3, 3 + method.period):
+        for turn in method.turns(step):
 
-        def loss(positions: tuple[int, ...], turn=turn) -> float:  # type: ignore[no-untyped-def]
-            context = Context(seed=5, step=3, positions=positions)
-            return float(turn.loss(networks, batch(method, positions), context).total.detach())
+            def loss(positions: tuple[int, ...], turn=turn, step=step) -> float:  # type: ignore[no-untyped-def]
+                context = Context(seed=5, step=step, positions=positions)
+                return float(turn.loss(networks, batch(method, positions, step), context).total.detach())
 
-        whole, halves = loss((8, 9, 10, 11)), [loss((8, 9)), loss((10, 11))]
-        assert whole == pytest.approx(sum(halves) / 2, rel=1e-5)
-        assert loss((8, 9)) != pytest.approx(loss((10, 11)), rel=1e-3)
+            whole, halves = loss((8, 9, 10, 11)), [loss((8, 9)), loss((10, 11))]
+            assert whole == pytest.approx(sum(halves) / 2, rel=1e-5)
+            assert loss((8, 9)) != pytest.approx(loss((10, 11)), rel=1e-3)
 
 
 def test_the_global_generator_is_left_alone(method: Method, networks: dict[str, nn.Module]) -> None:
     before = torch.get_rng_state()
-    for turn in method.turns(step=0):
-        turn.loss(networks, batch(method, (0, 1)), Context(seed=0, step=0, positions=(0, 1)))
+    for step in steps(method):
+        for turn in method.turns(step):
+            turn.loss(networks, batch(method, (0, 1), step), Context(seed=0, step=step, positions=(0, 1)))
     assert torch.equal(before, torch.get_rng_state())

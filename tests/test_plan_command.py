@@ -18,12 +18,12 @@ from distill.config.settings import PlanSettings
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule
-from distill.diffusion.trajectory import Batch
-from distill.methods.base import Turn
-from distill.methods.mlcm import MLCM
+from distill.diffusion.trajectory import Batch, CleanEnd
+from distill.methods.base import Losses, Method, Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
 from distill.planning import phases as plan_run
 from distill.planning.counting import architecture, count
+from distill.training.fitting import say_unlogged
 from tests.forked import python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +89,45 @@ def test_a_rollout_is_as_long_for_every_sample() -> None:
     assert costs and all(cost.evaluations["teacher"] == 2 * (8 + 1) for cost in costs)
 
 
+class EveryFifth(Method):
+    """A student that trains at every fifth step, and calls its network more often at every tenth."""
+
+    trains = ("student", "fake_score")
+    period = 10
+
+    def reads(self, step: int = 0) -> CleanEnd:
+        return CleanEnd()
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        yield Turn("fake_score", self.loss)
+        if (step + 1) % 5 == 0:
+            yield Turn("student", self.loss, kind=str(step % 10 // 5))
+
+    def loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
+        raise NotImplementedError
+
+
+def test_turns_that_repeat_are_walked_through_once_each_and_count_as_often_as_they_come() -> None:
+    """19,003 steps have three kinds of steps, and not 7,600 phases."""
+    phases = plan_run.phases_of(EveryFifth(), 19003)
+    assert [(phase.first, phase.last, phase.steps) for phase in phases] == [
+        (0, 19002, 19003 - 3800),
+        (4, 18994, 1900),
+        (9, 18999, 1900),
+    ]
+    assert [str(phase) for phase in phases] == ["15203 of 0 ... 19002", "1900 of 4 ... 18994", "1900 of 9 ... 18999"]
+    turn = EveryFifth().held_out(0)
+    assert turn is not None and turn.updates == "student"  # though step 0 has no turn of it
+
+
+def test_lines_of_steps_that_lack_numbers_are_announced(caplog: pytest.LogCaptureFixture) -> None:
+    for every, said in ((10, 0), (20, 0), (7, 1)):
+        caplog.clear()
+        say_unlogged(settings("experiment=quickstart", f"log_every={every}"), EveryFifth())
+        assert len(caplog.records) == said
+    assert "log_every=7 is no multiple of the 10 steps after which the method's turns repeat" in caplog.text
+
+
 def test_what_depends_on_random_numbers_is_not_counted_but_said() -> None:
     network = NetworkDenoiser(nn.Linear(2, 2, device="meta"), NoiseSchedule.scaled_linear(), Prediction.EPSILON)
     x = torch.empty(1, 1, 2, device="meta")
@@ -115,9 +154,9 @@ def test_every_experiment_can_be_planned(experiment: str) -> None:
     cfg = settings(f"experiment={experiment}")
     built = architecture(cfg.model)
     method = build(cfg.method, schedule=built.teacher.schedule)
-    phases = list(plan_run.phases_of(method, cfg.max_train_steps))
+    phases = plan_run.phases_of(method, cfg.max_train_steps)
     assert sum(phase.steps for phase in phases) == cfg.max_train_steps
-    assert len(phases) == (len(method.stages) if isinstance(method, MLCM) else 1)
+    assert len(method.starts) <= len(phases) <= len(method.starts) * method.period
     layout, times, stored = plan_run.sample_of(cfg, built)
     assert stored > layout.payload_bytes > len(times) * layout.state_bytes
     for phase in phases:

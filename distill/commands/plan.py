@@ -139,8 +139,7 @@ def speed(run: PlannedRun) -> Iterator[str]:
         for cost in run.costs(run.engine, cfg.gradient_checkpointing)[i]:
             evaluations = ", ".join(f"{name} {n:g}" for name, n in cost.evaluations.items())
             graded = ", ".join(f"{name} {n:g}" for name, n in cost.with_gradient.items())
-            steps = f"{phase.first} ... {phase.first + phase.steps - 1}"
-            rows.append([steps, cost.updates, evaluations, graded, f"{cost.flops / TERA:.2f}"])
+            rows.append([str(phase), cost.updates, evaluations, graded, f"{cost.flops / TERA:.2f}"])
     yield from table(["steps", "turn of", "evaluations", "of them with a gradient", "TFLOP"], rows)
     step = step_seconds(run, run.engine)
     how = "as measured" if cfg.measured_step_seconds else f"at {rate_of(run) / TERA:.4g} TFLOP/s per {cluster.device}"

@@ -7,7 +7,7 @@ of a faster one, both noised again to a time at which a diffusion network sees s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -22,14 +22,42 @@ from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule, add_noise, same_snr, wide
 from distill.diffusion.tables import Table
 
-ADVERSARIAL_LOSSES = ("nonsaturating", "hinge")
+
+@dataclass(frozen=True)
+class AdversarialLoss:
+    """What logits cost, elementwise: `generator` of those of fakes, `discriminator` of those of real ones and fakes."""
+
+    generator: Callable[[Tensor], Tensor]
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+
+
+def _margins(real: Tensor, fake: Tensor) -> Tensor:
+    return relu(1 - real) + relu(1 + fake)
+
+
+def _squares(real: Tensor, fake: Tensor) -> Tensor:
+    return ((1 - real.sigmoid()).pow(2) + fake.sigmoid().pow(2)) / 2
+
+
+ADVERSARIAL_LOSSES: dict[str, AdversarialLoss] = {
+    # -log D and -log D(real) - log(1 - D(fake)), D being the logits' sigmoid (Lightning, eq. 18-21)
+    "nonsaturating": AdversarialLoss(lambda fake: softplus(-fake), lambda real, fake: softplus(-real) + softplus(fake)),
+    # how far logits are within -1 ... 1; the generator's has no end
+    "hinge": AdversarialLoss(lambda fake: -fake, _margins),
+    # the same, and the generator is content with a logit of 1 (PCM, Wang et al. 2024, arXiv 2405.18407)
+    "hinge_clipped": AdversarialLoss(lambda fake: relu(1 - fake), _margins),
+    # least squares of the logits' sigmoid (Flash Diffusion, Chadebec et al. 2024, arXiv 2406.02347)
+    "least_squares": AdversarialLoss(lambda fake: (1 - fake.sigmoid()).pow(2), _squares),
+}
 
 Origin = tuple[Tensor, Tensor]
 """The state that samples were made from, [B, C, h, w], and its time [B]."""
 
 
 class Critic(Protocol):
-    """A discriminator: several batches [B, C, h, w] of one time t [B] each to logits [B] that they are real.
+    """A discriminator: several batches [B, C, h, w] of one time t [B] each to logits that they are real.
+
+    Logits are [B], or [B, n] of n places: the loss of a sample is then the mean over its places.
 
     `origin` is for a conditional one, which decides whether a sample is what ought to become of that state; others
     ignore it.
@@ -66,14 +94,14 @@ class AdversarialScalars:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a discriminator made of real and fake samples: its loss and both logits, [B] each."""
+    """What a discriminator made of real and fake samples: its loss [B], and both logits, [B] or [B, n]."""
 
     loss: Tensor
     real: Tensor
     fake: Tensor
 
     def accuracies(self) -> dict[str, Tensor]:
-        """Shares of the real and of the fake samples that it took for what they are; .5 each by guessing."""
+        """Shares of real and of fake samples, or their places, that it took for what they are; .5 each by guessing."""
         right = {"real": self.real > 0, "fake": self.fake < 0}
         return {f"{name}_accuracy": hits.float().mean() for name, hits in right.items()}
 
@@ -84,7 +112,7 @@ class Adversary:
 
     Args:
         schedule: of the noise that samples are shown with.
-        loss: `nonsaturating` (Lightning, eq. 18-21) or `hinge`.
+        loss: one of `ADVERSARIAL_LOSSES`: `nonsaturating` (Lightning, eq. 18-21), `hinge`, ...
         times, weights: t* is one of `times`, with odds `weights` (Lightning, sec. 3.7.2); without any, clean samples
             are shown as they are. For flow matching they are Stable Diffusion's times, as the paper prints them, and t*
             is the one of equal signal-to-noise ratio.
@@ -159,7 +187,7 @@ class Adversary:
         if self.r1:  # around what the discriminator sees, not around what it was made of
             shown.append(shown[0] + self.r1_sigma * context.normal(shown[0], "r1"))
         r, f, *near = critic(shown, t, c, origin)
-        penalty = self.r1 * (r - near[0]).pow(2) if near else 0.0
+        penalty = self.r1 * _per_sample((r - near[0]).pow(2)) if near else 0.0
         return Verdict(discriminator_loss(r, f, self.loss) + penalty, r, f)
 
     def shown(self, samples: Sequence[Tensor], s: Tensor | None, context: Context) -> tuple[list[Tensor], Tensor]:
@@ -181,14 +209,15 @@ class Adversary:
 
 
 def generator_loss(fake: Tensor, loss: str = "nonsaturating") -> Tensor:
-    """-log D(fake) for logits `fake` [B], D being their sigmoid; or for hinge -fake. [B] in float32 or wider."""
-    fake = wide(fake)
-    return softplus(-fake) if loss == "nonsaturating" else -fake
+    """What logits [B] or [B, n] of its samples cost a generator, [B] in float32 or wider: of `ADVERSARIAL_LOSSES`."""
+    return _per_sample(ADVERSARIAL_LOSSES[loss].generator(wide(fake)))
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, loss: str = "nonsaturating") -> Tensor:
-    """-log D(real) - log(1 - D(fake)) for logits [B]; or for hinge how far they are within -1 ... 1. [B]"""
-    real, fake = wide(real), wide(fake)
-    if loss == "nonsaturating":
-        return softplus(-real) + softplus(fake)
-    return relu(1 - real) + relu(1 + fake)
+    """What logits [B] or [B, n] of real samples and of fakes cost a discriminator, likewise. [B]"""
+    return _per_sample(ADVERSARIAL_LOSSES[loss].discriminator(wide(real), wide(fake)))
+
+
+def _per_sample(x: Tensor) -> Tensor:
+    """The mean over the places of each sample, [B]."""
+    return x if x.ndim == 1 else x.flatten(1).mean(1)

@@ -217,6 +217,21 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor | in
     return schedule.alpha(t, x0) * x0 + schedule.sigma(t, x0) * noise
 
 
+def travel(schedule: NoiseSchedule, x: Tensor, s: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The forward process from x at time s [B] on to t >= s [B]: it has the law of x_t where x has that of x_s.
+
+    r x + sqrt(sigma(t)² - r² sigma(s)²) noise with r = alpha(t)/alpha(s): on variance-preserving noise the second
+    factor is sqrt(1 - r²) (PCM's noise_travel). From s = 0 it is `add_noise`, and where t = s it is x itself.
+    """
+    x, noise = wide(x), wide(noise)
+    r = schedule.alpha(t, x) / schedule.alpha(s, x)
+    had = r * schedule.sigma(s, x)
+    has = schedule.sigma(t, x)
+    further = ((has - had) * (has + had)).clamp(min=0).sqrt()
+    stays = (t == s).to(x.device).reshape(-1, *[1] * (x.ndim - 1))  # also at T without signal, where r is 0/0
+    return torch.where(stays, x, r * x + further * noise)
+
+
 def same_snr(source: NoiseSchedule, t: int, target: NoiseSchedule) -> int:
     """The time of `target`, 1 ... T, whose ratio of signal to noise is nearest to that of `source` at t.
 

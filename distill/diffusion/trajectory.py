@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -131,18 +132,38 @@ class Pair:
 
 @dataclass(frozen=True)
 class Steps:
-    """Two states, at the times (t, s) of one of `pairs`, each as likely as the others."""
+    """Two states, at the times (t, s) of one of `pairs`, with odds `weights`; without these each is as likely.
+
+    Raises:
+        ValueError: weights that are not one for each pair, negative, or all 0.
+    """
 
     pairs: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            return
+        if len(self.weights) != len(self.pairs):
+            raise ValueError(f"weights must be {len(self.pairs)} as the pairs are, got {list(self.weights)}")
+        if not all(0 <= w < math.inf for w in self.weights) or sum(self.weights) == 0:
+            raise ValueError(f"weights must not be negative, nor all 0, got {list(self.weights)}")
 
     def check(self, times: Sequence[int]) -> None:
-        if missing := sorted({t for pair in self.pairs for t in pair} - set(times)):
+        odds = self.weights or (1.0,) * len(self.pairs)
+        read = {t for pair, weight in zip(self.pairs, odds, strict=True) if weight > 0 for t in pair}
+        if missing := sorted(read - set(times)):
             raise ValueError(f"the store does not keep the times {_short(missing)}: it has {_short(times)}")
 
     def pick(self, times: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
         place = {int(t): i for i, t in enumerate(times)}
-        t, s = self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
+        t, s = self.pairs[self._chosen(generator)]
         return place[t], place[s]
+
+    def _chosen(self, generator: torch.Generator) -> int:
+        if self.weights is None:
+            return int(torch.randint(len(self.pairs), (), generator=generator))
+        return int(torch.multinomial(torch.tensor(self.weights, dtype=torch.float64), 1, generator=generator))
 
 
 @dataclass(frozen=True)

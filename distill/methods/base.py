@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.diffusion.adversarial import AdversarialScalars
 from distill.diffusion.random import Context
-from distill.diffusion.trajectory import Batch, Reads
+from distill.diffusion.trajectory import Batch, CleanEnd, Reads
 from distill.methods.sampling import Sampling
 
 Networks = Mapping[str, Any]
@@ -37,10 +37,15 @@ class Losses:
 
 @dataclass(frozen=True)
 class Turn:
-    """One trained network's part of a step: `loss` is differentiated with respect to the network `updates` alone."""
+    """One trained network's part of a step: `loss` is differentiated with respect to the network `updates` alone.
+
+    `kind` is for a network whose turns call networks more often at some steps than at others: turns of one kind call
+    them alike, so that a plan counts each kind once.
+    """
 
     updates: str
     loss: Callable[[Networks, Batch, Context], Losses]
+    kind: str = ""
 
 
 class Method(ABC):
@@ -67,6 +72,12 @@ class Method(ABC):
 
     starts: tuple[int, ...] = (0,)
     """Steps at which what it reads, or how it trains, may change."""
+    period: int = 1
+    """After how many steps its turns repeat, from each of `starts` on, where networks train at some steps only.
+
+    The student's turn is in the last step of a period ((step + 1) % period == 0): a step that is logged then has the
+    numbers of all networks, where `log_every` is a multiple of the period.
+    """
     steps: int | None = None
     """How many steps a run has to take, if the method says."""
     sampling: Sampling = Sampling()
@@ -110,9 +121,28 @@ class Method(ABC):
         `context`. The scalars of the last one are logged.
         """
 
+    def turns_of_period(self, step: int) -> Iterable[Turn]:
+        """The turns of `step`, then those of the steps after it, to where they repeat."""
+        return (turn for i in range(self.period) for turn in self.turns(step + i))
+
     def held_out(self, step: int) -> Turn | None:
         """What of a step is measured, without training, on solves that are not learned from; None measures nothing.
 
         A small value has to mean that the student does what the teacher does. It is called without prompts.
         """
-        return next((turn for turn in self.turns(step) if turn.updates == "student"), None)
+        return next((turn for turn in self.turns_of_period(step) if turn.updates == "student"), None)
+
+    def guidance_learned(self, stored: tuple[float, float] | None) -> tuple[float, float]:
+        """The lowest and the highest w that its students learn from: its own, and that of trajectories it reads.
+
+        1 is no guidance.
+
+        Args:
+            stored: w of the trajectories in the store; None: they are not known.
+        """
+        ranges = [] if self.guidance is None else [self.guidance]
+        if stored is not None and any(not isinstance(self.reads(step), CleanEnd) for step in self.starts):
+            ranges.append(stored)
+        if not ranges:
+            return 1.0, 1.0
+        return min(low for low, _ in ranges), max(high for _, high in ranges)

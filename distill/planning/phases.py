@@ -7,7 +7,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -49,10 +48,18 @@ Way = tuple[bool, bool]
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps in a row that have the same turns: the first of them, and how many."""
+    """Steps of a stage that have the same turns: the first and the last of them, and how many.
+
+    They are in a row, or, where a method's turns repeat every few steps, spread over the stage.
+    """
 
     first: int
+    last: int
     steps: int
+
+    def __str__(self) -> str:
+        between = f"{self.first} ... {self.last}"
+        return between if self.steps == self.last - self.first + 1 else f"{self.steps} of {between}"
 
 
 @dataclass(frozen=True)
@@ -306,15 +313,14 @@ def _masters(engine: str) -> bool:
     return engine.startswith("zero")
 
 
-def phases_of(method: Method, steps: int) -> Iterator[Phase]:
-    """The stages of a method, and parts of them that train other networks."""
-
-    def kind(step: int) -> tuple[int, tuple[str, ...]]:
-        return sum(step >= start for start in method.starts), tuple(turn.updates for turn in method.turns(step))
-
-    for _, together in groupby(range(steps), kind):
-        first, *rest = together
-        yield Phase(first, 1 + len(rest))
+def phases_of(method: Method, steps: int) -> list[Phase]:
+    """The stages of a method, and the parts of them that train other networks or call them more often."""
+    found: dict[tuple[int, tuple[tuple[str, str], ...]], Phase] = {}
+    for step in range(steps):
+        stage = sum(step >= start for start in method.starts)
+        kind = stage, tuple((turn.updates, turn.kind) for turn in method.turns(step))
+        found[kind] = Phase(found[kind].first, step, found[kind].steps + 1) if kind in found else Phase(step, step, 1)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ from distill.training.fitting import (
     check_packages,
     fitting_store,
     heldout_store,
+    say_unlogged,
 )
 from distill.training.health import Health
 from distill.training.heldout import MOST_AT_ONCE, HeldOutLoss
@@ -254,9 +255,14 @@ class Run:
         return ResumedRun(engine, checkpoints, store, step, heldout, restore, split)
 
     def _rehearsed(self, resumed: ResumedRun, watchdog: Watchdog) -> bool:
-        """Whether there is memory for a micro-batch of the next step, and of the first one of each later stage."""
+        """Whether there is memory for a micro-batch of the next step, and of the first one of each later stage.
+
+        Where turns repeat every few steps, it is of each of those.
+        """
         last = self.cfg.max_train_steps
-        for step in sorted({resumed.step, *(start for start in self.method.starts if resumed.step < start < last)}):
+        first = {resumed.step, *(start for start in self.method.starts if resumed.step < start < last)}
+        steps = {step + i for step in first for i in range(self.method.period)}
+        for step in sorted(step for step in steps if step < last or step in first):
             with watchdog.over(f"the rehearsal of step {step + 1}: its computation, or other ranks in it"):
                 with closing(iter(self.loader(resumed, step, workers=0, largest=True))) as batches:
                     batch = first_of(batches)
@@ -342,7 +348,7 @@ class Run:
         )
 
     def _say_header(self, resumed: ResumedRun) -> None:
-        """What is about to run, in four lines: teacher and data, what is trained, batch, steps and time."""
+        """What is about to run, in some lines: teacher and data, what is trained, batch, steps and time."""
         cfg, engine, processes = self.cfg, resumed.engine, resumed.engine.processes
         of_sizes = sizes_said(resumed.store)
         log.info("teacher %s; store %s with %d samples%s", self.teacher, cfg.data.store, len(resumed.store), of_sizes)
@@ -355,6 +361,7 @@ class Run:
             resumed.split.accumulated,
             counted(processes.world_size, "process", "processes"),
         )
+        say_unlogged(cfg, self.method)
         for step, size in self.batch_changes:
             log.info("batch %d from step %d on, in as many micro-batches", size, step + 1)
         left = time_left(read_metrics(self.folder, resumed.step), resumed.step, cfg.max_train_steps)

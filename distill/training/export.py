@@ -40,7 +40,7 @@ from distill.models.single_file import save_single_file
 from distill.training.checkpoint import read_weights
 from distill.training.run import checkpoints_of, read_run, writing
 from distill.training.teacher import as_set, located
-from distill.training.used_data import UsedData, data_of, learned_guidance, set_guidance
+from distill.training.used_data import UsedData, data_of, set_guidance
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _export_of(
     """What is to be exported, for `distill.json` and the card. Raises ConfigError for a guidance that does not fit."""
     method = build(settings.method, schedule=teacher.schedule)
     data = data_of(run, settings)
-    learned = learned_guidance(method, data.guidance if data else set_guidance(settings))
+    learned = method.guidance_learned(data.guidance if data else set_guidance(settings))
     takes_guidance = network.takes_guidance
     _check_guidance(guidance, learned, takes_guidance, formats)
     return Export(

@@ -61,6 +61,16 @@ def check_method(cfg: TrainSettings, method: Method) -> None:
     check_read(cfg, method)
 
 
+def say_unlogged(cfg: TrainSettings, method: Method) -> None:
+    """Warns where steps are logged at which not all of a method's networks train."""
+    if cfg.log_every % method.period:
+        log.warning(
+            "log_every=%d is no multiple of the %d steps after which the method's turns repeat: logged steps lack "
+            "numbers of networks that train at others",
+            *(cfg.log_every, method.period),
+        )
+
+
 def check_read(cfg: TrainSettings, method: Method) -> None:
     """Raises ConfigError for a key that is set and not read by the run, except for `++key=value`."""
     given = given_keys(for_any=False)

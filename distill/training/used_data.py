@@ -13,8 +13,6 @@ from distill.config.settings import TrainSettings
 from distill.data.errors import StoreError
 from distill.data.reader import Store, open_store
 from distill.data.storage import write_whole
-from distill.diffusion.trajectory import CleanEnd
-from distill.methods.base import Method
 
 USED = "data.json"
 
@@ -80,19 +78,3 @@ def set_guidance(settings: TrainSettings) -> tuple[float, float] | None:
     """The w of the trajectories that the run's settings name, which it compared with its store; None: none."""
     w = settings.data.guidance
     return None if w is None else (float(w[0]), float(w[1])) if isinstance(w, tuple) else (float(w), float(w))
-
-
-def learned_guidance(method: Method, stored: tuple[float, float] | None) -> tuple[float, float]:
-    """The lowest and the highest w that a student learned from: its method's own, and that of the trajectories it read.
-
-    1 is no guidance.
-
-    Args:
-        stored: w of the trajectories in the store.
-    """
-    ranges = [] if method.guidance is None else [method.guidance]
-    if stored is not None and any(not isinstance(method.reads(step), CleanEnd) for step in method.starts):
-        ranges.append(stored)
-    if not ranges:
-        return 1.0, 1.0
-    return min(low for low, _ in ranges), max(high for _, high in ranges)

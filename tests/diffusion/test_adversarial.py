@@ -75,6 +75,38 @@ def test_the_hinge_asks_for_a_margin_of_1_and_no_more() -> None:
     assert generator_loss(fake, "hinge").tolist() == [3.0, 0.5, -2.0, 1.0]
 
 
+def test_the_clipped_hinge_is_content_with_a_logit_of_1() -> None:
+    """PCM's generator: relu(1 - D); the discriminator's loss is the hinge's."""
+    real, fake = torch.tensor([2.0, 0.25, -1.0, 1.0]), torch.tensor([-3.0, -0.5, 2.0, 1.0])
+    assert generator_loss(fake, "hinge_clipped").tolist() == [4.0, 1.5, 0.0, 0.0]
+    assert torch.equal(discriminator_loss(real, fake, "hinge_clipped"), discriminator_loss(real, fake, "hinge"))
+
+
+def test_least_squares_are_of_sigmoids() -> None:
+    """Flash's: (1 - p)² for the generator, half of (1 - p_real)² + p_fake² for the discriminator."""
+    real, fake = torch.tensor([0.0, 60.0]), torch.tensor([0.0, -60.0])
+    assert discriminator_loss(real, fake, "least_squares").tolist() == [0.25, 0.0]
+    assert generator_loss(fake, "least_squares").tolist() == pytest.approx([0.25, 1.0])
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_logits_of_many_places_cost_their_mean(loss: str) -> None:
+    """[B, n]: the loss of each place, and of a sample the mean over its places; the penalty likewise."""
+    real, fake = samples(5).flatten(1), samples(5, seed=1).flatten(1)  # [5, 12]
+    each = [discriminator_loss(r, f, loss) for r, f in zip(real.T, fake.T, strict=True)]
+    torch.testing.assert_close(discriminator_loss(real, fake, loss), torch.stack(each).mean(0))
+    torch.testing.assert_close(
+        generator_loss(fake, loss), torch.stack([generator_loss(f, loss) for f in fake.T]).mean(0)
+    )
+    places = Shown(lambda x, t: x.flatten(1))
+    verdict = Adversary(SCHEDULE, loss, r1=2.0).discriminator(places, samples(5), samples(5, seed=1), {}, context(5))
+    assert verdict.loss.shape == (5,) and verdict.real.shape == (5, 12)
+    ((_, _, near), *_), *_ = places.calls
+    plain = discriminator_loss(verdict.real, verdict.fake, loss)
+    torch.testing.assert_close(verdict.loss - plain, 2 * (verdict.real - near.flatten(1)).pow(2).mean(1))
+    assert 0 < verdict.accuracies()["real_accuracy"] < 1
+
+
 @pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
 def test_logits_of_half_precision_are_compared_in_float32(loss: str) -> None:
     real, fake = torch.full((2,), 0.3).bfloat16(), torch.full((2,), 0.7).bfloat16()
@@ -186,7 +218,10 @@ def test_against_the_best_discriminator_a_generator_finds_the_mean_of_the_data(s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "wgan"}, "adversarial_loss must be one of nonsaturating, hinge, got 'wgan'"),
+        (
+            {"loss": "wgan"},
+            "adversarial_loss must be one of nonsaturating, hinge, hinge_clipped, least_squares, got 'wgan'",
+        ),
         ({"times": (0, 250, 500, 750)}, "renoise_times must be within 1 ... 1000, got [0, 250, 500, 750]"),
         ({"weights": (1.0,)}, "renoise_weights must be 4 as the times are, got [1.0]"),
         ({"weights": (0, 0, 0, 0)}, "renoise_weights must not be negative, nor all 0, got [0, 0, 0, 0]"),

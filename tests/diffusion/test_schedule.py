@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
 from distill.diffusion.noise import read_noise
-from distill.diffusion.schedule import NoiseSchedule, add_noise, wide
+from distill.diffusion.schedule import NoiseSchedule, add_noise, travel, wide
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -86,6 +86,34 @@ def test_noising_is_the_forward_process() -> None:
     theirs = scheduler.add_noise(x0.float(), noise, torch.tensor([0, 499, 999]))
     torch.testing.assert_close(add_noise(schedule, x0, noise, torch.tensor([1, 500, 1000])), theirs, rtol=0, atol=1e-5)
     assert torch.equal(add_noise(schedule, x0, noise, 0), x0.float())
+
+
+TRAVELLED = {"vp": NoiseSchedule.scaled_linear(), "flow": NoiseSchedule.linear(shift=3.0)}
+
+
+@pytest.mark.parametrize("name", TRAVELLED)
+def test_travelling_on_from_s_has_the_law_of_noising_to_t(name: str) -> None:
+    """In two strides as in one: the shares of the data and the variance of the noise are those of t."""
+    schedule, like = TRAVELLED[name], torch.zeros(1, 1, dtype=torch.float64)
+    for s, t in ((1, 2), (500, 700), (20, 999), (999, 1000)):
+        unit, zero = torch.ones_like(like), torch.zeros_like(like)
+        at = torch.tensor([s]), torch.tensor([t])
+        r = travel(schedule, unit, at[0], zero, at[1])
+        further = travel(schedule, zero, at[0], unit, at[1])
+        torch.testing.assert_close(r * schedule.alpha(s, like), schedule.alpha(t, like).expand(1, 1))
+        variance = (r * schedule.sigma(s, like)) ** 2 + further**2
+        torch.testing.assert_close(variance, (schedule.sigma(t, like) ** 2).expand(1, 1))
+        if name == "vp":
+            torch.testing.assert_close(further, (1 - r**2).sqrt(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", TRAVELLED)
+def test_travelling_from_clean_data_is_noising_and_to_the_same_time_is_nothing(name: str) -> None:
+    schedule, g = TRAVELLED[name], torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(3, 2, 4, 4, generator=g) for _ in range(2))
+    t, zero = torch.tensor([1, 500, 1000]), torch.zeros(3, dtype=torch.int64)
+    torch.testing.assert_close(travel(schedule, x, zero, noise, t), add_noise(schedule, x, noise, t))
+    assert torch.equal(travel(schedule, x, t, noise, t), x)  # at T of flow matching too, where nothing is left of data
 
 
 def test_fingerprint_survives_rewriting_the_config() -> None:

@@ -142,3 +142,29 @@ def test_steps_are_drawn_alike_and_refuse_a_store_without_their_times() -> None:
     assert all(abs(count - 100) < 50 for count in picked.values())
     with pytest.raises(ValueError, match=r"does not keep the times \[31, 62, … 938, 969\]"):
         steps.check(trailing_times(1000, 8))
+
+
+def test_weighted_steps_are_sampled_by_their_odds_and_need_no_times_of_odds_0() -> None:
+    pairs = ((1000, 0), (750, 0), (500, 0), (250, 0))
+    steps, times = Steps(pairs, (0.4, 0.0, 0.4, 0.2)), [1000, 500, 250, 0]
+    steps.check(times)
+    g, n = generator("odds"), 4000
+    found = Counter(steps.pick(times, g) for _ in range(n))
+    assert found.keys() == {(0, 3), (1, 3), (2, 3)}
+    assert [found[i, 3] / n for i in range(3)] == pytest.approx([0.4, 0.4, 0.2], abs=0.025)
+    with pytest.raises(ValueError, match=r"^the store does not keep the times \[250\]"):
+        steps.check([1000, 500, 0])
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((1.0,), "weights must be 2 as the pairs are, got [1.0]"),
+        ((1.0, -1.0), "weights must not be negative, nor all 0, got [1.0, -1.0]"),
+        ((0.0, 0.0), "weights must not be negative, nor all 0, got [0.0, 0.0]"),
+    ],
+)
+def test_refuses_weights_that_are_no_odds(weights: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        Steps(((1000, 0), (500, 0)), weights)
+    assert str(raised.value) == message

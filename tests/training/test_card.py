@@ -21,7 +21,7 @@ from distill.methods.mlcm import MLCM
 from distill.methods.sampling import Sampling
 from distill.training.card import write_card
 from distill.training.export import Export
-from distill.training.used_data import USED, UsedData, data_of, learned_guidance
+from distill.training.used_data import USED, UsedData, data_of
 
 HOSTILE = (
     'x"); import os; os.system("id',
@@ -138,14 +138,14 @@ def test_the_guidance_learned_is_the_methods_own_and_that_of_trajectories_it_rea
     grid: dict = {"segments": 1, "skip": 125, "iterations": 2, "grid": 8}
     rollout, read = {**grid, "source": "rollout"}, {**grid, "source": "trajectory"}
     own = {**grid, "source": "student"}
-    assert learned_guidance(LCM(schedule, source="noised", w_min=4.0, w_max=16.0), stored) == (4.0, 16.0)
-    assert learned_guidance(LCM(schedule, source="trajectory", w_min=4.0), stored) == stored
-    assert learned_guidance(MLCM(schedule, [rollout]), None) == (8.0, 8.0)  # type: ignore[list-item]
-    assert learned_guidance(MLCM(schedule, [read]), stored) == stored  # type: ignore[list-item]
-    assert learned_guidance(MLCM(schedule, [read, own]), stored) == (2.0, 8.0)  # type: ignore[list-item]
-    assert learned_guidance(LightningMSE(schedule, 4, 8, guidance=6.0), stored) == (6.0, 6.0)
-    assert learned_guidance(LightningMSE(schedule, 4, 8, source="trajectory", guidance=6.0), stored) == stored
-    assert learned_guidance(LCM(schedule, source="trajectory"), None) == (1.0, 1.0)
+    assert LCM(schedule, source="noised", w_min=4.0, w_max=16.0).guidance_learned(stored) == (4.0, 16.0)
+    assert LCM(schedule, source="trajectory", w_min=4.0).guidance_learned(stored) == stored
+    assert MLCM(schedule, [rollout]).guidance_learned(None) == (8.0, 8.0)  # type: ignore[list-item]
+    assert MLCM(schedule, [read]).guidance_learned(stored) == stored  # type: ignore[list-item]
+    assert MLCM(schedule, [read, own]).guidance_learned(stored) == (2.0, 8.0)  # type: ignore[list-item]
+    assert LightningMSE(schedule, 4, 8, guidance=6.0).guidance_learned(stored) == (6.0, 6.0)
+    assert LightningMSE(schedule, 4, 8, source="trajectory", guidance=6.0).guidance_learned(stored) == stored
+    assert LCM(schedule, source="trajectory").guidance_learned(None) == (1.0, 1.0)
 
 
 def test_no_card_says_that_a_pipeline_needs_no_settings(tmp_path: Path) -> None:

@@ -52,13 +52,11 @@ METHODS: dict[str, tuple[Make, list[int]]] = {
     "lightning, 2 steps": (lambda s: LightningAdversarial(s, 2, 8, times=FOUR, r1=1.0), [0]),
     "lightning, convert": (lambda s: LightningConvert(s, times=FOUR), [0]),
     "mlcm": (lambda s: MLCM(s, [stage(loss_space="v", distance="huber")]), [900, 875]),
+    "mlcm, rollout": (lambda s: MLCM(s, [stage(source="rollout")]), [0]),
     "mlcm, student": (lambda s: MLCM(s, [MILESTONES]), [0]),
     "mlcm, critics": (lambda s: MLCM(s, [CRITICS]), [0]),
 }
-"""Of each a method, and the times of the states that a batch has of each sample.
-
-The rollout of MLCM is not among them: how often it calls the teacher depends on numbers that are drawn on the host.
-"""
+"""Of each a method, and the times of the states that a batch has of each sample."""
 
 
 def stage(**settings: Any) -> dict[str, Any]:
