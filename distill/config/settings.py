@@ -298,6 +298,7 @@ class TrainSettings(Settings):
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None
     lora_rank: Positive
     lora_alpha: Annotated[Number, Field(gt=0)]
+    lora_targets: str | Annotated[list[str], Field(min_length=1)] | None = None  # runs of before it existed have none
     dataloader_num_workers: Natural
     resume_from_checkpoint: FilePath | Natural | None
     checkpointing_steps: Positive

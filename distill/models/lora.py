@@ -335,7 +335,9 @@ def fill_lora(
         modules = sorted({name.rsplit(".", 2)[0] for name in expected})
         saved = (family or family_of_network(network)).lora.read(stored, modules, network.config)
     for name in sorted(saved.keys() ^ expected.keys()):
-        raise ValueError(f"{path} was made for another network: {name} is in only one of the two")
+        raise ValueError(
+            f"{path} was made for another network, or for other lora_targets: {name} is in only one of the two"
+        )
     for name, parameter in expected.items():
         if saved[name].shape != parameter.shape:
             raise ValueError(f"{path}: {name} is {list(saved[name].shape)}, the network's {list(parameter.shape)}")

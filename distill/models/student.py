@@ -40,6 +40,8 @@ class LoRAStudent:
 
     Args:
         rank, alpha: the adapters compute `alpha / rank * B A x`.
+        targets: the modules that get one: a name of the family's (`LoRA.targets`) or modules' names; None takes the
+            family's first.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -48,12 +50,12 @@ class LoRAStudent:
     formats: tuple[str, ...] = (*LORA_FORMATS, *NETWORK_FORMATS)
     usual_formats: tuple[str, ...] = LORA_FORMATS
 
-    def __init__(self, rank: int = 64, alpha: float = 64) -> None:
+    def __init__(self, rank: int = 64, alpha: float = 64, targets: str | list[str] | None = None) -> None:
         if rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {rank}")
         if alpha <= 0:
             raise ValueError(f"lora_alpha must be above 0, got {alpha}")
-        self.rank, self.alpha = rank, alpha
+        self.rank, self.alpha, self.targets = rank, alpha, targets
 
     def settle(self, start: Exported) -> dict[str, Any]:
         """The settings of this student that are left to the export it starts from: none.
@@ -87,14 +89,15 @@ class LoRAStudent:
                 second, frozen adapter on the same network; else a second network.
 
         Raises:
-            ValueError: an export that does not fit the network.
+            ValueError: an export that does not fit the network; targets that match none of its modules.
         """
         network, family = teacher.network, teacher.family
+        targets = family.lora.chosen(network, self.targets)
         second = None if taught_by is None or not keep_teacher else taught_by
         if second is not None and second.is_lora:
             load_lora(network, second.folder, TEACHING, family)
         # Last: the others are frozen and off from here on.
-        add_lora(network, self.rank, self.alpha, seed=seed, family=family)
+        add_lora(network, self.rank, self.alpha, targets=targets, seed=seed, family=family)
         if start is not None:
             fill_lora(network, start.folder, family=family)
         original = teacher.denoiser()

@@ -402,7 +402,15 @@ def networks_of(
         kind = cfg.teacher if "teacher" in requires else None
         teaching = teacher.denoiser()
         if kind == "lora":
-            add_lora(teacher.network, cfg.lora_rank, cfg.lora_alpha, adapter=TEACHING, family=teacher.family)
+            targets = teacher.family.lora.chosen(teacher.network, cfg.lora_targets)
+            add_lora(
+                teacher.network,
+                cfg.lora_rank,
+                cfg.lora_alpha,
+                targets=targets,
+                adapter=TEACHING,
+                family=teacher.family,
+            )
             teaching = replace(teaching, adapter=TEACHING)
         elif kind == "whole":
             kind, config = teacher.family.network.kind, teacher.network.config

@@ -106,6 +106,9 @@ def unread(cfg: TrainSettings, trained: Collection[str]) -> dict[str, str]:
         "reward_batch_size": cfg.reward is None and "the method uses no reward",
         "lora_rank": "rank" not in has and "no network of this run has a LoRA",
         "lora_alpha": "alpha" not in has and "no network of this run has a LoRA",
+        "lora_targets": cfg.lora_targets is not None
+        and "targets" not in cfg.student
+        and "the student is no LoRA, whose modules it names",
         "lr_warmup_steps": cfg.lr_scheduler == "constant"
         and cfg.lr_warmup_steps
         and "lr_scheduler=constant has no warm-up",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from distill.config.loading import ConfigError, load
+from distill.config.loading import ConfigError, build, load
 from distill.config.settings import TrainSettings
 from distill.diffusion.noise import AnyNoise, DynamicShift, FlowNoise, Noise
 from distill.diffusion.prediction import Prediction
@@ -26,10 +28,14 @@ from distill.models.families.registry import FAMILIES, family_of_network, family
 from distill.models.families.sd15 import StableDiffusion
 from distill.models.families.teacher import PARTS, Teacher
 from distill.models.full_size import build_network, published_name
-from distill.models.lora import add_lora, lora_config
+from distill.models.lora import adapters, add_lora, fill_lora, load_lora, lora_config, lora_settings, save_lora
+from distill.models.student import LoRAStudent
+from distill.training.fitting import unread
 from tests.test_house import circles, imports, modules
 from tests.tiny import FAMILIES as TINY
-from tests.tiny import TOKENS, UNETS, save_tiny, tiny_conditioning, tiny_pipeline, tiny_unet
+from tests.tiny import TOKENS, UNETS, save_tiny, tiny_conditioning, tiny_pipeline, tiny_transformer, tiny_unet
+from tests.tiny_flux import tiny_flux
+from tests.tiny_qwen import tiny_klein, tiny_z_image
 
 T = torch.tensor([10, 999])
 
@@ -102,7 +108,7 @@ def test_lora_targets_are_chosen_by_name(which: str | None) -> None:
     add_lora(unet, 2, 2, targets=FAMILIES["sd15"].lora.chosen(unet, which))
     adapted = set(lora_config(unet).target_modules or ())
     assert {"to_q", "to_out.0"} <= adapted and ("conv1" in adapted) == (which != "attention")
-    with pytest.raises(ValueError, match="LoRA targets 'everything' are not known; allowed: blocks, attention"):
+    with pytest.raises(ValueError, match="lora_targets=everything is not known; allowed: blocks, attention, or a list"):
         FAMILIES["sd15"].lora.chosen(unet, "everything")
 
 
@@ -114,6 +120,60 @@ def test_a_pattern_chooses_modules_by_their_whole_names() -> None:
     chosen = Patterns().chosen(unet)
     expected = {name for name, _ in unet.named_modules() if name.startswith("down_blocks") and name.endswith(".to_q")}
     assert set(chosen) == expected | {"conv_in"} and len(expected) > 1
+
+
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "sd15": tiny_unet,
+    "sd3": tiny_transformer,
+    "flux": tiny_flux,
+    "flux2": lambda: tiny_klein().transformer,
+    "z_image": lambda: tiny_z_image().transformer,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_user_names_the_modules_of_a_lora_and_a_file_says_which(name: str, tmp_path: Path) -> None:
+    def student(which: str | list[str] | None) -> tuple[Any, list[str]]:
+        network = NETWORKS[name]()
+        add_lora(network, 2, 3, targets=FAMILIES[name].lora.chosen(network, which))
+        return network, sorted({key.split(".lora_")[0] for key in adapters(network)})
+
+    network, adapted = student(["to_q", "to_v"])
+    assert adapted and {module.rpartition(".")[2] for module in adapted} == {"to_q", "to_v"}
+    assert set(adapted) < set(student("attention")[1]) < set(student(None)[1])
+    one = adapted[-1]
+    assert student([one.replace(one.split(".")[1], "*", 1)])[1][-1] == one
+    save_lora(tmp_path, network, formats=["diffusers"])
+    assert lora_settings(tmp_path)["target_modules"] == ["to_q", "to_v"]
+    again = NETWORKS[name]()
+    load_lora(again, tmp_path)
+    assert sorted(adapters(again)) == sorted(adapters(network))
+    with pytest.raises(ValueError, match="made for another network, or for other lora_targets: .*only one of the two"):
+        fill_lora(student(None)[0], tmp_path)
+
+
+def test_a_target_that_also_names_other_modules_means_the_layers_alone() -> None:
+    """peft refuses a name that leads it to a module that it cannot adapt."""
+    network = nn.ModuleDict({"a": nn.ModuleDict({"out": nn.Linear(2, 2)}), "b": nn.ModuleDict({"out": nn.LayerNorm(2)})})
+    assert FAMILIES["sd15"].lora.chosen(network, ["out"]) == ["a.out"]
+    for target in ("a", "to_p", "a.*.weight", "b.out"):
+        with pytest.raises(ValueError, match=f"lora_targets: '{re.escape(target)}' matches no linear layer.* a.out$"):
+            FAMILIES["sd15"].lora.chosen(network, ["out", target])
+
+
+def test_lora_targets_of_a_run_are_checked_and_without_a_lora_they_are_refused(tmp_path: Path) -> None:
+    given = ["experiment=quickstart", "data.store=s", "output_dir=o"]
+    cfg = load("train", TrainSettings, [*given, "lora_targets=[to_q,proj_*]"])
+    assert build(cfg.student).targets == ["to_q", "proj_*"] and build(cfg.student).rank == cfg.lora_rank
+    assert build(load("train", TrainSettings, [*given, "lora_targets=attention"]).student).targets == "attention"
+    assert load("train", TrainSettings, given).student["targets"] is None
+    full = load("train", TrainSettings, [*given, "student=full_unguided", "lora_targets=attention"])
+    assert unread(full, ["student"])["lora_targets"] == "the student is no LoRA, whose modules it names"
+    with pytest.raises(ConfigError, match="lora_targets"):
+        load("train", TrainSettings, [*given, "lora_targets=[]"])
+    teacher = load_teacher(save_tiny(tmp_path))
+    with pytest.raises(ValueError, match="lora_targets: 'to_qq' matches no linear layer or convolution of the UNet2D"):
+        LoRAStudent(2, 3, ["to_qq"]).networks(teacher)
 
 
 # --- earlier names ---

@@ -285,6 +285,27 @@ class LoRAFile:
     folded: bool = False
 
 
+def _is_layer(name: str, module: nn.Module) -> bool:
+    """Whether a module is one that peft adapts; one with an adapter counts as what it was without, its parts do not."""
+    part = ".lora_" in name or name.endswith(".base_layer")
+    return not part and isinstance(getattr(module, "base_layer", module), (nn.Linear, nn.Conv2d))
+
+
+def _matched(target: str, modules: Mapping[str, nn.Module], layers: Sequence[str]) -> list[str]:
+    """What peft is to be told of a target: the end itself, or, where it is a pattern or ends other modules' names too,
+    the whole names of the layers that it matches."""
+    if "*" in target:
+        return [name for name in layers if fnmatchcase(name, target)]
+    ended = [name for name in layers if f".{name}".endswith(f".{target}")]
+    others = (name for name in modules if f".{name}".endswith(f".{target}") and name not in ended)
+    return ended if ended and any(others) else [target] * bool(ended)
+
+
+def _some(layers: Sequence[str]) -> str:
+    """A few of the names, far apart."""
+    return ", ".join(dict.fromkeys(layers[i * (len(layers) - 1) // 2] for i in range(3))) if layers else "none"
+
+
 class LoRA(ABC):
     """LoRAs of a family: which modules they adapt, and how files name them."""
 
@@ -299,25 +320,34 @@ class LoRA(ABC):
     (`single_transformer_blocks.*.proj_out`), where the end alone would match others.
     """
 
-    def chosen(self, network: nn.Module, which: str | None = None) -> list[str]:
-        """peft's `target_modules` for a network: those of the targets that it has, in their order.
+    def chosen(self, network: nn.Module, which: str | Sequence[str] | None = None) -> list[str]:
+        """peft's `target_modules` for a network.
 
         Args:
             network: bare.
-            which: one of `targets`; None is the default.
+            which: a name of `targets`, of which those are taken that the network has; or targets themselves, of which
+                each has to match something. None is the default.
 
         Raises:
-            ValueError: a name that is not known.
+            ValueError: a name that is not known, or a target that matches no layer of the network.
         """
-        if which is not None and which not in self.targets:
-            raise ValueError(f"LoRA targets {which!r} are not known; allowed: {', '.join(self.targets)}")
-        names = [name for name, _ in network.named_modules()]
+        if isinstance(which, str) and which not in self.targets:
+            raise ValueError(
+                f"lora_targets={which} is not known; allowed: {', '.join(self.targets)}, or a list of modules' names "
+                "such as [to_q,to_k]"
+            )
+        named = not isinstance(which, (list, tuple))
         found: dict[str, None] = {}
-        for target in self.targets[which or next(iter(self.targets))]:
-            if "*" in target:
-                found |= dict.fromkeys(name for name in names if fnmatchcase(name, target))
-            elif any(f".{name}".endswith(f".{target}") for name in names):
-                found[target] = None
+        modules = dict(network.named_modules())
+        layers = [name for name, module in modules.items() if _is_layer(name, module)]
+        for target in self.targets[str(which or next(iter(self.targets)))] if named else which or ():
+            matched = _matched(target, modules, layers)
+            if not matched and not named:
+                raise ValueError(
+                    f"lora_targets: {target!r} matches no linear layer or convolution of the {type(network).__name__}; "
+                    f"names are ends (to_q) or patterns with * of those such as {_some(layers)}"
+                )
+            found |= dict.fromkeys(matched)
         return list(found)
 
     @abstractmethod
