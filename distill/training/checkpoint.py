@@ -54,7 +54,15 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 BEST = "best"
-_SHAPING = ("lora_rank", "lora_targets", "student", "networks", "method", "model", "ema_decay")  # settings of what is trained
+_SHAPING = (
+    "lora_rank",
+    "lora_targets",
+    "student",
+    "networks",
+    "method",
+    "model",
+    "ema_decay",
+)  # settings of what is trained
 _NAME = re.compile(r"step-(\d{8,})")
 _GO_ON = "resume_from_checkpoint=latest continues from it; for a new run choose another output_dir"
 _PACKAGES = ("distill", "torch", "accelerate", "deepspeed", "diffusers", "peft")

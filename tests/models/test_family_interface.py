@@ -154,7 +154,9 @@ def test_a_user_names_the_modules_of_a_lora_and_a_file_says_which(name: str, tmp
 
 def test_a_target_that_also_names_other_modules_means_the_layers_alone() -> None:
     """peft refuses a name that leads it to a module that it cannot adapt."""
-    network = nn.ModuleDict({"a": nn.ModuleDict({"out": nn.Linear(2, 2)}), "b": nn.ModuleDict({"out": nn.LayerNorm(2)})})
+    network = nn.ModuleDict(
+        {"a": nn.ModuleDict({"out": nn.Linear(2, 2)}), "b": nn.ModuleDict({"out": nn.LayerNorm(2)})}
+    )
     assert FAMILIES["sd15"].lora.chosen(network, ["out"]) == ["a.out"]
     for target in ("a", "to_p", "a.*.weight", "b.out"):
         with pytest.raises(ValueError, match=f"lora_targets: '{re.escape(target)}' matches no linear layer.* a.out$"):
