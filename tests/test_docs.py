@@ -18,7 +18,7 @@ from distill.evaluation.metrics import METRICS
 from distill.studies.study import STUDIES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 NAMED = (
     "experiment",
@@ -82,7 +82,7 @@ def test_commands_and_names_of_files_exist(page: Path) -> None:
 def test_the_table_of_methods_names_experiments() -> None:
     table = re.findall(r"^\| \[.*", (ROOT / "README.md").read_text(), re.MULTILINE)
     named = [name for row in table for name in re.findall(r"`(\w+)`", row)]
-    assert len(table) == 4 and len(named) == 8
+    assert len(table) >= 4 and len(named) >= 2 * 4
     assert all((ROOT / f"configs/experiment/{name}.yaml").is_file() for name in named)
 
 
@@ -189,7 +189,7 @@ def test_the_site_has_every_page_and_every_public_name() -> None:
 
     site = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
     listed = [next(iter(page.values())) for part in site["nav"] for page in pages_of(part)]
-    assert sorted(listed) == sorted(page.name for page in PAGES[1:])
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES[1:])
     documented = re.findall(r"^::: (\S+)\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     assert {name: module for module, name in documented} == distill._PUBLIC
 

@@ -24,7 +24,7 @@ from distill.planning.phases import GIB, PlannedRun, prepared, ranks_of, recomme
 from distill.training.chain import links_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MACHINE = re.compile(r"^\s*# on (?:(\d+) x )?(\d+) x (\d+) GB\b")
 GPUS = {16: "t4-16gb-x1", 24: "rtx4090-24gb-x1", 40: "a100-40gb-x8", 80: "a100-80gb-x8"}
 PLANNED = ("train", "trajectories", "latents", "chain", "submit", "evaluate", "sample")
