@@ -16,6 +16,7 @@ from tests.training.test_export import PROMPTS, SEEDS, Trained, a_run
 
 METHODS: dict[str, tuple[str, ...]] = {
     "lcm": ("method=lcm",),
+    "rectified": ("method=rectified",),
 }
 """Settings that choose each method, by its name; one row for every way in which its students are sampled."""
 STEPS = 4
