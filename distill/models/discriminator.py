@@ -1,7 +1,9 @@
 """The latent discriminator of SDXL-Lightning (Lin et al. 2024, arXiv 2402.13929, sec. 3.3 and 3.4).
 
 It is the teacher's own encoder, which reads noisy latents, times and prompts already, and a small head. Either all
-weights of a copy of the encoder are trained, or a LoRA on the teacher's frozen weights; the head always is.
+weights of a copy of the encoder are trained, or a LoRA on the teacher's frozen weights, or nothing of it; the head
+always is. Instead of one head at its end there may be one at each level of the encoder (PCM, Wang et al. 2024, arXiv
+2405.18407).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import group_norm, pad, silu
+from torch.nn.functional import group_norm, interpolate, leaky_relu, pad, silu
 
 from distill.diffusion.adversarial import Origin
 from distill.diffusion.prediction import Conditioning
@@ -25,6 +27,9 @@ from distill.models.families.base import Family
 from distill.models.families.registry import family_of_network
 from distill.models.families.teacher import Teacher
 from distill.models.lora import add_lora, check_sizes, lora_layers
+
+TRAINED, LEVELS = ("all", "heads"), ("last", "all")
+"""What `trained` and `levels` of a critic may be."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Discriminator:
         seed: int = 0,
         rank: int | None = None,
         alpha: float = 64.0,
+        trained: str = "all",
+        levels: str = "last",
     ) -> Discriminator:
         """A discriminator that starts as the encoder of the teacher's network; see `CriticNetwork`.
 
@@ -56,15 +63,18 @@ class Discriminator:
         """
         if lora_layers(teacher.network):
             raise ValueError("a discriminator is made of the teacher's own network: before it is given a LoRA")
-        network = teacher.network if rank is None else teacher.lend()
+        copied = rank is None and trained == "all"
+        network = teacher.network if copied else teacher.lend()
         size = teacher.latent_shape[1:]
-        critic = CriticNetwork(network, size, conditional, seed, rank, alpha, teacher.family)
+        critic = CriticNetwork(network, size, conditional, seed, rank, alpha, teacher.family, trained, levels)
         return cls(critic, teacher.schedule)
 
     def __call__(
         self, samples: Sequence[Tensor], t: Tensor, conditioning: Conditioning, origin: Origin | None = None
     ) -> list[Tensor]:
-        """Logits [B] in float32 for each of `samples` [B, C, h, w], all at t [B], in one call of the network.
+        """Logits in float32 for each of `samples` [B, C, h, w], all at t [B], in one call of the network.
+
+        They are [B], or, of heads at all levels, [B, n].
 
         Raises:
             ValueError: a conditional network without `origin`, or a conditioning entry that is missing or not known.
@@ -85,13 +95,20 @@ class CriticNetwork(nn.Module):
     """The encoder of a network, as its family has it for critics, and a head over its features.
 
     Args:
-        network: whose encoder is copied and fully trained; or, with a rank, serves frozen as it is.
+        network: whose encoder is copied and fully trained; or, with a rank or where the heads alone are trained, serves
+            frozen as it is.
         size: (h, w) of the latents it is meant for; it takes others.
         conditional: the head sees beside a sample's features those of the state it was made from.
         seed: of the head's weights and the LoRA's. The head's last layer starts at zero: it finds everything as likely
             real as fake.
         rank, alpha: of a LoRA on the encoder.
         family: the network's, which is found by its class where it is not given.
+        trained: `all`, or `heads` alone.
+        levels: `last`: one head over what the encoder ends in, with a logit for a sample; `all`: a head over each of
+            its levels, with a logit for each place.
+
+    Raises:
+        ValueError: a rank where nothing of the encoder is trained.
     """
 
     def __init__(
@@ -103,21 +120,32 @@ class CriticNetwork(nn.Module):
         rank: int | None = None,
         alpha: float = 64.0,
         family: Family | None = None,
+        trained: str = "all",
+        levels: str = "last",
     ) -> None:
         super().__init__()
+        check_trained(trained, levels, rank)
         self.conditional = conditional
         self.family = family or family_of_network(network)
-        self.encoder = self.family.critic.encoder(network, on_its_weights=rank is not None)
+        critic = self.family.critic
+        self.encoder = critic.encoder(network, on_its_weights=rank is not None or trained == "heads")
+        if trained == "heads":
+            self.encoder.requires_grad_(False)
         if rank is not None:
             add_lora(self.encoder, rank, alpha, seed=seed, family=self.family)
-            for module in self.family.critic.idle(self.encoder):
+            for module in critic.idle(self.encoder):
                 module.requires_grad_(False)
-        width, *sides = self.family.critic.shape(network, (size[0], size[1]))
-        widest = self.family.critic.widest_head or width
+        width, *sides = critic.shape(network, (size[0], size[1]))
+        widest = critic.widest_head or width
+        head: Head | Heads
         with torch.device("meta"):  # or torch would initialise the weights, from the global generator
-            head = Head(width * (1 + conditional), min(width, widest), Head.depth(min(sides)))
+            if levels == "last":
+                head = Head(width * (1 + conditional), min(width, widest), Head.depth(min(sides)))
+            else:
+                widths = [width for width, *_ in critic.level_shapes(network, self.encoder, (size[0], size[1]))]
+                head = Heads(widths, conditional, critic.widest_head)
         self.head = head.to(self.dtype).to_empty(device=next(network.parameters()).device)
-        self.head.initialise(seed)
+        initialise(self.head, seed)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,16 +159,16 @@ class CriticNetwork(nn.Module):
     def forward(self, x: Tensor, told: Tensor, batches: int, conditioning: Conditioning) -> Tensor:
         """Latents x [N, C, h, w] of `batches` equal batches, at what a network is told of their times [N], to logits.
 
-        They are [N]; or, for a conditional network, those of all batches but the last, which all the others came from.
+        They are [N], of heads at all levels [N, n]; or, for a conditional network, those of all batches but the last,
+        which all the others came from.
         """
-        features = self._features(x, told, batches, conditioning)  # [N, width, h', w']
+        levels = self._features(x, told, batches, conditioning)  # each [N, width, h', w']
         if self.conditional:
-            *made, origin = features.chunk(batches)
-            features = torch.cat([torch.cat([d, origin], 1) for d in made])
-        return self.head(features)
+            levels = [_beside_the_last(features, batches) for features in levels]
+        return self.head(*levels)
 
-    def _features(self, x: Tensor, told: Tensor, batches: int, conditioning: Conditioning) -> Tensor:
-        """What the encoder makes of all batches.
+    def _features(self, x: Tensor, told: Tensor, batches: int, conditioning: Conditioning) -> list[Tensor]:
+        """What the encoder makes of all batches, at each level that has a head.
 
         In the student's turn it is not trained, and what it makes of the state that samples came from is a constant:
         computed without a graph, which saves the activations and the backward passes through them.
@@ -150,14 +178,24 @@ class CriticNetwork(nn.Module):
         made = len(x) - len(x) // batches
         with torch.no_grad():
             origin = self._of(slice(made, None), x.detach(), told, conditioning)
-        return torch.cat([self._of(slice(made), x, told, conditioning), origin])
+        of_made = self._of(slice(made), x, told, conditioning)
+        return [torch.cat(both) for both in zip(of_made, origin, strict=True)]
 
-    def _of(self, part: slice, x: Tensor, told: Tensor, conditioning: Conditioning) -> Tensor:
+    def _of(self, part: slice, x: Tensor, told: Tensor, conditioning: Conditioning) -> list[Tensor]:
         """What the encoder makes of a part of the samples."""
         return self._encoded(x[part], told[part], {key: entry[part] for key, entry in conditioning.items()})
 
-    def _encoded(self, x: Tensor, told: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.family.critic.features(self.encoder, x, told, conditioning, self.dtype)
+    def _encoded(self, x: Tensor, told: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        critic = self.family.critic
+        if isinstance(self.head, Heads):
+            return critic.levels(self.encoder, x, told, conditioning, self.dtype)
+        return [critic.features(self.encoder, x, told, conditioning, self.dtype)]
+
+
+def _beside_the_last(features: Tensor, batches: int) -> Tensor:
+    """Features [N, width, h, w] of `batches` equal batches: those of all but the last, each with the last beside it."""
+    *made, origin = features.chunk(batches)
+    return torch.cat([torch.cat([d, origin], 1) for d in made])
 
 
 class Head(nn.Module):
@@ -183,19 +221,6 @@ class Head(nn.Module):
         """How many convolutions bring a map of `size` near 2 x 2."""
         return max(1, round(math.log2(size)) - 1)
 
-    def initialise(self, seed: int) -> None:
-        """Initialises the convolutions as torch does by default, but from `seed`; biases and the logit's are 0."""
-        for name, module in self.named_modules():
-            if isinstance(module, MapNorm):
-                module.reset_parameters()
-            if isinstance(module, nn.Conv2d):
-                nn.init.zeros_(module.weight)
-                nn.init.zeros_(cast(Tensor, module.bias))
-                if module is not self.logit and not module.weight.is_meta:
-                    bound, start = module.weight[0].numel() ** -0.5, torch.empty(module.weight.shape)
-                    start.uniform_(-bound, bound, generator=generator("discriminator", seed, name))
-                    module.weight.data.copy_(start)
-
     def forward(self, x: Tensor) -> Tensor:
         """Features [N, channels, h', w'] to logits [N]."""
         with _no_autocast(x.device):
@@ -204,6 +229,69 @@ class Head(nn.Module):
                 h, w = x.shape[2:]
                 x = silu(norm(conv(pad(x, (1, 1 + w % 2, 1, 1 + h % 2)))))  # an odd side is halved upwards, 1 stays 1
             return self.logit(x).flatten(1).mean(1)
+
+
+class PlaceHead(nn.Module):
+    """Two 3 x 3 convolutions with normalisation and leaky ReLU, and a logit for each place (PCM's heads).
+
+    It computes in float32, as `Head` does.
+
+    Args:
+        channels: of the features.
+        width: of the convolutions.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(InputConv(a, width, 3, padding=1) for a in (channels, width))
+        self.norms = nn.ModuleList(MapNorm(groups_of(width), width) for _ in range(2))
+        self.logit = InputConv(width, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [N, channels, h', w'] to logits [N, 1, h', w']."""
+        with _no_autocast(x.device):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = leaky_relu(norm(conv(x)), 0.2)
+            return self.logit(x)
+
+
+class Heads(nn.Module):
+    """A `PlaceHead` over each level of an encoder.
+
+    Args:
+        widths: of the levels' features.
+        conditional: they stand beside those of the state that samples were made from.
+        widest: the greatest width of a head; None: it is as wide as its features.
+    """
+
+    def __init__(self, widths: Sequence[int], conditional: bool = False, widest: int | None = None) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(PlaceHead(n * (1 + conditional), min(n, widest or n)) for n in widths)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """The features [N, width, h', w'] of each level to logits [N, levels h w], as many for each level.
+
+        A logit of a coarse level stands for all the places of the finest one that it covers, so that the mean over all
+        of them is the mean over the levels.
+        """
+        maps = [head(x) for head, x in zip(self.levels, features, strict=True)]
+        finest = max((logits.shape[2:] for logits in maps), key=math.prod)
+        return torch.cat([interpolate(logits, finest, mode="nearest").flatten(1) for logits in maps], 1)
+
+
+def initialise(heads: nn.Module, seed: int) -> None:
+    """Initialises convolutions as torch does by default, but from `seed`; biases and what makes logits are 0."""
+    for name, module in heads.named_modules():
+        if isinstance(module, MapNorm):
+            module.reset_parameters()
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(cast(Tensor, module.bias))
+            if name.rpartition(".")[2] != "logit" and not module.weight.is_meta:
+                bound, start = module.weight[0].numel() ** -0.5, torch.empty(module.weight.shape)
+                start.uniform_(-bound, bound, generator=generator("discriminator", seed, name))
+                module.weight.data.copy_(start)
 
 
 class InputConv(nn.Conv2d):
@@ -247,6 +335,8 @@ class LatentDiscriminator:
     Args:
         conditional: it also sees the state that samples were made from.
         rank, alpha: of a LoRA on the teacher's own frozen weights; rank None trains all of a copy of its encoder.
+        trained: `all` of that, or the `heads` alone, over the teacher's own frozen encoder.
+        levels: `last`: one head over what the encoder ends in; `all`: one over each of its levels.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -255,10 +345,27 @@ class LatentDiscriminator:
     conditional: bool = False
     rank: int | None = None
     alpha: float = 64.0
+    trained: str = "all"
+    levels: str = "last"
 
     def __post_init__(self) -> None:
         check_sizes("networks.discriminator", self.rank, self.alpha)
+        check_trained(self.trained, self.levels, self.rank)
 
     def network(self, teacher: Teacher, seed: int = 0) -> Discriminator:
         """The network for a teacher with its own, before any adapter is added to that."""
-        return Discriminator.of(teacher, self.conditional, seed, self.rank, self.alpha)
+        return Discriminator.of(
+            teacher, self.conditional, seed, self.rank, self.alpha, trained=self.trained, levels=self.levels
+        )
+
+
+def check_trained(trained: str, levels: str, rank: int | None) -> None:
+    """Raises ValueError for values that a critic's `trained` and `levels` cannot have."""
+    for name, value, allowed in (("trained", trained, TRAINED), ("levels", levels, LEVELS)):
+        if value not in allowed:
+            raise ValueError(f"networks.discriminator.{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if trained == "heads" and rank is not None:
+        raise ValueError(
+            f"networks.discriminator.rank={rank} is of a LoRA on the encoder, and trained=heads trains none: set rank "
+            "to null, or trained to all"
+        )

@@ -86,7 +86,7 @@ def check_read(cfg: TrainSettings, method: Method) -> None:
 def check_quantized(cfg: TrainSettings, trained: Collection[str]) -> None:
     """Raises ConfigError where weights are to be trained that are quantized."""
     nodes = {"student": cfg.student, **{name: cfg.networks[name] for name in trained if name in cfg.networks}}
-    full = [name for name, node in nodes.items() if node.get("rank") is None]
+    full = [name for name, node in nodes.items() if node.get("rank") is None and node.get("trained") != "heads"]
     if cfg.quantize is not None and full:
         instead = "student=lora" if full[0] == "student" else f"networks.{full[0]}.rank, or networks=adapters"
         raise ConfigError(

@@ -24,6 +24,7 @@ from distill.models.discriminator import (
     LatentDiscriminator,
     MapNorm,
     groups_of,
+    initialise,
 )
 from distill.models.fake_score import FakeScore
 from distill.models.families.loading import load_teacher
@@ -243,7 +244,7 @@ def test_it_begins_without_an_opinion_and_from_its_seed_alone() -> None:
 @pytest.mark.parametrize("made_for", [1, 4, 32])
 def test_a_head_takes_any_map_and_hears_all_of_it(size: tuple[int, int], made_for: int) -> None:
     head = Head(12, 12, Head.depth(made_for))
-    head.initialise(0)
+    initialise(head, 0)
     nn.init.ones_(head.logit.weight)
     x = torch.randn(2, 12, *size, generator=torch.Generator().manual_seed(0)).requires_grad_()
     logits = head(x)

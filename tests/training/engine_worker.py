@@ -78,6 +78,9 @@ REWARDED: list[Any] = [
     OWN | {"reward": 0.5, "reward_target": 3.0},
 ]
 
+# The teacher solves from noise to times of which each sample has its own: a network that is cut is called by all ranks.
+ROLLOUT: list[Any] = [{"segments": 4, "skip": 125, "grid": 8, "source": "rollout", "iterations": 6}]
+
 # By what they keep: two moments and their steps; one moment; a sum that is there before the first step.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01),
@@ -252,13 +255,15 @@ def tiny_teacher(parts: dict[str, Any]) -> Teacher:
 def build(case: dict[str, Any]) -> tuple[Engine, Method]:
     """A prepared engine and its method for a case."""
     engine = EngineSettings(**case["engine"]).start()
-    networks: dict[str, Any] = student(case["method"] in ("distance", "critics"))
+    networks: dict[str, Any] = student(case["method"] in ("distance", "critics", "rollout"))
     method: Method = LCM(SCHEDULE)
     if case["method"] == "lcm-ema":  # in every step the average takes the weights' place, and gives it back
         networks = student(lora=False, time_cond_proj_dim=6)
         method = Restarted(SCHEDULE, target="ema")
     if case["method"] == "distance":
         method = Distance({int(k): v for k, v in case.get("poison", {}).items()})
+    if case["method"] == "rollout":
+        method = MLCM(SCHEDULE, ROLLOUT, guidance=1.0)
     if case["method"] == "duel":
         method = Duel()
         networks["discriminator"] = NetworkDenoiser(

@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 import torch
 
+from distill.diffusion.random import Context
+from distill.methods.mlcm import MLCM
 from distill.training.checkpoint import CheckpointError, _write_manifest, read_weights
 from tests.forked import python
-from tests.training.engine_worker import relative_distance
+from tests.training.engine_worker import GLOBAL_BATCH, ROLLOUT, SCHEDULE, relative_distance
 from tests.training.engine_worker import run as run_here
 from tests.training.test_checkpoint import Bomb
 
@@ -71,6 +73,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero32-game": ("zero3/2", "game", {"gradient_checkpointing": True, "save_at": [3, 6]}),
     # Last: ZeRO-3 numbers the weights of a process, and its files, which are compared to the bit, have the numbers.
     "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
+    "zero3-rollout": ("zero3", "rollout", {}),
 }
 RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero2-critics": 3, "zero2-fp16": 3}
 RESUMED |= {"zero3-lora": 3, "zero3-lcm": 3, "zero2-game-lora": 3, "zero32-game": 3}
@@ -186,6 +189,19 @@ def test_two_processes_play_as_one_does_under_every_stage(method: str, folder: P
     cases = {name: case(name, folder) for name, (_, played, _) in GAMES.items() if played == method}
     for result in launch(folder / method, cases, "--use_deepspeed", *TWO)[0].values():
         assert_agree(result, alone(method, False))
+
+
+def test_the_ranks_of_a_rollout_go_different_ways_and_call_networks_alike() -> None:
+    """Which is why the two of zero3-rollout, each of which holds half of the teacher, came to an end together."""
+    method = MLCM(SCHEDULE, ROLLOUT, guidance=1.0)
+    lengths = []
+    for step in range(STEPS):
+        starts = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH, 2)  # of two ranks' two micro-batches
+        times = [
+            method.sample_time(method.stages[0], Context(0, step, (i, i + 1)), torch.device("cpu")) for i in starts
+        ]
+        lengths.append([int((4 - method.segments[4].index(t)).max()) for t in times])
+    assert any(there[0] != there[2] or there[1] != there[3] for there in lengths)
 
 
 @pytest.mark.parametrize("name", ["ddp-lora", "zero3-lora"])

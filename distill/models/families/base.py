@@ -419,6 +419,41 @@ class CriticFeatures(ABC):
     def shape(self, network: Any, size: Size) -> tuple[int, int, int]:
         """(width, h', w') of the features of states of `size` (h, w)."""
 
+    def taps(self, encoder: nn.Module) -> Sequence[nn.Module]:
+        """Blocks of an encoder whose outputs are features too, of earlier levels, in their order.
+
+        None of them means that `features` are the only level.
+        """
+        return ()
+
+    def tapped(self, encoder: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+        """The map [B, width, h', w'] in the output of one of the `taps`, for states x_t [B, C, h, w]."""
+        raise NotImplementedError
+
+    def level_shapes(self, network: Any, encoder: nn.Module, size: Size) -> list[tuple[int, int, int]]:
+        """(width, h', w') of the features of each level: those of the `taps`, then those of `features`."""
+        return [self.shape(network, size)] * (len(self.taps(encoder)) + 1)
+
+    def levels(
+        self, encoder: nn.Module, x_t: Tensor, told: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """The features of all levels, the last of which are `features`, of one call of the encoder.
+
+        Raises:
+            RuntimeError: blocks that are compiled did not show what they put out.
+        """
+        outputs: list[Any] = []
+        taps = self.taps(encoder)
+        hooks = [tap.register_forward_hook(lambda _, __, output: outputs.append(output)) for tap in taps]
+        try:
+            last = self.features(encoder, x_t, told, conditioning, dtype)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(outputs) != len(taps):
+            raise RuntimeError("networks.discriminator.levels=all sees nothing of compiled blocks: set compile=false")
+        return [*(self.tapped(encoder, output, x_t) for output in outputs), last]
+
 
 SD_VAE: Config = {
     "block_out_channels": (128, 256, 512, 512),

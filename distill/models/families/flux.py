@@ -30,7 +30,7 @@ from distill.models.families.base import (
     Size,
     Text,
 )
-from distill.models.families.cut import FirstInput, cut_off
+from distill.models.families.cut import FirstInput, cut_off, earlier_levels, image_map
 from distill.models.families.towers import CLIPTower, T5Tower, TextTower
 from distill.models.families.transformer import TransformerLoRA
 from distill.models.files import rounded
@@ -373,6 +373,13 @@ class FluxCritic(CriticFeatures):
 
     def shape(self, network: Any, size: Size) -> tuple[int, int, int]:
         return network.inner_dim, size[0] // PATCH, size[1] // PATCH
+
+    def taps(self, encoder: nn.Module) -> Sequence[nn.Module]:
+        network: Any = bare(encoder)
+        return earlier_levels([*network.transformer_blocks, *network.single_transformer_blocks])
+
+    def tapped(self, encoder: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+        return image_map(output, (x_t.shape[2] // PATCH, x_t.shape[3] // PATCH))
 
 
 class Flux(Family):

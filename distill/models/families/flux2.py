@@ -26,7 +26,7 @@ from distill.models.families.base import (
     Published,
     Size,
 )
-from distill.models.families.cut import FirstInput, cut_off
+from distill.models.families.cut import FirstInput, cut_off, earlier_levels, image_map
 from distill.models.families.qwen3 import TEXT, Qwen3Text, Qwen3Tower, check_states
 from distill.models.families.towers import TextTower
 from distill.models.families.transformer import TransformerLoRA
@@ -204,6 +204,13 @@ class KleinCritic(CriticFeatures):
 
     def shape(self, network: Any, size: Size) -> tuple[int, int, int]:
         return network.config["num_attention_heads"] * network.config["attention_head_dim"], size[0], size[1]
+
+    def taps(self, encoder: nn.Module) -> Sequence[nn.Module]:
+        network: Any = bare(encoder)
+        return earlier_levels([*network.transformer_blocks, *network.single_transformer_blocks])
+
+    def tapped(self, encoder: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+        return image_map(output, (x_t.shape[2], x_t.shape[3]))
 
 
 def _call(module: nn.Module, x: Tensor, told: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,7 @@ from distill.models.families.base import (
     Size,
     Text,
 )
-from distill.models.families.cut import FirstInput, cut_off
+from distill.models.families.cut import FirstInput, cut_off, earlier_levels, image_map
 from distill.models.families.towers import CLIPTower, T5Tower, TextTower
 from distill.models.families.transformer import TransformerLoRA
 
@@ -263,6 +263,14 @@ class SD3Critic(CriticFeatures):
     def shape(self, network: Any, size: Size) -> tuple[int, int, int]:
         patch = network.config["patch_size"]
         return _width(network), size[0] // patch, size[1] // patch
+
+    def taps(self, encoder: nn.Module) -> Sequence[nn.Module]:
+        network: Any = bare(encoder)
+        return earlier_levels(network.transformer_blocks)
+
+    def tapped(self, encoder: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+        patch: int = bare(encoder).config["patch_size"]  # type: ignore[index, assignment]
+        return image_map(output, (x_t.shape[2] // patch, x_t.shape[3] // patch))
 
 
 def _width(network: Any) -> int:

@@ -237,3 +237,18 @@ class UNetCritic(CriticFeatures):
         halvings = sum(block.downsamplers is not None for block in network.down_blocks)
         h, w = (math.ceil(side / 2**halvings) for side in size)
         return network.config["block_out_channels"][-1], h, w
+
+    def taps(self, encoder: nn.Module) -> Sequence[nn.Module]:
+        network: Any = bare(encoder)
+        return list(network.down_blocks)
+
+    def tapped(self, encoder: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+        return output[0]
+
+    def level_shapes(self, network: UNet2DConditionModel, encoder: nn.Module, size: Size) -> list[tuple[int, int, int]]:
+        found, (h, w) = [], size
+        for width, block in zip(network.config["block_out_channels"], network.down_blocks, strict=True):
+            if block.downsamplers is not None:
+                h, w = math.ceil(h / 2), math.ceil(w / 2)
+            found.append((width, h, w))
+        return [*found, self.shape(network, size)]

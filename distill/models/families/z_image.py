@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill.diffusion.noise import FlowNoise, short
 from distill.diffusion.prediction import Conditioning
 from distill.models.checks import positive
+from distill.models.execution import bare
 from distill.models.families.base import (
     SD_VAE,
     Config,
@@ -24,7 +25,7 @@ from distill.models.families.base import (
     Published,
     Size,
 )
-from distill.models.families.cut import FirstInput, cut_off
+from distill.models.families.cut import FirstInput, cut_off, earlier_levels, map_of
 from distill.models.families.qwen3 import TEXT, Qwen3Text, Qwen3Tower, check_states
 from distill.models.families.towers import TextTower
 from distill.models.families.transformer import TransformerLoRA
@@ -172,6 +173,15 @@ class ZImageCritic(CriticFeatures):
 
     def shape(self, network: Any, size: Size) -> tuple[int, int, int]:
         return network.config["dim"], size[0] // PATCH, size[1] // PATCH
+
+    def taps(self, encoder: nn.Module) -> Sequence[nn.Module]:
+        network: Any = bare(encoder)
+        return earlier_levels(network.layers)
+
+    def tapped(self, encoder: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+        """The image's tokens are the first ones."""
+        size = (x_t.shape[2] // PATCH, x_t.shape[3] // PATCH)
+        return map_of(output[:, : size[0] * size[1]], size)
 
 
 def _call(module: nn.Module, x: Tensor, told: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> Tensor:
