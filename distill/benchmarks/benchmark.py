@@ -18,9 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 
@@ -173,31 +175,62 @@ def bare_update(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
 
 
 def bench_reader(samples: int, workers: int) -> None:
-    """LCM's two states of 41 at SDXL's sizes: what is read, how fast, and how fast the same bytes come in a row."""
+    """LCM's two states of 41 at SDXL's sizes: what is read, how fast, and how fast as many bytes come in a row.
+
+    A batch is dropped when the next one is taken, as in training. The bytes in a row are read from the page cache too,
+    of other places each time: into memory as large as that of the loader's batches, and into one small buffer, which
+    stays in the processor's cache.
+    """
     method = LCM(SCHEDULE, skip=25)
     config = {**unet_config("sd15"), "cross_attention_dim": 2048}
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(folder, config, (128, 128), 77, samples=samples, solver_steps=40)
         shards = sorted(Path(folder).glob("shard-*.tar"))
         total = sum(shard.stat().st_size for shard in shards)
-        ratios, rates = [], []
-        for repeat in range(3):
+        per_sample, batches_timed = bytes_read_by(store, method), max(1, samples // 8)
+        held = 8 * int(per_sample) * (2 * workers + 2)  # batches that are read ahead, and those around
+        in_a_row = {"memory": chunks_in_a_row(shards, held), "buffer": chunks_in_a_row(shards, 1 << 20)}
+        spent: dict[str, list[tuple[float, float]]] = {"planned": [], "memory": [], "buffer": []}
+        for repeat in range(READER_REPEATS):
             loader = make_loader(
                 store, method.reads, seed=repeat, global_batch_size=8, micro_batch_size=8, num_workers=workers
             )
             batches = iter(loader)
-            next(batches)
-            before = bytes_read_by(store, method)
-            seconds, _ = timed(partial(list, islice(batches, samples // 8 - 1)))
-            sequential, _ = timed(partial(read_in_a_row, shards, before * (samples - 8)))
-            ratios.append(seconds / sequential)
-            rates.append((samples - 8) / seconds)
-            del batches
-        print(f"{samples} samples of 41 states [4, 128, 128] fp16 and text [77, 2048]; {machine('cpu')}")
-        print(f"  stored per sample          {total / samples / 2**20:8.2f} MiB")
-        print(f"  read per sample, planned   {before / 2**20:8.2f} MiB")
-        print(f"  planned reads              {median(rates):8.1f} samples/s, {workers} worker(s), batches assembled")
-        print(f"  time against the same bytes read in a row {median(ratios):5.2f} x")
+            take(batches, 4 * workers + 4)  # the first ones open files, and allocate
+            spent["planned"].append(wall_and_cpu(partial(take, batches, batches_timed)))
+            batches.close()
+            for name, chunks in in_a_row.items():
+                spent[name].append(wall_and_cpu(partial(read_bytes, chunks, per_sample * 8 * batches_timed)))
+    wall = {name: median(one for one, _ in found) / batches_timed / 8 for name, found in spent.items()}
+    cpu = {name: median(one for _, one in found) / batches_timed / 8 for name, found in spent.items()}
+    print(f"{samples} samples of 41 states [4, 128, 128] fp16 and text [77, 2048]; {machine('cpu')}")
+    print(f"  stored per sample          {total / samples / 2**20:8.2f} MiB")
+    print(f"  read per sample, planned   {per_sample / 2**20:8.2f} MiB")
+    print(
+        f"  planned reads              {1 / wall['planned']:8.1f} samples/s, {1 / wall['planned'] / 8:.1f} batches/s, "
+        f"{workers} worker(s), batches assembled"
+    )
+    print("  per sample, and against the same bytes read in a row into as much memory, into a buffer of 1 MiB")
+    for name, one in (("time", wall), ("CPU time of all threads", cpu)):
+        print(
+            f"    {name:<24} {1e3 * one['planned']:8.3f} ms {one['planned'] / one['memory']:6.2f} x "
+            f"{one['planned'] / one['buffer']:6.2f} x"
+        )
+
+
+READER_REPEATS = 5
+
+
+def take(batches: Iterator[Batch], count: int) -> None:
+    """Takes batches, of which the last one alone is held."""
+    deque(islice(batches, count), maxlen=1)
+
+
+def wall_and_cpu(work: Callable[[], object]) -> tuple[float, float]:
+    """The seconds that `work` takes, and those of processors in all threads of this process."""
+    before = time.process_time()
+    seconds, _ = timed(work)
+    return seconds, time.process_time() - before
 
 
 def bench_checksums() -> None:
@@ -239,13 +272,19 @@ def bytes_read_by(store: Store, method: LCM) -> float:
     return sum(span.end - span.begin for pick in picks for span in plan_reads(store.index.layout, pick)) / len(picks)
 
 
-def read_in_a_row(files: Sequence[Path], wanted: float) -> int:
-    left = int(wanted)
-    for path in files:
+def chunks_in_a_row(files: Sequence[Path], memory: int) -> Iterator[int]:
+    """Reads files from start to end, over and over, into so many bytes of memory in turn: how many bytes, each time."""
+    size = min(memory, 1 << 20)
+    buffers = cycle([memoryview(bytearray(size)) for _ in range(memory // size)])
+    for path in cycle(files):
         with open(path, "rb", buffering=0) as file:
-            while left > 0 and (chunk := file.read(min(left, 1 << 20))):
-                left -= len(chunk)
-    return left
+            while count := file.readinto(next(buffers)):
+                yield count
+
+
+def read_bytes(chunks: Iterator[int], wanted: float) -> None:
+    while wanted > 0:
+        wanted -= next(chunks)
 
 
 def bench_start(counts: Sequence[int]) -> None:

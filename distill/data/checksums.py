@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 
-from distill.data.record import STATES, BadSample, Layout
+from distill.data.record import STATES, Layout
 
 try:
     from isal.isal_zlib import crc32  # the same numbers, at several times the speed
@@ -54,34 +54,37 @@ def make_row(layout: Layout, payload: bytes, facts: bytes, start: int) -> bytes:
     return row + struct.pack("<I", crc32(row, start))
 
 
-def check_row(
+def row_problem(
     layout: Layout,
     row: bytes,
     start: int,
     head: Iterable[memoryview],
     states: Mapping[int, memoryview],
     facts: bytes | None,
-) -> None:
-    """Compares what was read of a sample with its row of checksums.
+) -> str:
+    """What differs between what was read of a sample and its row of checksums, in words; "" if nothing does.
 
     Args:
         head: all of the payload but the states, in pieces.
         states: those that were read, by their places.
         facts: the JSON member, if it was.
-
-    Raises:
-        BadSample: something differs; says which part.
     """
     K = layout.tensors[STATES].shape[0]
     if len(row) != row_bytes(K) or crc32(row[:-4], start) != struct.unpack("<I", row[-4:])[0]:
-        raise BadSample("its checksums are damaged or another sample's; distill verify add_checksums=true renews them")
+        return "its checksums are damaged or another sample's; distill verify add_checksums=true renews them"
     numbers = struct.unpack(f"<{K + 3}I", row)
-    found = {"text, times or guidance": (_chained(head, start), numbers[0])}
-    found |= {f"state {k}": (crc32(state, start), numbers[1 + k]) for k, state in states.items()}
-    if facts is not None:
-        found |= {"JSON": (crc32(facts, start), numbers[1 + K])}
-    if wrong := [name for name, (is_so, was) in found.items() if is_so != was]:
-        raise BadSample(f"its {wrong[0]} is not what was written (checksum): damaged, or of another store")
+    if _chained(head, start) != numbers[0]:
+        return _differs("text, times or guidance")
+    for k, state in states.items():
+        if crc32(state, start) != numbers[1 + k]:
+            return _differs(f"state {k}")
+    if facts is not None and crc32(facts, start) != numbers[1 + K]:
+        return _differs("JSON")
+    return ""
+
+
+def _differs(part: str) -> str:
+    return f"its {part} is not what was written (checksum): damaged, or of another store"
 
 
 def _chained(pieces: Iterable[memoryview], start: int) -> int:

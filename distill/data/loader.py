@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from distill.data.ahead import read_ahead
+from distill.data.memory import Memory
 from distill.data.order import BatchShare, Order, SizedOrder
 from distill.data.reader import Store
 from distill.data.record import BadSample
-from distill.data.rows import Rows
+from distill.data.rows import New, Rows
 from distill.diffusion.random import generator
 from distill.diffusion.trajectory import Batch, Reads
 
@@ -113,9 +114,10 @@ class Loader:
             yield self._batch(found)
 
     def _found(self) -> Iterator[Found]:
+        new = _pinned if torch.cuda.is_available() else Memory().tensor
         if not self._workers:
-            return map(self._read(self.store), self._places)
-        readers = [_on_this_device(self._read(self.store.apart())) for _ in range(self._workers)]
+            return map(self._read(self.store, new), self._places)
+        readers = [_on_this_device(self._read(self.store.apart(), new)) for _ in range(self._workers)]
         return read_ahead(readers, self._places, self._ahead)
 
     def _note(self, bad: dict[str, str]) -> None:
@@ -180,25 +182,25 @@ class _Places:
 
 
 class _Samples:
-    """Reads micro-batches; each thread has one, whose store has files of its own."""
+    """Reads micro-batches; each thread has one, whose store has files of its own. `new` makes their tensors."""
 
     def __init__(
         self,
         store: Store,
+        new: New,
         reads: Callable[[int], Reads],
         seed: int,
         allowed: int,
         step_of: Callable[[int], int],
         prompts: bool,
     ) -> None:
-        self.store, self.reads, self.seed, self.allowed = store, reads, seed, allowed
+        self.store, self.new, self.reads, self.seed, self.allowed = store, new, reads, seed, allowed
         self.step_of, self.prompts = step_of, prompts
 
     def __call__(self, places: Sequence[Place]) -> Found:
         reads = self.reads(self.step_of(places[0][0]))  # a micro-batch is of one step
         picks = [reads.pick(self.store.index.times, generator(self.seed, "read", p)) for p, _ in places]
-        new, size = _pinned if torch.cuda.is_available() else torch.empty, self.store.size_of(places[0][1])
-        rows = self.store.rows(len(places), len(picks[0]), new, size)
+        rows = self.store.rows(len(places), len(picks[0]), self.new, self.store.size_of(places[0][1]))
         found = self.store.fill([(rows, at, (i, picks[at])) for at, (_, i) in enumerate(places)], self.prompts)
         bad = {self.store.key(places[at][1]): str(error) for at, error in found.items()}
         for at in found:

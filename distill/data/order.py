@@ -20,7 +20,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from distill.diffusion.random import generator
 
@@ -43,8 +42,8 @@ class Order:
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, samples: int) -> Tensor:
-    return torch.randperm(samples, generator=generator(seed, "order", epoch))
+def _permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
+    return torch.randperm(samples, generator=generator(seed, "order", epoch)).numpy()
 
 
 class SizedOrder:
@@ -107,8 +106,8 @@ def _moments(seed: int, number: int, block: int) -> list[float]:
 
 
 @lru_cache(maxsize=128)
-def _permutation_of(seed: int, number: int, epoch: int, samples: int) -> Tensor:
-    return torch.randperm(samples, generator=generator(seed, "order", number, epoch))
+def _permutation_of(seed: int, number: int, epoch: int, samples: int) -> NDArray[np.int64]:
+    return torch.randperm(samples, generator=generator(seed, "order", number, epoch)).numpy()
 
 
 @dataclass(frozen=True)

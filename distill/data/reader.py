@@ -15,7 +15,8 @@ import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill.data import tar
-from distill.data.checksums import check_row, checksums_name, row_bytes, start_of
+from distill.data.checksums import checksums_name, row_bytes, row_problem, start_of
 from distill.data.index import (
     INDEX,
     PLAN,
@@ -55,8 +56,10 @@ from distill.diffusion.prediction import Conditioning
 
 log = logging.getLogger(__name__)
 MOST_KEPT_BYTES = 1 << 26
-"""The most bytes of checksums that a process keeps; those of a larger store are read with each sample."""
+"""The most bytes of checksums that a process keeps, those of a larger store are read with each sample; and the most
+bytes of places of samples."""
 MAX_UNCONDITIONAL_BYTES = 1 << 28
+_NO_TENSORS = frozenset({GAP, FACTS, HEAD})
 Request = tuple[int, tuple[int, ...]]
 """Index of a sample, and places of the states wanted."""
 Place = tuple[Rows, int, Request]
@@ -148,6 +151,8 @@ class Store:
         spec = index.layout.tensors[TIMES]
         self._times = torch.tensor(index.times).to(spec.dtype).numpy().tobytes()
         self._samples = self._starts[-1] if samples is None else samples
+        self._known: dict[str, _Known] = {}
+        self._most_known = 1 + MOST_KEPT_BYTES // (8 * index.samples_per_shard)
         self._verified: dict[str, str | None] = {}
         self._sizes: NDArray[np.int64] | None = None
         if len(index.layouts) > 1:
@@ -196,10 +201,24 @@ class Store:
     def _sizes_in(self, shard: ShardInfo) -> NDArray[np.int64]:
         return sizes_of(shard, self.index.payload_sizes)
 
+    def _about(self, shard: ShardInfo) -> _Known:
+        """Where a shard's samples lie in it; kept, for samples come in random order. Raises BadShard."""
+        if (known := self._known.get(shard.name)) is None:
+            known = self._known[shard.name] = _Known(
+                payload_offsets(shard, self.index.payload_sizes) - tar.BLOCK,
+                self._sizes_in(shard) if len(self.index.layouts) > 1 else None,
+                shard.number,
+                places(shard, len(self.index.shard_samples(shard.number))),
+                checksums_name(shard.name) if shard.crc32 else "",
+            )
+            if len(self._known) > self._most_known:
+                self._known.pop(next(iter(self._known)), None)  # another thread may do so, too
+        return known
+
     def _layout_of(self, shard: ShardInfo, line: int) -> Layout:
         """What a sample looks like. Raises BadShard: the index does not say."""
-        layouts = self.index.layouts
-        found = layouts[self._sizes_in(shard)[line]] if len(layouts) > 1 else layouts[0]
+        sizes = self._about(shard).sizes
+        found = self.index.layouts[0 if sizes is None else sizes[line]]
         if found is None:
             raise BadShard(f"{INDEX} does not say what the samples of {shard.name} look like")
         return found
@@ -256,11 +275,21 @@ class Store:
                 readings[at] = self._reading(shard, line, rows, row, states, prompts)
             except BadShard as error:
                 bad[at] = self._bad(shard, self._key(shard, line), error)
+        # What lies elsewhere is requested in one go, of which each takes long. What is here is checked sample by
+        # sample: a processor still has at hand what it has just read.
+        together = [readings] if self.folder.local is None else [{at: one} for at, one in readings.items()]
+        for some in together:
+            bad |= self._fill(some)
+        return bad
+
+    def _fill(self, readings: Mapping[int, Reading]) -> dict[int, BadSample]:
+        """Reads these samples at once, and says of each that is bad why. Raises ReadError."""
+        bad: dict[int, BadSample] = {}
         lacking = self._lacking(readings.values())
-        requests = [scattered for one in readings.values() for scattered in one.requests()]
+        requests = [scattered for one in readings.values() for scattered in one.requests]
         more: list[Scattered] = [(name, begin, [memoryview(data)]) for (name, begin, _), data in lacking.items()]
-        counts = iter(self.folder.fill([*requests, *more]))  # in one go, of which a remote store takes long
-        read_of = {at: [next(counts) for _ in one.spans] for at, one in readings.items()}
+        counts = iter(self.folder.fill([*requests, *more]))
+        read_of = {at: [next(counts) for _ in one.requests] for at, one in readings.items()}
         numbers = self._kept({part: bytes(data[: next(counts)]) for part, data in lacking.items()})
         for at, one in readings.items():
             try:
@@ -282,35 +311,41 @@ class Store:
             raise ValueError(f"sample {self._key(shard, line)} is of another size than the rows it is read into")
         facts = self._facts_part(shard, line, layout) if prompts else None
         spans = plan_reads(layout, states, facts)
-        start = int(payload_offsets(shard, self.index.payload_sizes)[line]) - tar.BLOCK
-        return Reading(shard, line, self._key(shard, line), start, spans, rows, row, states)
+        known = self._about(shard)
+        return Reading(shard, line, known, spans, rows, row, states)
 
-    def _accept(self, one: Reading, read: Sequence[int], numbers: Mapping[Range, bytes]) -> None:
+    def _accept(self, one: Reading, read: list[int], numbers: Mapping[Range, bytes]) -> None:
         """Checks what was read of a sample. Raises BadSample."""
         layout = one.rows.layout
-        if any(count < span.end - span.begin for count, span in zip(read, one.spans, strict=True)):
+        if read != one.expected:
             raise BadSample("the shard ends within it")
-        head = one.buffers[HEAD]
+        head = bytes(one.buffers[HEAD])
         if head[: tar.BLOCK] != tar.header(f"{one.key}.safetensors", layout.payload_bytes):
             raise BadSample("its tar header is damaged or another sample's")
         if head[tar.BLOCK :] != layout.header:
             raise BadSample("its safetensors header is damaged or of another shape")
-        if one.buffers[TIMES] != self._times:
+        if bytes(one.buffers[TIMES]) != self._times:
             said = one.rows.stored_times(one.buffers[TIMES])
             raise BadSample(f"its times {short(said)} are not the store's")
         facts = bytes(one.buffers[FACTS]) if FACTS in one.buffers else None
         one.rows.repeat(one.row, one.states)
-        _check_finite(one.rows, one.row, one.states)
+        has_checksums = bool(one.known.checksums)
+        problem = self._checksum_problem(one, facts, numbers) if has_checksums else ""
+        if problem or not has_checksums:  # checksums are made of finite values only
+            _check_finite(one.rows, one.row, one.states)
         prompt = "" if facts is None else _prompt(one.key, facts)
-        if one.shard.crc32:
-            part, begin = self._checksums_of(one.shard, one.line)
-            line, start = numbers[part][begin : begin + self._row], start_of(self.index.identity, one.key)
-            check_row(layout, line, start, one.payload_but_states(), one.read_states(), facts)
+        if problem:
+            raise BadSample(problem)
         one.rows.name(one.row, one.key, one.states, self.index.times, prompt)
+
+    def _checksum_problem(self, one: Reading, facts: bytes | None, numbers: Mapping[Range, bytes]) -> str:
+        part, begin = self._checksums_of(one)
+        line, start = numbers[part][begin : begin + self._row], start_of(self.index.identity, one.key)
+        return row_problem(one.rows.layout, line, start, one.payload_but_states(), one.read_states, facts)
 
     def _lacking(self, readings: Iterable[Reading]) -> dict[Range, bytearray]:
         """Room for the checksums of these samples that are still to be read, by where they are."""
-        parts = dict.fromkeys(self._checksums_of(one.shard, one.line)[0] for one in readings if one.shard.crc32)
+        parts = dict.fromkeys(self._checksums_of(one)[0] for one in readings if one.known.checksums)
         return {part: bytearray(part[2] - part[1]) for part in parts if part not in self._checksums}
 
     def _kept(self, found: dict[Range, bytes]) -> Mapping[Range, bytes]:
@@ -320,11 +355,11 @@ class Store:
         self._checksums.update(found)
         return self._checksums
 
-    def _checksums_of(self, shard: ShardInfo, row: int) -> tuple[Range, int]:
+    def _checksums_of(self, one: Reading) -> tuple[Range, int]:
         """What to read for the checksums of a sample, and where they begin in that: a whole file if files are kept."""
-        name, begin = checksums_name(shard.name), row * self._row
+        name, begin = one.known.checksums, one.line * self._row
         if self._keeps_checksums:
-            return (name, 0, shard.samples * self._row), begin
+            return (name, 0, one.shard.samples * self._row), begin
         return (name, begin, begin + self._row), 0
 
     def _facts_part(self, shard: ShardInfo, row: int, layout: Layout) -> Piece:
@@ -345,47 +380,67 @@ class Store:
             raise BadShard(problem)
 
 
+class _Known(NamedTuple):
+    """What the index says of a shard's samples, line by line: the byte at which its tar header begins, the number of
+    its size (None: all have the first), and its place among the planned ones, which its key has. And the file with
+    their checksums, "" for none."""
+
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64] | None
+    number: int
+    places: Sequence[int]
+    checksums: str
+
+    def key(self, line: int) -> str:
+        return make_key(self.number, self.places[line])
+
+
 class Reading:
     """A sample that is being read.
 
     Args:
-        shard, line: where it is: which of the shard's samples.
-        start: byte of the shard at which its tar header begins.
+        shard, line: where it is: which of the shard's samples; `known` says more.
         rows, row: where it is put.
         states: places of its states that are wanted, in their order.
+
+    Attributes:
+        requests: what to read, span by span; `expected`: how many bytes each is.
+        buffers: of the parts that a sample has once, by name, in the order of their bytes.
+        read_states: the buffers of states, by their places.
     """
 
     def __init__(
         self,
         shard: ShardInfo,
         line: int,
-        key: str,
-        start: int,
+        known: _Known,
         spans: Sequence[Span],
         rows: Rows,
         row: int,
         states: tuple[int, ...],
     ) -> None:
-        self.shard, self.line, self.key, self.start, self.spans = shard, line, key, start, spans
+        self.shard, self.line, self.known = shard, line, known
         self.rows, self.row, self.states = rows, row, states
-        self._parts = [(part, rows.buffer(part, row, states)) for span in spans for part in span.parts]
-        self.buffers = {part.name: buffer for part, buffer in self._parts}
-        """The buffers of parts that a sample has once, by name."""
-
-    def requests(self) -> Iterator[Scattered]:
-        """What to read, span by span."""
-        buffers = iter(self._parts)
-        for span in self.spans:
-            yield self.shard.name, self.start + span.begin, [buffer for _, buffer in islice(buffers, len(span.parts))]
-
-    def read_states(self) -> dict[int, memoryview]:
-        return {part.state: buffer for part, buffer in self._parts if part.name == STATES}
+        self.key, start = known.key(line), int(known.starts[line])
+        self.requests: list[Scattered] = []
+        self.expected = [span.end - span.begin for span in spans]
+        self.buffers: dict[str, memoryview] = {}
+        self.read_states: dict[int, memoryview] = {}
+        for span in spans:
+            found = []
+            for part in span.parts:
+                buffer = rows.buffer(part, row, states)
+                found.append(buffer)
+                if part.name == STATES:
+                    self.read_states[part.state] = buffer
+                else:
+                    self.buffers[part.name] = buffer
+            self.requests.append((shard.name, start + span.begin, found))
 
     def payload_but_states(self) -> Iterator[memoryview]:
         """The safetensors header and all tensors but the states, in the order of their bytes."""
         yield self.buffers[HEAD][tar.BLOCK :]
-        others = {STATES, GAP, FACTS, HEAD}
-        yield from (buffer for part, buffer in self._parts if part.name not in others)
+        yield from (buffer for name, buffer in self.buffers.items() if name not in _NO_TENSORS)
 
 
 def _check_finite(rows: Rows, row: int, states: tuple[int, ...]) -> None:

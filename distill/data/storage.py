@@ -166,6 +166,8 @@ class Folder:
     def _all_of(self, requests: Sequence[R], read: Callable[[Sequence[R]], list[T | Exception]]) -> list[T]:
         """What `read` gives for all requests, with those that failed tried again. Raises ReadError."""
         found = read(requests)
+        if not any(isinstance(data, Exception) for data in found):
+            return found  # type: ignore[return-value]
         patience = Patience(self.retry_seconds)
         while failed := [at for at, data in enumerate(found) if isinstance(data, Exception)]:
             name, error = requests[failed[0]][0], found[failed[0]]

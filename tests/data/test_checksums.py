@@ -196,6 +196,20 @@ def test_a_store_without_checksums_opens_and_says_once_how_to_add_them(
     assert bad_of(open_store(str(copy))) == [] and not warnings_of(caplog)
 
 
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_said_to_be_so(copy: Path, checksums: bool, value: float) -> None:
+    """With checksums, which fit finite values alone, and without."""
+    if not checksums:
+        without_checksums(copy)
+    layout = open_store(str(copy)).index.layout
+    edit(copy, states_5(copy) + 3 * layout.state_bytes, torch.tensor(value, dtype=torch.float16).numpy().tobytes())
+    store = open_store(str(copy))
+    assert bad_of(store, (0, 1, 2, 4)) == []
+    with pytest.raises(BadSample, match="sample 000001-000001 in shard-000001.tar of .*: state 3 has values that are"):
+        store.read(5, (1, 3))
+
+
 def test_checksums_are_not_made_of_what_is_damaged(copy: Path, verify: Callable[..., tuple[int, str]]) -> None:
     """Or they would vouch for it."""
     without_checksums(copy)
