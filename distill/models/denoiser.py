@@ -28,7 +28,7 @@ class NetworkDenoiser:
         prediction: what it predicts.
         adapter: the LoRA that it computes with, alone. The trained one is on whenever no other is named; None
             switches all off around each call, which makes a LoRA student its own teacher; another one takes its place
-            there, for calls without a gradient.
+            there.
         family: how it is called; None is the family that has networks of its class.
     """
 

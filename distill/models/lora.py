@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,8 @@ def lora_layers(module: nn.Module) -> list[BaseTunerLayer]:
 def only_adapter(module: nn.Module | Iterable[BaseTunerLayer], adapter: str | None) -> Iterator[None]:
     """Inside, `module` computes with this adapter alone. Takes a module or its `lora_layers`.
 
-    With None it computes what it did before `add_lora`, to the bit. Afterwards it is as it was; so what is recomputed
-    in a backward pass (gradient checkpointing) is computed at rest: call only the trained adapter with a gradient.
+    With None it computes what it did before `add_lora`, to the bit. Afterwards it is as it was; what is recomputed in a
+    backward pass (gradient checkpointing) has to be put into the same state again: `as_now` does.
 
     Flips two fields a layer and leaves `requires_grad` alone: peft's own `enable_adapters` and `set_adapter` change it,
     which breaks the hooks of an engine that is built on it (ZeRO).
@@ -128,6 +128,48 @@ def only_adapter(module: nn.Module | Iterable[BaseTunerLayer], adapter: str | No
     finally:
         for layer, (off, active) in zip(layers, before, strict=True):
             layer._disable_adapters, layer._active_adapter = off, active
+
+
+def as_now(layers: Sequence[BaseTunerLayer]) -> AbstractContextManager[None]:
+    """A context for later, inside which a network computes with the adapters that it computes with now.
+
+    Args:
+        layers: all `lora_layers` of the network, or none; they are switched together, by `only_adapter`.
+    """
+    return _AsThen(layers, (layers[0]._disable_adapters, layers[0]._active_adapter)) if layers else nullcontext()
+
+
+class _AsThen(AbstractContextManager[None]):
+    """See `as_now`. Where nothing has been switched since, it costs nothing: it is entered once for each block."""
+
+    def __init__(self, layers: Sequence[BaseTunerLayer], then: tuple[bool, Any]) -> None:
+        self.layers, self.then = layers, then
+        self.since: tuple[bool, Any] | None = None
+
+    def __enter__(self) -> None:
+        first = self.layers[0]
+        now = (first._disable_adapters, first._active_adapter)
+        if now != self.then:
+            self.since = now
+            self._set(*self.then)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.since is not None:
+            self._set(*self.since)
+            self.since = None
+
+    def _set(self, off: bool, active: Any) -> None:
+        for layer in self.layers:
+            layer._disable_adapters, layer._active_adapter = off, active
+
+
+def recomputed_with_its_adapters(
+    module: nn.Module,
+) -> Callable[[], tuple[AbstractContextManager, AbstractContextManager]]:
+    """The `context_fn` of torch's checkpoint for blocks of `module`: they are recomputed with the adapters that they
+    were computed with, which may be off by the time of the backward pass, or on."""
+    layers = lora_layers(module)
+    return lambda: (nullcontext(), as_now(layers))
 
 
 def lora_config(network: Any) -> LoraConfig:

@@ -10,7 +10,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +38,7 @@ from distill.models.families.loading import load_teacher, prompt_tokens, require
 from distill.models.families.registry import FAMILIES, published
 from distill.models.families.teacher import Teacher
 from distill.models.full_size import build_network
-from distill.models.lora import TEACHING, add_lora
+from distill.models.lora import TEACHING, add_lora, as_now, lora_layers
 from distill.models.quantized import quantize
 from distill.training.sizes import latent_shape, require_sizes
 from distill.training.teacher import as_set
@@ -304,13 +305,19 @@ def _checkpoint(modules: Iterable[Any], checkpointed: bool, wide: Collection[int
                 if hasattr(part, "gradient_checkpointing"):
                     part.gradient_checkpointing = False
         elif hasattr(module, "enable_gradient_checkpointing"):
-            kernels = functools.partial(_recomputed, id(module) in wide)
-            again = functools.partial(checkpoint, use_reentrant=False, context_fn=kernels, preserve_rng_state=False)
+            context = functools.partial(_recomputed, id(module) in wide, lora_layers(module))
+            again = functools.partial(checkpoint, use_reentrant=False, context_fn=context, preserve_rng_state=False)
             module.enable_gradient_checkpointing(again)
 
 
-def _recomputed(autocast: bool) -> tuple[Any, Any]:
-    return nullcontext(), _Kernels(autocast)
+def _recomputed(autocast: bool, layers: Sequence[BaseTunerLayer]) -> tuple[Any, Any]:
+    return nullcontext(), _again(_Kernels(autocast), as_now(layers))
+
+
+@contextmanager
+def _again(kernels: Any, adapters: Any) -> Iterator[None]:
+    with kernels, adapters:
+        yield
 
 
 def _parameters(network: Any) -> Iterator[Tensor]:

@@ -35,6 +35,7 @@ from distill.diffusion.trajectory import Batch
 from distill.methods.base import Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.execution import Compile, execute
+from distill.models.lora import recomputed_with_its_adapters
 from distill.training.loss_scale import LossScale
 from distill.training.micro_batch import give_back_memory, is_out_of_memory
 from distill.training.processes import NO_LIMIT, Processes, forget_accelerate
@@ -113,7 +114,7 @@ class EngineSettings:
         mixed_precision: `no` (float32), `bf16`, or `fp16`, with a loss scale. Trained weights have float32 masters.
         gradient_accumulation_steps: micro-batches of a step.
         max_grad_norm: clip the global norm of a network's gradient to this; None does not.
-        gradient_checkpointing: recompute activations of trained networks in the backward pass.
+        gradient_checkpointing: recompute activations of networks in the backward pass.
         compile, channels_last: how networks are executed; see `distill.models.execution`.
         max_nonfinite_steps: give up after so many skipped steps in a row.
         seed: of all random numbers of losses, and of dropout.
@@ -259,6 +260,8 @@ class Engine:
                 self._ready_for_training(name, module)
             elif not any(module is modules[other] for other in recipes):
                 module.requires_grad_(False).eval().to(device, self.frozen_dtype)
+                if self.settings.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
+                    _recompute(module)  # for losses whose gradient passes through it; other calls keep no activations
         settings = self.settings
         for module in {id(module): module for module in modules.values()}.values():
             execute(module, settings.compile, settings.channels_last, self.sharding.keeps_order)
@@ -359,7 +362,7 @@ class Engine:
             enable: Any = getattr(module, "enable_gradient_checkpointing", None)
             if enable is None:
                 raise ValueError(f"gradient_checkpointing: {name} ({type(module).__name__}) does not offer it")
-            enable(functools.partial(checkpoint, use_reentrant=False))
+            _recompute(module)
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
@@ -620,6 +623,12 @@ def check_precision(mixed_precision: str, device: torch.device) -> None:
         if torch.cuda.get_device_capability(device) < (8, 0):
             name = torch.cuda.get_device_name(device)
             raise ValueError(f"mixed_precision=bf16, but {name} computes no bfloat16: set mixed_precision=fp16")
+
+
+def _recompute(module: Any) -> None:
+    """Activations of the module's blocks are recomputed in the backward pass, with the adapters that made them."""
+    context = recomputed_with_its_adapters(module)
+    module.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, context_fn=context))
 
 
 def _check_trained(modules: Mapping[str, nn.Module], trained: Collection[str]) -> None:

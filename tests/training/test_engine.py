@@ -290,6 +290,31 @@ def test_recomputed_activations_change_nothing_but_the_work(make: Make) -> None:
     assert equal(*weights)
 
 
+class Through(Distance):
+    """A loss whose gradient passes through the teacher: the student's module without its adapters, or another one."""
+
+    def loss(self, networks: Any, batch: Any, context: Context) -> Losses:
+        x, t, c = batch.states[:, 0], batch.times[:, 0], batch.conditioning
+        loss = networks["teacher"](networks["student"](x, t, c).x0, t, c).x0.square().mean()
+        return Losses(loss, {"loss": loss.detach()})
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_gradient_passes_through_a_frozen_network_whose_activations_are_recomputed(make: Make, lora: bool) -> None:
+    """Without the adapters that were off in the forward pass; and a network beside the student recomputes too."""
+    weights, calls = [], []
+    for checkpointing in (False, True):
+        networks = student(lora)
+        networks.setdefault("teacher", dataclasses.replace(student(False, seed=2)["student"]))
+        networks["teacher"].module.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls.append(None))
+        engine = make(networks, gradient_checkpointing=checkpointing)
+        calls.clear()
+        train(engine, 1, next(iter(Through().turns(0))))
+        weights.append(engine.export_weights("student"))
+        assert len(calls) == (1 + checkpointing) * (2 if lora else 1)
+    assert equal(*weights)
+
+
 # ---- precision --------------------------------------------------------------------------------------------------
 
 
