@@ -158,4 +158,5 @@ def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> StorePla
         dtype=data.dtype,
         text_dtype=teacher.family.text.stored or "",
         shift=teacher.schedule.shift or 0.0,
+        empty_prompts=data.empty_prompts,
     )

@@ -172,6 +172,9 @@ class DataSettings(Settings):
     the autoencoder given as `vae`): auto is float16 on GPUs, which rounds x0 an eighth as much as bfloat16 does, and
     float32 on CPUs.
 
+    `empty_prompts` is the share of samples without a prompt, from which students learn the unconditional answers that
+    classifier-free guidance needs when they are sampled.
+
     `sizes` are those of a store of several, as WIDTHxHEIGHT or the name of a list (null: squares of
     `model.resolution`). A trajectory has each as often as `size_weights` say (null: all alike), or, of `prompts`, the
     one that the columns width and height of its prompt say; a picture has the one whose aspect ratio is nearest.
@@ -189,6 +192,7 @@ class DataSettings(Settings):
     store: FilePath
     prompts: FilePath | None = None
     prompt_column: str | None = None
+    empty_prompts: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     images: FilePath | None = None
     sizes: StoreSizes = None
     size_weights: list[Annotated[Number, Field(gt=0)]] | None = None

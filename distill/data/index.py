@@ -38,7 +38,7 @@ from distill.diffusion.segments import Segments
 SCHEMA, SCHEMA_OF_SIZES = 1, 2
 """Of stores of one square size, as they have always been, and of stores with a list of sizes."""
 INDEX, PLAN, UNCONDITIONAL = "index.json", "plan.json", "unconditional.safetensors"
-NUMBERS = {"guidance": float, "times": int, "shift": float}
+NUMBERS = {"guidance": float, "times": int, "shift": float, "empty_prompts": float}
 COUNTS = ("solver_steps", "resolution", "samples", "samples_per_shard", "batch_size")
 MOST, MOST_BYTES = 10**12, 2**62
 """The most samples (and whatever else is counted), and bytes of a shard: arithmetic stays within 64 bits."""
@@ -65,6 +65,7 @@ SETTINGS = {
     "sizes": "data.sizes",
     "size_weights": "data.size_weights",
     "prompt_sizes_sha256": "data.prompts (the same sizes of its prompts)",
+    "empty_prompts": "data.empty_prompts",
     "prompt_source": "data.prompts or data.images",
     "prompts_sha256": "data.prompts (the same texts in the same order)",
     "unconditional_sha256": "model.pretrained_model_name_or_path",
@@ -116,6 +117,8 @@ class StorePlan:
             those of before it was recorded.
         text_dtype: of the text's part of a sample, where that is not `dtype`.
         shift: of flow matching, which noise levels the times stand for; 0 where there is none.
+        empty_prompts: the share of samples that have no prompt: "" in the place of theirs, and the conditioning of the
+            teacher's unconditional pass.
 
     Raises:
         StoreError: a value of the wrong type or out of its range, naming it.
@@ -148,6 +151,7 @@ class StorePlan:
     sizes: tuple[str, ...] = ()
     size_weights: tuple[float, ...] = ()
     prompt_sizes_sha256: str = ""
+    empty_prompts: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -190,6 +194,8 @@ class StorePlan:
             raise StoreError(f"times must be whole numbers, got {short(repr(times))}")
         if type(self.shift) not in (int, float) or not 0 <= self.shift <= MOST:
             raise StoreError(f"shift must be a number of at least 0, got {short(repr(self.shift))}")
+        if type(self.empty_prompts) not in (int, float) or not 0 <= self.empty_prompts < 1:
+            raise StoreError(f"empty_prompts must be a share of at least 0 and below 1, got {self.empty_prompts!r:.80}")
         bounds = tuple(self.guidance) if isinstance(self.guidance, Sequence) else (self.guidance, self.guidance)
         if len(bounds) != 2 or any(type(w) not in (int, float) or not abs(w) <= MOST for w in bounds):
             raise StoreError(f"guidance must be w or [w_min, w_max], got {short(repr(self.guidance))}")
@@ -234,6 +240,13 @@ class StorePlan:
         low, high = self.guidance_range
         return low + (high - low) * float(torch.rand((), generator=generator(self.seed, "guidance", i)))
 
+    def prompt_of(self, i: int, prompts: Sequence[str]) -> str:
+        """The prompt of sample i: that of its place in the list, or none, by (seed, i), in a share of them."""
+        share = self.empty_prompts
+        if share and float(torch.rand((), generator=generator(self.seed, "empty prompt", i))) < share:
+            return ""
+        return prompts[i % len(prompts)]
+
     def size_of(self, i: int) -> int:
         """The number of the size of sample i, where its weights decide that, from (seed, i)."""
         if len(self.image_sizes) == 1:
@@ -273,7 +286,7 @@ class StorePlan:
 PLAN_FIELDS = tuple(f.name for f in fields(StorePlan))
 OF_PICTURES = ("kind", "pictures_sha256", "crop", "vae_hash")
 """Fields that only stores of pictures write down."""
-LATER = ("teacher_dtype", "text_dtype", "shift")
+LATER = ("teacher_dtype", "text_dtype", "shift", "empty_prompts")
 """Fields that earlier versions did not write down: left out where they say nothing."""
 OF_SIZES = ("sizes", "size_weights", "prompt_sizes_sha256")
 """Fields that only stores with a list of sizes write down, as far as they say something."""

@@ -90,7 +90,7 @@ def write_store(
 
     Args:
         url: a folder or an fsspec URL.
-        plan: what to write. Sample i is of `prompts[i % len(prompts)]`.
+        plan: what to write. Sample i is of `plan.prompt_of(i, prompts)`.
         unconditional: the network's keyword tensors for no prompt, [1, ...].
         solve: the teacher. States are stored in the plan's dtype, conditioning in the dtype it arrives in.
         size_of: which of the plan's sizes a sample has; None follows the plan's weights.
@@ -395,7 +395,7 @@ def _records(
     first = plan.shard_samples(shard).start
     for size, indices in _batches(plan, shard, size_of):
         key = make_key(shard, indices[0] - first)
-        solved = solve(indices, [prompts[i % len(prompts)] for i in indices])
+        solved = solve(indices, [plan.prompt_of(i, prompts) for i in indices])
         made, skipped = (solved.rest, solved.skipped) if isinstance(solved, Partly) else (solved, {})
         if skipped and plan.kind != "pictures":
             raise StoreError(f"batch at {key}: samples were skipped ({next(iter(skipped.values()))})")
@@ -414,7 +414,7 @@ def _encoded(
     states = made.states.detach().cpu().to(STATE_DTYPES[plan.dtype])
     conditioning = {name: x.detach().cpu() for name, x in made.conditioning.items()}
     for b, i in enumerate(indices):
-        place, text, w = i - plan.shard_samples(shard).start, prompts[i % len(prompts)], float(made.guidance[b])
+        place, text, w = i - plan.shard_samples(shard).start, plan.prompt_of(i, prompts), float(made.guidance[b])
         key = make_key(shard, place)
         try:
             payload = encode(states[b], plan.times, w, {k: x[b] for k, x in conditioning.items()})

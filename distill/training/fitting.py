@@ -169,7 +169,7 @@ def wanted_of(cfg: TrainSettings, teacher: Teacher, solved: Exported | None, ind
     }
     given = given_keys()
     if index.kind == "trajectories":
-        solve: dict[str, str | int] = {"solver": cfg.data.solver, "solver_steps": cfg.data.solver_steps}
+        solve: dict[str, Any] = {name: getattr(cfg.data, name) for name in ("solver", "solver_steps", "empty_prompts")}
         wanted |= {name: value for name, value in solve.items() if f"data.{name}" in given}
     if "data.sizes" in given and cfg.data.sizes != OF_PROMPTS:
         wanted["sizes"] = tuple(map(str, chosen_sizes(cfg.data, teacher)))
@@ -228,6 +228,7 @@ def remedy(index: StoreIndex, wanted: Mapping[str, Any], learns_from_export: boo
         "data.guidance": ("guidance", guidance),
         "data.solver": ("solver", index.solver),
         "data.solver_steps": ("solver_steps", index.solver_steps),
+        "data.empty_prompts": ("empty_prompts", index.empty_prompts),
         "model.resolution": ("resolution", index.resolution),
         "model.shift": ("shift", index.shift),
         "data.sizes": ("sizes", json.dumps(index.sizes).replace(" ", "").replace('"', "") if index.sizes else "null"),

@@ -42,14 +42,27 @@ class TrajectorySolver:
         seeds = tuple(seed_of(plan.seed, "x_T", i) for i in indices)
         x = torch.stack([torch.randn(shape, generator=generator(plan.seed, "x_T", i)) for i in indices])
         w = torch.tensor([plan.guidance_of(i) for i in indices], device=self.device)
-        conditioning = self.teacher.encode(prompts, size)
+        conditioning, empty = self.teacher.encode(prompts, size), self.teacher.unconditional()
+        if plan.empty_prompts:
+            conditioning = without_prompts(conditioning, empty, [prompt == "" for prompt in prompts])
 
         weight = 1.0 if plan.guidance == 1 else w  # the number 1 saves the unconditional passes
-        denoiser = guided(self.teacher.denoiser(), self.teacher.unconditional(), weight)
+        denoiser = guided(self.teacher.denoiser(), empty, weight)
         times = make_times(plan.spacing, schedule.T, plan.solver_steps)
         steps = solve(denoiser, schedule, x.to(self.device), times, conditioning, plan.solver)
         states = torch.stack([state for t, state in steps if t in plan.times], dim=1)  # [B, K, C, h, w]
         return Trajectory(states, plan.times, stored(conditioning, plan), w, seeds)
+
+
+def without_prompts(conditioning: Conditioning, empty: Conditioning, which: Sequence[bool]) -> dict[str, torch.Tensor]:
+    """The conditioning, in which samples have that of no prompt, `empty` [1, ...], in the place of their own."""
+    mask = torch.tensor(which)
+
+    def chosen(name: str, x: torch.Tensor) -> torch.Tensor:
+        rows = mask.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+        return torch.where(rows, empty[name].to(x), x) if name in empty else x
+
+    return {name: chosen(name, x) for name, x in conditioning.items()}
 
 
 def stored(conditioning: Conditioning, plan: StorePlan) -> Conditioning:
