@@ -82,8 +82,8 @@ def commands() -> Iterator[Documented]:
 
 def is_real(settings: tuple[str, ...]) -> bool:
     """Whether it is for a teacher other than the bundled toy, as far as the page says which."""
-    chosen = [s for s in settings if s.startswith(("experiment=", "chain="))]
-    return not any(re.search(r"=(\w*toy|quickstart|mine|lightning_compare)$", s) for s in chosen)
+    chosen = [s for s in settings if s.startswith(("experiment=", "chain=", "student="))]
+    return not any(re.search(r"=(\w*toy|quickstart|mine|lightning_compare|outputs/\w*toy/\w+)$", s) for s in chosen)
 
 
 DOCUMENTED = list(commands())
