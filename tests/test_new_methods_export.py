@@ -17,6 +17,7 @@ from tests.training.test_export import PROMPTS, SEEDS, Trained, a_run
 METHODS: dict[str, tuple[str, ...]] = {
     "lcm": ("method=lcm",),
     "rectified": ("method=rectified",),
+    "scm": ("method=scm",),  # rcm and flash are sampled alike
 }
 """Settings that choose each method, by its name; one row for every way in which its students are sampled."""
 STEPS = 4
