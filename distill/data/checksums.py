@@ -47,47 +47,40 @@ def make_row(layout: Layout, payload: bytes, facts: bytes, start: int) -> bytes:
     """
     whole, first, size = memoryview(payload), layout.start(STATES), layout.state_bytes
     after = first + layout.tensors[STATES].shape[0] * size
-    numbers = [_chained([whole[:first], whole[after:]], start)]
+    numbers = [chained([whole[:first], whole[after:]], start)]
     numbers += [crc32(whole[begin : begin + size], start) for begin in range(first, after, size)]
     numbers.append(crc32(facts, start))
     row = struct.pack(f"<{len(numbers)}I", *numbers)
     return row + struct.pack("<I", crc32(row, start))
 
 
-def row_problem(
-    layout: Layout,
-    row: bytes,
-    start: int,
-    head: Iterable[memoryview],
-    states: Mapping[int, memoryview],
-    facts: bytes | None,
-) -> str:
-    """What differs between what was read of a sample and its row of checksums, in words; "" if nothing does.
+HEAD_NUMBER, FACTS_NUMBER = 0, -2
+"""The places in a row of the numbers of the head and of the JSON; the last one is of the row itself."""
+
+
+def state_number(state: int) -> int:
+    """The place in a row of a state's number."""
+    return 1 + state
+
+
+def row_problem(row: bytes, states: int, start: int, found: Mapping[int, int]) -> str:
+    """What differs between a sample's row of checksums and those of what was read of it, in words; "" if nothing does.
 
     Args:
-        head: all of the payload but the states, in pieces.
-        states: those that were read, by their places.
-        facts: the JSON member, if it was.
+        states: how many a sample has.
+        found: checksums by their places in the row.
     """
-    K = layout.tensors[STATES].shape[0]
-    if len(row) != row_bytes(K) or crc32(row[:-4], start) != struct.unpack("<I", row[-4:])[0]:
+    if len(row) != row_bytes(states) or crc32(row[:-4], start) != int.from_bytes(row[-4:], "little"):
         return "its checksums are damaged or another sample's; distill verify add_checksums=true renews them"
-    numbers = struct.unpack(f"<{K + 3}I", row)
-    if _chained(head, start) != numbers[0]:
-        return _differs("text, times or guidance")
-    for k, state in states.items():
-        if crc32(state, start) != numbers[1 + k]:
-            return _differs(f"state {k}")
-    if facts is not None and crc32(facts, start) != numbers[1 + K]:
-        return _differs("JSON")
+    numbers = struct.unpack(f"<{states + 3}I", row)
+    for place, number in found.items():
+        if number != numbers[place]:
+            name = {HEAD_NUMBER: "text, times or guidance", FACTS_NUMBER: "JSON"}.get(place, f"state {place - 1}")
+            return f"its {name} is not what was written (checksum): damaged, or of another store"
     return ""
 
 
-def _differs(part: str) -> str:
-    return f"its {part} is not what was written (checksum): damaged, or of another store"
-
-
-def _chained(pieces: Iterable[memoryview], start: int) -> int:
+def chained(pieces: Iterable[memoryview], start: int) -> int:
     """The CRC-32 of pieces as if they were one."""
     for piece in pieces:
         start = crc32(piece, start)

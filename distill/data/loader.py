@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from distill.data.ahead import read_ahead
-from distill.data.memory import Memory
+from distill.data.memory import Recycled
 from distill.data.order import BatchShare, Order, SizedOrder
 from distill.data.reader import Store
 from distill.data.record import BadSample
-from distill.data.rows import New, Rows
+from distill.data.rows import Memory, Rows
+from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import generator
 from distill.diffusion.trajectory import Batch, Reads
 
@@ -96,6 +97,7 @@ class Loader:
     ) -> None:
         self.store, self.seed, self.share, self.start_step = store, seed, share, start_step
         self.skipped: dict[str, str] = {}
+        self._empty: dict[int, Conditioning] = {}  # what stands for no prompt, by the size of batches
         self.allowed = int(store.max_bad_fraction * len(store))
         self._places = _Places(order_of(store, seed, share, largest), share, start_step, prompts)
         self._read = partial(
@@ -114,10 +116,10 @@ class Loader:
             yield self._batch(found)
 
     def _found(self) -> Iterator[Found]:
-        new = _pinned if torch.cuda.is_available() else Memory().tensor
+        memory = _pinned if torch.cuda.is_available() else Recycled()
         if not self._workers:
-            return map(self._read(self.store, new), self._places)
-        readers = [_on_this_device(self._read(self.store.apart(), new)) for _ in range(self._workers)]
+            return map(self._read(self.store, memory), self._places)
+        readers = [_on_this_device(self._read(self.store.apart(), memory)) for _ in range(self._workers)]
         return read_ahead(readers, self._places, self._ahead)
 
     def _note(self, bad: dict[str, str]) -> None:
@@ -133,8 +135,12 @@ class Loader:
     def _batch(self, found: Found) -> Batch:
         """A micro-batch; `found` has one prompt more than it has samples, that of the next sample."""
         B, rows = len(found.positions) - self._prompts, found.rows
-        conditioning = {name: x[:B] for name, x in rows.conditioning.items()}
-        empty = {name: x.expand(B, *x.shape[1:]) for name, x in self.store.unconditional.items()}
+        conditioning = rows.conditioning
+        if self._prompts:
+            conditioning = {name: x[:B] for name, x in conditioning.items()}
+        if B not in self._empty:
+            self._empty[B] = {name: x.expand(B, *x.shape[1:]) for name, x in self.store.unconditional.items()}
+        empty = self._empty[B]
         return Batch(
             states=rows.states[:B],
             times=rows.times[:B],
@@ -182,25 +188,25 @@ class _Places:
 
 
 class _Samples:
-    """Reads micro-batches; each thread has one, whose store has files of its own. `new` makes their tensors."""
+    """Reads micro-batches; each thread has one, whose store has files of its own. They lie in `memory`."""
 
     def __init__(
         self,
         store: Store,
-        new: New,
+        memory: Memory,
         reads: Callable[[int], Reads],
         seed: int,
         allowed: int,
         step_of: Callable[[int], int],
         prompts: bool,
     ) -> None:
-        self.store, self.new, self.reads, self.seed, self.allowed = store, new, reads, seed, allowed
+        self.store, self.memory, self.reads, self.seed, self.allowed = store, memory, reads, seed, allowed
         self.step_of, self.prompts = step_of, prompts
 
     def __call__(self, places: Sequence[Place]) -> Found:
         reads = self.reads(self.step_of(places[0][0]))  # a micro-batch is of one step
         picks = [reads.pick(self.store.index.times, generator(self.seed, "read", p)) for p, _ in places]
-        rows = self.store.rows(len(places), len(picks[0]), self.new, self.store.size_of(places[0][1]))
+        rows = self.store.rows(len(places), len(picks[0]), self.memory, self.store.size_of(places[0][1]))
         found = self.store.fill([(rows, at, (i, picks[at])) for at, (_, i) in enumerate(places)], self.prompts)
         bad = {self.store.key(places[at][1]): str(error) for at, error in found.items()}
         for at in found:
@@ -224,6 +230,6 @@ class _Samples:
         return (j for j in following if self.store.size_of(j) == size)
 
 
-def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _pinned(size: int) -> Tensor:
     """Memory from which a copy to the device does not make the host wait."""
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -6,11 +6,9 @@ long as reading them does.
 
 from __future__ import annotations
 
-import math
 import mmap
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -20,23 +18,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LEAST_BYTES = 1 << 17
-"""Smaller tensors are `torch.empty`'s, whose memory is used again as it is."""
+"""Smaller batches are `torch.empty`'s, whose memory is used again as it is."""
 MOST_FREE = 32
 """Of one size; what comes back beyond that is given back to the system."""
 HUGE_PAGE = 1 << 21
 
 
-class Memory:
-    """Makes tensors on the CPU, whose memory it takes back when the last view of one is gone; for several threads."""
+class Recycled:
+    """Gives memory, and takes it back when the last view of it is gone; for several threads."""
 
     def __init__(self) -> None:
         self._free: defaultdict[int, deque[NDArray[np.uint8]]] = defaultdict(partial(deque, maxlen=MOST_FREE))
 
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor with anything in it, as `torch.empty` makes one."""
-        size = math.prod(shape) * dtype.itemsize
+    def __call__(self, size: int) -> Tensor:
+        """So many bytes with anything in them, [bytes] of uint8."""
         if size < LEAST_BYTES:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(size, dtype=torch.uint8)
         free = self._free[rounded(size)]
         try:
             whole = free.pop()
@@ -44,7 +41,7 @@ class Memory:
             whole = _new(rounded(size))
         lent = whole[:size]  # an array of its own, which the tensor holds, and all views of the tensor with it
         weakref.finalize(lent, free.append, whole).atexit = False
-        return torch.from_numpy(lent).view(dtype).view(tuple(shape))
+        return torch.from_numpy(lent)
 
 
 def rounded(size: int) -> int:

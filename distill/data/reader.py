@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -24,7 +24,16 @@ import torch
 from numpy.typing import NDArray
 
 from distill.data import tar
-from distill.data.checksums import checksums_name, row_bytes, row_problem, start_of
+from distill.data.checksums import (
+    FACTS_NUMBER,
+    HEAD_NUMBER,
+    chained,
+    checksums_name,
+    row_bytes,
+    row_problem,
+    start_of,
+    state_number,
+)
 from distill.data.index import (
     INDEX,
     PLAN,
@@ -50,7 +59,7 @@ from distill.data.record import (
     parse_json,
     short,
 )
-from distill.data.rows import FACTS, GAP, HEAD, New, Piece, Rows, Span, plan_reads
+from distill.data.rows import FACTS, GAP, HEAD, Memory, Piece, Rows, Span, ordinary_memory, plan_reads
 from distill.data.storage import RETRY_SECONDS, STREAM_BYTES, Folder, Range, Scattered
 from distill.diffusion.prediction import Conditioning
 
@@ -251,12 +260,12 @@ class Store:
         bad = self.fill([(one, 0, request) for one, request in zip(rows, requests, strict=True)], prompts)
         return [bad[at] if at in bad else one.sample(0) for at, one in enumerate(rows)]
 
-    def rows(self, samples: int, states: int, new: New = torch.empty, size: int = 0) -> Rows:
-        """Tensors for so many samples of a size with so many states each, to be filled; `new` makes them."""
+    def rows(self, samples: int, states: int, memory: Memory = ordinary_memory, size: int = 0) -> Rows:
+        """Tensors for so many samples of a size with so many states each, to be filled; they lie in this memory."""
         layout = self.index.layouts[size]
         if layout is None:
             raise StoreError(f"{self.folder.url} has no samples of {self.index.image_sizes[size]}")
-        return Rows(layout, samples, states, new)
+        return Rows(layout, samples, states, memory)
 
     def fill(self, wanted: Sequence[Place], prompts: bool = False) -> dict[int, BadSample]:
         """Reads samples into rows, remote ones in parallel. What a row holds whose sample is bad means nothing.
@@ -275,28 +284,33 @@ class Store:
                 readings[at] = self._reading(shard, line, rows, row, states, prompts)
             except BadShard as error:
                 bad[at] = self._bad(shard, self._key(shard, line), error)
-        # What lies elsewhere is requested in one go, of which each takes long. What is here is checked sample by
-        # sample: a processor still has at hand what it has just read.
-        together = [readings] if self.folder.local is None else [{at: one} for at, one in readings.items()]
-        for some in together:
-            bad |= self._fill(some)
-        return bad
-
-    def _fill(self, readings: Mapping[int, Reading]) -> dict[int, BadSample]:
-        """Reads these samples at once, and says of each that is bad why. Raises ReadError."""
-        bad: dict[int, BadSample] = {}
-        lacking = self._lacking(readings.values())
-        requests = [scattered for one in readings.values() for scattered in one.requests]
-        more: list[Scattered] = [(name, begin, [memoryview(data)]) for (name, begin, _), data in lacking.items()]
-        counts = iter(self.folder.fill([*requests, *more]))
-        read_of = {at: [next(counts) for _ in one.requests] for at, one in readings.items()}
-        numbers = self._kept({part: bytes(data[: next(counts)]) for part, data in lacking.items()})
+        lacking = self._read(list(readings.values()))
+        numbers = self._kept(lacking)
         for at, one in readings.items():
             try:
-                self._accept(one, read_of[at], numbers)
+                self._accept(one, numbers)
             except BadSample as error:
                 bad[at] = self._bad(one.shard, one.key, error)
         return bad
+
+    def _read(self, readings: Sequence[Reading]) -> dict[Range, bytes]:
+        """Reads these samples, and what they lack of checksums, which is returned. Raises ReadError.
+
+        What lies elsewhere is requested in one go, of which each takes long. What is here is read sample by sample,
+        and its checksum is made while the processor still has the bytes at hand.
+        """
+        lacking = self._lacking(readings)
+        more: list[Scattered] = [(name, begin, [memoryview(data)]) for (name, begin, _), data in lacking.items()]
+        if self.folder.local is not None:
+            for one in readings:
+                one.take(self.folder.fill(one.requests))
+            counts = self.folder.fill(more)
+        else:
+            counts = self.folder.fill([scattered for one in readings for scattered in one.requests] + more)
+            for one in readings:
+                one.take(counts[: len(one.requests)])
+                del counts[: len(one.requests)]
+        return {part: bytes(data[:count]) for count, (part, data) in zip(counts, lacking.items(), strict=True)}
 
     def _bad(self, shard: ShardInfo, key: str, error: BadShard) -> BadSample:
         return BadSample(f"sample {key} in {shard.name} of {self.folder.url}: {error}")
@@ -312,12 +326,12 @@ class Store:
         facts = self._facts_part(shard, line, layout) if prompts else None
         spans = plan_reads(layout, states, facts)
         known = self._about(shard)
-        return Reading(shard, line, known, spans, rows, row, states)
+        return Reading(shard, line, known, start_of(self.index.identity, known.key(line)), spans, rows, row, states)
 
-    def _accept(self, one: Reading, read: list[int], numbers: Mapping[Range, bytes]) -> None:
+    def _accept(self, one: Reading, numbers: Mapping[Range, bytes]) -> None:
         """Checks what was read of a sample. Raises BadSample."""
         layout = one.rows.layout
-        if read != one.expected:
+        if not one.is_whole:
             raise BadSample("the shard ends within it")
         head = bytes(one.buffers[HEAD])
         if head[: tar.BLOCK] != tar.header(f"{one.key}.safetensors", layout.payload_bytes):
@@ -329,21 +343,20 @@ class Store:
             raise BadSample(f"its times {short(said)} are not the store's")
         facts = bytes(one.buffers[FACTS]) if FACTS in one.buffers else None
         one.rows.repeat(one.row, one.states)
-        has_checksums = bool(one.known.checksums)
-        problem = self._checksum_problem(one, facts, numbers) if has_checksums else ""
-        if problem or not has_checksums:  # checksums are made of finite values only
+        problem = self._checksum_problem(one, numbers) if one.found else ""
+        if problem or not one.found:  # checksums are made of finite values only
             _check_finite(one.rows, one.row, one.states)
         prompt = "" if facts is None else _prompt(one.key, facts)
         if problem:
             raise BadSample(problem)
         one.rows.name(one.row, one.key, one.states, self.index.times, prompt)
 
-    def _checksum_problem(self, one: Reading, facts: bytes | None, numbers: Mapping[Range, bytes]) -> str:
+    def _checksum_problem(self, one: Reading, numbers: Mapping[Range, bytes]) -> str:
         part, begin = self._checksums_of(one)
-        line, start = numbers[part][begin : begin + self._row], start_of(self.index.identity, one.key)
-        return row_problem(one.rows.layout, line, start, one.payload_but_states(), one.read_states, facts)
+        row, states = numbers[part][begin : begin + self._row], len(self.index.times)
+        return row_problem(row, states, one.checksums_start, one.found)
 
-    def _lacking(self, readings: Iterable[Reading]) -> dict[Range, bytearray]:
+    def _lacking(self, readings: Sequence[Reading]) -> dict[Range, bytearray]:
         """Room for the checksums of these samples that are still to be read, by where they are."""
         parts = dict.fromkeys(self._checksums_of(one)[0] for one in readings if one.known.checksums)
         return {part: bytearray(part[2] - part[1]) for part in parts if part not in self._checksums}
@@ -400,13 +413,15 @@ class Reading:
 
     Args:
         shard, line: where it is: which of the shard's samples; `known` says more.
+        checksums_start: where its checksums begin (`start_of`).
         rows, row: where it is put.
         states: places of its states that are wanted, in their order.
 
     Attributes:
-        requests: what to read, span by span; `expected`: how many bytes each is.
+        requests: what to read, span by span.
         buffers: of the parts that a sample has once, by name, in the order of their bytes.
-        read_states: the buffers of states, by their places.
+        is_whole: whether all of it was there.
+        found: the checksums of what was read, by their places in a row; none if the store has none.
     """
 
     def __init__(
@@ -414,33 +429,43 @@ class Reading:
         shard: ShardInfo,
         line: int,
         known: _Known,
+        checksums_start: int,
         spans: Sequence[Span],
         rows: Rows,
         row: int,
         states: tuple[int, ...],
     ) -> None:
-        self.shard, self.line, self.known = shard, line, known
+        self.shard, self.line, self.known, self.checksums_start = shard, line, known, checksums_start
         self.rows, self.row, self.states = rows, row, states
         self.key, start = known.key(line), int(known.starts[line])
         self.requests: list[Scattered] = []
-        self.expected = [span.end - span.begin for span in spans]
+        self._expected = [span.end - span.begin for span in spans]
         self.buffers: dict[str, memoryview] = {}
-        self.read_states: dict[int, memoryview] = {}
+        self._states: list[tuple[int, memoryview]] = []
+        self.is_whole, self.found = False, dict[int, int]()
         for span in spans:
             found = []
             for part in span.parts:
                 buffer = rows.buffer(part, row, states)
                 found.append(buffer)
                 if part.name == STATES:
-                    self.read_states[part.state] = buffer
+                    self._states.append((part.state, buffer))
                 else:
                     self.buffers[part.name] = buffer
             self.requests.append((shard.name, start + span.begin, found))
 
-    def payload_but_states(self) -> Iterator[memoryview]:
-        """The safetensors header and all tensors but the states, in the order of their bytes."""
-        yield self.buffers[HEAD][tar.BLOCK :]
-        yield from (buffer for name, buffer in self.buffers.items() if name not in _NO_TENSORS)
+    def take(self, counts: list[int]) -> None:
+        """Takes notice of what the buffers now hold, of which so many bytes were read, request by request."""
+        self.is_whole = counts == self._expected
+        if not self.known.checksums:
+            return
+        start = self.checksums_start
+        payload = [self.buffers[HEAD][tar.BLOCK :]]
+        payload += [buffer for name, buffer in self.buffers.items() if name not in _NO_TENSORS]
+        self.found = {HEAD_NUMBER: chained(payload, start)}
+        self.found |= {state_number(k): chained((buffer,), start) for k, buffer in self._states}
+        if (facts := self.buffers.get(FACTS)) is not None:
+            self.found[FACTS_NUMBER] = chained((facts,), start)
 
 
 def _check_finite(rows: Rows, row: int, states: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.data import tar
-from distill.data.record import CONDITIONING, GUIDANCE, STATES, TIMES, Layout, Sample
+from distill.data.record import CONDITIONING, GUIDANCE, STATES, TIMES, Layout, Sample, TensorSpec
 from distill.diffusion.prediction import Conditioning
 
 MERGE_BYTES = 4096
@@ -89,12 +89,30 @@ def _merged(parts: Iterable[Piece]) -> tuple[Span, ...]:
     return tuple(map(Span, map(tuple, spans)))
 
 
-New = Callable[..., Tensor]
-"""Makes a tensor of a shape and a dtype, as `torch.empty` does: in ordinary memory, or in pinned."""
+ALIGNED = 64
+"""Tensors of a batch begin at multiples of so many bytes, as torch's own do."""
+Memory = Callable[[int], Tensor]
+"""Gives so many bytes of memory, [bytes] of uint8, with anything in them."""
+
+
+def ordinary_memory(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+@lru_cache(maxsize=256)
+def _places(layout_bytes: bytes, samples: int, states: int) -> tuple[dict[str, TensorSpec], int]:
+    """Of each tensor of a batch its dtype and shape, and where it lies in the batch's memory; and the size of that."""
+    found, end = {}, 0
+    for name, spec in Layout.parse(layout_bytes).tensors.items():
+        shape = (samples, states, *spec.shape[1:]) if name == STATES else (samples, *spec.shape)
+        size = spec.dtype.itemsize * math.prod(shape)
+        found[name] = TensorSpec(spec.dtype, shape, end, end + size)
+        end += -(-size // ALIGNED) * ALIGNED
+    return found, end
 
 
 class Rows:
-    """The samples of a batch, as tensors that are read into.
+    """The samples of a batch, as tensors that are read into; all lie in one piece of memory, which `memory` gives.
 
     Attributes:
         layout: of each of them.
@@ -105,12 +123,16 @@ class Rows:
         keys, prompts: a text for each sample, "" until it is read.
     """
 
-    def __init__(self, layout: Layout, samples: int, states: int, new: New = torch.empty) -> None:
-        self.layout, self._tensors = layout, dict[str, Tensor]()
-        for name, spec in layout.tensors.items():
-            shape = (samples, states, *spec.shape[1:]) if name == STATES else (samples, *spec.shape)
-            self._tensors[name] = new(shape, dtype=spec.dtype)
-        self._bytes = {name: _bytes_of(x) for name, x in self._tensors.items()}
+    def __init__(self, layout: Layout, samples: int, states: int, memory: Memory = ordinary_memory) -> None:
+        self.layout = layout
+        places, size = _places(layout.header, samples, states)
+        whole = memory(size)
+        self._tensors = {
+            name: whole.narrow(0, one.begin, one.end - one.begin).view(one.dtype).view(one.shape)
+            for name, one in places.items()
+        }
+        data: Any = whole.numpy()
+        self._bytes = {name: memoryview(data)[one.begin : one.end] for name, one in places.items()}
         self.times = torch.zeros(samples, states, dtype=torch.int64)
         self._times = self.times.numpy()  # the same memory, which is set in a tenth of the time
         self.keys, self.prompts = [""] * samples, [""] * samples
@@ -167,10 +189,3 @@ class Rows:
         """The times that a sample's part with them says."""
         spec = self.layout.tensors[TIMES]
         return [] if not part else torch.frombuffer(bytearray(part), dtype=spec.dtype).tolist()
-
-
-def _bytes_of(x: Tensor) -> memoryview:
-    if math.prod(x.shape) == 0:
-        return memoryview(b"")
-    data: Any = x.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(data).cast("B")

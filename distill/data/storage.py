@@ -188,18 +188,25 @@ class Folder:
         ]
 
     def _preadv(self, name: str, start: int, buffers: Sequence[memoryview]) -> int | OSError:
-        left, done = [buffer for buffer in buffers if len(buffer)], 0
         try:
             descriptor = self._descriptor(name)
-            while left and (read := os.preadv(descriptor, left, start + done)):
-                done += read
-                while left and read >= len(left[0]):
-                    read -= len(left.pop(0))
-                if read:
-                    left[0] = left[0][read:]
+            done = os.preadv(descriptor, buffers, start)
+            return done if done == sum(map(len, buffers)) else self._rest(descriptor, start, buffers, done)
         except OSError as error:
             self.forget(name)  # the handle itself may be stale
             return error
+
+    def _rest(self, descriptor: int, start: int, buffers: Sequence[memoryview], done: int) -> int:
+        """Reads on after the first `done` bytes, which may be fewer than there are; how many there are in all."""
+        left, read = [buffer for buffer in buffers if len(buffer)], done
+        while read:
+            while left and read >= len(left[0]):
+                read -= len(left.pop(0))
+            if not left:
+                break
+            left[0] = left[0][read:]
+            read = os.preadv(descriptor, left, start + done)
+            done += read
         return done
 
     def _ranges(self, requests: Sequence[Range]) -> list[bytearray | bytes | Exception]:

@@ -9,43 +9,40 @@ import pytest
 import torch
 
 from distill.data import memory
-from distill.data.memory import HUGE_PAGE, LEAST_BYTES, Memory, rounded
+from distill.data.memory import HUGE_PAGE, LEAST_BYTES, Recycled, rounded
 from distill.data.reader import open_store
 from distill.diffusion.trajectory import Batch
 from tests.data.test_loader import Everything, loader, same
 
-SHAPE = (4, LEAST_BYTES // 8)
 
-
-@pytest.mark.parametrize("shape", [SHAPE, (3, HUGE_PAGE // 4)])
-def test_memory_is_used_again_once_no_view_of_it_is_held(shape: tuple[int, int]) -> None:
-    source = Memory()
-    first = source.tensor(shape, torch.float16)
-    assert (first.shape, first.dtype, first.is_contiguous()) == (shape, torch.float16, True)
+@pytest.mark.parametrize("size", [LEAST_BYTES + 6, HUGE_PAGE + 10])
+def test_memory_is_used_again_once_no_view_of_it_is_held(size: int) -> None:
+    memory = Recycled()
+    first = memory(size)
+    assert (first.shape, first.dtype) == ((size,), torch.uint8)
     first.fill_(1)
-    place, view = first.data_ptr(), first[1:2].view(torch.int16)
+    place, view = first.data_ptr(), first[2:6].view(torch.float16).view(2, 1)[1:]
+    expected = view.clone()
     del first
-    second = source.tensor(shape, torch.float16)
+    second = memory(size)
     assert second.data_ptr() != place and second.data_ptr() % 64 == 0
     second.fill_(2)
-    assert (view == torch.ones(1, dtype=torch.float16).view(torch.int16)).all()
+    assert torch.equal(view, expected)
     del view
-    assert source.tensor(shape, torch.float16).data_ptr() == place
+    assert memory(size).data_ptr() == place
 
 
 def test_nearly_equal_sizes_share_their_memory() -> None:
     """As those of images of one area do."""
-    source = Memory()
-    place = source.tensor((2, 4, 152, 104), torch.float32).data_ptr()
-    assert source.tensor((2, 4, 160, 96), torch.float32).data_ptr() == place
+    memory = Recycled()
+    place = memory(2 * 4 * 152 * 104 * 4).data_ptr()
+    assert memory(2 * 4 * 160 * 96 * 4).data_ptr() == place
     for size in (LEAST_BYTES, LEAST_BYTES + 1, 3 * HUGE_PAGE - 1, 10**9 + 7):
         assert size <= rounded(size) <= 1.25 * size + 4096
 
 
-def test_small_tensors_are_torchs_own() -> None:
-    assert Memory().tensor((), torch.int64).shape == ()
-    assert Memory().tensor((0, 5), torch.float32).shape == (0, 5)
-    assert Memory().tensor((3,), torch.float64).dtype == torch.float64
+def test_little_memory_is_torchs_own() -> None:
+    assert [len(Recycled()(size)) for size in (0, 1, LEAST_BYTES - 1)] == [0, 1, LEAST_BYTES - 1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

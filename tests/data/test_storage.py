@@ -167,8 +167,8 @@ def _read_with_few_files(folder: Path) -> None:
         for i, found in enumerate(store.read_many([(i, (0,)) for i in range(40)])):
             assert not isinstance(found, Exception) and torch.equal(found.states[0], states_of(PLAN, i).half()[0])
     spare = [os.open("/dev/null", os.O_RDONLY) for _ in range(held + 5 - len(os.listdir("/proc/self/fd")))]
-    store.read(7)  # others have taken all that was left
-    assert spare
+    store.read(7)  # others have taken all that was left, if anything was
+    del spare
 
 
 def test_without_hard_links_the_first_still_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
