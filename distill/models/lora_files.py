@@ -25,11 +25,9 @@ def put_lora(pipeline: Any, path: str | Path, family: Family, adapter: str, sett
     Raises:
         ValueError: it cannot be read, or some of it has no place in the network.
     """
-    named: dict[str, Any] = {"use_safetensors": True}
-    if (Path(path) / LORA_FILE).is_file():
-        named["weight_name"] = LORA_FILE  # diffusers 0.38 contacts the hub otherwise
+    source, named = _place(Path(path))
     with naming(Path(path)):
-        tensors = family.lora.seen(pipeline, str(path), **named)
+        tensors = family.lora.seen(pipeline, source, **named)
     modules = dict(network_of(pipeline).named_modules())
     if misfits := [key for key, x in tensors.items() if not _fits(modules, key, x)]:
         raise ValueError(
@@ -37,7 +35,17 @@ def put_lora(pipeline: Any, path: str | Path, family: Family, adapter: str, sett
             f"network, as {misfits[0]} {list(tensors[misfits[0]].shape)}"
         )
     with naming(Path(path)):
-        pipeline.load_lora_weights(str(path), adapter_name=adapter, **named)
+        pipeline.load_lora_weights(source, adapter_name=adapter, **named)
+
+
+def _place(path: Path) -> tuple[str, dict[str, Any]]:
+    """What diffusers is given for a file, a folder or a repository; without the name of the file it may ask the hub."""
+    named: dict[str, Any] = {"use_safetensors": True}
+    if path.is_file():
+        return str(path.parent), named | {"weight_name": path.name}
+    if (path / LORA_FILE).is_file():
+        named["weight_name"] = LORA_FILE
+    return str(path), named
 
 
 def use_weights(pipeline: Any, weights: Mapping[str, float]) -> None:
