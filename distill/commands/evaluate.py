@@ -185,6 +185,8 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
         revision=model.revision,
         variant=model.variant,
         allow_distilled=source is not None,  # whoever trained the student has decided it
+        text_dtype=getattr(torch, model.text_dtype),
+        max_tokens=model.max_tokens,
     )
     teacher = at_resolution(teacher, cfg.protocol.resolution).at_shift(shift_of(source))
     denoisers, hashes = {"teacher": teacher.denoiser()}, {"teacher": stated(teacher.teacher_hash, dtype)}
@@ -234,7 +236,7 @@ def teacher_model(cfg: EvaluateSettings, source: Source | None) -> ModelSettings
     It is a pipeline's folder or hub id, whatever it was made of.
     """
     own = {} if source is None else source.settings.get("model", {})
-    given = cfg.model.model_dump()
+    given = cfg.model.model_dump() | {key: own[key] for key in ("max_tokens", "text_dtype") if own.get(key) is not None}
     if cfg.model.pretrained_model_name_or_path is None and source is not None and source.run is not None:
         given |= {key: own[key] for key in ("config", "loras") if key in own}
     return located(ModelSettings(**given | {"pretrained_model_name_or_path": _teacher_path(cfg, source, own)}))

@@ -39,7 +39,7 @@ _PREFIXES = {
     "text": ("cond_stage_model.", "conditioner.", "text_encoders."),
 }
 """How the names of a part begin in files that hold more than a network, whose names begin in no way of their own."""
-_TEXTS = ("*.json", "*.txt", "*.model")
+_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 _VELOCITY, _ZERO_SNR = "v_pred", "ztsnr"  # empty tensors: what SDXL's files say of the noise that they were trained on
 
 
@@ -173,6 +173,7 @@ def _save(
         model = create_diffusers_clip_model_from_ldm(cls, tensors, **given)
     else:
         model = create_diffusers_t5_model_from_checkpoint(cls, tensors, **given)
+        model.tie_weights()  # a file may have its embedding under one of two names
     for weight, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"it lacks {weight} of the {place.name} that {source} describes")

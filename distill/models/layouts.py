@@ -82,13 +82,14 @@ def _attends(unet: Mapping[str, Any], level: int) -> bool:
 # ---- LoRA files -----------------------------------------------------------------------------------------------------
 
 
-def kohya_modules(modules: Iterable[str], unet: Mapping[str, Any]) -> dict[str, str]:
+def kohya_modules(modules: Iterable[str], unet: Mapping[str, Any], original_names: bool) -> dict[str, str]:
     """The key of each of a UNet's modules in a kohya-ss file.
 
-    SDXL's are the original paths, which alone A1111 reads to the last module, unless diffusers would misread them:
-    it recognises an upsampler by its place behind an attention, and blocks by the beginning of their numbers.
+    With `original_names`, SDXL's, they are the original paths, which alone A1111 reads to the last module, unless
+    diffusers would misread them: it recognises an upsampler by its place behind an attention, and blocks by the
+    beginning of their numbers.
     """
-    original = unet.get("addition_embed_type") == "text_time" and _read_as_sgm(unet)
+    original = original_names and _read_as_sgm(unet)
     paths = {module: original_module(module, unet) if original else module for module in modules}
     return {module: _PREFIX + path.replace(".", "_") for module, path in paths.items()}
 
@@ -104,7 +105,11 @@ def _read_as_sgm(unet: Mapping[str, Any]) -> bool:
 
 
 def kohya_state_dict(
-    weights: Mapping[str, Tensor], alpha: float, unet: Mapping[str, Any], dtype: torch.dtype = torch.float32
+    weights: Mapping[str, Tensor],
+    alpha: float,
+    unet: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    original_names: bool = False,
 ) -> dict[str, Tensor]:
     """A LoRA by peft's names, `<module>.lora_A.weight`, as `<key>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
 
@@ -113,11 +118,12 @@ def kohya_state_dict(
 
     Args:
         unet: the UNet's config.
+        original_names: see `kohya_modules`.
 
     Raises:
         ValueError: a value that the dtype cannot hold.
     """
-    keys = kohya_modules({name.rsplit(".", 2)[0] for name in weights}, unet)
+    keys = kohya_modules({name.rsplit(".", 2)[0] for name in weights}, unet, original_names)
     named: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         module, factor, _ = name.rsplit(".", 2)
@@ -127,10 +133,10 @@ def kohya_state_dict(
 
 
 def peft_state_dict(
-    tensors: Mapping[str, Tensor], modules: Iterable[str], unet: Mapping[str, Any]
+    tensors: Mapping[str, Tensor], modules: Iterable[str], unet: Mapping[str, Any], original_names: bool = False
 ) -> dict[str, Tensor]:
     """What `kohya_state_dict` wrote, by peft's names; a key of none of the `modules` keeps its name."""
-    known = {key: module for module, key in kohya_modules(modules, unet).items()}
+    known = {key: module for module, key in kohya_modules(modules, unet, original_names).items()}
     factors = {down: factor for factor, down in _FACTORS.items()}
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

@@ -259,27 +259,32 @@ def _other_programs(export: Export) -> list[str]:
 
 def _flow_programs(export: Export, shift: float) -> list[str]:
     """What other programs have to do with a student of flow matching, which was not tried in any."""
-    files = [_FILE_NAMES[name].format(name=export.name, network=export.network) for name in (*NAMED_FORMATS, NETWORK)
-             if export.holds(name)]  # fmt: skip
+    held = [name for name in (*NAMED_FORMATS, NETWORK, CHECKPOINT) if export.holds(name)]
+    files = [_FILE_NAMES[name].format(name=export.name, network=export.network) for name in held]
     if not files:
         return []
     sampler = {"ddim": "euler"}.get(export.sampling.sampler, export.sampling.sampler)
     guidance = "CFG scale 1 (guidance is built in)"
     if export.takes_guidance:
         guidance = f"CFG scale 1, and {export.guidance_scale:g} for the model's own input of guidance"
-    steps = counted(_steps(export), "step")
+    steps, comfyui = counted(_steps(export), "step"), FAMILIES.find(export.family).comfyui
+    node = "its ModelSampling node of the model"
+    if comfyui is not None and comfyui.shift is not None:
+        kind, inputs = comfyui.shift(shift, export.settings.model.resolution or 1024)
+        said = ", ".join(f"{key} {value:g}" for key, value in inputs.items() if "shift" in key)
+        node = f"node {kind}, {said}"
     text = (
         f"{', '.join(map(_code_span, files))}: not tried in other programs. They have to sample by "
         f"{_code_span(sampler)} in {steps} at the noise levels that the student learned, sigma = {shift:.6g} u / "
         f"(1 + {shift - 1:.6g} u) for u = 1, 1 - 1/N ... 1/N, which is a shift of {shift:.6g} (ComfyUI's scheduler "
-        f"`simple` and its ModelSampling node of the model); {guidance}."
+        f"`simple` and {node}); {guidance}."
     )
-    return ["## In other programs", text]
+    return ["## In other programs", text, *_workflows(export)]
 
 
 def _workflows(export: Export) -> list[str]:
     """Where ComfyUI's workflows are, or why there are none."""
-    if not any(map(export.holds, (LORA, NETWORK, CHECKPOINT))):
+    if not any(map(export.holds, (LORA, "comfyui", NETWORK, CHECKPOINT))):
         return []
     if reason := why_none(export):
         return [f"No workflow for ComfyUI is written: {reason}."]
@@ -360,13 +365,26 @@ def _named(format: str, export: Export, here: str) -> str:
 
 
 def _checkpoint(export: Export, here: str) -> str:
-    cls = FAMILIES.find(export.family).pipeline
+    family = FAMILIES.find(export.family)
+    file = f"file = {_literal(f'{here}/checkpoint/{export.name}.safetensors')}"
+    if family.network.one_file is not None and not family.network.one_file.parts:
+        name, kind = export.network, family.network.kind
+        return _code(
+            f"As a {family.network.noun} in one file, by the names of its original code, in diffusers:",
+            f"from diffusers import DiffusionPipeline, {_scheduler(export)}, {kind}",
+            "",
+            file,
+            _base(export),
+            f"config = {_literal(export.base_model)}",
+            f'pipeline.{name} = {kind}.from_single_file(file, config=config, subfolder="{name}")',
+            *_sampler(export),
+        )
     return _code(
         "As a checkpoint in one file, in diffusers:",
-        f"from diffusers import {cls}, {_scheduler(export)}",
+        f"from diffusers import {family.pipeline}, {_scheduler(export)}",
         "",
-        f"file = {_literal(f'{here}/checkpoint/{export.name}.safetensors')}",
-        f"pipeline = {cls}.from_single_file(file, config={_literal(export.base_model)})",
+        file,
+        f"pipeline = {family.pipeline}.from_single_file(file, config={_literal(export.base_model)})",
         *_sampler(export),
     )
 

@@ -13,7 +13,7 @@ from distill.methods.sampling import Sampling
 from distill.models.formats import NETWORK
 
 COMFYUI, WEBUI, INVOKEAI = "ComfyUI", "A1111, Forge", "InvokeAI"
-LORA, CHECKPOINT, FOLDER = "kohya", "checkpoint", "pipeline"
+LORA, CHECKPOINT, FOLDER, _FOLDED = "kohya", "checkpoint", "pipeline", "comfyui"
 """Formats of exports: the files that these programs load."""
 
 
@@ -68,15 +68,31 @@ _SETTINGS: dict[tuple[str, str], dict[str, tuple[str, str, str, bool]]] = {
         INVOKEAI: ("Euler", "", _BY_THE_FOLDER, False),
     },
 }
+_FLOW: dict[tuple[str, str], tuple[str, str]] = {
+    ("ddim", "trailing"): ("euler", "simple"),
+    ("lcm", "trailing"): ("lcm", "simple"),
+}
+"""Flow matching in ComfyUI: whether a network is read rightly is not for a sampler to say there."""
+_NOT_TRIED = "not tried with a student of flow matching"
 LCM_WITHOUT_NODE = "no node: its LCM node reads every network as predicting noise; 1.5 % off at 4 steps, 3.6 % at 8"
 
 
 def clients_of(sampling: Sampling, prediction: Prediction) -> list[Client]:
     """How each program samples such a student."""
+    if prediction is Prediction.FLOW:
+        return _of_flow(sampling)
     known = _SETTINGS.get((sampling.sampler, sampling.spacing))
     if known is None:
         return [Client(program, formats, "", "", _NO_TIMES, False) for program, formats in _FILES.items()]
     return [_predicting(Client(program, _FILES[program], *known[program]), prediction) for program in _FILES]
+
+
+def _of_flow(sampling: Sampling) -> list[Client]:
+    found = [Client(program, formats, "", "", _NOT_TRIED, False) for program, formats in _FILES.items()]
+    sampler, scheduler = _FLOW.get((sampling.sampler, sampling.spacing), ("", ""))
+    further = "node of the family's noise levels, at the student's shift" if sampler else _NO_TIMES
+    own = Client(COMFYUI, (_FOLDED, NETWORK, CHECKPOINT), sampler, scheduler, further, False)
+    return [own, *(client for client in found if client.program != COMFYUI)]
 
 
 def _predicting(client: Client, prediction: Prediction) -> Client:
@@ -84,6 +100,8 @@ def _predicting(client: Client, prediction: Prediction) -> Client:
     node = client.program == COMFYUI and client.sampler == "lcm"
     if prediction is Prediction.EPSILON:
         return client
+    if prediction not in (Prediction.V, Prediction.SAMPLE):
+        raise ValueError(f"nothing is known of how {client.program} reads a network that predicts {prediction.value}")
     if prediction is Prediction.SAMPLE and (client.program == WEBUI or node):
         return Client(client.program, client.formats, "", "", _NO_X0, False)
     if client.program == COMFYUI and node:

@@ -249,6 +249,7 @@ def _write_network(folder: Path, export: Export, teacher: Teacher, prediction: P
             checkpoint_metadata(teacher, prediction, export.name),
             model.revision,
             model.variant,
+            teacher.family,
         )
     if "pipeline" in export.formats:  # which has the sub-folder of the network too
 
@@ -270,7 +271,7 @@ def formats_of(student: Any, family: Family, formats: Sequence[str] | None) -> t
         ConfigError: a format that the student cannot give, or that does not exist for the family.
     """
     exist = [f for f in student.formats if f not in LORA_FORMATS or f in family.lora.formats]
-    exist = [f for f in exist if f != "checkpoint" or family.network.in_one_file]
+    exist = [f for f in exist if f != "checkpoint" or family.network.one_file is not None]
     chosen = [f for f in _chosen(student, formats) if formats is not None or f in exist]
     names = {NETWORK: family.network.folder}
     for name in chosen:

@@ -30,8 +30,9 @@ from distill.models.families.unet import UNetGuidance
 from distill.models.formats import save_network, save_pipeline
 from distill.models.full_size import build_unet, unet_config
 from distill.models.layouts import original_module
+from distill.models.original import open_clip, original_vae
 from distill.models.schedulers import make_scheduler
-from distill.models.single_file import open_clip, original_vae, save_single_file
+from distill.models.single_file import save_single_file
 from tests.models.original import original_unet
 from tests.tiny import CHANNELS, FAMILIES, save_tiny, tiny_conditioning, tiny_unet
 

@@ -40,7 +40,7 @@ def full_lora(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     add_lora(unet, RANK, ALPHA)
     weights = {n.replace(".default.", "."): p.detach() for n, p in unet.named_parameters() if ".lora_" in n}
     real = {n: torch.zeros(1).expand(w.shape) for n, w in weights.items()}
-    return weights, kohya_state_dict(real, ALPHA, unet.config)
+    return weights, kohya_state_dict(real, ALPHA, unet.config, original_names=name != "sd15")
 
 
 def as_clients_look(name: str) -> dict[str, list[int]]:
@@ -85,7 +85,9 @@ def test_diffusers_finds_every_adapter_of_the_full_networks(name: str) -> None:
 def test_what_was_written_is_read_back_by_pefts_names(name: str) -> None:
     weights, tensors = full_lora(name)
     modules = {key.rsplit(".", 2)[0] for key in weights}
-    back = peft_state_dict(tensors, modules, unet_config(name) | {"layers_per_block": 2})  # diffusers' default
+    back = peft_state_dict(
+        tensors, modules, unet_config(name) | {"layers_per_block": 2}, name != "sd15"
+    )  # 2: diffusers' default
     assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in weights.items()}
 
 
@@ -138,7 +140,7 @@ def test_two_modules_never_share_a_key() -> None:
     for name in FULL:
         unet = build_unet(unet_config(name), device="meta")
         modules = {n for n, _ in unet.named_modules() if n and not n.endswith("blocks") and hasattr(_, "weight")}
-        assert len(set(kohya_modules(modules, unet.config).values())) == len(modules)
+        assert all(len(set(kohya_modules(modules, unet.config, known).values())) == len(modules) for known in (0, 1))
 
 
 def test_values_and_names_survive_the_round(tmp_path: Path) -> None:
@@ -146,5 +148,6 @@ def test_values_and_names_survive_the_round(tmp_path: Path) -> None:
         unet = _trained(family, rank=2, alpha=0.7)
         own = lora_state_dict(unet)
         modules = {name.rsplit(".", 2)[0] for name in own}
-        back = peft_state_dict(kohya_state_dict(own, 0.7, unet.config), modules, unet.config)
+        named = kohya_state_dict(own, 0.7, unet.config, original_names=family == "sdxl")
+        back = peft_state_dict(named, modules, unet.config, family == "sdxl")
         assert back.keys() == own.keys() and all(torch.equal(back[name], own[name]) for name in own)

@@ -255,7 +255,9 @@ def test_a_lora_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no LoRA adapter"):
         save_lora(tmp_path, tiny_unet())
     save_lora(tmp_path, _trained())
-    with pytest.raises(ValueError, match="made for another network: .* is in only one of the two"):
+    with pytest.raises(
+        ValueError, match="made for another network, or for other lora_targets: .* is in only one of the two"
+    ):
         load_lora(tiny_unet("sdxl"), tmp_path)
     with pytest.raises(ValueError, match=r"to_k.lora_A.weight is \[4, 20\], the network's \[4, 21\]"):
         load_lora(tiny_unet(cross_attention_dim=21), tmp_path)

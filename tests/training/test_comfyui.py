@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from distill.diffusion.noise import Noise
+from distill.diffusion.noise import FlowNoise, Noise
+from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
 from distill.methods.sampling import Sampling
 from distill.models.families.registry import FAMILIES, published
@@ -32,6 +34,16 @@ OUTPUTS = {
     "ModelSamplingDiscrete": ("MODEL",),
     "CLIPTextEncode": ("CONDITIONING",),
     "EmptyLatentImage": ("LATENT",),
+    "EmptySD3LatentImage": ("LATENT",),
+    "EmptyFlux2LatentImage": ("LATENT",),
+    "TripleCLIPLoader": ("CLIP",),
+    "DualCLIPLoader": ("CLIP",),
+    "CLIPLoader": ("CLIP",),
+    "VAELoader": ("VAE",),
+    "FluxGuidance": ("CONDITIONING",),
+    "ModelSamplingSD3": ("MODEL",),
+    "ModelSamplingAuraFlow": ("MODEL",),
+    "ModelSamplingFlux": ("MODEL",),
     "KSampler": ("LATENT",),
     "VAEDecode": ("IMAGE",),
     "SaveImage": (),
@@ -47,6 +59,16 @@ INPUTS: dict[str, dict[str, Any]] = {  # types of slots, and of values
     },
     "CLIPTextEncode": {"text": str, "clip": "CLIP"},
     "EmptyLatentImage": {"width": int, "height": int, "batch_size": int},
+    "EmptySD3LatentImage": {"width": int, "height": int, "batch_size": int},
+    "EmptyFlux2LatentImage": {"width": int, "height": int, "batch_size": int},
+    "TripleCLIPLoader": {"clip_name1": str, "clip_name2": str, "clip_name3": str},
+    "DualCLIPLoader": {"clip_name1": str, "clip_name2": str, "type": ("sdxl", "sd3", "flux", "hunyuan_video")},
+    "CLIPLoader": {"clip_name": str, "type": ("stable_diffusion", "sd3", "lumina2", "flux2", "qwen_image")},
+    "VAELoader": {"vae_name": str},
+    "FluxGuidance": {"conditioning": "CONDITIONING", "guidance": float},
+    "ModelSamplingSD3": {"model": "MODEL", "shift": float},
+    "ModelSamplingAuraFlow": {"model": "MODEL", "shift": float},
+    "ModelSamplingFlux": {"model": "MODEL", "max_shift": float, "base_shift": float, "width": int, "height": int},
     "KSampler": {
         "model": "MODEL",
         "seed": int,
@@ -71,7 +93,8 @@ STUDENTS = {
 
 
 def export(architecture: str | None = "sdxl", **changes: Any) -> Export:
-    return an_export(architecture=architecture, **changes)
+    family = "sd15" if architecture == "sd15" else "sdxl"
+    return an_export(**{"architecture": architecture, "family": family} | changes)
 
 
 def by_name(of: Export) -> dict[str, dict[str, Any]]:
@@ -86,24 +109,28 @@ def only(nodes: dict[str, Any], kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("architecture", ["sd15", "sdxl", "ssd1b"])
 def test_every_link_goes_to_a_slot_of_its_type(student: str, architecture: str) -> None:
-    found = by_name(export(architecture, **STUDENTS[student]))
+    found = by_name(export(architecture, family=published(architecture)[0].name, **STUDENTS[student]))
     assert set(found) == {"lora", "unet", "checkpoint"}
     for nodes in found.values():
-        used = set()
-        for node in nodes.values():
-            inputs = INPUTS[node["class_type"]]
-            assert set(node["inputs"]) == set(inputs)
-            for name, value in node["inputs"].items():
-                if isinstance(value, list):
-                    source, slot = value
-                    assert OUTPUTS[nodes[source]["class_type"]][slot] == inputs[name]
-                    used.add(source)
-                elif isinstance(inputs[name], tuple):
-                    assert value in inputs[name]
-                else:
-                    assert isinstance(value, inputs[name]), (name, value)
-        last = [node_id for node_id, node in nodes.items() if node["class_type"] == "SaveImage"]
-        assert used == set(nodes) - set(last)  # nothing hangs in the air
+        check_links(nodes)
+
+
+def check_links(nodes: dict[str, Any]) -> None:
+    used = set()
+    for node in nodes.values():
+        inputs = INPUTS[node["class_type"]]
+        assert set(node["inputs"]) == set(inputs)
+        for name, value in node["inputs"].items():
+            if isinstance(value, list):
+                source, slot = value
+                assert OUTPUTS[nodes[source]["class_type"]][slot] == inputs[name]
+                used.add(source)
+            elif isinstance(inputs[name], tuple):
+                assert value in inputs[name]
+            else:
+                assert isinstance(value, inputs[name]), (name, value)
+    last = [node_id for node_id, node in nodes.items() if node["class_type"] == "SaveImage"]
+    assert used == set(nodes) - set(last)  # nothing hangs in the air
 
 
 # ---- times ----------------------------------------------------------------------------------------------------------
@@ -200,7 +227,7 @@ def test_files_and_sizes_are_the_exports() -> None:
         ({"takes_guidance": True}, "input of guidance"),
         ({"noise": Noise(beta_schedule="linear")}, "noise levels"),
         ({"noise": Noise(rescale_betas_zero_snr=True, prediction_type="v_prediction")}, "noise levels"),
-        ({"architecture": None}, "not that of SD 1.5, SDXL, SSD-1B"),
+        ({"architecture": None}, "not that of SDXL, SSD-1B"),
     ],
 )
 def test_where_other_pictures_would_come_of_it_there_is_no_workflow_and_the_card_says_why(
@@ -230,3 +257,96 @@ def test_networks_are_known_by_their_sizes() -> None:
         assert published_name(published(name)[0], tuned) == name
     assert [published_name(FAMILIES[name], config) for name, config in UNETS.items()] == [None, None]
     assert published_name(FAMILIES["sd15"], unet_config("sd15") | {"cross_attention_dim": 1024}) is None
+
+
+# ---- flow matching --------------------------------------------------------------------------------------------------
+
+FLOWS = {"sd35_medium": 3.0, "sd3": 3.0, "flux_dev": 3.158193, "flux2_klein": 7.5633, "z_image": 3.0}
+
+
+def of_flow(known: str, **changes: Any) -> Export:
+    family, facts = (
+        published(known)[0],
+        {"prediction": "flow_prediction", "noise": FlowNoise(shift=FLOWS[known])},
+    )
+    facts |= {
+        "sampling": Sampling("ddim", "trailing"),
+        "takes_guidance": known == "flux_dev",
+        "guidance": (3.5, 3.5),
+    }
+    facts |= {"formats": ("diffusers", "peft", "comfyui", "transformer", "checkpoint")}
+    return an_export(**{"architecture": known, "family": family.name} | facts | changes)
+
+
+@pytest.mark.parametrize("architecture", FLOWS)
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_a_student_of_flow_matching_is_sampled_at_the_noise_levels_that_it_learned(
+    architecture: str, steps: int
+) -> None:
+    """By the formulas of ModelSamplingDiscreteFlow, ModelSamplingFlux (10,000 levels), and simple_scheduler."""
+    of = of_flow(architecture, sampling=Sampling("ddim", "trailing", steps))
+    found = by_name(of)
+    assert set(found) == ({"checkpoint"} if architecture == "flux2_klein" else {"lora", "transformer", "checkpoint"})
+    schedule = NoiseSchedule.linear(FLOWS[architecture])
+    learned = [float(schedule.sigma(t, torch.zeros(()))) for t in make_times("trailing", 1000, steps)[:-1]]
+    for nodes in found.values():
+        check_links(nodes)
+        assert noise_levels(nodes) == pytest.approx(learned, rel=1e-5)
+        assert only(nodes, "KSampler")["cfg"] == 1.0 and only(nodes, "KSampler")["sampler_name"] == "euler"
+        guidance = [node["inputs"]["guidance"] for node in nodes.values() if node["class_type"] == "FluxGuidance"]
+        assert guidance == ([3.5] if architecture == "flux_dev" else [])
+
+
+def noise_levels(nodes: dict[str, Any]) -> list[float]:
+    kinds = {node["class_type"]: node["inputs"] for node in nodes.values() if "ModelSampling" in node["class_type"]}
+    ((kind, inputs),) = kinds.items()
+    if kind == "ModelSamplingFlux":
+        slope = (inputs["max_shift"] - inputs["base_shift"]) / (4096 - 256)
+        mu = inputs["width"] * inputs["height"] / 256 * slope + inputs["base_shift"] - slope * 256
+        all_levels = [math.exp(mu) / (math.exp(mu) + (10_000 / i - 1)) for i in range(1, 10_001)]
+    else:
+        shift = inputs["shift"]
+        all_levels = [shift * (i / 1000) / (1 + (shift - 1) * (i / 1000)) for i in range(1, 1001)]
+    step = len(all_levels) / only(nodes, "KSampler")["steps"]
+    return [all_levels[-(1 + int(x * step))] for x in range(only(nodes, "KSampler")["steps"])]
+
+
+def test_what_is_loaded_of_a_transformer_is_the_students_and_lies_where_comfyui_looks() -> None:
+    found = by_name(of_flow("flux_dev", base_model="black-forest-labs/FLUX.1-dev", name="mine"))
+    assert only(found["lora"], "UNETLoader")["unet_name"] == "flux1-dev.safetensors"
+    assert only(found["lora"], "LoraLoaderModelOnly")["lora_name"] == "mine.safetensors"
+    assert only(found["transformer"], "UNETLoader")["unet_name"] == "mine.safetensors"
+    assert only(found["checkpoint"], "CheckpointLoaderSimple")["ckpt_name"] == "mine.safetensors"
+    places = {Path(one.path).stem: one.target for one in workflows_of(of_flow("z_image", name="mine"))}
+    assert places["checkpoint"] == "models/diffusion_models/mine.safetensors"  # the network alone is in it
+    assert places["lora"] == "models/loras/mine.safetensors"
+    sd3 = by_name(of_flow("sd3", name="mine"))
+    assert not [node for node in sd3["checkpoint"].values() if node["class_type"] == "TripleCLIPLoader"]
+    assert only(sd3["transformer"], "TripleCLIPLoader")["clip_name2"] == "clip_g.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "reason"),
+    [
+        ("sd3", {"sampling": Sampling("ddim", "milestones")}, "cannot be given"),
+        ("sd3", {"sampling": Sampling("lcm", "lcm")}, "cannot be given"),
+        ("flux_dev", {"sampling": Sampling("ddim", "trailing", 3)}, "in 3 steps it visits other times"),
+        ("z_image", {"architecture": None}, "not that of Z-Image"),
+        ("flux2_klein", {"formats": ("comfyui", "transformer")}, r"from formats=[checkpoint] alone"),
+    ],
+)
+def test_a_workflow_that_would_not_be_the_transformers_is_not_written(
+    architecture: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    of = of_flow(architecture, **changes)
+    assert reason in why_none(of) and workflows_of(of) == []
+    assert f"No workflow for ComfyUI is written: {why_none(of)}." in card(tmp_path, of)
+
+
+def test_the_card_of_a_transformer_names_node_and_shift(tmp_path: Path) -> None:
+    page = card(tmp_path, of_flow("flux_dev"))
+    assert "node ModelSamplingFlux, max_shift 1.15, base_shift 1.15" in page and "- `comfyui/lora.json`" in page
+    assert "node ModelSamplingSD3, shift 3)" in card(tmp_path, of_flow("sd3"))
+    alone = card(tmp_path, of_flow("z_image", formats=("checkpoint",)))
+    assert "ZImageTransformer2DModel.from_single_file(file, config=config" in alone
+    assert "StableDiffusion3Pipeline.from_single_file(" in card(tmp_path, of_flow("sd3", formats=("checkpoint",)))

@@ -121,7 +121,7 @@ def test_training_is_of_one_size_a_step_and_measures_held_out_solves_of_all(
     assert set(json.loads((tmp_path / USED).read_text())["sizes"]) == set(SIZES)
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_train_on_several_sizes_as_one_does(given: Given, tmp_path: Path) -> None:
     steps = ["max_train_steps=4", "validation_prompts=null", "checkpointing_steps=4", "data.heldout_samples=0"]
     alone = train(tmp_path / "one", *given.usual, "engine=single", *steps)

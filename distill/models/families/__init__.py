@@ -12,7 +12,7 @@ from typing import Any
 
 from distill.diffusion.registry import UnknownName, import_plugins
 
-SHARED = ("base", "cut", "loading", "qwen3", "registry", "teacher", "towers", "transformer", "unet")
+SHARED = ("base", "comfy", "cut", "loading", "qwen3", "registry", "teacher", "towers", "transformer", "unet")
 """Modules of this package that are no family."""
 NAMES = tuple(
     sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", *SHARED))

@@ -15,7 +15,7 @@ What families share are the classes below, of which a family has one each, chang
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.diffusion.noise import AnyNoise, Noise
-from distill.diffusion.prediction import Conditioning
+from distill.diffusion.prediction import Conditioning, Prediction
 from distill.models.checks import component, levels, positive
+from distill.models.families.comfy import ComfyUI
 from distill.models.families.towers import TextTower, Tower
 
 Config = Mapping[str, Any]
@@ -35,6 +36,30 @@ Size = tuple[int, int]
 """(height, width)."""
 DEFAULT_PIXELS = 1024
 """Side of the pictures of a network whose config does not say it."""
+
+
+class OneFile(ABC):
+    """The layout in which other programs read a family's networks as one file."""
+
+    parts: tuple[str, ...] = ()
+    """The sub-folders of a pipeline whose weights are in the file beside the network's; one that it lacks is not."""
+
+    @abstractmethod
+    def tensors(self, network: Any, source: Path, variant: str | None) -> Iterator[tuple[str, Tensor]]:
+        """All that is in the file, by its names there.
+
+        Args:
+            network: bare.
+            source: the pipeline's folder, with the `parts`.
+
+        Raises:
+            FileNotFoundError: a part lacks a file.
+            ValueError: a network that the original code cannot build.
+        """
+
+    def marks(self, prediction: Prediction) -> dict[str, Tensor]:
+        """Further entries, by which a file says what its network predicts."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -48,8 +73,7 @@ class Network:
             quantized. The rest are its ends and embeddings.
         same: keys of its config in which a student must equal its model.
         noun: what people call such a network.
-        in_one_file: whether other programs read it with its autoencoder and text encoders in one file, and
-            `single_file` writes that.
+        one_file: how other programs read it as one file; None where no such layout is known.
     """
 
     folder: str
@@ -57,7 +81,7 @@ class Network:
     blocks: tuple[str, ...]
     same: tuple[str, ...]
     noun: str = "transformer"
-    in_one_file: bool = False
+    one_file: OneFile | None = None
 
     def describes(self, network: Config) -> bool:
         """Whether a network of this class with this config is one of the family's: others may have its class too."""
@@ -503,6 +527,8 @@ class Family(ABC):
     critic: CriticFeatures
     full_size: Mapping[str, Published]
     """Published models by the names of their files in `configs/model/`: what can be measured without a download."""
+    comfyui: ComfyUI | None = None
+    """How ComfyUI opens its models; None where that is not known, and exports then have no workflows."""
 
     def arguments(self, zeros_for_empty: bool) -> dict[str, Any]:
         """What the pipeline's constructor takes beside its parts.

@@ -30,10 +30,12 @@ from distill.models.families.base import (
     Size,
     Text,
 )
+from distill.models.families.comfy import ComfyModel, ComfyUI, flux_shift
 from distill.models.families.cut import FirstInput, cut_off, earlier_levels, image_map
 from distill.models.families.towers import CLIPTower, T5Tower, TextTower
-from distill.models.families.transformer import TransformerLoRA
+from distill.models.families.transformer import TransformerFile, TransformerLoRA
 from distill.models.files import rounded
+from distill.models.original import Layers, OriginalNames
 
 TEXT, POOLED, GUIDANCE = "encoder_hidden_states", "pooled_projections", "guidance"
 PATCH = 2
@@ -240,20 +242,20 @@ _ALL = (
     "text_embedder.linear_1",
     "text_embedder.linear_2",
 )
-_KOHYA = {
+_LAYERS: Mapping[str, tuple[str, Layers]] = {
     "transformer_blocks": (
         "double_blocks",
         {
-            "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-            "img_attn_proj": ("attn.to_out.0",),
-            "img_mlp_0": ("ff.net.0.proj",),
-            "img_mlp_2": ("ff.net.2",),
-            "img_mod_lin": ("norm1.linear",),
-            "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-            "txt_attn_proj": ("attn.to_add_out",),
-            "txt_mlp_0": ("ff_context.net.0.proj",),
-            "txt_mlp_2": ("ff_context.net.2",),
-            "txt_mod_lin": ("norm1_context.linear",),
+            "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+            "img_attn.proj": ("attn.to_out.0",),
+            "img_mlp.0": ("ff.net.0.proj",),
+            "img_mlp.2": ("ff.net.2",),
+            "img_mod.lin": ("norm1.linear",),
+            "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            "txt_attn.proj": ("attn.to_add_out",),
+            "txt_mlp.0": ("ff_context.net.0.proj",),
+            "txt_mlp.2": ("ff_context.net.2",),
+            "txt_mod.lin": ("norm1_context.linear",),
         },
     ),
     "single_transformer_blocks": (
@@ -261,12 +263,45 @@ _KOHYA = {
         {
             "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
             "linear2": ("proj_out",),
-            "modulation_lin": ("norm.linear",),
+            "modulation.lin": ("norm.linear",),
         },
     ),
 }
 """For each list of blocks its name in the original network, and for each of a block's layers there the modules here
-that it is made of (the names: kohya-ss/sd-scripts, networks/lora_flux.py)."""
+that it is made of. kohya-ss' files have the same with underscores (kohya-ss/sd-scripts, networks/lora_flux.py)."""
+_NORMS: dict[str, Layers] = {
+    "transformer_blocks": {
+        "img_attn.norm.query_norm.scale": ("attn.norm_q",),
+        "img_attn.norm.key_norm.scale": ("attn.norm_k",),
+        "txt_attn.norm.query_norm.scale": ("attn.norm_added_q",),
+        "txt_attn.norm.key_norm.scale": ("attn.norm_added_k",),
+    },
+    "single_transformer_blocks": {
+        "norm.query_norm.scale": ("attn.norm_q",),
+        "norm.key_norm.scale": ("attn.norm_k",),
+    },
+}
+ORIGINAL = OriginalNames(
+    {group: (name, {**layers, **_NORMS[group]}) for group, (name, layers) in _LAYERS.items()},
+    {
+        "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+        "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+        "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+        "context_embedder": "txt_in",
+        "x_embedder": "img_in",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "proj_out": "final_layer.linear",
+    },
+    swapped=("norm_out.linear",),
+)
+"""Names of Black Forest Labs' code."""
+TEXTS_IN_A_FILE = {
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.t5xxl.transformer.",
+}
 
 
 class FluxLoRA(TransformerLoRA):
@@ -302,15 +337,15 @@ def fused_state_dict(
     for name in weights:
         module = name.rsplit(".", 2)[0]
         found = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", module)
-        if not found or found[1] not in _KOHYA or not any(found[3] in ms for ms in _KOHYA[found[1]][1].values()):
+        if not found or found[1] not in _LAYERS or not any(found[3] in ms for ms in _LAYERS[found[1]][1].values()):
             raise ValueError(f"kohya-ss' files have no name for {module}: export formats=[diffusers,comfyui]")
         blocks.setdefault((found[1], found[2]), set()).add(found[3])
     named: dict[str, Tensor] = {}
     for (group, number), adapted in blocks.items():
-        original, layers = _KOHYA[group]
+        original, layers = _LAYERS[group]
         for layer, modules in layers.items():
             if not adapted.isdisjoint(modules):
-                key = f"lora_unet_{original}_{number}_{layer}"
+                key = f"lora_unet_{original}_{number}_{layer}".replace(".", "_")
                 A, B = _fused(weights, [f"{group}.{number}.{module}" for module in modules], network)
                 named[f"{key}.lora_down.weight"] = rounded(key, A, dtype)
                 named[f"{key}.lora_up.weight"] = rounded(key, B, dtype)
@@ -389,12 +424,29 @@ class Flux(Family):
     title = "FLUX.1"
     tag = "flux"
     pipeline = "FluxPipeline"
-    network = FluxTransformer()
+    network = FluxTransformer(one_file=TransformerFile(ORIGINAL, TEXTS_IN_A_FILE))
     text = FluxText()
     latents = Latents()
     guidance = FluxGuidance()
     lora = FluxLoRA()
     critic = FluxCritic()
+    comfyui = ComfyUI(
+        models={
+            "flux_dev": ComfyModel("FLUX.1 [dev]", "flux1-dev.safetensors"),
+            "flux_schnell": ComfyModel("FLUX.1 [schnell]", "flux1-schnell.safetensors"),
+        },
+        formats=("comfyui", "network", "checkpoint"),
+        loader="UNETLoader",
+        text=(
+            "DualCLIPLoader",
+            {"clip_name1": "t5xxl_fp16.safetensors", "clip_name2": "clip_l.safetensors", "type": "flux"},
+        ),
+        vae="ae.safetensors",
+        latent="EmptySD3LatentImage",
+        guidance="FluxGuidance",
+        shift=flux_shift,
+        levels=10_000,
+    )
     full_size = {
         "flux_dev": Published(_SIZES | {"guidance_embeds": True}, noise=FlowNoise(shift=None, dynamic=DynamicShift()),
                               encoders=_ENCODERS, tokens=512, vae=_VAE),

@@ -26,10 +26,12 @@ from distill.models.families.base import (
     Published,
     Size,
 )
+from distill.models.families.comfy import ComfyModel, ComfyUI, flux_shift
 from distill.models.families.cut import FirstInput, cut_off, earlier_levels, image_map
 from distill.models.families.qwen3 import TEXT, Qwen3Text, Qwen3Tower, check_states
 from distill.models.families.towers import TextTower
-from distill.models.families.transformer import TransformerLoRA
+from distill.models.families.transformer import TransformerFile, TransformerLoRA
+from distill.models.original import OriginalNames
 
 LAYERS = (9, 18, 27)
 """The layers of the text encoder whose states the network reads, side by side."""
@@ -184,6 +186,51 @@ class KleinLoRA(TransformerLoRA):
         return "flux2_klein", "flux-2-klein"
 
 
+_ORIGINAL = OriginalNames(
+    {
+        "transformer_blocks": (
+            "double_blocks",
+            {
+                "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "img_attn.proj": ("attn.to_out.0",),
+                "img_attn.norm.query_norm.scale": ("attn.norm_q",),
+                "img_attn.norm.key_norm.scale": ("attn.norm_k",),
+                "img_mlp.0": ("ff.linear_in",),
+                "img_mlp.2": ("ff.linear_out",),
+                "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "txt_attn.proj": ("attn.to_add_out",),
+                "txt_attn.norm.query_norm.scale": ("attn.norm_added_q",),
+                "txt_attn.norm.key_norm.scale": ("attn.norm_added_k",),
+                "txt_mlp.0": ("ff_context.linear_in",),
+                "txt_mlp.2": ("ff_context.linear_out",),
+            },
+        ),
+        "single_transformer_blocks": (
+            "single_blocks",
+            {
+                "linear1": ("attn.to_qkv_mlp_proj",),
+                "linear2": ("attn.to_out",),
+                "norm.query_norm.scale": ("attn.norm_q",),
+                "norm.key_norm.scale": ("attn.norm_k",),
+            },
+        ),
+    },
+    {
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+        "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+        "single_stream_modulation.linear": "single_stream_modulation.lin",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "proj_out": "final_layer.linear",
+    },
+    swapped=("norm_out.linear",),
+)
+"""Names of Black Forest Labs' code."""
+
+
 class KleinCritic(CriticFeatures):
     """The first half of the blocks, at least one of those in which text and image are one stream."""
 
@@ -262,12 +309,26 @@ class Flux2Klein(Family):
             "num_attention_heads",
             "joint_attention_dim",
         ),
+        one_file=TransformerFile(_ORIGINAL),
     )
     text = KleinText()
     latents = PackedLatents()
     guidance = KleinGuidance()
     lora = KleinLoRA()
     critic = KleinCritic()
+    comfyui = ComfyUI(
+        models={
+            "flux2_klein": ComfyModel("FLUX.2 klein base 4B", "flux-2-klein-base-4b.safetensors"),
+            "flux2_klein_9b": ComfyModel("FLUX.2 klein base 9B", "flux-2-klein-base-9b.safetensors"),
+        },
+        formats=("checkpoint",),  # of diffusers' names of its layers nothing is known there
+        loader="UNETLoader",
+        text=("CLIPLoader", {"clip_name": "qwen_3_4b.safetensors", "type": "flux2"}),
+        vae="flux2-vae.safetensors",
+        latent="EmptyFlux2LatentImage",
+        shift=flux_shift,
+        levels=10_000,
+    )
     full_size = {
         "flux2_klein": _published(_KLEIN_4B, encoders=4.02e9),  # Qwen3-4B
         "flux2_klein_9b": _published(_KLEIN_9B, encoders=7.57e9),  # Qwen3-8B, by the width of its states

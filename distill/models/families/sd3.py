@@ -6,8 +6,8 @@ them; both CLIPs' pooled outputs come in with the time. A pipeline without a T5 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ from distill.models.families.base import (
     Size,
     Text,
 )
+from distill.models.families.comfy import ComfyModel, ComfyUI, sd3_shift
 from distill.models.families.cut import FirstInput, cut_off, earlier_levels, image_map
 from distill.models.families.towers import CLIPTower, T5Tower, TextTower
-from distill.models.families.transformer import TransformerLoRA
+from distill.models.families.transformer import TransformerFile, TransformerLoRA
+from distill.models.original import OriginalNames
 
 TEXT, POOLED = "encoder_hidden_states", "pooled_projections"
 _GUIDANCE = "guidance"
@@ -228,6 +230,71 @@ class SD3LoRA(TransformerLoRA):
         return "sd3", name
 
 
+_ORIGINAL = OriginalNames(
+    {
+        "transformer_blocks": (
+            "joint_blocks",
+            {
+                "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "x_block.attn.proj": ("attn.to_out.0",),
+                "x_block.attn.ln_q": ("attn.norm_q",),
+                "x_block.attn.ln_k": ("attn.norm_k",),
+                "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+                "x_block.attn2.proj": ("attn2.to_out.0",),
+                "x_block.attn2.ln_q": ("attn2.norm_q",),
+                "x_block.attn2.ln_k": ("attn2.norm_k",),
+                "x_block.mlp.fc1": ("ff.net.0.proj",),
+                "x_block.mlp.fc2": ("ff.net.2",),
+                "x_block.adaLN_modulation.1": ("norm1.linear",),
+                "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "context_block.attn.proj": ("attn.to_add_out",),
+                "context_block.attn.ln_q": ("attn.norm_added_q",),
+                "context_block.attn.ln_k": ("attn.norm_added_k",),
+                "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+                "context_block.mlp.fc2": ("ff_context.net.2",),
+                "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+            },
+        )
+    },
+    {
+        "pos_embed.pos_embed": "pos_embed",
+        "pos_embed.proj": "x_embedder.proj",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "context_embedder": "context_embedder",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "proj_out": "final_layer.linear",
+    },
+)
+
+
+_FIRST_PROJECTION = "text_encoders.clip_l.transformer.text_projection.weight"
+
+
+class SD3File(TransformerFile):
+    """Stability's layout, with all that a pipeline has: the T5 too, if there is one."""
+
+    def __init__(self) -> None:
+        beginnings = {f"text_encoder{number}": f"text_encoders.{name}.transformer."
+                      for number, name in (("", "clip_l"), ("_2", "clip_g"), ("_3", "t5xxl"))}  # fmt: skip
+        super().__init__(_ORIGINAL, beginnings)
+
+    def names(self, network: Config) -> OriginalNames:
+        """The last block's text ends in a norm of the kind that the network itself ends in."""
+        last = f"transformer_blocks.{network['num_layers'] - 1}.norm1_context.linear"
+        return replace(_ORIGINAL, swapped=("norm_out.linear", last))
+
+    def tensors(self, network: Any, source: Path, variant: str | None) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in super().tensors(network, source, variant):
+            if name == _FIRST_PROJECTION and not torch.equal(tensor.float(), torch.eye(*tensor.shape)):
+                raise ValueError(
+                    "text_encoder has a text_projection, and readers of such files take none: export the pipeline"
+                )
+            yield name, tensor
+
+
 class SD3Critic(CriticFeatures):
     """The hidden states of the image's patches after the first half of the blocks."""
 
@@ -284,12 +351,30 @@ class StableDiffusion3(Family):
     title = "Stable Diffusion 3"
     tag = "stable-diffusion-3"
     pipeline = "StableDiffusion3Pipeline"
-    network = SD3Network()
+    network = SD3Network(one_file=SD3File())
     text = SD3Text()
     latents = Latents()
     guidance = Guidance()
     lora = SD3LoRA()
     critic = SD3Critic()
+    comfyui = ComfyUI(
+        models={
+            "sd3": ComfyModel("SD3-medium", "sd3_medium.safetensors"),
+            "sd35_medium": ComfyModel("SD3.5-medium", "sd3.5_medium.safetensors"),
+            "sd35_large": ComfyModel("SD3.5-large", "sd3.5_large.safetensors"),
+        },
+        formats=("comfyui", "network", "checkpoint"),
+        text=(
+            "TripleCLIPLoader",
+            {
+                "clip_name1": "clip_l.safetensors",
+                "clip_name2": "clip_g.safetensors",
+                "clip_name3": "t5xxl_fp16.safetensors",
+            },
+        ),
+        latent="EmptySD3LatentImage",
+        shift=sd3_shift,
+    )
     full_size = {name: _published(config) for name, config in _SIZES.items()}
 
     def predict(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.diffusion.prediction import Prediction
+from distill.models.copied import text_tensors
 from distill.models.families.base import Config, Latents, Published, Size
+from distill.models.families.comfy import ComfyModel, ComfyUI
 from distill.models.families.towers import CLIPTower, TextTower
-from distill.models.families.unet import TEXT, CLIPText, UNet, UNetCritic, UNetFamily, UNetGuidance, UNetLoRA
+from distill.models.families.unet import TEXT, CLIPText, UNet, UNetCritic, UNetFamily, UNetFile, UNetGuidance, UNetLoRA
+from distill.models.original import open_clip, prefixed
+
+_VELOCITY = "v_pred"  # an empty tensor of this name: how a file says that its network predicts the velocity
 
 _SDXL: dict[str, Any] = {
     "sample_size": 128,
@@ -60,7 +67,21 @@ class SDXLText(CLIPText):
             )
 
 
+class SDXLFile(UNetFile):
+    """Stability's layout."""
+
+    def texts(self, source: Path, variant: str | None) -> Iterator[tuple[str, Tensor]]:
+        yield from prefixed("conditioner.embedders.0.transformer.", text_tensors(source, "text_encoder", variant))
+        second = open_clip(text_tensors(source, "text_encoder_2", variant))
+        yield from prefixed("conditioner.embedders.1.model.", second)
+
+    def marks(self, prediction: Prediction) -> dict[str, Tensor]:
+        return {_VELOCITY: torch.empty(0)} if prediction is Prediction.V else {}
+
+
 class SDXLLoRA(UNetLoRA):
+    original_names = True
+
     def architecture(self, network: Config, velocity: bool) -> tuple[str, str]:
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
 
@@ -72,12 +93,20 @@ class StableDiffusionXL(UNetFamily):
     title = "Stable Diffusion XL"
     tag = "stable-diffusion-xl"
     pipeline = "StableDiffusionXLPipeline"
-    network = UNet(added="text_time")
+    network = UNet(added="text_time", one_file=SDXLFile())
     text = SDXLText()
     latents = Latents()
     guidance = UNetGuidance()
     lora = SDXLLoRA()
     critic = UNetCritic()
+    comfyui = ComfyUI(
+        models={
+            "sdxl": ComfyModel("SDXL", "sd_xl_base_1.0.safetensors"),
+            "ssd1b": ComfyModel("SSD-1B", "SSD-1B.safetensors"),
+        },
+        formats=("kohya", "network", "checkpoint"),
+        says_velocity=True,
+    )
     # CLIP ViT-L/14's text encoder and OpenCLIP ViT-bigG/14's
     full_size = {"sdxl": Published(_SDXL, encoders=817.7e6), "ssd1b": Published(_SSD1B, encoders=817.7e6)}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +21,21 @@ from distill.diffusion.prediction import Conditioning
 from distill.diffusion.random import generator
 from distill.models.checks import levels, positive
 from distill.models.execution import bare
-from distill.models.families.base import Config, CriticFeatures, Family, Guidance, LoRA, LoRAFile, Network, Size, Text
+from distill.models.families.base import (
+    Config,
+    CriticFeatures,
+    Family,
+    Guidance,
+    LoRA,
+    LoRAFile,
+    Network,
+    OneFile,
+    Size,
+    Text,
+)
 from distill.models.families.towers import TextTower
-from distill.models.layouts import kohya_state_dict, peft_state_dict
+from distill.models.layouts import kohya_state_dict, original_module, peft_state_dict
+from distill.models.original import NETWORK, stored_vae
 from distill.models.shared import on_the_weights_of
 
 TEXT = "encoder_hidden_states"
@@ -104,7 +117,6 @@ class UNet(Network):
         "block_out_channels",
     )
     noun: str = "UNet"
-    in_one_file: bool = True
     added: str | None = None
 
     def describes(self, network: Config) -> bool:
@@ -134,6 +146,23 @@ class UNet(Network):
 
     def patch(self, network: Config) -> int:
         return 1
+
+
+class UNetFile(OneFile):
+    """The network, the autoencoder and the text encoders, as the original checkpoints have them."""
+
+    parts = ("vae", "text_encoder", "text_encoder_2")
+
+    def tensors(self, network: UNet2DConditionModel, source: Path, variant: str | None) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in network.state_dict().items():
+            module, _, kind = name.rpartition(".")
+            yield f"{NETWORK}{original_module(module, network.config)}.{kind}", tensor
+        yield from stored_vae(source, variant)
+        yield from self.texts(source, variant)
+
+    @abstractmethod
+    def texts(self, source: Path, variant: str | None) -> Iterator[tuple[str, Tensor]]:
+        """The text encoders, by their names in the file."""
 
 
 class CLIPText(Text):
@@ -200,19 +229,21 @@ class UNetLoRA(LoRA):
 
     formats = ("diffusers", "peft", "kohya")
     prefix = "unet"
+    original_names = False
+    """Whether files have the original code's paths of modules, where diffusers reads them rightly."""
     targets = {"blocks": LCM_LORA_TARGETS, "attention": ("to_q", "to_k", "to_v", "to_out.0")}
 
     def file(
         self, format: str, weights: Mapping[str, Tensor], config: Any, network: Config, dtype: torch.dtype
     ) -> LoRAFile:
-        return LoRAFile(kohya_state_dict(weights, config.lora_alpha, network, dtype), {})
+        return LoRAFile(kohya_state_dict(weights, config.lora_alpha, network, dtype, self.original_names), {})
 
     def seen(self, pipeline: Any, file: str, **named: Any) -> dict[str, Tensor]:
         tensors = super().seen(pipeline, file, unet_config=pipeline.unet.config, **named)
         return convert_unet_state_dict_to_peft(tensors)
 
     def read(self, tensors: Mapping[str, Tensor], modules: Sequence[str], network: Config) -> dict[str, Tensor]:
-        return peft_state_dict(tensors, modules, network)
+        return peft_state_dict(tensors, modules, network, self.original_names)
 
 
 class UNetCritic(CriticFeatures):

@@ -25,11 +25,13 @@ from distill.models.families.base import (
     Published,
     Size,
 )
+from distill.models.families.comfy import ComfyModel, ComfyUI, aura_shift
 from distill.models.families.cut import FirstInput, cut_off, earlier_levels, map_of
 from distill.models.families.qwen3 import TEXT, Qwen3Text, Qwen3Tower, check_states
 from distill.models.families.towers import TextTower
-from distill.models.families.transformer import TransformerLoRA
+from distill.models.families.transformer import TransformerFile, TransformerLoRA
 from distill.models.files import rounded
+from distill.models.original import Layers, OriginalNames
 
 MASK = "text_mask"
 PATCH = 2
@@ -150,6 +152,23 @@ class ZImageLoRA(TransformerLoRA):
         return "zimage", "z-image"
 
 
+_BLOCK: Layers = {
+    "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.out": ("attention.to_out.0",),
+    "attention.q_norm": ("attention.norm_q",),
+    "attention.k_norm": ("attention.norm_k",),
+}
+_ORIGINAL = OriginalNames(
+    {group: (group, _BLOCK) for group in ("layers", "noise_refiner", "context_refiner")},
+    {
+        "all_x_embedder.2-1": "x_embedder",
+        "all_final_layer.2-1.linear": "final_layer.linear",
+        "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
+    },
+    others=True,
+)
+
+
 class ZImageCritic(CriticFeatures):
     """The first half of the layers, and all that leads to them."""
 
@@ -217,12 +236,22 @@ class ZImage(Family):
         "ZImageTransformer2DModel",
         ("noise_refiner", "context_refiner", "layers"),
         ("in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "cap_feat_dim"),
+        one_file=TransformerFile(_ORIGINAL),
     )
     text = ZImageText()
     latents = Latents()
     guidance = ZImageGuidance()
     lora = ZImageLoRA()
     critic = ZImageCritic()
+    comfyui = ComfyUI(
+        models={"z_image": ComfyModel("Z-Image", "z_image_bf16.safetensors")},
+        formats=("comfyui", "network", "checkpoint"),
+        loader="UNETLoader",
+        text=("CLIPLoader", {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2"}),
+        vae="ae.safetensors",
+        latent="EmptySD3LatentImage",
+        shift=aura_shift,
+    )
     full_size = {
         "z_image": Published(_Z_IMAGE, encoders=4.02e9, tokens=512, vae=_VAE, noise=FlowNoise(shift=3.0))  # Qwen3-4B
     }
