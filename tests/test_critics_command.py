@@ -32,7 +32,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    clocks = {"samples_per_second", "data_wait", "step_seconds", "peak_memory_gib", "eta_seconds"}
+    clocks = {"samples_per_second", "data_wait", "step_seconds", "peak_memory_gib", "eta_seconds", "cpu_seconds"}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in clocks} for row in rows]
 

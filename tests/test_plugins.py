@@ -197,9 +197,9 @@ def test_a_metric_of_another_package_is_measured_and_has_its_column(plugged: Pat
     plugged.write_text(METRIC)
     given = ["protocol=coco2014-10k", "protocol.prompts=p", "protocol.metrics=[redness]", "weights.redness=file"]
     cfg = load("evaluate", EvaluateSettings, [*given, "output_dir=o"])
-    evaluate.check_metrics(cfg)
-    with pytest.raises(ConfigError, match="^weights.rednes is of no metric.*'redness'.*; allowed: inception, "):
-        evaluate.check_metrics(cfg.model_copy(update={"weights": {"rednes": "file"}}))
+    evaluate.check_metrics(cfg.protocol, cfg.weights)
+    with pytest.raises(ConfigError, match="^weights.rednes is of no metric.*'redness'.*; allowed: features, inc"):
+        evaluate.check_metrics(cfg.protocol, {"rednes": "file"})
     protocol = Protocol("mine", "nobody", 2, 8, None, False, None, None, None, "", ("redness",))
     scorer = build_scorer(protocol, Captions(["a", "b"]), cfg.weights, tmp_path, "cpu")
     measured = scorer.measure(torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1).expand(2, 3, 8, 8), ["a", "b"])

@@ -172,7 +172,7 @@ def _kill_at_step(step: int, folder: Path, command: list[str]) -> None:
 
 def _lasting(folder: Path, steps: int) -> dict[str, Any]:
     """What of a run must not depend on when it was interrupted."""
-    clocks = {"samples_per_second", "data_wait", "step_seconds", "peak_memory_gib", "eta_seconds"}
+    clocks = {"samples_per_second", "data_wait", "step_seconds", "peak_memory_gib", "eta_seconds", "cpu_seconds"}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     files = sorted((folder / "checkpoints" / f"step-{steps:08d}").rglob("*.safetensors"))
     weights = {f"{file.name}/{name}": w for file in files for name, w in load_file(file).items()}

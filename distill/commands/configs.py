@@ -64,7 +64,8 @@ def known(name: str, allowed: list[str]) -> str:
 
 def found(name: str) -> Path:
     """The file of `GROUP/NAME`, or of a command's settings. Raises ConfigError."""
-    group, _, file = name.removesuffix(".yaml").rpartition("/")
+    first, _, rest = name.removesuffix(".yaml").partition("/")
+    group, file = (first, rest) if rest else ("", first)
     files = group_files(known(group, groups())) if group else {path.stem: path for path in CONFIGS.glob("*.yaml")}
     return files[known(file, sorted(files))]
 
@@ -72,7 +73,7 @@ def found(name: str) -> Path:
 def copied(name: str, new: str | None = None) -> str:
     """Writes `GROUP/NAME` to `./configs`, and says where; nothing is overwritten. Raises ConfigError."""
     source = found(name)
-    group = name.rpartition("/")[0]
+    group = name.partition("/")[0] if "/" in name else ""
     if not group:
         raise ConfigError(f"{name} is no file of a group: those of commands are not replaced, their keys are set")
     target = Path("configs") / group / f"{new or 'my_' + source.stem}.yaml"

@@ -32,7 +32,7 @@ import torch
 
 from distill.config.loading import ConfigError, checking, load, suggest
 from distill.config.packages import require
-from distill.config.settings import EvaluateSettings, ModelSettings, TrainSettings
+from distill.config.settings import EvaluateSettings, ModelSettings, ProtocolSettings, TrainSettings
 from distill.data.reader import open_store
 from distill.diffusion.registry import import_plugins
 from distill.evaluation.blocks import Cache, WorkShare
@@ -80,7 +80,7 @@ def main(cfg: EvaluateSettings) -> None:
     with checking():
         share = WorkShare.launched()
     setup_logging(share.rank)
-    check_metrics(cfg)
+    check_metrics(cfg.protocol, cfg.weights)
     if cfg.watch is not None:
         return watch(cfg, Path(cfg.watch), share)
     with tempfile.TemporaryDirectory() as scratch:
@@ -202,7 +202,7 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
         teacher=teacher,
         denoisers=denoisers,
         hashes=hashes,
-        scorer=scorer_of(cfg, teacher, kept, str(device)),
+        scorer=scorer_of(cfg.protocol, cfg.n or cfg.protocol.n, cfg.weights, teacher, kept, str(device)),
         plan=plan_of(cfg, source, student, teacher),
         cache=Cache(kept, writes=share.rank == 0),
         share=share,
@@ -253,8 +253,14 @@ def _teacher_path(cfg: EvaluateSettings, source: Source | None, own: Mapping[str
     return path
 
 
-def scorer_of(cfg: EvaluateSettings, teacher: Teacher, kept: Path, device: str) -> Scorer:
-    of, n = cfg.protocol, cfg.n or cfg.protocol.n
+def scorer_of(
+    of: ProtocolSettings, n: int, weights: Mapping[str, str | None], teacher: Teacher, kept: Path, device: str
+) -> Scorer:
+    """What measures n pictures by a protocol; `kept` is for statistics of real pictures.
+
+    Raises:
+        ConfigError: a protocol without prompts, or too few pictures.
+    """
     if of.prompts is None:
         if of.metrics != ["judge"]:
             raise ConfigError(f"protocol {of.name} has no prompts: set protocol.prompts=FILE")
@@ -277,17 +283,17 @@ def scorer_of(cfg: EvaluateSettings, teacher: Teacher, kept: Path, device: str) 
         clip_prefix=of.clip_prefix,
         metrics=tuple(of.metrics),
     )
-    return build_scorer(protocol, read_captions(of.prompts, n), cfg.weights, kept, device)
+    return build_scorer(protocol, read_captions(of.prompts, n), weights, kept, device)
 
 
-def check_metrics(cfg: EvaluateSettings) -> None:
+def check_metrics(protocol: ProtocolSettings, weights: Mapping[str, str | None]) -> None:
     """Raises ConfigError for a metric that is not known, or weights that none is loaded from."""
-    if cfg.protocol.prompts is None:  # the toy's classifier is none of them
+    if protocol.prompts is None:  # the toy's classifier is none of them
         return
     with checking():
-        for name in cfg.protocol.metrics:
+        for name in protocol.metrics:
             find_metric(name)
-    if unknown := [name for name in cfg.weights if name not in known_weights()]:
+    if unknown := [name for name in weights if name not in known_weights()]:
         said = f"weights.{unknown[0]} is of no metric{suggest(unknown[0], known_weights())}"
         raise ConfigError(f"{said}; allowed: {', '.join(known_weights())}")
 

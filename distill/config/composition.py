@@ -40,6 +40,7 @@ INSTEAD = {"gradient_accumulation_steps": "micro_batch_size"}
 """Keys that say the same thing in two ways: one that is typed takes the place of the other, if a file has set that."""
 
 OmegaConf.register_new_resolver("toy", lambda name: str(_bundled(name)), replace=True)
+OmegaConf.register_new_resolver("part", lambda total, i, *weights: _part(int(total), int(i), weights), replace=True)
 OmegaConf.register_new_resolver("by", lambda choice, table, usual: table.get(choice, usual), replace=True)
 
 
@@ -157,11 +158,14 @@ def add_config_dir(folder: str) -> None:
 
 
 def group_files(folder: str) -> dict[str, Path]:
-    """The files of a group, by the names that choose them; of two with one name, the package's own."""
+    """The files of a group, by the names that choose them; of two with one name, the package's own.
+
+    A file in a folder of the group is chosen by both names, as compare/lcm of experiment.
+    """
     found: dict[str, Path] = {}
     for root in config_dirs():
-        for path in sorted((root / folder).glob("*.yaml")):
-            found.setdefault(path.stem, path)
+        for path in sorted((root / folder).rglob("*.yaml")):
+            found.setdefault(path.relative_to(root / folder).with_suffix("").as_posix(), path)
     return found
 
 
@@ -271,6 +275,8 @@ def _replace_what_is_for_others(
     own = yaml_of(f"experiment/{experiment}.yaml")
     intended = {place: group.value for place, group in groups.items()}
     for entry in own.get("defaults", []):
+        if isinstance(entry, str):  # another experiment, on which this one builds
+            continue
         ((name, value),) = entry.items()
         folder, _, place = name.removeprefix("override ").lstrip("/").partition("@")
         intended[place or folder] = value
@@ -356,6 +362,12 @@ def omegaconf_line(error: OmegaConfBaseException) -> str:
     return short(
         f"{where}: it has ${{...}}, which is filled in with another key's value, and {what} cannot be", MAX_LINE
     )
+
+
+def _part(total: int, i: int, weights: Sequence[float]) -> int:
+    """${part:TOTAL,I,W0,W1,…}: the I-th part of a whole number in the ratio of the weights; the parts add up to it."""
+    edges = [round(total * sum(weights[:k]) / sum(weights)) for k in range(len(weights) + 1)]
+    return edges[i + 1] - edges[i]
 
 
 def _bundled(name: str) -> Path:

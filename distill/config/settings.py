@@ -682,6 +682,38 @@ class SolvesSettings(Settings):
     batch_size: Positive
 
 
+class CompareSettings(Settings):
+    """`configs/compare.yaml`: students of many methods, with one store and one budget."""
+
+    output_dir: FilePath
+    methods: Annotated[list[str], Field(min_length=1)]
+    families: dict[str, list[str]]
+    baseline: str
+    starts: dict[str, str]
+    start_share: Annotated[Number, Field(gt=0, lt=1)]
+    model: FilePath | None
+    store: FilePath | None
+    overrides: list[str]
+    quick: Flag
+    tune: Flag
+    rates: Annotated[list[Annotated[Number, Field(gt=0)]], Field(min_length=1)]
+    knobs: dict[str, list[str]]
+    budgets: Annotated[list[Literal["samples", "processing"]], Field(min_length=1)] | None
+    samples_steps: Positive
+    processing_steps: Positive | None
+    seeds: Annotated[list[Natural], Field(min_length=1)] | None
+    n: Annotated[int, Field(ge=100, strict=True)] | None
+    tuning_n: Annotated[int, Field(ge=100, strict=True)] | None
+    steps: Annotated[list[Positive], Field(min_length=1)]
+    samplers: list[Annotated[str, AfterValidator(check_sampling)]]
+    guidances: Annotated[list[Annotated[Number, Field(ge=0)]], Field(min_length=1)]
+    teacher_steps: Positive
+    metric: str
+    protocol: ProtocolSettings
+    weights: dict[str, FilePath | None]
+    batch_size: Positive
+
+
 READERS = ("verify_shards", "evaluate", "sample")
 
 

@@ -25,6 +25,7 @@ from distill.diffusion.samplers import SAMPLERS, check_pair
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
 from distill.evaluation.blocks import Cache, WorkShare
+from distill.evaluation.metrics import METRICS
 from distill.evaluation.statistics import mean_with_error
 from distill.methods.sampling import sample
 
@@ -87,6 +88,9 @@ class Scorer(Protocol):
 
     def summarise(self, measured: Mapping[str, Tensor], split: str) -> dict[str, float]:
         """The metrics of all pictures of a split, "frechet" among them if a teacher is tuned."""
+
+    def difference(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor], split: str) -> dict[str, float]:
+        """The metrics of `a` less those of `b`, of the same prompts and noise; errors are of the differences."""
 
 
 class StoredSolves(Protocol):
@@ -210,6 +214,7 @@ class ComparisonPlan:
             one spacing nothing is tried.
         student_sampler, student_spacing, student_guidance, student_embedded: how the student is sampled from.
         teacher_embedded: whether guidance is an input of the teacher's network.
+        tuned_by: the metric by which the teacher's settings are chosen.
         more: settings that have rows beside these.
         block_size: pictures that are made by one process, in batches of `batch_size`, and kept together.
     """
@@ -226,6 +231,7 @@ class ComparisonPlan:
     student_guidance: float = 1.0
     student_embedded: bool = False
     teacher_embedded: bool = False
+    tuned_by: str = "frechet"
     more: tuple[Setting, ...] = ()
     batch_size: int = 64
     block_size: int = 250
@@ -295,6 +301,14 @@ class Comparison:
         """The row of one setting, of the student's or the teacher's."""
         return self.cache.value(self._row_facts(setting), lambda: self._row(setting)) | self._stated(setting)
 
+    def tuning_row(self, setting: Setting) -> Row:
+        """The metrics of one setting on the tuning split, from which nothing is reported."""
+        return self.cache.value(self._facts(setting, "tuning"), lambda: self._tuning_row(setting))
+
+    def facts(self, setting: Setting) -> dict[str, Any]:
+        """All that the row of a setting depends on."""
+        return self._row_facts(setting)
+
     def generate(self, settings: Sequence[Setting]) -> None:
         """Makes this process's blocks of rows: all that a process has to do whose rank is not 0."""
         todo = [s for s in settings if self._row_facts(s) not in self.cache]
@@ -318,18 +332,19 @@ class Comparison:
         return list(dict.fromkeys([*settings, *plan.more]))
 
     def tune(self) -> dict[int, Setting]:
-        """The teacher's best setting at each number of steps: of the lowest Frechet distance on the tuning split."""
+        """The teacher's best setting at each number of steps, by `plan.tuned_by` on the tuning split."""
         tried = {steps: self.plan.candidates(steps) for steps in self.plan.steps}
         several = [s for settings in tried.values() if len(settings) > 1 for s in settings]
         todo = [s for s in several if self._facts(s, "tuning") not in self.cache]
         self._generate_blocks("tuning the teacher", "tuning", todo)
 
-        def frechet(setting: Setting) -> float:
-            row = self.cache.value(self._facts(setting, "tuning"), lambda: self._tuning_row(setting))
-            return row["frechet"]
+        sign = -1 if METRICS[self.plan.tuned_by].better == "higher" else 1
+
+        def badness(setting: Setting) -> float:
+            return sign * float(self.tuning_row(setting)[self.plan.tuned_by])
 
         return {
-            steps: min(settings, key=frechet) if len(settings) > 1 else settings[0] for steps, settings in tried.items()
+            steps: min(settings, key=badness) if len(settings) > 1 else settings[0] for steps, settings in tried.items()
         }
 
     def pictures(self, setting: Setting, places: Sequence[int], advance: Advance = lambda work: None) -> Tensor:

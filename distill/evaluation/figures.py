@@ -214,6 +214,49 @@ def draw_lines(
     figure.savefig(path, dpi=110)
 
 
+FAMILY_MARKERS = "osv^DPX*<>hd"
+
+
+def draw_methods(
+    path: Path,
+    lines: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    metric: str,
+    against: str,
+    at: int,
+    levels: Mapping[str, float | None],
+) -> None:
+    """Methods beside each other, a colour for each family and a marker for each method.
+
+    Left: the metric over steps. Right: the metric over another one at one number of steps, a point a method.
+
+    Args:
+        lines: rows by (family, method).
+        against: the metric that the right panel has the other axis of.
+        at: the number of steps there.
+        levels: of the metric, as dotted lines, by name.
+    """
+    families = list(dict.fromkeys(family for family, _ in lines))
+    colours = {family: LINES[i % len(LINES)][0] for i, family in enumerate(families)}
+    figure = Figure(figsize=(11.5, 5.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for ((family, method), rows), marker in zip(lines.items(), cycle(FAMILY_MARKERS), strict=False):
+        label, colour = f"{method} ({family})", colours[family]
+        _draw_points(left, rows, "steps", metric, label, colour, marker)
+        points = [row for row in rows if row["steps"] == at and _is_number(row.get(against))]
+        _draw_points(right, points, against, metric, label, colour, marker)
+    for axis in (left, right):
+        for (name, level), style in zip(levels.items(), cycle((":", "--")), strict=False):
+            if level:
+                axis.axhline(level, color=GREY, linestyle=style, label=name)
+        axis.set_title(METRICS[metric].curve, fontsize=11)
+        _open(axis, METRICS[metric].logarithmic)
+    _powers_of_two(left, {row["steps"] for rows in lines.values() for row in rows})
+    left.set_xlabel("steps")
+    right.set_xlabel(f"{METRICS[against].curve_title}, at {counted(at, 'step')}")
+    _legend_below(figure)
+    figure.savefig(path, dpi=110)
+
+
 def line_figures(lines: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str]) -> dict[str, Figure]:
     """Rows as lines against their steps, a figure for each metric, by its title."""
     figures = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -30,6 +30,14 @@ class Measurer(Protocol):
 
     def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
         """The values for all images together, by name, standard errors as `NAME_se`."""
+
+
+@runtime_checkable
+class Pairable(Measurer, Protocol):
+    """One whose values of two sets of images of the same prompts and noise can be compared, pair by pair."""
+
+    def left_out(self, measured: Mapping[str, Tensor], groups: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The values, and what each is without each of the groups of neighbouring images, float64 [groups]."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,9 @@ class Metric:
 
 
 _SCORES = "distill.evaluation.scores"
+_FEATURES = "distill.evaluation.features"
 _HEUSEL = "Heusel et al. 2017, arXiv 1706.08500"
+_KYNKAANNIEMI = "Kynkäänniemi et al. 2019, arXiv 1904.06991"
 _TOY = "the toy's classifier"
 
 METRICS: Registry[Metric] = Registry(
@@ -125,8 +135,41 @@ METRICS: Registry[Metric] = Registry(
             "diversity",
             2,
             None,
-            unit="variance of features between images of a caption, relative to real ones",
+            unit="conditional variance: of features between images of a caption, relative to real ones",
             paper=_TOY,
+        ),
+        Metric(
+            "precision",
+            "precision",
+            3,
+            "higher",
+            unit="share of images within the real ones' nearest neighbours; of the toy, within a caption",
+            paper=_KYNKAANNIEMI,
+            load=f"{_FEATURES}.load_precision",
+            weights=("features",),
+            needs_reference=True,
+        ),
+        Metric(
+            "recall",
+            "recall",
+            3,
+            "higher",
+            unit="share of real images within the images' nearest neighbours; of the toy, within a caption",
+            paper=_KYNKAANNIEMI,
+            load=f"{_FEATURES}.load_recall",
+            weights=("features",),
+            needs_reference=True,
+        ),
+        Metric(
+            "coverage",
+            "coverage",
+            3,
+            "higher",
+            unit="share of real images with an image among their nearest neighbours; of the toy, within a caption",
+            paper="Naeem et al. 2020, arXiv 2002.09797",
+            load=f"{_FEATURES}.load_coverage",
+            weights=("features",),
+            needs_reference=True,
         ),
         Metric(
             "fid",
@@ -138,6 +181,30 @@ METRICS: Registry[Metric] = Registry(
             paper=_HEUSEL,
             load=f"{_SCORES}.load_fid",
             weights=("inception",),
+            needs_reference=True,
+        ),
+        Metric(
+            "fd_dinov2",
+            "FD-DINOv2",
+            2,
+            "lower",
+            unit="Fréchet distance of DINOv2's features from those of real images",
+            logarithmic=True,
+            paper="Stein et al. 2023, arXiv 2306.04675",
+            load=f"{_FEATURES}.load_fd_dinov2",
+            weights=("dinov2",),
+            needs_reference=True,
+        ),
+        Metric(
+            "cmmd",
+            "CMMD",
+            3,
+            "lower",
+            unit="maximum mean discrepancy of CLIP's embeddings from those of real images, times 1000",
+            logarithmic=True,
+            paper="Jayasumana et al. 2024, arXiv 2401.09603",
+            load=f"{_FEATURES}.load_cmmd",
+            weights=("cmmd_clip",),
             needs_reference=True,
         ),
         Metric(

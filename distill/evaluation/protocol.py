@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.data.prompts import find_files, read_prompts
@@ -16,16 +17,19 @@ from distill.data.texts import coco_captions, parsed
 from distill.data.words import counted
 from distill.evaluation.blocks import key_of, network_hash
 from distill.evaluation.inception import load_inception, to_bytes
-from distill.evaluation.metrics import METRICS, Measurer, find_metric
+from distill.evaluation.metrics import METRICS, Measurer, Pairable, find_metric
 from distill.evaluation.reference import (
     Pictures,
     Prepare,
     Statistics,
+    features_of,
     find_pictures,
     read_statistics,
     statistics_of,
     write_statistics,
 )
+from distill.evaluation.statistics import GROUPS, jackknife
+from distill.models.files import save_file
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +159,24 @@ class Reference:
             write_statistics(path, {key: found}, self.protocol)
         return _of(key, str(path), read_statistics(path, self.protocol))
 
+    def features(self, key: str, network_name: str, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """The features of each of the real pictures, [m, F] float32; they are computed once, and kept.
+
+        Raises:
+            ValueError: the reference is a statistics file, which has none.
+        """
+        if self.pictures is None:
+            raise ValueError(
+                f"reference={self.source} holds statistics, and {key} compares with real pictures one by one: "
+                "set protocol.reference=FOLDER or TARS"
+            )
+        path = self.kept / f"{key}-{key_of({'pictures': self.identity, 'network': network_name})}.safetensors"
+        if not path.is_file():
+            found = features_of(self.pictures, network, f"real pictures for {key}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"features": found}, path)
+        return load_file(path)["features"]
+
 
 def _of(key: str, path: str, found: Mapping[str, Statistics]) -> Statistics:
     if key not in found:
@@ -214,6 +236,19 @@ class MetricScorer:
             values |= metric.summarise(measured)
         return values
 
+    def difference(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor], split: str) -> dict[str, float]:
+        """The metrics of `a` less those of `b`, of the same prompts and noise, with the errors of the differences.
+
+        A metric of another package that is not `Pairable` has none.
+        """
+        found: dict[str, float] = {}
+        for metric in self.metrics:
+            if isinstance(metric, Pairable):
+                (of_a, without_a), (of_b, without_b) = (metric.left_out(one, GROUPS) for one in (a, b))
+                found |= {name: value - of_b[name] for name, value in of_a.items()}
+                found |= {f"{name}_se": jackknife(left - without_b[name]) for name, left in without_a.items()}
+        return found
+
 
 # ---- which metrics there are, and what they are loaded from ----------------------------------------------------------
 
@@ -231,6 +266,7 @@ class Sources:
     weights: Mapping[str, str | None]
     kept: Path
     device: torch.device | str
+    shared: dict[str, tuple[str, nn.Module]] = field(default_factory=dict)
 
     def path(self, name: str) -> str:
         """Raises FileNotFoundError: none is given."""
@@ -247,6 +283,12 @@ class Sources:
     def inception(self) -> tuple[str, nn.Module]:
         """Named; raises FileNotFoundError: no weights of it."""
         return self.named("Inception", load_inception(self.path("inception")))
+
+    def once(self, name: str, load: Callable[[], tuple[str, nn.Module]]) -> tuple[str, nn.Module]:
+        """A network that several metrics share, loaded by the first of them."""
+        if name not in self.shared:
+            self.shared[name] = load()
+        return self.shared[name]
 
     def named(self, what: str, module: nn.Module) -> tuple[str, nn.Module]:
         """A module where it is to run, and what it is called: `what` and its weights' hash."""

@@ -130,6 +130,24 @@ def statistics_of(
     return Statistics(mean, (products - n * torch.outer(mean, mean)) / (n - 1), n)
 
 
+@torch.no_grad()
+def features_of(pictures: Pictures, network: Callable[[Tensor], Tensor], what: str = "reference") -> Tensor:
+    """The network's features of each of the real pictures, float32 [m, F]; each is shown as its middle square.
+
+    Raises:
+        ValueError: a file that is no picture (names it).
+    """
+    progress = Progress(what, len(pictures.names), "pictures")
+    found = []
+    for name, data in zip(pictures.names, pictures, strict=True):
+        try:
+            found.append(network(decoded(data)).float().cpu())
+        except BadPicture as error:
+            raise ValueError(f"reference picture {name}: not decoded ({error})") from None
+        progress.update(1)
+    return torch.cat(found)
+
+
 def _batches(pictures: Pictures, prepare: Prepare, progress: Progress) -> Iterator[Tensor]:
     """The pictures as the network is shown them, [B, 3, side, side]."""
     batch: list[Tensor] = []

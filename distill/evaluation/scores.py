@@ -21,7 +21,7 @@ from distill.evaluation.inception import FEATURES, SIDE, patch, whole
 from distill.evaluation.metrics import Measurer
 from distill.evaluation.protocol import Sources
 from distill.evaluation.reference import Prepare, Statistics
-from distill.evaluation.statistics import frechet_to_statistics_with_error, mean_with_error
+from distill.evaluation.statistics import GROUPS, frechet_to_statistics_without, jackknife, mean_with_error
 from distill.models.rewards import (
     MEAN,
     STD,
@@ -65,9 +65,18 @@ class FrechetMetric:
 
         Raises ValueError: no more pictures than features.
         """
+        value, without = self.left_out(measured, GROUPS)
+        return {
+            self.key: value[self.key],
+            f"{self.key}_se": jackknife(without[self.key]),
+            f"{self.key}_n_real": self._real.n,
+        }
+
+    def left_out(self, measured: Mapping[str, Tensor], groups: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The distance, and what it is without each of the groups of neighbouring pictures, [groups]."""
         features, real = measured[f"{self.key}_features"], self._real
-        _, error = frechet_to_statistics_with_error(features, real.mean, real.covariance)
-        return {self.key: fid(features, real), f"{self.key}_se": error, f"{self.key}_n_real": real.n}
+        _, without = frechet_to_statistics_without(features, real.mean, real.covariance, groups)
+        return {self.key: fid(features, real)}, {self.key: without}
 
     @cached_property
     def _real(self) -> Statistics:
@@ -118,6 +127,13 @@ class ScoreMetric:
     def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
         mean, error = mean_with_error(measured[f"{self.key}_scores"])
         return {self.key: mean, f"{self.key}_se": error}
+
+    def left_out(self, measured: Mapping[str, Tensor], groups: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The mean, and what it is without each of the groups of neighbouring pictures, [groups]."""
+        scores = measured[f"{self.key}_scores"]
+        parts = scores.tensor_split(groups)
+        without = [(scores.sum() - part.sum()) / (len(scores) - len(part)) for part in parts]
+        return {self.key: float(scores.mean())}, {self.key: torch.stack(without)}
 
 
 class ClipScore(nn.Module):

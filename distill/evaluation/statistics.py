@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GROUPS = 25
+"""Of neighbouring pictures, of which a jackknife leaves out one after another."""
+
 
 def mean_with_error(values: Tensor) -> tuple[float, float]:
     """The mean of values [n], and its standard error."""
@@ -40,36 +43,42 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     return _distance(features, reference.mean(0), _root(reference.T.cov()))
 
 
-def frechet_with_error(features: Tensor, reference: Tensor, groups: int = 25) -> tuple[float, float]:
+def frechet_with_error(features: Tensor, reference: Tensor, groups: int = GROUPS) -> tuple[float, float]:
     """The distance and the standard error that comes from the choice of `features`, the reference being given.
 
     The error is the delete-a-group jackknife's over groups of neighbours: with prompts in turn, each group holds all of
     them. Raises what `frechet_distance` raises.
     """
     distance, without = _with_groups_left_out(features, reference, groups)
-    return distance, _jackknife(without)
+    return distance, jackknife(without)
 
 
 def frechet_to_statistics_with_error(
-    features: Tensor, mean: Tensor, covariance: Tensor, groups: int = 25
+    features: Tensor, mean: Tensor, covariance: Tensor, groups: int = GROUPS
 ) -> tuple[float, float]:
     """The distance of features [n, F] from a Gaussian of this mean [F] and covariance [F, F], and its standard error.
 
     The error is that of `frechet_with_error`. Raises ValueError: too few features for a covariance of full rank.
     """
-    features = _enough(features).double()
-    distance, without = _without_groups(features, mean.double(), _root(covariance.double()), groups)
-    return distance, _jackknife(without)
+    distance, without = frechet_to_statistics_without(features, mean, covariance, groups)
+    return distance, jackknife(without)
 
 
-def frechet_difference_with_error(a: Tensor, b: Tensor, reference: Tensor, groups: int = 25) -> tuple[float, float]:
+def frechet_to_statistics_without(
+    features: Tensor, mean: Tensor, covariance: Tensor, groups: int = GROUPS
+) -> tuple[float, Tensor]:
+    """The distance of `frechet_to_statistics_with_error`, and those without each of the groups, float64 [groups]."""
+    return _without_groups(_enough(features).double(), mean.double(), _root(covariance.double()), groups)
+
+
+def frechet_difference_with_error(a: Tensor, b: Tensor, reference: Tensor, groups: int = GROUPS) -> tuple[float, float]:
     """The distance of `a` less that of `b`, and the standard error of this difference.
 
     Picture i of both is of one prompt and one starting noise: what these do to both cancels. The jackknife leaves the
     same groups out of both; it and the errors raised are those of `frechet_with_error`.
     """
     (of_a, without_a), (of_b, without_b) = (_with_groups_left_out(x, reference, groups) for x in (a, b))
-    return of_a - of_b, _jackknife(without_a - without_b)
+    return of_a - of_b, jackknife(without_a - without_b)
 
 
 def _with_groups_left_out(features: Tensor, reference: Tensor, groups: int) -> tuple[float, Tensor]:
@@ -85,7 +94,7 @@ def _without_groups(features: Tensor, mean: Tensor, root: Tensor, groups: int) -
     return _distance(features, mean, root), torch.tensor(distances, dtype=torch.float64)
 
 
-def _jackknife(without: Tensor) -> float:
+def jackknife(without: Tensor) -> float:
     """The delete-a-group jackknife's standard error of a value, from those without each group, [groups]."""
     return math.sqrt((len(without) - 1) * float(without.var(correction=0)))
 

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from distill.diffusion.random import generator
 from distill.evaluation.blocks import network_hash
+from distill.evaluation.neighbours import COVERAGE_K, PRECISION_K, Conditional
 from distill.evaluation.statistics import (
+    GROUPS,
     frechet_difference_with_error,
     frechet_with_error,
+    jackknife,
     laplacian_energy,
     mean_with_error,
 )
@@ -25,8 +28,10 @@ class JudgeScorer:
 
     Metrics: caption_accuracy, the share that it labels as their prompt, and its standard error; frechet, between
     its features of the pictures and of as many real ones of the same captions, and its standard error;
-    sharpness, the high-frequency energy relative to those real ones (1: as sharp, less: blurred); diversity, the
-    variance of features between pictures of one caption relative to those real ones (0: one picture for all noises).
+    sharpness, the high-frequency energy relative to those real ones (1: as sharp, less: blurred). Within captions, on
+    average over them, and with standard errors: diversity, the conditional variance of features relative to those real
+    ones (0: one picture for all noises); precision, recall and coverage, as `distill.evaluation.neighbours` defines
+    them.
 
     Args:
         real: makes real pictures of labels; those of a styled world come from another function.
@@ -38,7 +43,7 @@ class JudgeScorer:
 
     def __init__(self, judge: Judge, real: Callable[[Tensor, torch.Generator], Tensor] = render) -> None:
         self.judge, self.real = judge, real
-        self.name = f"toy judge {network_hash(judge)}"
+        self.name = f"toy judge {network_hash(judge)}, neighbours {PRECISION_K} and {COVERAGE_K}"
         self._real: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def prompts(self, split: str, n: int) -> list[str]:
@@ -67,11 +72,19 @@ class JudgeScorer:
             "frechet": frechet,
             "frechet_se": frechet_se,
             "sharpness": float(measured["energy"].mean() / real["energy"].mean()),
-            "diversity": float(_spread(measured["features"]) / _spread(real["features"])),
-        }
+        } | with_errors(*self._conditional(measured, real))
+
+    @staticmethod
+    def _conditional(
+        measured: Mapping[str, Tensor], real: Mapping[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The metrics within captions, and what they are without each of some groups of pictures."""
+        labels = balanced_labels(len(real["right"]))
+        within = Conditional(measured["features"], real["features"], labels, labels)
+        return within.values(), within.without(GROUPS)
 
     def difference(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor], split: str) -> dict[str, float]:
-        """caption_accuracy, frechet and sharpness of `a` less those of `b`: their pictures share prompts and noise.
+        """The metrics of `a` less those of `b`: their pictures share prompts and noise.
 
         Their standard errors are of the differences. Raises what `summarise` raises.
         """
@@ -79,7 +92,12 @@ class JudgeScorer:
         right, right_se = mean_with_error(a["right"] - b["right"])
         frechet, frechet_se = frechet_difference_with_error(a["features"], b["features"], real["features"])
         sharper, sharper_se = mean_with_error((a["energy"] - b["energy"]) / real["energy"].mean())
-        return {
+        (of_a, without_a), (of_b, without_b) = (self._conditional(measured, real) for measured in (a, b))
+        within = with_errors(
+            {name: value - of_b[name] for name, value in of_a.items()},
+            {name: values - without_b[name] for name, values in without_a.items()},
+        )
+        return within | {
             "caption_accuracy": right,
             "caption_accuracy_se": right_se,
             "frechet": frechet,
@@ -99,10 +117,9 @@ class JudgeScorer:
         return self._real[split, n]
 
 
-def _spread(features: Tensor) -> Tensor:
-    """The variance of features [n, F] between pictures of one caption, the captions being in turn."""
-    labels = balanced_labels(len(features))
-    return torch.stack([features[labels == label].var(0).sum() for label in labels.unique()]).mean()
+def with_errors(values: Mapping[str, float], without: Mapping[str, Tensor]) -> dict[str, float]:
+    """Values and their jackknife's standard errors, as `NAME_se`, from the values without each of some groups."""
+    return {**values, **{f"{name}_se": jackknife(left) for name, left in without.items()}}
 
 
 @torch.no_grad()

@@ -7,13 +7,12 @@ from statistics import mean, stdev
 
 from torch import Tensor
 
-from distill.evaluation.compare import Row
+from distill.evaluation.compare import Row, Scorer
 from distill.evaluation.statistics import mean_with_error
-from distill.evaluation.toy import JudgeScorer
 
 
-def difference(scorer: JudgeScorer, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Row:
-    """`JudgeScorer.difference` of two rows' `Comparison.measured`, and how much further `a` is from the teacher."""
+def difference(scorer: Scorer, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Row:
+    """`Scorer.difference` of two rows' `Comparison.measured`, and how much further `a` is from the teacher."""
     further, error = mean_with_error(a["teacher_distance"] - b["teacher_distance"])
     row = scorer.difference(a, b, "report")
     return row | {"teacher_consistency": further, "teacher_consistency_se": error}

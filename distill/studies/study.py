@@ -11,6 +11,7 @@ from typing import NoReturn
 from distill.commands import Command, run_command
 from distill.config import signatures
 from distill.config.settings import (
+    CompareSettings,
     LatentLPIPSSettings,
     PlugInSettings,
     ScoreRewardSettings,
@@ -22,6 +23,7 @@ from distill.config.settings import (
 )
 
 STUDIES = {
+    "compare": Command("distill.studies.compare", "compare", CompareSettings),
     "lightning": Command("distill.studies.lightning", "show_lightning", ShowSettings),
     "mlcm": Command("distill.studies.mlcm", "show_mlcm", ShowMLCMSettings),
     "plug_in": Command("distill.studies.plug_in", "plug_in", PlugInSettings),

@@ -94,6 +94,7 @@ from distill.training.tracking import (
     Meter,
     Tracker,
     TrainingProgress,
+    cpu_seconds_of,
     cut_after,
     note_skipped,
     open_trackers,
@@ -286,7 +287,8 @@ class Run:
             return shown(step) | measured(step)
 
         began, failure = time.monotonic(), None
-        meter = Meter(cfg.max_train_steps, self.batch_size, resumed.step)
+        before = cpu_seconds_of(read_metrics(self.folder, resumed.step))
+        meter = Meter(cfg.max_train_steps, self.batch_size, resumed.step, cpu_seconds=before)
         observers = Observers(meter, progress, tracker, self.health, validate)
         with self.preemption, closing(iter(self.loader(resumed))) as batches:
             step, failure = self._steps(resumed, batches, observers, watchdog)

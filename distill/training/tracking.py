@@ -194,6 +194,11 @@ def read_metrics(folder: Path, step: int) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
+def cpu_seconds_of(rows: Sequence[Mapping[str, float]]) -> float:
+    """The processor time that a run had taken by the last of its metrics' lines; 0 where none says so."""
+    return next((row["cpu_seconds"] for row in reversed(rows) if math.isfinite(row.get("cpu_seconds", math.nan))), 0.0)
+
+
 def time_left(rows: Sequence[Mapping[str, float]], step: int, total: int) -> str:
     """How long the steps after `step` will take, in words, by the pace that a run's metrics last had."""
     pace = next((row["step_seconds"] for row in reversed(rows) if "step_seconds" in row), None)
@@ -396,6 +401,8 @@ class Meter:
         total: steps of the run; `done`: those taken before this start.
         samples: of a step, over all ranks; or what says so of a step by its number.
         clock: seconds, rising.
+        cpu_seconds: processor time that this process had taken for the steps before this start.
+        cpu_clock: seconds of processor time of this process, all its threads together.
     """
 
     def __init__(
@@ -404,8 +411,11 @@ class Meter:
         samples: int | Callable[[int], int],
         done: int = 0,
         clock: Callable[[], float] = time.perf_counter,
+        cpu_seconds: float = 0.0,
+        cpu_clock: Callable[[], float] = time.process_time,
     ) -> None:
         self.total, self.samples, self.done = total, samples, done
+        self._cpu_clock, self._cpu_began = cpu_clock, cpu_clock() - cpu_seconds
         self._clock = clock
         self._since, self._steps, self._taken, self._waited = clock(), 0, 0, 0.0
 
@@ -424,7 +434,11 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Measured over the steps since the last reading: samples_per_second, data_wait (share of the time, 0 ... 1),
-        step_seconds; peak_memory_gib so far; eta_seconds at this pace. Starts again."""
+        step_seconds; peak_memory_gib and cpu_seconds so far; eta_seconds at this pace. Starts again.
+
+        cpu_seconds is the processor time of this process since its steps began, validation and checkpoints included,
+        and over all starts of the run: unlike step_seconds, it does not grow with what else a machine does.
+        """
         now = self._clock()
         seconds = max(now - self._since, 1e-9)
         pace = seconds / max(self._steps, 1)
@@ -433,6 +447,7 @@ class Meter:
             "data_wait": self._waited / seconds,
             "step_seconds": pace,
             "peak_memory_gib": peak_memory_gib(),
+            "cpu_seconds": self._cpu_clock() - self._cpu_began,
             "eta_seconds": pace * (self.total - self.done),
         }
         self._since, self._steps, self._taken, self._waited = now, 0, 0, 0.0

@@ -233,7 +233,10 @@ def test_fid_is_there_when_its_weights_and_its_reference_are(real: Path, tmp_pat
 
 
 def test_a_metric_that_is_not_known_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^metric 'fidd' is not known; allowed: fid, fid_patch, clip_score, "):
+    with pytest.raises(
+        ValueError,
+        match="^metric 'fidd' is not known; allowed: precision, recall, coverage, fid, fd_dinov2, cmmd, fid_patch, ",
+    ):
         build_scorer(replace(PROTOCOL, metrics=("fidd",)), CAPTIONS, NO_WEIGHTS, tmp_path, "cpu")
 
 

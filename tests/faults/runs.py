@@ -23,7 +23,7 @@ from tests.tiny import save_tiny
 STEPS = 8
 EVERY = 2  # steps a checkpoint
 BATCH = 2
-CLOCKS = {"samples_per_second", "data_wait", "step_seconds", "peak_memory_gib", "eta_seconds"}
+CLOCKS = {"samples_per_second", "data_wait", "step_seconds", "peak_memory_gib", "eta_seconds", "cpu_seconds"}
 METHODS = {
     "one network": ["method.skip=125", "ema_decay=0.9", "learning_rate=1e-2"],
     "two networks": ["method=lightning_adversarial", "method.teacher_steps=4", "method.student_steps=2"],

@@ -28,6 +28,7 @@ from distill.training.tracking import (
     JsonlTracker,
     Meter,
     TrainingProgress,
+    cpu_seconds_of,
     describe,
     open_trackers,
     run_id,
@@ -364,6 +365,17 @@ def test_the_meter_measures_speed_waiting_and_what_is_left() -> None:
     clock.now += 1.0  # a window of its own
     meter.step()
     assert meter.read()["samples_per_second"] == pytest.approx(8)
+
+
+def test_processor_time_goes_on_from_what_earlier_starts_took() -> None:
+    clock = Clock()
+    meter = Meter(total=100, samples=8, done=40, cpu_seconds=30.0, cpu_clock=clock)
+    clock.now += 2.5
+    assert meter.read()["cpu_seconds"] == pytest.approx(32.5)
+    clock.now += 1.0  # so far, not since the last reading
+    assert meter.read()["cpu_seconds"] == pytest.approx(33.5)
+    assert cpu_seconds_of([{"step": 1, "cpu_seconds": 3.0}, {"step": 2}, {"step": 3, "cpu_seconds": math.nan}]) == 3.0
+    assert cpu_seconds_of([{"step": 1}]) == 0
 
 
 def test_scalars_for_people() -> None:
