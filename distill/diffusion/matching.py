@@ -1,4 +1,4 @@
-"""Distribution matching: DMD (Yin et al. 2024, arXiv 2311.18828) and DMD2 (arXiv 2405.14867).
+"""Distribution matching: DMD (Yin et al. 2024, arXiv 2311.18828), DMD2 (arXiv 2405.14867) and SiD (arXiv 2404.04057).
 
 The divergence of a generator's distribution from the data's has, once both are noised, the difference of their scores
 for its gradient. The data's is the teacher's; the generator's is that of a network which learns to denoise its samples.
@@ -51,3 +51,38 @@ def denoising_loss(
     if schedule.is_linear:
         return l2(found.eps - found.x0, wide(noise) - wide(x))
     return l2(found.eps, noise)
+
+
+def fake_score_loss(schedule: NoiseSchedule, fake: Denoiser, x: Tensor, c: Conditioning, context: Context) -> Tensor:
+    """`denoising_loss` [B] of a fake score for a generator's samples x [B, C, h, w], at all times (DMD, eq. 6)."""
+    t = context.integers(1, schedule.T + 1, "t of the fake score", x.device)
+    return denoising_loss(schedule, fake, x, t, context.normal(x, "noise of the fake score"), c)
+
+
+def identity_loss(
+    schedule: NoiseSchedule,
+    real: Denoiser,
+    fake: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    c: Conditioning,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Score identity distillation's loss [B] of samples x [B, C, h, w] (Zhou et al. 2024, SiD and SiD-LSG).
+
+    Of both denoisers' x0 at x_t, `noise` added to x at t [B], it is the mean over a sample's elements of (x0_real -
+    x0_fake) ((x0_real - x) - alpha (x0_real - x0_fake)) / mean |x - x0_real|, an estimate of the Fisher divergence that
+    may be negative. It is differentiated through both denoisers with respect to x alone: no gradient reaches their
+    weights, and their activations are gone when it returns.
+    """
+    leaf = wide(x).detach().requires_grad_()
+    with torch.enable_grad():
+        x_t = add_noise(schedule, leaf, noise, t)
+        x0_real, x0_fake = real(x_t, t, c).x0, fake(x_t, t, c).x0
+        size = (leaf - x0_real).detach().abs().mean(tuple(range(1, x.ndim)), keepdim=True).clamp(min=1e-6)
+        off = x0_real - x0_fake
+        sums = (off * ((x0_real - leaf) - alpha * off) / size).flatten(1).sum(1)  # [B]
+        (gradient,) = torch.autograd.grad(sums.sum(), leaf)
+    n = leaf[0].numel()
+    return sums.detach() / n + ((wide(x) - leaf.detach()) * gradient).flatten(1).mean(1)
