@@ -29,9 +29,12 @@ from distill.diffusion.random import Context, generator
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch, CleanEnd, Reads
 from distill.methods.base import Losses, Method, Networks, Turn
+from distill.methods.dmd2 import DMD2
 from distill.methods.lcm import LCM
 from distill.methods.lightning import LightningAdversarial
 from distill.methods.mlcm import MLCM
+from distill.methods.rectified import Rectified
+from distill.methods.sid import SiD
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.discriminator import CriticNetwork, Discriminator, LatentDiscriminator
 from distill.models.fake_score import FakeScore
@@ -255,7 +258,7 @@ def tiny_teacher(parts: dict[str, Any]) -> Teacher:
 def build(case: dict[str, Any]) -> tuple[Engine, Method]:
     """A prepared engine and its method for a case."""
     engine = EngineSettings(**case["engine"]).start()
-    networks: dict[str, Any] = student(case["method"] in ("distance", "critics", "rollout"))
+    networks: dict[str, Any] = student(case["method"] in ("distance", "critics", "rollout", "dmd2", "sid"))
     method: Method = LCM(SCHEDULE)
     if case["method"] == "lcm-ema":  # in every step the average takes the weights' place, and gives it back
         networks = student(lora=False, time_cond_proj_dim=6)
@@ -275,8 +278,14 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
     if case["method"] == "one-network":
         method = MLCM(SCHEDULE, STAGES, guidance=2.0, r1=1.0)
         networks = on_one_network()
-    if case["method"] == "critics":
-        method = MLCM(SCHEDULE, STAGES, guidance=2.0, r1=1.0)
+    if case["method"] == "rectified":
+        method = Rectified(SCHEDULE, 50, loss="l2")  # whose milestones are the times of the batches
+    if case["method"] in ("critics", "dmd2", "sid"):
+        method = {
+            "critics": MLCM(SCHEDULE, STAGES, guidance=2.0, r1=1.0),
+            "dmd2": DMD2(SCHEDULE, 2, guidance=2.0, every=3, adversarial=0.5, r1=1.0),
+            "sid": SiD(SCHEDULE, 2, every=2),
+        }[case["method"]]
         networks["discriminator"] = Discriminator(CriticNetwork(tiny_unet("sdxl", seed=1, **TWO_LEVELS), (8, 8)))
         networks["fake_score"] = NetworkDenoiser(tiny_unet("sdxl", seed=2, **TWO_LEVELS), SCHEDULE, Prediction.EPSILON)
     helpers: dict[str, nn.Module] = {}
