@@ -366,10 +366,13 @@ def architecture(model: ModelSettings, sizes: Sequence[str] | str | None = None)
     known: Published | None = None
     if path in names:
         family, known = published(names[path])  # its files are not looked at
-        teacher, tokens = Teacher.of(family, known.network, known.vae, known.noise, path), known.tokens
+        second_pass = family.guidance.form(known.network, {"_name_or_path": path}) == "cfg"
+        teacher = Teacher.of(family, known.network, known.vae, known.noise, path, second_pass=second_pass)
         network = build_network(family.network.kind, known.network, device="meta")
         with checking():
             require_family(path, family, model.family)
+            chosen = family.text.prompt_tokens(model.max_tokens)
+        tokens = known.tokens + (chosen or 0) - (family.text.max_tokens or 0)
     elif Path(path).is_dir():
         with checking():
             teacher = load_teacher(path, parts=(), family=model.family)

@@ -143,6 +143,15 @@ def test_two_processes_train_on_several_sizes_as_one_does(given: Given, tmp_path
 
 
 @pytest.mark.slow
+def test_compiled_blocks_take_all_sizes(given: Given, tmp_path: Path) -> None:
+    steps = ["max_train_steps=6", "validation_prompts=null", "checkpointing_steps=6", "data.heldout_samples=0"]
+    usual = [*given.usual, "engine=single", *steps]
+    plain, compiled = (train(tmp_path / kind, *usual, f"compile={kind}") for kind in ("false", "eager"))
+    assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
+    assert len(plain) == 6
+
+
+@pytest.mark.slow
 def test_a_run_resumes_among_sizes_as_if_it_had_not_stopped(given: Given, tmp_path: Path) -> None:
     usual = [
         *given.usual,

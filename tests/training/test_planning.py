@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.config.loading import load
+from distill.config.settings import TrainSettings
 from distill.data.index import StorePlan
 from distill.data.reader import open_store
 from distill.data.record import Layout, describe
@@ -21,7 +23,8 @@ from distill.data.writer import write_store
 from distill.diffusion.random import Context
 from distill.diffusion.trajectory import Trajectory
 from distill.methods.lcm import LCM
-from distill.planning.counting import Cost, cast, count, forward
+from distill.planning.counting import Cost, architecture, cast, count, forward
+from distill.planning.counting import batch_of as batch_on_meta
 from distill.planning.estimates import (
     Held,
     best_interval,
@@ -35,6 +38,7 @@ from distill.planning.estimates import (
     stored_bytes,
 )
 from distill.training.trained_network import optimizer_bytes
+from tests.tiny import CHANNELS, tiny_conditioning, tiny_transformer
 from tests.training.planning_worker import SCHEDULE, adamw, batch_of, game_of, student_of, teacher_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,6 +145,11 @@ def test_flops_are_those_of_torchs_own_counter() -> None:
 
 def flux_of(kind: str, device: str) -> tuple[Any, dict[str, Any]]:
     """A small transformer whose attention diffusers calls by keywords, and its inputs for two samples."""
+    if kind == "SD3Transformer2DModel":
+        with torch.device(device):
+            states, text = torch.zeros(2, CHANNELS, 6, 6), tiny_conditioning("sd3", 2)
+            inputs = {name: x.to(device) for name, x in text.items()}
+            return tiny_transformer(), {"hidden_states": states, "timestep": torch.zeros(2), **inputs}
     sizes: dict[str, Any] = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
     sizes |= {"num_attention_heads": 2, "in_channels": 8, "joint_attention_dim": 12}
     if kind == "FluxTransformer2DModel":
@@ -157,15 +166,28 @@ def flux_of(kind: str, device: str) -> tuple[Any, dict[str, Any]]:
         return getattr(diffusers, kind)(**sizes), inputs
 
 
-@pytest.mark.parametrize("kind", ["FluxTransformer2DModel", "Flux2Transformer2DModel"])
+@pytest.mark.parametrize("kind", ["SD3Transformer2DModel", "FluxTransformer2DModel", "Flux2Transformer2DModel"])
 def test_flops_of_attention_that_is_called_by_keywords_are_those_of_torchs_own_counter(kind: str) -> None:
-    """FLUX.1's and FLUX.2's networks."""
+    """SD3's, FLUX.1's and FLUX.2's networks."""
     network, inputs = flux_of(kind, "cpu")
     kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with FlopCounterMode(display=False) as counter, kernel, torch.no_grad():
         network(**inputs)
     network, inputs = flux_of(kind, "meta")
     assert 2 * forward(network, 2, **inputs)[0] == counter.get_total_flops()
+
+
+def test_a_published_model_is_counted_with_its_own_form_of_guidance_and_length_of_prompts() -> None:
+    """FLUX.1 takes w in its only pass; a second one would double the hours of its solves."""
+
+    def of(name: str, **settings: Any) -> Any:
+        given = load("train", TrainSettings, [f"experiment=lcm_lora_{name}", "data.store=s", "output_dir=o"]).model
+        return architecture(given.model_copy(update=settings))
+
+    flux, klein, short = of("flux_dev"), of("flux2_klein"), of("sd35_medium", max_tokens=100)
+    assert (flux.teacher.second_pass, klein.teacher.second_pass) == (False, True)
+    assert (flux.tokens, short.tokens, klein.tokens) == (512, 77 + 100, 512)
+    assert batch_on_meta(flux, 2).unconditional == {} != batch_on_meta(klein, 2).unconditional
 
 
 def test_attention_under_a_mask_is_counted_without_a_map_of_all_pairs() -> None:
