@@ -101,7 +101,8 @@ def generate_samples(folder: Path, export: Export, prompts: list[str]) -> None:
     rows = []
     for steps in sample_steps(export):
         images = []
-        arguments = arguments_of(pipeline, export.sampling.spacing, steps, export.settings.model.max_tokens)
+        how = export.sampling
+        arguments = arguments_of(pipeline, how.spacing, steps, export.settings.model.max_tokens, how.gamma)
         for seed, prompt in enumerate(prompts):
             resolution = export.settings.model.resolution
             one = generate_images(

@@ -120,8 +120,8 @@ def check(cfg: SampleSettings) -> None:
         raise ConfigError("steps is a list, but sweep=guidance takes one number")
     if cfg.sweep == "guidance" and cfg.negative_prompt is None:
         raise ConfigError("sweep=guidance compares with and without a negative prompt: set negative_prompt=...")
-    if cfg.sweep is not None and (cfg.sampler or cfg.spacing):
-        raise ConfigError("a sweep uses LCM's sampler and the pipeline's own: leave sampler and spacing null")
+    if cfg.sweep is not None and (cfg.sampler or cfg.spacing or cfg.gamma is not None):
+        raise ConfigError("a sweep uses LCM's sampler and the pipeline's own: leave sampler, spacing and gamma null")
     if cfg.sweep is not None and cfg.loras:
         raise ConfigError("a sweep compares a student with its teacher, without further LoRAs: leave loras empty")
     if cfg.lora is None and cfg.run is None and cfg.lora_scale != 1:
@@ -178,9 +178,11 @@ def chosen_sampling(cfg: SampleSettings, own: Sampling | None) -> Sampling:
     """How to sample: by the settings; where they say nothing, as the student was made for, or as teachers are."""
     own = own or Sampling("ddim", "trailing")
     sampler = cfg.sampler or own.sampler
-    usual = own.spacing if sampler == own.sampler else usual_spacing(sampler)
+    same = sampler == own.sampler
+    usual = own.spacing if same else usual_spacing(sampler)
+    gamma = cfg.gamma if cfg.gamma is not None else own.gamma if same else 0.0
     with checking():
-        return Sampling(sampler, cfg.spacing or usual, own.steps)
+        return Sampling(sampler, cfg.spacing or usual, own.steps, gamma)
 
 
 def sample_pictures(
@@ -198,8 +200,9 @@ def sample_pictures(
     with checking():
         use_sampler(pipeline, sampling.sampler, sampling.spacing, shift=model.shift, size=sizes[0])
     with checking("steps: "):
-        arguments = {n: arguments_of(pipeline, sampling.spacing, n, model.max_tokens) for n in numbers}
+        arguments = {n: arguments_of(pipeline, sampling.spacing, n, model.max_tokens, sampling.gamma) for n in numbers}
     facts = {"guidance": guidance, "sampler": sampling.sampler, "negative_prompt": cfg.negative_prompt}
+    facts |= {"gamma": sampling.gamma} if sampling.gamma else {}
     written = Written(Path(cfg.output_dir), claimed=pictures_of(Path(cfg.output_dir)))
     written.clear()
     rows = []

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from distill.config.loading import Settings, check_component, suggest
 from distill.data.sizes import PRESETS, read_size, read_sizes
-from distill.diffusion.samplers import check_pair, check_sampler, check_solver, check_spacing, usual_spacing
+from distill.diffusion.samplers import check_sampler, check_solver, check_spacing, read_sampling
 from distill.models.derived import WeightedLoRA
 from distill.models.families import check_family
 
@@ -112,9 +112,8 @@ def check_named(check: Callable[[str], None]) -> Callable[[str], str]:
 
 
 def check_sampling(text: str) -> str:
-    """Raises ValueError for what is neither a sampler nor `SAMPLER/SPACING`, two that go together."""
-    sampler, slash, spacing = text.partition("/")
-    check_pair(sampler, spacing if slash else usual_spacing(sampler))
+    """Raises ValueError for what is no SAMPLER, SAMPLER/SPACING or SAMPLER/SPACING/GAMMA that go together."""
+    read_sampling(text)
     return text
 
 
@@ -371,6 +370,7 @@ class SampleSettings(Settings):
     guidance: Annotated[Number, Field(ge=0)] | list[Annotated[Number, Field(ge=1)]] | None
     sampler: Sampler | None
     spacing: Spacing | None
+    gamma: Annotated[Number, Field(ge=0, le=1)] | None = None
     teacher: FilePath | None
     teacher_steps: Positive
     teacher_guidance: Annotated[Number, Field(ge=0)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
 from distill.diffusion.random import starting_noise
-from distill.diffusion.schedule import NoiseSchedule, add_noise, wide
+from distill.diffusion.schedule import NoiseSchedule, add_noise, travel, wide
 from distill.diffusion.solver import ddim_step
 
 
@@ -35,6 +35,36 @@ def multistep(
         x0 = x = schedule.clean(denoiser(x, t_batch, conditioning).x0, x, t_batch)
         if following > 0:
             x = add_noise(schedule, x0, starting_noise(generators, tuple(x.shape[1:])).to(x), following)
+        yield following, x
+
+
+def strategic(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Sequence[int],
+    conditioning: Conditioning,
+    generators: Sequence[torch.Generator],
+    gamma: float = 0.0,
+) -> Iterator[tuple[int, Tensor]]:
+    """Strategic stochastic sampling (TCD, Zheng et al. 2024, arXiv 2402.19159, algorithm 4), number for number
+    diffusers' `TCDScheduler`: jumps past the next time, the further the greater `gamma`, and noises up to it again.
+
+    It ends at time 1, the cleanest noise level, as that scheduler does. With gamma 0 it is DDIM without fresh noise.
+
+    Raises:
+        ValueError: more than one step with a gamma, and not one generator for each sample.
+    """
+    if gamma > 0 and len(times) > 2 and len(generators) != len(x):
+        raise ValueError(f"{len(x)} pictures need a generator each for their fresh noise, got {len(generators)}")
+    for t, following in pairwise(times):
+        arrives = torch.full((len(x),), max(following, 1), dtype=torch.int64, device=x.device)
+        share = (1 - gamma) * (arrives - 1).float()  # in float32, as the scheduler has it
+        s = 1 + share.floor().to(torch.int64)
+        t_batch = torch.full_like(s, t)
+        x = jump(schedule, denoiser(x, t_batch, conditioning), x, t_batch, s)
+        if gamma > 0 and following > 0:
+            x = travel(schedule, x, s, starting_noise(generators, tuple(x.shape[1:])).to(x), arrives)
         yield following, x
 
 

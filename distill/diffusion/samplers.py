@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from distill.diffusion.registry import Registry, UnknownName, resolved
@@ -63,6 +64,8 @@ class Sampler:
             given (`distill.models.schedulers.sigmas_for`); None where there is none.
         zero_snr: whether the scheduler agrees with it where the noisiest level holds no signal.
         even: schedulers that are better known, and as exact where the only number of steps divides that of the levels.
+        stochastic: whether it takes a gamma in 0 ... 1, the share of fresh noise in each step: `function` has a keyword
+            `gamma` then, and the scheduler's pipeline is called with it as `eta`.
     """
 
     name: str
@@ -75,15 +78,21 @@ class Sampler:
     flow: Scheduler | None = None
     zero_snr: bool = False
     even: Mapping[str, Scheduler] = field(default_factory=dict)
+    stochastic: bool = False
 
-    def generate(self) -> Callable[..., Any]:
-        """The function, imported only now."""
-        return resolved(self.function)
+    def generate(self, gamma: float = 0.0) -> Callable[..., Any]:
+        """The function, imported only now; of a stochastic sampler, with its gamma."""
+        return partial(resolved(self.function), gamma=gamma) if self.stochastic else resolved(self.function)
 
 
 def _lcm(solver_steps: int) -> Scheduler:
     """LCM's scheduler; with 8 `solver_steps` its 1, 2, 4 and 8 steps are at trailing times."""
     return "LCMScheduler", {"original_inference_steps": solver_steps}
+
+
+def _tcd(solver_steps: int) -> Scheduler:
+    """TCD's scheduler; with 40 `solver_steps` its 1, 2, 4, 5, 8 and 10 steps are at trailing times."""
+    return "TCDScheduler", {"original_inference_steps": solver_steps}
 
 
 # DPM-Solver++ of first order is DDIM's step (Lu et al. 2022, section 4). Unlike DDIMScheduler, whose step is T // steps
@@ -110,6 +119,15 @@ SAMPLERS: Registry[Sampler] = Registry(
             usual_spacing="lcm",
             flow=("FlowMatchLCMScheduler", {}),
             zero_snr=True,
+        ),
+        Sampler(
+            name="tcd",
+            title="strategic stochastic sampling, with a share gamma of fresh noise (TCD, Zheng et al. 2024)",
+            function="distill.diffusion.consistency.strategic",
+            schedulers={"lcm": _tcd(50), "trailing": _tcd(40), "leading": _tcd(50), "milestones": _tcd(40)},
+            usual_spacing="lcm",
+            zero_snr=True,
+            stochastic=True,
         ),
         Sampler(
             name="euler",
@@ -203,6 +221,36 @@ def check_pair(sampler: str, spacing: str, steps: int | None = None) -> None:
         raise ValueError(f"steps must be at least 1, or None, got {steps}")
     if steps is not None and times.most_steps is not None and steps > times.most_steps:
         raise ValueError(f"steps must be within 1 ... {times.most_steps} at spacing {spacing!r}, got {steps}")
+
+
+def read_sampling(text: str) -> tuple[str, str | None, float | None]:
+    """Sampler, spacing and gamma of `SAMPLER`, `SAMPLER/SPACING` or `SAMPLER/SPACING/GAMMA`; None: it is left out.
+
+    Raises ValueError: another form, names that are not known or do not go together, or a gamma that the sampler cannot
+    have.
+    """
+    sampler, *more = text.split("/")
+    spacing = more[0] if more else None
+    check_pair(sampler, usual_spacing(sampler) if spacing is None else spacing)
+    if len(more) < 2:
+        return sampler, spacing, None
+    try:
+        (gamma,) = map(float, more[1:])
+    except ValueError:
+        raise ValueError(
+            f"{text!r} must be SAMPLER, SAMPLER/SPACING or SAMPLER/SPACING/GAMMA, GAMMA a number"
+        ) from None
+    check_gamma(sampler, gamma)
+    return sampler, spacing, gamma
+
+
+def check_gamma(sampler: str, gamma: float) -> None:
+    """Raises ValueError for a gamma outside 0 ... 1, or one of a sampler that takes none."""
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be within 0 ... 1, got {gamma}")
+    if gamma and not SAMPLERS.find(sampler).stochastic:
+        those = ", ".join(one.name for one in SAMPLERS.values() if one.stochastic)
+        raise ValueError(f"sampler {sampler!r} takes no gamma, got {gamma:g}: {those} does")
 
 
 def usual_spacing(sampler: str) -> str:

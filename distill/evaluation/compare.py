@@ -21,7 +21,7 @@ from distill.diffusion.guidance import guided
 from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Conditioning, Denoised, Denoiser
 from distill.diffusion.random import starting_noise
-from distill.diffusion.samplers import SAMPLERS, check_pair
+from distill.diffusion.samplers import SAMPLERS, check_gamma, check_pair
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
 from distill.evaluation.blocks import Cache, WorkShare
@@ -122,11 +122,17 @@ class Setting:
     guidance: float = 1.0
     spacing: str = "trailing"
     embedded: bool = False
+    gamma: float = 0.0
 
     def __post_init__(self) -> None:
         check_pair(self.sampler, self.spacing)
+        check_gamma(self.sampler, self.gamma)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def facts(self) -> dict[str, Any]:
+        """Its fields by name, for rows and for what is kept of them; without a gamma of 0, which few samplers have."""
+        return {name: value for name, value in asdict(self).items() if name != "gamma" or value}
 
     @property
     def nfe(self) -> int:
@@ -197,7 +203,7 @@ def generate(
             conditioning["guidance"] = torch.full((len(chunk),), setting.guidance, device=device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         x = starting_noise(generators, tuple(teacher.latent_shape)).to(device)
-        latents = sample(follow, teacher.schedule, x, times, conditioning, setting.sampler, generators)
+        latents = sample(follow, teacher.schedule, x, times, conditioning, setting.sampler, generators, setting.gamma)
         yield Generated(teacher.decode(latents).cpu(), latents.cpu(), chunk)
         counting.complete(setting.work * len(chunk))
 
@@ -212,7 +218,8 @@ class ComparisonPlan:
         steps: of student and teacher.
         guidances, spacings: tried for the teacher at each number of steps, and the best taken. Of one guidance and
             one spacing nothing is tried.
-        student_sampler, student_spacing, student_guidance, student_embedded: how the student is sampled from.
+        student_sampler, student_spacing, student_guidance, student_embedded, student_gamma: how the student is sampled
+            from.
         teacher_embedded: whether guidance is an input of the teacher's network.
         tuned_by: the metric by which the teacher's settings are chosen.
         more: settings that have rows beside these.
@@ -230,6 +237,7 @@ class ComparisonPlan:
     student_spacing: str = "lcm"
     student_guidance: float = 1.0
     student_embedded: bool = False
+    student_gamma: float = 0.0
     teacher_embedded: bool = False
     tuned_by: str = "frechet"
     more: tuple[Setting, ...] = ()
@@ -248,11 +256,17 @@ class ComparisonPlan:
     def undistilled(self, steps: int) -> Setting:
         """The teacher's network in the student's sampler: what training has changed shows against this one."""
         sampler, spacing = self.student_sampler, self.student_spacing
-        return Setting("teacher", sampler, steps, self.guidance, spacing, self.teacher_embedded)
+        return Setting("teacher", sampler, steps, self.guidance, spacing, self.teacher_embedded, self.student_gamma)
 
     def student(self, steps: int) -> Setting:
         return Setting(
-            "student", self.student_sampler, steps, self.student_guidance, self.student_spacing, self.student_embedded
+            "student",
+            self.student_sampler,
+            steps,
+            self.student_guidance,
+            self.student_spacing,
+            self.student_embedded,
+            self.student_gamma,
         )
 
 
@@ -364,7 +378,7 @@ class Comparison:
     def _row(self, setting: Setting) -> Row:
         measured = self.measured(setting)
         distance = measured.pop("teacher_distance")
-        row = asdict(setting) | {"nfe": setting.nfe, "n": self.plan.n} | self.scorer.summarise(measured, "report")
+        row = setting.facts() | {"nfe": setting.nfe, "n": self.plan.n} | self.scorer.summarise(measured, "report")
         found = {"teacher_consistency": distance}
         if self.stored is not None:
             row["stored_n"] = self.stored.n
@@ -375,7 +389,7 @@ class Comparison:
 
     def _tuning_row(self, setting: Setting) -> Row:
         measured = self.measured(setting, "tuning")
-        return asdict(setting) | {"n": self.plan.tuning_n} | self.scorer.summarise(measured, "tuning")
+        return setting.facts() | {"n": self.plan.tuning_n} | self.scorer.summarise(measured, "tuning")
 
     def _stated(self, setting: Setting) -> Row:
         """What every row says of how it was measured."""
@@ -453,10 +467,10 @@ class Comparison:
 
     def _facts(self, setting: Setting, split: str) -> dict[str, Any]:
         """What a result depends on."""
-        facts = asdict(setting) | {"scorer": self.scorer.name, "split": split, "weights": self.hashes[setting.model]}
+        facts = setting.facts() | {"scorer": self.scorer.name, "split": split, "weights": self.hashes[setting.model]}
         if split == "tuning":
             return facts | {"n": self.plan.tuning_n}
-        return facts | {"n": self.plan.n, "reference": [asdict(self.plan.reference()), self.hashes["teacher"]]}
+        return facts | {"n": self.plan.n, "reference": [self.plan.reference().facts(), self.hashes["teacher"]]}
 
     def _row_facts(self, setting: Setting) -> dict[str, Any]:
         beside = {"against": self.scorer.against, "stored": self.stored.name if self.stored is not None else ""}
@@ -465,7 +479,7 @@ class Comparison:
     def _block_facts(self, setting: Setting, split: str, block: range) -> dict[str, Any]:
         if split == "stored":
             assert self.stored is not None
-            facts = asdict(setting) | {"stored": self.stored.name, "weights": self.hashes[setting.model]}
+            facts = setting.facts() | {"stored": self.stored.name, "weights": self.hashes[setting.model]}
         else:
             facts = self._facts(setting, split)
         return {"measured": facts, "block": [block.start, block.stop]}

@@ -323,7 +323,7 @@ def _apart(row: Mapping[str, Any]) -> dict[str, str]:
     evaluation = row.get("evaluation", "")
     return {
         "evaluation": evaluation if row["model"] == "student" else "",
-        "sampler": f"{row['sampler']}/{row['spacing']}" if "spacing" in row else str(row["sampler"]),
+        "sampler": "/".join(str(row[name]) for name in ("sampler", "spacing", "gamma") if name in row),
         "guidance": f"w {row['guidance']:g}" if "guidance" in row else "",
     }
 

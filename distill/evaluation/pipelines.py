@@ -145,9 +145,12 @@ def _settled(pipeline: Any, noise: FlowNoise, size: Size | int | None) -> AnyNoi
     return family.noise(noise, (height // token) * (width // token))
 
 
-def arguments_of(pipeline: Any, spacing: str, steps: int, max_tokens: int | None = None) -> dict[str, Any]:
+def arguments_of(
+    pipeline: Any, spacing: str, steps: int, max_tokens: int | None = None, gamma: float = 0.0
+) -> dict[str, Any]:
     """What a call of the pipeline needs beside the number of steps after `use_sampler` with this spacing, if anything:
-    `timesteps`, or `sigmas` of flow matching; and the length of a prompt, if that is not the pipeline's own.
+    `timesteps`, or `sigmas` of flow matching; `eta`, the sampler's `gamma`; and the length of a prompt, if that is not
+    the pipeline's own.
 
     Raises:
         ValueError: more steps than the spacing has times; `max_tokens` that the pipeline does not take.
@@ -156,6 +159,7 @@ def arguments_of(pipeline: Any, spacing: str, steps: int, max_tokens: int | None
     times = {
         "timesteps": timesteps_for(pipeline.scheduler, spacing, steps),
         "sigmas": sigmas_for(pipeline.scheduler, spacing, steps),
+        "eta": gamma or None,  # 0 is what pipelines take where nothing is said
         "max_sequence_length": None if max_tokens is None else family.text.prompt_tokens(max_tokens),
     }
     return {name: value for name, value in times.items() if value is not None}
@@ -291,7 +295,8 @@ def plain_pipeline_agrees(
     sampling = sampling_of(lora)
     if sampling is None:
         use_sampler(pipeline, "lcm", "lcm")
-    arguments = arguments_of(pipeline, "lcm" if sampling is None else sampling.spacing, steps, max_tokens)
+    how = Sampling() if sampling is None else sampling
+    arguments = arguments_of(pipeline, how.spacing, steps, max_tokens, how.gamma)
     images = generate_images(pipeline, prompts, seeds, steps, guidance, arguments=arguments) * 2 - 1
     if images.shape != expected.shape:
         raise ValueError(f"the pipeline generates {tuple(images.shape)}, expected are {tuple(expected.shape)}")

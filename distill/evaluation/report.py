@@ -36,6 +36,7 @@ SETTINGS = {  # row key: heading, format
     "model": ("model", "{}"),
     "sampler": ("sampler", "{}"),
     "spacing": ("times", "{}"),
+    "gamma": ("γ", "{:g}"),
     "steps": ("steps", "{}"),
     "guidance": ("w", "{:g}"),
     "nfe": ("NFE", "{}"),

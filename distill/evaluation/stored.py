@@ -80,6 +80,6 @@ class HeldOut:
         follow = denoiser if setting.embedded else guided(denoiser, unconditional, setting.guidance)
         generators = [torch.Generator().manual_seed(FIRST_SEED["stored"] + i) for i in places]
         times = make_times(setting.spacing, self.schedule.T, setting.steps)
-        found = sample(follow, self.schedule, x, times, conditioning, setting.sampler, generators)
+        found = sample(follow, self.schedule, x, times, conditioning, setting.sampler, generators, setting.gamma)
         cosine = F.cosine_similarity(found.double().flatten(1), end.double().flatten(1))
         return {"consistency": l2(found, end).double().cpu(), "cosine": cosine.cpu()}

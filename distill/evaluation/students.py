@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill.diffusion.samplers import usual_spacing
+from distill.diffusion.samplers import read_sampling, usual_spacing
 from distill.diffusion.solver import make_times
 from distill.evaluation.compare import ComparisonPlan, Setting
 from distill.evaluation.pipelines import sampling_of
@@ -62,13 +62,15 @@ def load_student(folder: str | Path, teacher: Teacher) -> LoadedStudent:
 
 
 def parse_sampler(text: str, own: Sampling) -> Sampling:
-    """`SAMPLER/SPACING`, or `SAMPLER`: at the student's own spacing if it is its own, else at the sampler's usual one.
+    """`SAMPLER`, `SAMPLER/SPACING` or `SAMPLER/SPACING/GAMMA`; what is left out is the student's own where the sampler
+    is, and else the sampler's usual spacing and a gamma of 0.
 
-    Raises ValueError: a name that is not known, or two that do not go together.
+    Raises ValueError: a name that is not known, two that do not go together, or a gamma that the sampler cannot have.
     """
-    sampler, _, spacing = text.partition("/")
-    usual = own.spacing if sampler == own.sampler else usual_spacing(sampler)
-    return Sampling(sampler, spacing or usual, own.steps)
+    sampler, spacing, gamma = read_sampling(text)
+    same = sampler == own.sampler
+    usual = own.spacing if same else usual_spacing(sampler)
+    return Sampling(sampler, spacing or usual, own.steps, (own.gamma if same else 0.0) if gamma is None else gamma)
 
 
 def with_student(
@@ -81,7 +83,7 @@ def with_student(
     """
     first = samplings[0]
     settings = [
-        Setting("student", sampling.sampler, steps, w, sampling.spacing, student.embedded)
+        Setting("student", sampling.sampler, steps, w, sampling.spacing, student.embedded, sampling.gamma)
         for sampling in samplings
         for w in guidances
         for steps in plan.steps
@@ -94,6 +96,7 @@ def with_student(
         student_spacing=first.spacing,
         student_guidance=guidances[0],
         student_embedded=student.embedded,
+        student_gamma=first.gamma,
     )
     return replace(plan, more=(*plan.more, *settings[len(plan.steps) :], *_at_equal_cost(plan, settings)))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -110,7 +110,7 @@ class ControlBench:
 
         def row(way: ControlRow, setting: Setting) -> Row:
             found = self.cache.value(self._facts(way, setting), lambda: self._measured(way, setting, progress))
-            return asdict(setting) | {"strength": way.strength, "nfe": setting.nfe} | found
+            return setting.facts() | {"strength": way.strength, "nfe": setting.nfe} | found
 
         return [min((row(way, s) for s in way.settings), key=lambda found: found["frechet"]) for way in ways]
 
@@ -134,7 +134,7 @@ class ControlBench:
         """What a row depends on; the model's name is for people."""
         parts = {name: network_hash(self.pipeline.components[name]) for name in self._networks()}
         given = hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
-        facts = asdict(setting) | {"adapters": dict(way.adapters), "model": parts, "given": given}
+        facts = setting.facts() | {"adapters": dict(way.adapters), "model": parts, "given": given}
         return facts | {"arguments": self.arguments(setting.steps, way.strength), "scorer": self.scorer.name}
 
     def _networks(self) -> list[str]:
@@ -152,7 +152,8 @@ class ControlBench:
         use_sampler(self.pipeline, setting.sampler, setting.spacing)
         prompts, seeds = self._prompts(), seeds_of("report", len(self.images))
         arguments = self.arguments(setting.steps, way.strength)
-        arguments |= arguments_of(self.pipeline, setting.spacing, arguments["num_inference_steps"])
+        steps = arguments["num_inference_steps"]
+        arguments |= arguments_of(self.pipeline, setting.spacing, steps, gamma=setting.gamma)
         generated = self.pipeline(
             prompt=[prompts[i] for i in places],
             image=self.images[list(places)],

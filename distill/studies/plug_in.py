@@ -183,7 +183,7 @@ def few_steps(cfg: PlugInSettings | ToyControlSettings, model: str, steps: int) 
 def student(cfg: PlugInSettings | ToyControlSettings, model: str, steps: int) -> Setting:
     """The setting that its export names; LCM-LoRAs from elsewhere name none."""
     own = sampling_of(cfg.lora) or Sampling()
-    return Setting(model, own.sampler, steps, 1.0, own.spacing)
+    return Setting(model, own.sampler, steps, 1.0, own.spacing, gamma=own.gamma)
 
 
 def teacher_line(cfg: PlugInSettings) -> Line:

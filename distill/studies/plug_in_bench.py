@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Bench:
 
         def row(setting: Setting, adapters: Mapping[str, float]) -> Row:
             facts = self._facts(setting, adapters)
-            return asdict(setting) | self.cache.value(facts, lambda: self._measured(setting, adapters, progress))
+            return setting.facts() | self.cache.value(facts, lambda: self._measured(setting, adapters, progress))
 
         return [
             min((row(setting, line.adapters) for setting in line.settings), key=lambda found: found["frechet"])
@@ -72,7 +72,8 @@ class Bench:
 
     def pictures(self, row: Row, adapters: Mapping[str, float], places: Sequence[int]) -> Tensor:
         """Pictures of a row, generated again: [len(places), 3, 32, 32] in [-1, 1]."""
-        setting = Setting(row["model"], row["sampler"], row["steps"], row["guidance"], row["spacing"])
+        settings = row["model"], row["sampler"], row["steps"], row["guidance"], row["spacing"]
+        setting = Setting(*settings, gamma=row.get("gamma", 0.0))
         return self._generated(setting, adapters, places)
 
     def real(self) -> Row:
@@ -83,7 +84,7 @@ class Bench:
 
     def _facts(self, setting: Setting, adapters: Mapping[str, float]) -> dict[str, Any]:
         """What a row depends on; the model's name is for people."""
-        facts = asdict(setting) | {"adapters": dict(adapters), "style": self.style.name, "n": self.n}
+        facts = setting.facts() | {"adapters": dict(adapters), "style": self.style.name, "n": self.n}
         return facts | {"model": network_hash(self.pipeline.unet), "scorer": self.scorer.name}
 
     def _measured(self, setting: Setting, adapters: Mapping[str, float], progress: Progress) -> Row:
@@ -101,7 +102,7 @@ class Bench:
         use_adapters(self.pipeline, adapters)
         use_sampler(self.pipeline, setting.sampler, setting.spacing)
         chosen = [prompts[i] for i in places], [seeds[i] for i in places]
-        arguments = arguments_of(self.pipeline, setting.spacing, setting.steps)
+        arguments = arguments_of(self.pipeline, setting.spacing, setting.steps, gamma=setting.gamma)
         images = generate_images(self.pipeline, *chosen, setting.steps, setting.guidance, arguments=arguments)
         return images.float().cpu() * 2 - 1
 

@@ -312,7 +312,9 @@ def _uses(export: Export, here: str) -> list[str]:
         "checkpoint": _checkpoint,
         "peft": _peft,
     }
-    guidance = _guidance_text(export)
+    guidance, gamma = _guidance_text(export), export.sampling.gamma
+    if gamma:
+        guidance += f" `eta={gamma:g}` is a part of how it samples that no file holds: give it in each call."
     return [text(export, here) for name, text in texts.items() if export.holds(name)] + [guidance]
 
 
@@ -466,6 +468,8 @@ def _draws(export: Export) -> str:
         steps_or_times += f", sigmas={[round(sigma, 6) for sigma in sigmas]}"
     if (tokens := export.settings.model.max_tokens) is not None:
         size += f", max_sequence_length={tokens}"
+    if export.sampling.gamma:
+        size += f", eta={export.sampling.gamma:g}"
     w = FAMILIES.find(export.family).guidance.to_pipeline(w)
     return f'image = pipeline("{_EXAMPLE}", {steps_or_times}, guidance_scale={w}{size}).images[0]'
 

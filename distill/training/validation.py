@@ -66,7 +66,7 @@ class Validation:
         same: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.teacher, self.prompts, self.conditioning = teacher, list(prompts), dict(conditioning)
-        self.sampler, self.times = sampling.sampler, sampling.times(teacher.schedule.T, steps)
+        self.sampling, self.times = sampling, sampling.times(teacher.schedule.T, steps)
         self.ends, self.reward = ends, reward
         self.shapes = list(shapes or [teacher.latent_shape] * len(prompts))
         self.same = self.conditioning if same is None else dict(same)
@@ -118,7 +118,8 @@ class Validation:
             chosen = {k: v.to(processes.device) for k, v in rows_of(conditioning, mine).items()}
             generators = [torch.Generator().manual_seed(seeds[place]) for place in mine]
             x = starting_noise(generators, shape).to(processes.device)
-            found = sample(student, self.teacher.schedule, x, self.times, chosen, self.sampler, generators)
+            how, schedule = self.sampling, self.teacher.schedule
+            found = sample(student, schedule, x, self.times, chosen, how.sampler, generators, how.gamma)
             places, own = places + mine, own + list(found.cpu())
         return in_order(processes, places, own)
 

@@ -67,7 +67,7 @@ def test_the_number_of_steps_is_the_students_own_where_it_has_one() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("euler_a",), "sampler 'euler_a' is not known; allowed: lcm, euler, ddim, heun, dpmpp_2m"),
+        (("euler_a",), "sampler 'euler_a' is not known; allowed: lcm, tcd, euler, ddim, heun, dpmpp_2m"),
         (("ddim", "uniform"), "spacing 'uniform' is not known; allowed: trailing, leading, lcm, milestones"),
         (("euler", "leading"), "sampler 'euler' takes spacing 'trailing', got 'leading': 'ddim' takes any"),
         (("ddim", "trailing", 0), "steps must be at least 1, or None, got 0"),
@@ -155,7 +155,9 @@ def test_refuses_times_that_do_not_fall_to_0(sampler: str, times: list[int], mes
 
 
 def test_refuses_an_unknown_sampler_by_name() -> None:
-    with pytest.raises(ValueError, match="^sampler 'euler_a' is not known; allowed: lcm, euler, ddim, heun, dpmpp_2m$"):
+    with pytest.raises(
+        ValueError, match="^sampler 'euler_a' is not known; allowed: lcm, tcd, euler, ddim, heun, dpmpp_2m$"
+    ):
         sample(three_peaks(SCHEDULE), SCHEDULE, torch.zeros(1, 1, 1, 1), [1000, 0], {}, "euler_a")
 
 

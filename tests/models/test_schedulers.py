@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.diffusion.consistency import strategic
 from distill.diffusion.noise import RESCALES, DynamicShift, FlowNoise, Noise
 from distill.diffusion.prediction import Prediction, predictions_of
 from distill.diffusion.random import starting_noise
 from distill.diffusion.samplers import SAMPLERS, SPACINGS, Sampler, check_pair, pairs, solvers
-from distill.diffusion.schedule import NoiseSchedule
-from distill.diffusion.solver import make_times
+from distill.diffusion.schedule import NoiseSchedule, travel
+from distill.diffusion.solver import ddim, ddim_step, make_times
+from distill.evaluation.students import parse_sampler
 from distill.methods.sampling import Sampling, sample
 from distill.models.schedulers import (
     as_code,
@@ -68,20 +71,23 @@ def generators(n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
-def ours(noise: Noise, sampler: str, spacing: str, steps: int) -> Tensor:
+def ours(noise: Noise, sampler: str, spacing: str, steps: int, gamma: float = 0.0) -> Tensor:
     schedule, g = NoiseSchedule.of(noise), generators(5)
     times = make_times(spacing, schedule.T, steps)
-    return sample(three_peaks(schedule), schedule, starting_noise(g, (1, 1, 1)), times, {}, sampler, g)
+    return sample(three_peaks(schedule), schedule, starting_noise(g, (1, 1, 1)), times, {}, sampler, g, gamma)
 
 
-def by_diffusers(noise: Noise, scheduler: Any, spacing: str, steps: int) -> tuple[Tensor, list[int]]:
+def by_diffusers(
+    noise: Noise, scheduler: Any, spacing: str, steps: int, gamma: float = 0.0
+) -> tuple[Tensor, list[int]]:
     """What a pipeline's loop makes of the same noise, and the network indices that it visits."""
     schedule, g = NoiseSchedule.of(noise), generators(5)
     network = network_of(three_peaks(schedule), Prediction(scheduler.config.prediction_type), schedule)
     times = timesteps_for(scheduler, spacing, steps)
     scheduler.set_timesteps(steps) if times is None else scheduler.set_timesteps(timesteps=times)
     x = starting_noise(g, (1, 1, 1)) * scheduler.init_noise_sigma
-    more = {"generator": g} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    given = {"generator": g, "eta": gamma}  # which pipelines pass to the schedulers that take them
+    more = {name: x for name, x in given.items() if name in inspect.signature(scheduler.step).parameters}
     for index in scheduler.timesteps:
         seen = scheduler.scale_model_input(x, index)
         x = scheduler.step(network(seen.double(), index.long().expand(5), {}), index, x, **more).prev_sample
@@ -110,9 +116,69 @@ def test_without_signal_at_the_noisy_end_it_agrees_as_far_as_diffusers_goes(pair
 @pytest.mark.parametrize("sampler", sorted({*SAMPLERS} - {*ZERO_SNR}))
 def test_a_sampler_that_diffusers_lacks_for_this_noise_is_one_line(sampler: str) -> None:
     with pytest.raises(
-        ValueError, match=f"^sampler '{sampler}' has no scheduler in diffusers.*allowed: lcm, euler, ddim$"
+        ValueError, match=f"^sampler '{sampler}' has no scheduler in diffusers.*allowed: lcm, tcd, euler, ddim$"
     ):
         scheduler_settings(ZERO, sampler, "trailing")
+
+
+@pytest.mark.parametrize("spacing", SAMPLERS["tcd"].schedulers)
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_tcd_is_its_scheduler_called_with_gamma_as_eta(spacing: str, gamma: float) -> None:
+    for steps in STEPS:
+        scheduler = make_scheduler(Noise(), "tcd", spacing)
+        theirs, _ = by_diffusers(Noise(), scheduler, spacing, steps, gamma)
+        found = ours(Noise(), "tcd", spacing, steps, gamma)
+        torch.testing.assert_close(found, theirs.to(torch.float32), rtol=0, atol=2e-5)
+        if steps == 1:  # with nowhere to noise to, it is one jump
+            assert torch.equal(found, ours(Noise(), "tcd", spacing, 1))
+        elif gamma:
+            assert not torch.allclose(found, ours(Noise(), "tcd", spacing, steps), atol=1e-2)
+
+
+def test_tcd_without_noise_is_ddim_that_ends_at_the_cleanest_level() -> None:
+    """And with gamma 1 it is multistep sampling without LCM's scalings: each step starts from x0 and fresh noise."""
+    schedule, g = NoiseSchedule.of(Noise()), generators(5)
+    times, exact = make_times("trailing", schedule.T, 4), three_peaks(schedule)
+    *states, (_, end) = strategic(exact, schedule, starting_noise(g, (1, 1, 1)), times, {}, g)
+    wanted = [x for _, x in ddim(exact, schedule, starting_noise(generators(5), (1, 1, 1)), times[:-1] + [1], {})]
+    torch.testing.assert_close(torch.stack([x for _, x in states] + [end]), torch.stack(wanted))
+    x = starting_noise(g := generators(5), (1, 1, 1))
+    for t, s in pairwise(times):
+        found = exact(x, torch.full((5,), t), {})
+        x = ddim_step(schedule, found, 1)
+        if s > 0:
+            x = travel(schedule, x, torch.full((5,), 1), starting_noise(g, (1, 1, 1)), torch.full((5,), s))
+    torch.testing.assert_close(ours(Noise(), "tcd", "trailing", 4, 1.0), x)
+
+
+def test_tcd_at_trailing_times_needs_nothing_but_its_steps_at_1_2_4_and_8() -> None:
+    for steps in (1, 2, 4, 5, 8, 10):
+        assert timesteps_for(make_scheduler(Noise(), "tcd", "trailing"), "trailing", steps) is None
+    assert timesteps_for(make_scheduler(Noise(), "tcd", "trailing"), "trailing", 3) == [999, 666, 332]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "gamma", "message"),
+    [
+        ("lcm", 0.3, "sampler 'lcm' takes no gamma, got 0.3: tcd does"),
+        ("tcd", 1.5, "gamma must be within 0 ... 1, got 1.5"),
+        ("tcd", -0.1, "gamma must be within 0 ... 1, got -0.1"),
+    ],
+)
+def test_a_gamma_that_cannot_be_is_one_line(sampler: str, gamma: float, message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        Sampling(sampler, "lcm", gamma=gamma)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("text", ["tcd", "tcd/trailing", "tcd/lcm/0.3"])
+def test_a_sampler_is_written_with_its_spacing_and_its_gamma(text: str) -> None:
+    sampler, *more = text.split("/")
+    wanted = Sampling(sampler, more[0] if more else "lcm", gamma=float(more[1]) if len(more) > 1 else 0.0)
+    assert parse_sampler(text, Sampling()) == wanted
+    assert parse_sampler("tcd", wanted) == wanted and str(Sampling("tcd", "lcm", gamma=0.3)) == "tcd/lcm/0.3"
+    with pytest.raises(ValueError, match="must be SAMPLER, SAMPLER/SPACING or SAMPLER/SPACING/GAMMA"):
+        parse_sampler("tcd/lcm/much", Sampling())
 
 
 def hostile(name: str) -> Any:
