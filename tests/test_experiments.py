@@ -68,6 +68,10 @@ TRAINED = {
     "lcm_sd15": 859_520_964 + 256 * 320,
     "lcm_ssd1b": 1_331_334_404 + 256 * 320,
     "lcm_sdxl": 2_567_463_684 + 256 * 320,
+    "tcd_sdxl": 196_751_360,
+    "tcd_stages_sdxl": 196_751_360,
+    "pcm_sdxl": 196_751_360,
+    "pcm_sd15": 67_252_224,
 }
 # Masters, gradients, average and two moments in float32 are 20 bytes a weight: 24 GB hold them for SD 1.5 alone.
 GRADIENT_ONLY = ("lcm_ssd1b", "lcm_sdxl")

@@ -19,6 +19,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "rectified": ("method=rectified",),
     "scm": ("method=scm",),  # rcm and flash are sampled alike
     "dmd2": ("method=dmd2",),  # sid is sampled alike, in one step
+    "tcd": ("method=tcd",),
+    "pcm": ("method=pcm",),
 }
 """Settings that choose each method, by its name; one row for every way in which its students are sampled."""
 STEPS = 4

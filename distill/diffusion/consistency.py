@@ -47,7 +47,7 @@ def strategic(
     generators: Sequence[torch.Generator],
     gamma: float = 0.0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Strategic stochastic sampling (TCD, Zheng et al. 2024, arXiv 2402.19159, algorithm 4), number for number
+    """Strategic stochastic sampling (TCD, Zheng et al. 2024, arXiv 2402.19159), number for number
     diffusers' `TCDScheduler`: jumps past the next time, the further the greater `gamma`, and noises up to it again.
 
     It ends at time 1, the cleanest noise level, as that scheduler does. With gamma 0 it is DDIM without fresh noise.

@@ -125,6 +125,22 @@ class NoiseSchedule:
         """
         return ("ddim", "trailing") if self.is_linear else ("lcm", "lcm")
 
+    def stochastic_sampling(self, gamma: float | None, setting: str) -> tuple[str, str, float]:
+        """Sampler, spacing and gamma of students that may jump to any time, with a share `gamma` of fresh noise.
+
+        None is TCD's .3; for flow matching, where diffusers has no such sampler, it is none.
+
+        Raises:
+            ValueError: a gamma, which is called `setting`, that flow matching has no sampler for.
+        """
+        if not self.is_linear:
+            return "tcd", "lcm", 0.3 if gamma is None else gamma
+        if gamma not in (None, 0, 1):
+            raise ValueError(
+                f"{setting}={gamma:g}: diffusers has no such sampler for flow matching, set 0 (ddim), 1 (lcm) or null"
+            )
+        return ("lcm" if gamma == 1 else "ddim"), "trailing", 0.0
+
     @property
     def kind(self) -> str:
         """What messages call such noise."""

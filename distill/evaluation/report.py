@@ -200,7 +200,7 @@ def _of_run(run: RunFacts) -> list[str]:
 
 def setting_of(row: Row) -> Setting:
     """The setting that a row was made with."""
-    return Setting(**{field.name: row[field.name] for field in fields(Setting)})
+    return Setting(**{field.name: row[field.name] for field in fields(Setting) if field.name in row})
 
 
 def _grid(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[GridRow]]]:

@@ -81,8 +81,8 @@ class MethodsBench:
         for steps in [own.steps] if own.steps else self.plan.steps:
             for sampling in samplings(own, self.cfg.samplers):
                 if fits(sampling, last, steps):
-                    usual = replace(opened.plan, student_sampler=sampling.sampler, student_spacing=sampling.spacing)
-                    found.setdefault(steps, []).append(usual.student(steps))
+                    how = {"sampler": sampling.sampler, "spacing": sampling.spacing, "gamma": sampling.gamma}
+                    found.setdefault(steps, []).append(replace(opened.plan.student(steps), **how))
         return found
 
     def tried(self, one: Contestant, settings: Sequence[Setting]) -> dict[Setting, float]:

@@ -188,7 +188,7 @@ MISTAKES = {
     "guidance=[1,2]": "only sweep=guidance",
     "sweep=guidance": "set negative_prompt=",
     "sweep=guidance steps=[1,2] negative_prompt=blurry": "takes one number",
-    "sweep=steps sampler=ddim": "leave sampler and spacing null",
+    "sweep=steps sampler=ddim": "leave sampler, spacing and gamma null",
     "teacher=elsewhere": "reference of a sweep",
     "sweep=steps": "a sweep needs a student",
     "sweep=stpes": "sweep='stpes'",

@@ -274,7 +274,11 @@ def test_matching_brings_a_students_answers_to_the_data() -> None:
         ),
         ({}, {"discriminator_learning_rate": 0.0}, "method.discriminator_learning_rate must be above 0, got 0.0"),
         ({}, {"fake_learning_rate": -1.0}, "method.fake_learning_rate must be above 0, got -1.0"),
-        ({}, {"adversarial_loss": "wgan"}, "method.adversarial_loss must be one of nonsaturating, hinge, got 'wgan'"),
+        (
+            {},
+            {"adversarial_loss": "wgan"},
+            "method.adversarial_loss must be one of nonsaturating, hinge, hinge_clipped, least_squares, got 'wgan'",
+        ),
         ({}, {"renoise_times": [2000]}, "method.renoise_times must be within 1 ... 1000, got [2000]"),
     ],
     ids=str,

@@ -77,7 +77,8 @@ class Trained:
         x = starting_noise(generators, teacher.latent_shape)
         conditioning = teacher.encode(PROMPTS) | {"guidance": torch.full((len(PROMPTS),), w)}
         times = sampling.times(teacher.schedule.T, 4)
-        latents = sample(student, teacher.schedule, x, times, conditioning, sampling.sampler, generators)
+        how = sampling.sampler, generators, sampling.gamma
+        latents = sample(student, teacher.schedule, x, times, conditioning, *how)
         return (teacher.decode(latents) + 1) / 2
 
 
