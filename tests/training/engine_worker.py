@@ -33,8 +33,10 @@ from distill.methods.dmd2 import DMD2
 from distill.methods.lcm import LCM
 from distill.methods.lightning import LightningAdversarial
 from distill.methods.mlcm import MLCM
+from distill.methods.pcm import PCM
 from distill.methods.rectified import Rectified
 from distill.methods.sid import SiD
+from distill.methods.tcd import TCD
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.discriminator import CriticNetwork, Discriminator, LatentDiscriminator
 from distill.models.fake_score import FakeScore
@@ -83,6 +85,12 @@ REWARDED: list[Any] = [
 
 # The teacher solves from noise to times of which each sample has its own: a network that is cut is called by all ranks.
 ROLLOUT: list[Any] = [{"segments": 4, "skip": 125, "grid": 8, "source": "rollout", "iterations": 6}]
+
+# Of one network and its teacher's encoder with heads, which join in the second stage.
+TCD_STAGES: list[Any] = [
+    {"segments": 1, "iterations": 2},
+    {"segments": 1, "iterations": 4, "adversarial": 0.5, "fresh_optimizer": True},
+]
 
 # By what they keep: two moments and their steps; one moment; a sum that is there before the first step.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -217,17 +225,19 @@ def game(networks: dict[str, NetworkDenoiser]) -> dict[str, Any]:
     return {"teacher": teacher, **networks, "discriminator": Discriminator(critic)}
 
 
-def on_one_network(quantized: str | None = None, parted: bool = False) -> dict[str, Any]:
+def on_one_network(quantized: str | None = None, parted: bool = False, **critic: Any) -> dict[str, Any]:
     """Four networks as adapters and a head on the weights of one; `parted`, each on a copy of its own."""
     teacher = tiny_teacher({"network": tiny_unet("sdxl", **TWO_LEVELS).requires_grad_(False)})
     if quantized is not None:
         quantize(teacher.network, quantized)
     networks: dict[str, Any] = {
-        "discriminator": LatentDiscriminator(conditional=True, rank=2, alpha=4).network(teacher),
+        "discriminator": LatentDiscriminator(conditional=True, **(critic or {"rank": 2, "alpha": 4})).network(teacher),
         "fake_score": FakeScore(rank=3, alpha=3).network(teacher),
         **LoRAStudent(rank=4, alpha=4).networks(teacher),
     }
-    networks["discriminator"].module.head.logit.weight.data.normal_(0, 0.5, generator=generator("logit"))
+    for name, p in networks["discriminator"].module.head.named_parameters():
+        if name.endswith("logit.weight"):
+            p.data.normal_(0, 0.5, generator=generator("logit"))
     for network, view in networks.items():
         for name, p in view.module.named_parameters():
             if "lora_B" in name and network != "teacher":
@@ -267,6 +277,9 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
         method = Distance({int(k): v for k, v in case.get("poison", {}).items()})
     if case["method"] == "rollout":
         method = MLCM(SCHEDULE, ROLLOUT, guidance=1.0)
+    if case["method"] in ("tcd", "pcm"):
+        networks = on_one_network(trained="heads", levels="all")
+        method = TCD(SCHEDULE, stages=TCD_STAGES) if case["method"] == "tcd" else PCM(SCHEDULE, skip=20)  # type: ignore[arg-type]
     if case["method"] == "duel":
         method = Duel()
         networks["discriminator"] = NetworkDenoiser(

@@ -88,6 +88,7 @@ GAMES = {
 # What the cases above have under other engines.
 OTHERS = {f"ddp-{method}": ("ddp", method, {}) for method in ("duel", "critics", "rewarded", "one-network")}
 OTHERS["zero2-lcm"] = ("zero2", "lcm-ema", {})
+OTHERS |= {f"{kind}-{method}": (kind, method, {}) for kind in ("zero2", "zero3") for method in ("tcd", "pcm")}
 # A student that trains at some steps only, and gradients through frozen networks that are partitioned.
 OTHERS |= {f"{kind}-dmd2": (kind, "dmd2", {}) for kind in ("zero2", "zero3")}
 OTHERS |= {f"{kind}-sid": (kind, "sid", {"gradient_checkpointing": True}) for kind in ("zero2", "zero3")}

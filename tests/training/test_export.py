@@ -349,7 +349,7 @@ def test_an_export_of_before_is_drawn_by_lcm(full: Trained, tmp_path: Path) -> N
     facts = json.loads((folder / "distill.json").read_text())
     assert (facts.pop("prediction"), facts.pop("sampling")) == (
         "epsilon",
-        {"sampler": "lcm", "spacing": "lcm", "steps": None},
+        {"sampler": "lcm", "spacing": "lcm", "steps": None, "gamma": 0.0},
     )
     (folder / "distill.json").write_text(json.dumps(facts))
     assert sampling_of(folder) == Sampling() and read_export(folder).prediction is None
