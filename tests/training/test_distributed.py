@@ -73,7 +73,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero32-game": ("zero3/2", "game", {"gradient_checkpointing": True, "save_at": [3, 6]}),
     # Last: ZeRO-3 numbers the weights of a process, and its files, which are compared to the bit, have the numbers.
     "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
-    "zero3-rollout": ("zero3", "rollout", {}),
 }
 RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero2-critics": 3, "zero2-fp16": 3}
 RESUMED |= {"zero3-lora": 3, "zero3-lcm": 3, "zero2-game-lora": 3, "zero32-game": 3}
@@ -88,6 +87,7 @@ GAMES = {
 # What the cases above have under other engines.
 OTHERS = {f"ddp-{method}": ("ddp", method, {}) for method in ("duel", "critics", "rewarded", "one-network")}
 OTHERS["zero2-lcm"] = ("zero2", "lcm-ema", {})
+OTHERS["zero3-rollout"] = ("zero3", "rollout", {})
 OTHERS |= {f"{kind}-{method}": (kind, method, {}) for kind in ("zero2", "zero3") for method in ("tcd", "pcm")}
 # A student that trains at some steps only, and gradients through frozen networks that are partitioned.
 OTHERS |= {f"{kind}-dmd2": (kind, "dmd2", {}) for kind in ("zero2", "zero3")}
@@ -197,7 +197,7 @@ def test_two_processes_play_as_one_does_under_every_stage(method: str, folder: P
 
 
 def test_the_ranks_of_a_rollout_go_different_ways_and_call_networks_alike() -> None:
-    """Which is why the two of zero3-rollout, each of which holds half of the teacher, came to an end together."""
+    """So that the two of zero3-rollout, each of which holds half of the teacher, come to an end together."""
     method = MLCM(SCHEDULE, ROLLOUT, guidance=1.0)
     lengths = []
     for step in range(STEPS):
