@@ -17,6 +17,8 @@ from distill.methods.base import Method
 from distill.methods.lcm import LCM
 from distill.methods.lightning import LightningAdversarial, LightningConvert, LightningMSE
 from distill.methods.mlcm import MLCM, Stage
+from distill.methods.pcm import PCM
+from distill.methods.tcd import TCD, TCDStage
 
 FLOW = NoiseSchedule.linear(3.0)
 STORED, CALLED = (2.0, 5.0), 3.0
@@ -35,6 +37,8 @@ METHODS: dict[str, tuple[Method, Any]] = {
         MLCM(FLOW, [Stage(segments=1, skip=250, iterations=1, source="student", grid=4, **CRITICS)], guidance=CALLED),
         (CALLED, CALLED),
     ),
+    "tcd": (TCD(FLOW, skip=250, stages=[TCDStage(2, 1, adversarial=1.0)]), STORED),
+    "pcm": (PCM(FLOW, segments=2, skip=250), STORED),
     "mse": (LightningMSE(FLOW, source="trajectory", **LIGHTNING), STORED),
     "mse, noised": (LightningMSE(FLOW, source="noised", **LIGHTNING), (CALLED, CALLED)),
     "adversarial": (LightningAdversarial(FLOW, source="noised", **LIGHTNING), (CALLED, CALLED)),

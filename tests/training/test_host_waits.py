@@ -27,6 +27,8 @@ from distill.methods.base import Method, Turn
 from distill.methods.lcm import LCM
 from distill.methods.lightning import LightningAdversarial, LightningConvert, LightningMSE
 from distill.methods.mlcm import MLCM
+from distill.methods.pcm import PCM
+from distill.methods.tcd import TCD, TCDStage
 from distill.models.discriminator import LatentDiscriminator
 from distill.models.fake_score import FakeScore
 from distill.models.families.loading import load_teacher
@@ -55,6 +57,9 @@ METHODS: dict[str, tuple[Make, list[int]]] = {
     "mlcm, rollout": (lambda s: MLCM(s, [stage(source="rollout")]), [0]),
     "mlcm, student": (lambda s: MLCM(s, [MILESTONES]), [0]),
     "mlcm, critics": (lambda s: MLCM(s, [CRITICS]), [0]),
+    "tcd": (lambda s: TCD(s, ends="inference"), [900, 880]),
+    "tcd, stages": (lambda s: TCD(s, 25, stages=[TCDStage(4, 10, adversarial=0.5)]), [900, 875]),
+    "pcm": (lambda s: PCM(s), [900, 875]),
 }
 """Of each a method, and the times of the states that a batch has of each sample."""
 

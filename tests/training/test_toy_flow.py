@@ -30,6 +30,7 @@ METHODS = {
              "method.stages=[{segments: 4, skip: 125, iterations: 30, learning_rate: 3e-4}]"],
     "mse": ["experiment=lightning_toy", "method=lightning_mse", "method.teacher_steps=8", "method.student_steps=4",
             "student=lora", "learning_rate=3e-4"],
+    "pcm": ["experiment=pcm_toy", "learning_rate=3e-4", "method.skip=125", "method.adversarial=0"],
 }  # fmt: skip
 """How each method is run here."""
 
@@ -62,7 +63,9 @@ def losses_of(rows: list[dict[str, Any]]) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "toy"), [("lcm", "toy"), *((m, toy) for m in ("mlcm", "mse") for toy in TOYS)])
+@pytest.mark.parametrize(
+    ("method", "toy"), [("lcm", "toy"), *((m, toy) for m in ("mlcm", "mse", "pcm") for toy in TOYS)]
+)
 def test_a_method_lowers_its_loss_in_30_steps(method: str, toy: str, place: Path, tmp_path: Path) -> None:
     """Measured at the same states and noise each time.
 
