@@ -192,9 +192,9 @@ class RCM(SCM):
         at, noise = matching_time(self.schedule.T, context, x.device), context.normal(x, "noise'")
         c = with_guidance(batch.conditioning, 1.0, x)
         matched = matching_loss(self.schedule, real, fake, x, at, noise, c).mean()
-        parts = {**consistency.parts, "consistency_loss": consistency.total, "matching_loss": matched}
         total = consistency.total + self.matching * matched
-        return Losses(total, {name: value.detach() for name, value in {**parts, "loss": total}.items()})
+        terms = {"loss": total, "consistency_loss": consistency.total, "matching_loss": matched}
+        return Losses(total, {**consistency.parts, **{name: term.detach() for name, term in terms.items()}})
 
     def fake_score_loss(self, networks: Networks, batch: Batch, context: Context) -> Losses:
         """The fake score learns to denoise the student's samples, at all times (DMD, eq. 6)."""
