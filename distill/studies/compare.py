@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from distill.commands.evaluate import check_metrics, scorer_of
@@ -106,7 +107,7 @@ def bench_of(runs: Runs) -> MethodsBench:
     return MethodsBench(runs, plan, scorer, cfg.seeds)
 
 
-def write_commands(runs: Runs, contestants: dict[str, list[Contestant]]) -> None:
+def write_commands(runs: Runs, contestants: Mapping[Any, list[Contestant]]) -> None:
     """runs.txt: every run as the command that trains it, for those who train some of them elsewhere."""
     lines = []
     for students in contestants.values():

@@ -77,7 +77,11 @@ def write(folder: Path, facts: ComparedFacts, parts: Sequence[BudgetResults]) ->
         sections += [f"![{BUDGETS[part.budget]}]({name})", *closer(facts, part), *paired(facts, part)]
         sections += ["### Goals", "\n".join(f"- {line}" for line in goals(facts, part))]
     (folder / "report.md").write_text("\n\n".join(sections) + "\n")
-    found = {"settings": facts.cfg.model_dump(mode="json"), "teacher": facts.teacher, "real": facts.real}
+    found: dict[str, Any] = {
+        "settings": facts.cfg.model_dump(mode="json"),
+        "teacher": facts.teacher,
+        "real": facts.real,
+    }
     found |= {"tuned": facts.tuned, "parts": [as_json(part) for part in parts]}
     (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
 

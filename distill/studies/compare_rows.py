@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import mean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from distill.commands.evaluate import stated
 from distill.config.settings import CompareSettings
@@ -81,7 +81,11 @@ class MethodsBench:
         for steps in [own.steps] if own.steps else self.plan.steps:
             for sampling in samplings(own, self.cfg.samplers):
                 if fits(sampling, last, steps):
-                    how = {"sampler": sampling.sampler, "spacing": sampling.spacing, "gamma": sampling.gamma}
+                    how: dict[str, Any] = {
+                        "sampler": sampling.sampler,
+                        "spacing": sampling.spacing,
+                        "gamma": sampling.gamma,
+                    }
                     found.setdefault(steps, []).append(replace(opened.plan.student(steps), **how))
         return found
 

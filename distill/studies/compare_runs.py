@@ -177,6 +177,7 @@ class Runs:
         if budget == "samples":
             steps = share * self.cfg.samples_steps
         else:
+            assert self.cfg.processing_steps is not None  # settings are settled
             steps = share * self.cfg.processing_steps * self.flops(self.cfg.baseline) / cost
         period = getattr(self.method(method), "period", 1)
         whole = max(period, round(steps / period) * period)
