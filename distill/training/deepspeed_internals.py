@@ -1,6 +1,6 @@
 """Every private or undocumented part of DeepSpeed that is used, and nothing else of it.
 
-pyproject.toml bounds DeepSpeed to `>=0.19.3,<0.20`: these names may change in any release, for DeepSpeed has no public
+pyproject.toml bounds DeepSpeed to `>=0.19.8,<0.20`: these names may change in any release, for DeepSpeed has no public
 way to set the share of a weight or of an optimizer's state, to make a network compute with masters that were changed,
 to keep a write that fails from stopping one rank alone, or to read its files without an engine. A test holds that each
 name of `NAMES` exists in the installed version, and that no other module of this package has one of them.
