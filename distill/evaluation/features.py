@@ -82,8 +82,9 @@ def load_vision(path: str, kind: str = "AutoModel") -> Any:
     """
     import transformers  # seconds to import: only where it is needed
 
+    cls = getattr(transformers, kind)  # AutoModel takes the classes of transformers alone, unless code is trusted
     try:
-        return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
+        return cls.from_pretrained(path, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{path} is no folder of transformers with {kind}: {reason}") from None

@@ -181,6 +181,7 @@ BY_NAME = {  # classes of this project's own choice, which read tensors and conf
     "distill/models/families/qwen3.py": {"cls", "Qwen3Config", "Qwen2Tokenizer"},
     "distill/models/from_file.py": {"cls"},  # of the family's network, configured by a local folder
     "distill/models/rewards.py": {"CLIPModel", "AutoTokenizer"},
+    "distill/evaluation/features.py": {"cls"},  # a network of features that a user names for metrics
     "distill/commands/export.py": {"PeftModel", "cls"},  # of the export that was just written
     "distill/studies/control.py": {"ControlNetModel"},  # these have written what they read
     "distill/studies/toy_teacher.py": {"AutoencoderKL"},
