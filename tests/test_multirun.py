@@ -93,7 +93,7 @@ def test_runs_differ_in_what_is_swept_and_nothing_else() -> None:
         (["seed=1,x"], "seed='x': must be an integer"),
         (["seed=range(3,1)"], "seed=range.* is empty"),
         (["seed=interval(1,3)"], "add hydra/sweeper=optuna"),
-        (["method=glob(x*)"], "matches none of lcm, "),
+        (["method=glob(x*)"], "matches none of dmd2, .*lcm, "),
         (["seed=glob(*)"], "patterns are for groups, model, data"),
         (["seed=1,2", "hydra.sweep.dir=x"], "write output_dir=FOLDER"),
         (["seed=1,2", "hydra.sweep.subdir=x"], "each run has a folder in output_dir"),

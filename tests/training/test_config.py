@@ -60,7 +60,7 @@ def test_every_experiment_states_the_family_that_its_numbers_are_for() -> None:
 WAYS = {
     "sampler": (
         ["sampler=euler_a"],
-        "sampler: sampler 'euler_a' is not known; allowed: lcm, euler, ddim, heun, dpmpp_2m",
+        "sampler: sampler 'euler_a' is not known; allowed: lcm, tcd, euler, ddim, heun, dpmpp_2m",
     ),
     "spacing": (["spacing=even"], "spacing: spacing 'even' is not known; allowed: trailing, leading, lcm, milestones"),
 }
