@@ -41,6 +41,7 @@ INSTEAD = {"gradient_accumulation_steps": "micro_batch_size"}
 
 OmegaConf.register_new_resolver("toy", lambda name: str(_bundled(name)), replace=True)
 OmegaConf.register_new_resolver("part", lambda total, i, *weights: _part(int(total), int(i), weights), replace=True)
+OmegaConf.register_new_resolver("multiple", lambda value, of: int(value) // int(of) * int(of), replace=True)
 OmegaConf.register_new_resolver("by", lambda choice, table, usual: table.get(choice, usual), replace=True)
 
 

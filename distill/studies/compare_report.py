@@ -20,6 +20,8 @@ SHOWN_STEPS = 4
 """At which the second table and the picture's second panel look closer, where they were sampled."""
 BUDGETS = {"samples": "Equal samples", "processing": "Equal processing"}
 OF_DIVERSITY = ("recall", "diversity")
+TRUTH = "precision"
+"""Without which recall and variance are worth nothing: wrong images vary as well."""
 SHARE_OF_TEACHER = 0.98
 CPU_SECONDS = 60.0
 
@@ -108,10 +110,9 @@ def about(facts: ComparedFacts) -> str:
     """What is compared, and how."""
     cfg = facts.cfg
     seeds = ", ".join(map(str, cfg.seeds or []))
-    quick = (
-        "This is the quick form: one seed and few images, so that only large differences show. " if cfg.quick else ""
-    )
-    return f"""{quick}All students learn from one store, with one LoRA, one optimizer and one batch; settings of each
+    quick = "This is the quick form: one seed and few images, so that only large differences show." if cfg.quick else ""
+    return f"""{quick}
+All students learn from one store, with one LoRA, one optimizer and one batch; settings of each
 are `configs/experiment/compare/METHOD.yaml`. n = {cfg.n} images per row and seed; seeds of training: {seeds}. ± is the
 standard error of the mean, over images or over seeds, whichever is greater. Each student has its row by the sampler
 that was best by {METRICS[facts.metric].heading} on {cfg.tuning_n} images of other noise. Equal processing: the counted
@@ -132,7 +133,7 @@ def table(facts: ComparedFacts, part: BudgetResults) -> str:
         for steps in entry.chosen:
             row = entry.row(steps)
             bold = entry.method in alike.get(steps, ())
-            line[f"at{steps}"] = cell(row, metric, bold) + f" ({row['sampler']})"
+            line[f"at{steps}"] = cell(row, metric, bold) + f" ({sampler_of(row)})"
             if "caption_accuracy" in row:
                 line[f"captions{steps}"] = row["caption_accuracy"]
         lines.append(line)
@@ -153,6 +154,11 @@ def teacher_line(facts: ComparedFacts, part: BudgetResults) -> Row:
             line[f"at{steps}"] = cell(row, facts.metric) + f" (w {row['guidance']:g})"
             line |= {f"captions{steps}": row["caption_accuracy"]} if "caption_accuracy" in row else {}
     return line
+
+
+def sampler_of(row: Row) -> str:
+    """By which sampler a row was made, and with which share of fresh noise."""
+    return f"{row['sampler']}, γ {row['gamma']:g}" if "gamma" in row else str(row["sampler"])
 
 
 def cell(row: Row, name: str, bold: bool = False) -> str:
@@ -252,15 +258,20 @@ def monotone(facts: ComparedFacts, part: BudgetResults) -> str:
 def diverse(facts: ComparedFacts, part: BudgetResults) -> str:
     """A one-step student as diverse as its teacher."""
     what = f"A one-step student with recall and diversity at {SHARE_OF_TEACHER:g} of the teacher's or more: "
-    there = [entry for entry in part.entries if 1 in entry.chosen and "recall" in entry.row(1)]
-    if not there or "recall" not in facts.teacher:
+    names = (*OF_DIVERSITY, TRUTH)
+    there = [entry for entry in part.entries if 1 in entry.chosen and set(names) <= entry.row(1).keys()]
+    if not there or not set(names) <= facts.teacher.keys():
         return what + "not measured."
-    shares = {entry.method: [entry.row(1)[name] / facts.teacher[name] for name in OF_DIVERSITY] for entry in there}
-    reached = [name for name, both in shares.items() if min(both) >= SHARE_OF_TEACHER]
+    shares = {one.method: {name: one.row(1)[name] / facts.teacher[name] for name in names} for one in there}
+    letter = {name: min(of[key] for key in OF_DIVERSITY) for name, of in shares.items()}
+    reached = [name for name, share in letter.items() if share >= SHARE_OF_TEACHER]
+    if true := [name for name in reached if shares[name][TRUTH] >= SHARE_OF_TEACHER]:
+        return what + f"reached by {', '.join(true)}."
+    name = max(reached or shares, key=lambda one: min(letter[one], shares[one][TRUTH]))
+    said = ", ".join(f"{key} {value:.2f}" for key, value in shares[name].items())
     if reached:
-        return what + f"reached by {', '.join(reached)}."
-    name, both = max(shares.items(), key=lambda item: min(item[1]))
-    return what + f"missed; the nearest is {name}, with {both[0]:.2f} and {both[1]:.2f}."
+        return what + f"reached by numbers alone: of {name} the variance is that of wrong images (shares: {said})."
+    return what + f"missed; the nearest is {name} (shares: {said})."
 
 
 def as_good_as_the_teacher(facts: ComparedFacts, part: BudgetResults) -> str:

@@ -27,7 +27,7 @@ from distill.studies.seeds import difference, over_seeds
 from distill.training.teacher import inference_dtype
 
 log = logging.getLogger("distill")
-SHARED = ("steps", "guidance", "nfe", "sampler", "spacing", "n", "protocol", "judged_by")
+SHARED = ("steps", "guidance", "nfe", "sampler", "spacing", "gamma", "n", "protocol", "judged_by")
 T = TypeVar("T")
 WINNER, ALIKE = 3.0, 2.0
 """Standard errors of a paired difference: from which one is named the winner, and up to which two count as alike."""

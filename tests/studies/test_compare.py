@@ -172,16 +172,25 @@ def results(*entries: FakeEntry) -> BudgetResults:
 
 def test_goals_are_said_to_be_missed_where_they_are() -> None:
     facts = ComparedFacts(
-        FakeBench.cfg, {"frechet": 1.0, "frechet_se": 0.2, "steps": 50, "recall": 0.9, "diversity": 1}, {}, {}
+        FakeBench.cfg,
+        {"frechet": 1.0, "frechet_se": 0.2, "steps": 50, "recall": 0.9, "diversity": 1, "precision": 0.9},
+        {},
+        {},
     )
-    good = FakeEntry("good", {1: 3.0, 4: 1.1}, recall=0.9, diversity=0.99)
-    bad = FakeEntry("bad", {1: 3.0, 4: 3.2}, recall=0.4, diversity=0.5)
-    special = FakeEntry("special", {1: 2.5}, recall=0.4, diversity=0.5)
+    good = FakeEntry("good", {1: 3.0, 4: 1.1}, recall=0.9, diversity=0.99, precision=0.9)
+    bad = FakeEntry("bad", {1: 3.0, 4: 3.2}, recall=0.4, diversity=0.5, precision=0.8)
+    special = FakeEntry("special", {1: 2.5}, recall=0.9, diversity=3.0, precision=0.3)
     one, diverse, fast = goals(facts, results(good, bad))
     assert "reached by good." in one and "reached by good." in diverse and "reached by good." in fast
     one, diverse, fast = goals(facts, results(bad, special))
     assert "missed: bad (it does not fall with every doubling; behind the best at 1)" in one
-    assert "missed; the nearest is bad, with 0.44 and 0.50" in diverse and "missed; none is as good" in fast
+    assert (
+        "by numbers alone: of special the variance is that of wrong images (shares: recall 1.00, diversity 3.00"
+        in diverse
+    )
+    (_, missed, _) = goals(facts, results(bad, FakeEntry("none", {4: 1.0})))
+    assert "missed; the nearest is bad (shares: recall 0.44, diversity 0.50, precision 0.89)" in missed
+    assert "missed; none is as good" in fast
     (said,) = verdict_lines(facts, results(good, bad))
     assert "1 step: best is good; within 2 standard errors of it: bad. No winner is named." in said
     assert "4 steps: best is good, the winner" in said
