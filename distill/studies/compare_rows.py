@@ -21,7 +21,9 @@ from distill.evaluation.students import load_student, parse_sampler
 from distill.evaluation.toy import JudgeScorer
 from distill.methods.sampling import Sampling
 from distill.models.devices import own_device
+from distill.models.exported import FACTS
 from distill.models.families.loading import load_teacher
+from distill.models.folder import read_json
 from distill.studies.compare_runs import Contestant, Runs
 from distill.studies.seeds import difference, over_seeds
 from distill.training.teacher import inference_dtype
@@ -74,9 +76,10 @@ class MethodsBench:
 
     def settings(self, one: Contestant) -> dict[int, list[Setting]]:
         """All ways to sample a contestant's students, by the number of steps, its own first."""
-        opened = self.open(one, self.seeds[0])
-        own = sampling_of(self.runs.export_folder(one, self.seeds[0])) or Sampling()
-        last = opened.teacher.schedule.T
+        export = self.runs.export_folder(one, self.seeds[0])
+        own, embedded = sampling_of(export) or Sampling(), bool(read_json(export, FACTS).get("takes_guidance"))
+        plan = replace(self.plan, student_guidance=self.plan.guidance if embedded else 1.0, student_embedded=embedded)
+        last = self.runs.schedule.T
         found: dict[int, list[Setting]] = {}
         for steps in [own.steps] if own.steps else self.plan.steps:
             for sampling in samplings(own, self.cfg.samplers):
@@ -86,7 +89,7 @@ class MethodsBench:
                         "spacing": sampling.spacing,
                         "gamma": sampling.gamma,
                     }
-                    found.setdefault(steps, []).append(replace(opened.plan.student(steps), **how))
+                    found.setdefault(steps, []).append(replace(plan.student(steps), **how))
         return found
 
     def tried(self, one: Contestant, settings: Sequence[Setting]) -> dict[Setting, float]:

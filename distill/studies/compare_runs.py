@@ -76,6 +76,10 @@ class Runs:
 
     cfg: CompareSettings
 
+    @cached_property
+    def _composed(self) -> dict[str, TrainSettings]:
+        return {}
+
     @property
     def output(self) -> Path:
         return Path(self.cfg.output_dir)
@@ -101,7 +105,12 @@ class Runs:
         return [f"experiment={FOLDER}/{one.method}", *self.shared(), *one.more, *start, *where]
 
     def settings(self, one: Contestant, seed: int) -> TrainSettings:
-        return load("train", TrainSettings, self.overrides(one, seed))
+        """Of a run, composed once."""
+        given = self.overrides(one, seed)
+        key = " ".join(given)
+        if key not in self._composed:
+            self._composed[key] = load("train", TrainSettings, given)
+        return self._composed[key]
 
     def folder(self, one: Contestant, seed: int) -> Path:
         return self.output / "runs" / f"{one.name}-{seed}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -25,9 +26,11 @@ from distill.studies.compare_runs import Contestant, Runs, check_methods, known_
 from tests.forked import python
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = "overrides=[data.num_samples=24,global_batch_size=4,lr_warmup_steps=1]"
+SHORT = (
+    "overrides=[data.num_samples=8,data.heldout_samples=0,data.solver_steps=20,global_batch_size=4,lr_warmup_steps=1]"
+)
 SMALL = ["methods=[lcm,lightning_mse]", "seeds=[0]", "budgets=[processing]", "processing_steps=4", "n=100"]
-SMALL += ["tuning_n=100", "steps=[1,4]", "samplers=[ddim]", "guidances=[2.0]", "teacher_steps=4", SHORT]
+SMALL += ["tuning_n=100", "steps=[4]", "samplers=[ddim]", "guidances=[2.0]", "teacher_steps=4", SHORT]
 
 
 def settings(*overrides: str) -> CompareSettings:
@@ -48,8 +51,13 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
-    given = ["methods=[lcm,lightning_mse,lightning]", "processing_steps=300", "samples_steps=100"]
-    return Runs(settings(f"output_dir={folder}", *given, "start_share=0.4"))
+    given = [
+        "methods=[lcm,lightning_mse,kd]",
+        "starts={kd: lightning_mse}",
+        "processing_steps=300",
+        "samples_steps=100",
+    ]
+    return Runs(settings(f"output_dir={folder}", *given, "start_share=0.4", SHORT))
 
 
 def test_equal_processing_is_equal_counted_arithmetic_starts_included(runs: Runs) -> None:
@@ -58,7 +66,7 @@ def test_equal_processing_is_equal_counted_arithmetic_starts_included(runs: Runs
     for one in found.values():
         assert one.flops == pytest.approx(wanted, rel=0.01)
     assert found["lcm"].steps == 300 and found["lightning_mse"].steps > 330  # which calls the student once, not twice
-    start = found["lightning"].start
+    start = found["kd"].start
     assert start is not None and start.method == "lightning_mse"
     assert start.flops == pytest.approx(0.4 * wanted, rel=0.02)
 
@@ -66,8 +74,8 @@ def test_equal_processing_is_equal_counted_arithmetic_starts_included(runs: Runs
 def test_equal_samples_are_equal_steps_starts_included(runs: Runs) -> None:
     found = {one.method: one for one in runs.contestants("samples")}
     assert {found[name].steps for name in ("lcm", "lightning_mse")} == {100}
-    start = found["lightning"].start
-    assert start is not None and (start.steps, found["lightning"].steps) == (40, 60)
+    start = found["kd"].start
+    assert start is not None and (start.steps, found["kd"].steps) == (40, 60)
 
 
 def test_a_run_is_what_its_file_says_at_any_length(runs: Runs) -> None:
@@ -208,28 +216,24 @@ def told(folder: Path) -> dict[str, Any]:
     return report
 
 
-def test_a_comparison_that_is_stopped_goes_on_and_ends_with_the_same_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    compare.main(load("compare", CompareSettings, [f"output_dir={whole}", *SMALL]))
-    first = load("compare", CompareSettings, [f"output_dir={parts}", *SMALL, "methods=[lcm]"])
-    compare.main(first)
-    trained = (parts / "runs").glob("lcm-*/metrics.jsonl")
-    before = {path: path.read_text() for path in trained}
-    cut = next((parts / "evaluation").glob("*.safetensors"))
-    cut.unlink()  # as a kill leaves it: some blocks of images are there
-    compare.main(load("compare", CompareSettings, [f"output_dir={parts}", *SMALL]))
-    assert told(parts) == told(whole)
+def test_a_comparison_that_is_stopped_goes_on_and_a_method_more_adds_its_runs_alone(runs: Runs, tmp_path: Path) -> None:
+    shutil.copytree(runs.output / "costs", tmp_path / "costs")  # which take longer to count than such runs
+    given = [f"output_dir={tmp_path}", *SMALL]
+    compare.main(load("compare", CompareSettings, [*given, "methods=[lcm]"]))
+    alone = told(tmp_path)["parts"][0]["rows"]
+    before = {path: path.read_text() for path in (tmp_path / "runs").glob("lcm-*/metrics.jsonl")}
+    next((tmp_path / "evaluation").glob("*.safetensors")).unlink()  # as a kill leaves it: not all images are there
+    compare.main(load("compare", CompareSettings, given))
+    rows = told(tmp_path)["parts"][0]["rows"]
+    assert [row["method"] for row in rows] == ["lcm", "lightning_mse"] and rows[:1] == alone
     assert before and all(path.read_text() == text for path, text in before.items())  # not trained again
-    report = (parts / "report.md").read_text()
-    assert "| lcm " in report and "| lightning_mse " in report and "No winner is named" in report
-    assert (parts / "methods.png").stat().st_size > 5000 and "experiment=compare/lcm" in (
-        parts / "runs.txt"
-    ).read_text()
-    changed = [f"output_dir={parts}", *SMALL, SHORT.replace("data.num", "learning_rate=9e-4,data.num")]
+    report = (tmp_path / "report.md").read_text()
+    assert "| lcm " in report and "| lightning_mse " in report and "### Less lcm, in pairs" in report
+    assert (tmp_path / "methods.png").stat().st_size > 5000
+    assert "experiment=compare/lcm" in (tmp_path / "runs.txt").read_text()
+    changed = Runs(settings(*given, SHORT.replace("data.num", "learning_rate=9e-4,data.num")))
     with pytest.raises(ConfigError, match="was trained with learning_rate=0.002, and it is 0.0009 now: remove"):
-        compare.main(load("compare", CompareSettings, changed))
+        changed.train(changed.contestants("processing")[:1], [0])
 
 
 @pytest.mark.slow
