@@ -62,7 +62,7 @@ def strategic(
         share = (1 - gamma) * (arrives - 1).float()  # in float32, as the scheduler has it
         s = 1 + share.floor().to(torch.int64)
         t_batch = torch.full_like(s, t)
-        x = jump(schedule, denoiser(x, t_batch, conditioning), x, t_batch, s)
+        x = landing(schedule, denoiser, x, t_batch, s, conditioning)
         if gamma > 0 and following > 0:
             x = travel(schedule, x, s, starting_noise(generators, tuple(x.shape[1:])).to(x), arrives)
         yield following, x
@@ -74,6 +74,11 @@ def jump(schedule: NoiseSchedule, denoised: Denoised, x_t: Tensor, t: Tensor, s:
     A single DDIM step reaches any s, so boundary conditions hold by construction (Heek et al. 2024, alg. 1).
     """
     return where(t == s, wide(x_t), ddim_step(schedule, denoised, s))
+
+
+def landing(schedule: NoiseSchedule, network: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, c: Conditioning) -> Tensor:
+    """Where a network's `jump` from x_t at t lands at s, in one call. [B, ...]"""
+    return jump(schedule, network(x_t, t, c), x_t, t, s)
 
 
 def inverse_jump(schedule: NoiseSchedule, x_s: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -117,12 +117,11 @@ SHARES = {"precision": precision, "recall": recall, "coverage": coverage}
 
 
 @dataclass(frozen=True)
-class NeighbourMetric:
-    """Precision, recall or coverage of pictures' features, see `distill.evaluation.neighbours`.
+class FeatureMetric:
+    """A number of pictures' features against those of real pictures.
 
     Args:
-        key: which of `SHARES`.
-        name: which network.
+        key, name: its name in results; which network it is of.
         network: pictures [B, 3, H, W] in [0, 1] -> features [B, F].
         real: features of real pictures [m, F]; called when pictures are summed up.
     """
@@ -132,18 +131,31 @@ class NeighbourMetric:
     network: Callable[[Tensor], Tensor]
     real: Callable[[], Tensor]
 
-    @torch.no_grad()
-    def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {"neighbour_features": self.network(images).float().cpu()}
+    def left_out(self, measured: Mapping[str, Tensor], groups: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The number, and what it is without each of the groups of neighbouring pictures."""
+        raise NotImplementedError
 
     def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
-        """The share, its standard error, and of how many real pictures. Raises ValueError: too few pictures."""
+        """The number, its standard error, and of how many real pictures. Raises ValueError: too few pictures."""
         value, without = self.left_out(measured, GROUPS)
         return {
             self.key: value[self.key],
             f"{self.key}_se": jackknife(without[self.key]),
-            f"{self.key}_n_real": self._n,
+            f"{self.key}_n_real": len(self._real),
         }
+
+    @cached_property
+    def _real(self) -> Tensor:
+        return self.real()
+
+
+@dataclass(frozen=True)
+class NeighbourMetric(FeatureMetric):
+    """Precision, recall or coverage, by `key` of `SHARES`; see `distill.evaluation.neighbours`."""
+
+    @torch.no_grad()
+    def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"neighbour_features": self.network(images).float().cpu()}
 
     def left_out(self, measured: Mapping[str, Tensor], groups: int) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The share, and what it is without each of the groups of neighbouring pictures, the balls' radii kept."""
@@ -151,54 +163,23 @@ class NeighbourMetric:
         share, without = SHARES[self.key](features, real, groups)
         return {self.key: share}, {self.key: without}
 
-    @cached_property
-    def _real(self) -> Tensor:
-        return self.real()
-
-    @property
-    def _n(self) -> int:
-        return len(self._real)
-
 
 @dataclass(frozen=True)
-class DiscrepancyMetric:
+class DiscrepancyMetric(FeatureMetric):
     """CMMD: the squared maximum mean discrepancy of pictures' embeddings from those of real pictures, times 1000.
 
     The estimate is the biased one, of least variance (Gretton et al. 2012, eq. 5), as published numbers are.
-
-    Args:
-        key, name, network, real: see `NeighbourMetric`; embeddings have length 1.
+    Embeddings have length 1.
     """
-
-    key: str
-    name: str
-    network: Callable[[Tensor], Tensor]
-    real: Callable[[], Tensor]
 
     @torch.no_grad()
     def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {f"{self.key}_embeddings": self.network(images).float().cpu()}
 
-    def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
-        value, without = self.left_out(measured, GROUPS)
-        return {
-            self.key: value[self.key],
-            f"{self.key}_se": jackknife(without[self.key]),
-            f"{self.key}_n_real": self._n,
-        }
-
     def left_out(self, measured: Mapping[str, Tensor], groups: int) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The discrepancy, and what it is without each of the groups of neighbouring pictures."""
         value, without = discrepancy(measured[f"{self.key}_embeddings"], self._real, groups)
         return {self.key: value}, {self.key: without}
-
-    @cached_property
-    def _real(self) -> Tensor:
-        return self.real()
-
-    @property
-    def _n(self) -> int:
-        return len(self._real)
 
 
 def discrepancy(x: Tensor, y: Tensor, groups: int) -> tuple[float, Tensor]:

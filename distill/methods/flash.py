@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.adversarial import AdversarialScalars, Adversary
-from distill.diffusion.consistency import jump, where
+from distill.diffusion.consistency import landing, where
 from distill.diffusion.guidance import guided, with_guidance
 from distill.diffusion.losses import l2, pseudo_huber
 from distill.diffusion.matching import matching_loss, matching_time
@@ -236,7 +236,7 @@ class Flash(Method):
         K = self.teacher_steps
         for i in range(K):
             here, there = (t * (K - j) // K for j in (i, i + 1))
-            x = jump(self.schedule, teacher(x, here, c), x, here, there)
+            x = landing(self.schedule, teacher, x, here, there, c)
         return x
 
 

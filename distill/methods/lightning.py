@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.adversarial import AdversarialScalars, Adversary
-from distill.diffusion.consistency import jump
+from distill.diffusion.consistency import landing
 from distill.diffusion.guidance import guided, with_guidance
 from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Conditioning
@@ -116,7 +116,7 @@ class Progressive(Method):
         teacher, x = guided(networks["teacher"], batch.unconditional, self.w), x_t
         with torch.no_grad():
             for here, there in pairwise(self.paths.on(t.device)[t].unbind(1)):
-                x = jump(self.schedule, teacher(x, here, batch.conditioning), x, here, there)
+                x = landing(self.schedule, teacher, x, here, there, batch.conditioning)
         return x
 
     def squared_error(self, networks: Networks, batch: Batch, context: Context) -> Losses:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.adversarial import AdversarialScalars, Adversary, Origin
-from distill.diffusion.consistency import inverse_jump, jump, where
+from distill.diffusion.consistency import inverse_jump, landing, where
 from distill.diffusion.guidance import guided, with_guidance
 from distill.diffusion.losses import l2, pseudo_huber
 from distill.diffusion.matching import denoising_loss, matching_loss, matching_time
@@ -239,7 +239,7 @@ class MLCM(Method):
 
     def g(self, student: Denoiser, x: Tensor, t: Tensor, end: Tensor, c: Conditioning) -> Tensor:
         """The DDIM jump from t to `end` along the student's answer, and x itself where t is `end` (MLCM, sec. 4.1)."""
-        return jump(self.schedule, student(x, t, c), x, t, end)
+        return landing(self.schedule, student, x, t, end, c)
 
     def d(self, stage: Stage, networks: Networks, f_t: Denoised, g_s: Tensor, step: Transition, end: Tensor) -> Tensor:
         """The distance, in the stage's space, of the answer f_t at x_t from one that lands at g_s, [B]."""

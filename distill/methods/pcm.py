@@ -18,7 +18,7 @@ from distill.diffusion.adversarial import (
     discriminator_loss,
     generator_loss,
 )
-from distill.diffusion.consistency import jump
+from distill.diffusion.consistency import landing
 from distill.diffusion.guidance import with_guidance
 from distill.diffusion.losses import pseudo_huber
 from distill.diffusion.prediction import Denoiser
@@ -142,13 +142,13 @@ class PCM(Method):
     def lands(self, student: Denoiser, batch: Batch, start: Tensor) -> Tensor:
         """a: where the student's jump from x_t lands at `start` [B]. [B, C, h, w]"""
         step, c = batch.transition(), with_guidance(batch.conditioning, batch.guidance, batch.states)
-        return jump(self.schedule, student(step.x_t, step.t, c), step.x_t, step.t, start)
+        return landing(self.schedule, student, step.x_t, step.t, start, c)
 
     @torch.no_grad()
     def target(self, student: Denoiser, batch: Batch, start: Tensor) -> Tensor:
         """b: where its jump from x_s lands, and x_s itself where that is at `start` [B] already. [B, C, h, w]"""
         step, c = batch.transition(), with_guidance(batch.conditioning, batch.guidance, batch.states)
-        return jump(self.schedule, student(step.x_s, step.s, c), step.x_s, step.s, start)
+        return landing(self.schedule, student, step.x_s, step.s, start, c)
 
     def shown_time(self, batch: Batch, context: Context) -> Tensor:
         """t' [B], uniform from the start of t's phase to its end, both of them among it."""

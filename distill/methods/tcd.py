@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.adversarial import AdversarialScalars, Adversary
-from distill.diffusion.consistency import jump
+from distill.diffusion.consistency import landing
 from distill.diffusion.guidance import with_guidance
 from distill.diffusion.losses import l2, pseudo_huber
 from distill.diffusion.prediction import Denoiser
@@ -214,13 +214,13 @@ class TCD(Method):
     def lands(self, student: Denoiser, batch: Batch, end: Tensor) -> Tensor:
         """Where the student's jump from x_t lands at `end` [B]. [B, C, h, w]"""
         step, c = batch.transition(), with_guidance(batch.conditioning, batch.guidance, batch.states)
-        return jump(self.schedule, student(step.x_t, step.t, c), step.x_t, step.t, end)
+        return landing(self.schedule, student, step.x_t, step.t, end, c)
 
     @torch.no_grad()
     def target(self, student: Denoiser, batch: Batch, end: Tensor) -> Tensor:
         """Where its jump from x_s lands, and x_s itself where that is at `end` [B] already. [B, C, h, w]"""
         step, c = batch.transition(), with_guidance(batch.conditioning, batch.guidance, batch.states)
-        return jump(self.schedule, student(step.x_s, step.s, c), step.x_s, step.s, end)
+        return landing(self.schedule, student, step.x_s, step.s, end, c)
 
     def end(self, stage: TCDStage, batch: Batch, context: Context) -> Tensor:
         """e [B], at random for each sample."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from distill.methods.dmd2 import DMD2
 from distill.methods.mlcm import MLCM
 from distill.methods.rectified import Rectified
 from tests.analytic import Mixture, exact_student, gaussian
+from tests.learned import LinearCritic, train
 
 VP, FLOW = NoiseSchedule.scaled_linear(), NoiseSchedule.linear(3.0)
 SCHEDULES = pytest.mark.parametrize("schedule", [VP, FLOW], ids=["VP", "flow"])
@@ -71,27 +71,12 @@ class Score(Gaussian):
         return Denoised(self.mean + alpha * self.sd**2 * off, sigma * off)
 
 
-class Critic(nn.Module):
-    """A discriminator of one weight; notes what it is shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
-        self.shown: list[Any] = []
-
-    def forward(
-        self, samples: Sequence[Tensor], t: Tensor, conditioning: Conditioning, origin: Origin | None = None
-    ) -> list[Tensor]:
-        self.shown.append((list(samples), t, origin))
-        return [self.weight * x.flatten(1).sum(1) for x in samples]
-
-
 def parties(schedule: NoiseSchedule = VP, student: tuple[float, float] = (0.0, 0.9)) -> dict[str, Any]:
     return {
         "student": Student(*student, schedule),
         "teacher": data(schedule),
         "fake_score": Score(*student, schedule),
-        "discriminator": Critic(),
+        "discriminator": LinearCritic(),
     }
 
 
@@ -363,15 +348,7 @@ def test_it_is_sampled_by_its_own_number_of_steps_and_measured_on_no_solve() -> 
 def test_it_brings_a_student_of_two_steps_to_the_data_of_a_flow_matching_teacher() -> None:
     n, networks = 32, parties(FLOW, (-0.6, 0.5))
     method = DMD2(FLOW, 2, guidance=1.0, every=3, fake_warmup=9)
-    rates = {"student": 0.04, "fake_score": 0.1}
-    optimizers = {name: torch.optim.Adam(networks[name].parameters(), rate) for name, rate in rates.items()}
-    for step in range(150):
-        positions = tuple(range(n * step, n * (step + 1)))
-        batch = replace(batch_of(n, FLOW), positions=positions)
-        for turn in method.turns(step):
-            optimizers[turn.updates].zero_grad()
-            turn.loss(networks, batch, Context(0, step, positions)).total.backward()
-            optimizers[turn.updates].step()
+    train(method, networks, batch_of(n, FLOW), {"student": 0.04, "fake_score": 0.1}, steps=150)
     student = networks["student"]
     assert (student.mean.item(), student.sd.item()) == pytest.approx((MEAN, SD), abs=0.12)
 

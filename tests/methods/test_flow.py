@@ -23,8 +23,8 @@ from distill.methods.lightning import LightningAdversarial, LightningConvert, Li
 from distill.methods.mlcm import MLCM, SPACES, Stage
 from distill.methods.sampling import sample
 from tests.analytic import Mixture, exact_student, gaussian, gaussian_flow
+from tests.learned import LinearCritic
 from tests.methods.test_lightning import Critic
-from tests.methods.test_mlcm_terms import Linear
 
 FLOW = NoiseSchedule.linear(3.0)
 SHAPE = (2, 3, 1)
@@ -152,7 +152,7 @@ def test_every_turn_of_adversarial_training_and_matching_reaches_its_network() -
         segments=1, skip=100, iterations=1, grid=8, source="student", loss_space="v", matching=1.0, adversarial=1.0
     )
     games: list[tuple[Any, Any]] = [
-        (MLCM(FLOW, [stage], guidance=1.0), Linear()),
+        (MLCM(FLOW, [stage], guidance=1.0), LinearCritic()),
         (LightningAdversarial(FLOW, 1, 4, times=(1000,)), Critic()),
     ]
     for method, critic in games:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from distill.diffusion.adversarial import Origin
 from distill.diffusion.guidance import guided
 from distill.diffusion.matching import matching_loss
 from distill.diffusion.prediction import Conditioning, Denoised, Prediction, to_denoised
@@ -22,6 +20,7 @@ from distill.diffusion.trajectory import Batch
 from distill.methods.base import Losses, Turn
 from distill.methods.mlcm import MLCM
 from tests.analytic import Mixture
+from tests.learned import LinearCritic
 from tests.methods.test_mlcm import FIRST, SCHEDULE, SECOND, SHAPE, context, data, exact, noise_batch
 
 LAST = {**SECOND, "matching": 2.0, "adversarial": 3.0}
@@ -54,23 +53,13 @@ class Score(nn.Module):
         return Denoised(self.mean + alpha * self.sd**2 * off, sigma * off)
 
 
-class Linear(nn.Module):
-    """A discriminator of one weight; notes what it is shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
-        self.shown: list[Any] = []
-
-    def forward(
-        self, samples: Sequence[Tensor], t: Tensor, conditioning: Conditioning, origin: Origin | None = None
-    ) -> list[Tensor]:
-        self.shown.append((list(samples), t, origin))
-        return [self.weight * x.flatten(1).sum(1) for x in samples]
-
-
 def networks() -> dict[str, Any]:
-    return {"student": Student(0.2, 0.9), "teacher": data(), "fake_score": Score(-0.1, 0.5), "discriminator": Linear()}
+    return {
+        "student": Student(0.2, 0.9),
+        "teacher": data(),
+        "fake_score": Score(-0.1, 0.5),
+        "discriminator": LinearCritic(),
+    }
 
 
 def method(**stage: Any) -> MLCM:

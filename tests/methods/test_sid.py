@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from distill.diffusion.guidance import guided
 from distill.diffusion.matching import fake_score_loss, identity_loss, matching_loss
 from distill.diffusion.prediction import Conditioning, Denoised
-from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule, add_noise
 from distill.diffusion.trajectory import CleanEnd
 from distill.methods.sid import SiD
 from tests.analytic import Mixture
+from tests.learned import train
 from tests.methods.test_dmd2 import (
     FLOW,
     MEAN,
@@ -196,15 +196,7 @@ def test_both_networks_train_in_every_step_or_the_student_in_the_last_of_several
 def test_it_brings_a_student_to_the_data_of_a_flow_matching_teacher() -> None:
     n, networks = 32, parties(FLOW, (-0.4, 0.5))
     method = SiD(FLOW, guidance=1.0, fake_guidance=1.0)
-    rates = {"student": 0.03, "fake_score": 0.1}
-    optimizers = {name: torch.optim.Adam(networks[name].parameters(), rate) for name, rate in rates.items()}
-    for step in range(120):
-        positions = tuple(range(n * step, n * (step + 1)))
-        batch = replace(batch_of(n, FLOW), positions=positions)
-        for turn in method.turns(step):
-            optimizers[turn.updates].zero_grad()
-            turn.loss(networks, batch, Context(0, step, positions)).total.backward()
-            optimizers[turn.updates].step()
+    train(method, networks, batch_of(n, FLOW), {"student": 0.03, "fake_score": 0.1}, steps=120)
     student = networks["student"]
     assert (student.mean.item(), student.sd.item()) == pytest.approx((MEAN, SD), abs=0.12)
 
