@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from itertools import count, islice
@@ -51,3 +53,21 @@ def test_the_threads_end_with_what_they_work_for() -> None:
     for thread in mine:
         thread.join(timeout=5)
     assert not any(thread.is_alive() for thread in mine)
+
+
+def test_a_process_that_exits_in_the_middle_of_calls_is_not_aborted() -> None:
+    """A thread that Python ends within torch's C++ code would take the whole process with it, by SIGABRT."""
+    program = """
+from itertools import count
+import torch
+from distill.data.ahead import read_ahead
+square = torch.rand(600, 600)
+def work(n):
+    for _ in range(20):
+        (square @ square).sum()
+    return n
+results = read_ahead([work] * 2, count(), 4)
+print(next(results))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
