@@ -68,7 +68,7 @@ def read_ahead(workers: Iterable[Callable[[T], R]], items: Iterable[T], ahead: i
 
 @atexit.register
 def _finish_calls() -> None:
-    """Python ends a daemon thread where it next needs the interpreter; within C++ code that aborts the whole process."""
+    """Python ends a daemon thread where it next needs the interpreter; within C++ code that aborts the process."""
     _exiting.set()
     until = time.monotonic() + EXIT_WAITS_SECONDS
     threads = dict(_running)
