@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 MISTAKE = 2  # exit codes of commands: settings or data that are wrong
 ALARM = 3  # a run that was ended because it did not learn
+HUNG = 4  # something did not come in time: the watchdog's
+NOT_WRITTEN = 74  # the last checkpoint could not be written
 AGAIN = 75  # saved, and to be run again; or something could not be read
+OF_THE_MACHINE = frozenset({HUNG, NOT_WRITTEN, AGAIN})
+BY_SIGNAL = 128  # exit codes above it say which signal has ended the work
 NOT_ENOUGH_TIME = 1  # what a job ends with that was stopped before it got any further
 
 
@@ -19,7 +23,7 @@ class Attempt:
         before, after: how far the work was when it started, and is now, in words.
         stopped: whether a signal stopped it, before its time was up or from the cluster.
         cancelled: whether somebody has cancelled the job.
-        failures: how many of its earlier starts count as failed.
+        failures: how many starts in a row, just before this one, have failed without getting any further.
     """
 
     code: int
@@ -35,8 +39,18 @@ class Attempt:
 
     @property
     def failed(self) -> bool:
-        """Whether it counts among the failures: it ended unasked, and not because it had saved for the next start."""
-        return self.code != 0 and not self.stopped and (self.code != AGAIN or not self.got_further)
+        """Whether it counts among the failures: it ended unasked, and got no further."""
+        return self.code != 0 and not self.stopped and not self.got_further
+
+    @property
+    def failures_in_a_row(self) -> int:
+        """The starts that have failed since the work last got further, this one included."""
+        return 0 if self.got_further else self.failures + self.failed
+
+    @property
+    def may_be_the_machines_fault(self) -> bool:
+        """Whether the same start may go well elsewhere or later: unlike a program's own error, which comes again."""
+        return self.code in OF_THE_MACHINE or self.code > BY_SIGNAL
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,11 @@ class Decision:
 
 
 def decide(attempt: Attempt, max_failures: int) -> Decision:
-    """A job is run again if that may help: it got further, or could not read its data; but not for ever."""
+    """A job is run again if that may help: it got further, or a machine may have been at fault; but not for ever.
+
+    Args:
+        max_failures: so many failures in a row, without any progress between them, are allowed.
+    """
     code, after = attempt.code, attempt.after
     if code == 0:
         return Decision(False, 0, "")
@@ -68,9 +86,10 @@ def decide(attempt: Attempt, max_failures: int) -> Decision:
     if attempt.stopped and not attempt.got_further:
         words = f"stopped before it got any further ({after}): it needs more time than --time gives"
         return Decision(False, NOT_ENOUGH_TIME, words)
-    if code != AGAIN and not attempt.got_further:
+    if not attempt.got_further and not attempt.may_be_the_machines_fault:
         return Decision(False, code, f"ended with exit code {code} and got no further than {after}")
-    failures = attempt.failures + 1
-    if attempt.failed and failures > max_failures:
-        return Decision(False, code, f"ended with exit code {code} and has failed {failures} times")
+    failures = attempt.failures_in_a_row
+    if failures > max_failures:
+        words = f"ended with exit code {code} and has failed {failures} times in a row without getting further than "
+        return Decision(False, code, words + after)
     return Decision(True, code, f"ended with exit code {code} and is at {after}: back to the queue")

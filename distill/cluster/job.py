@@ -38,7 +38,7 @@ class Job:
         progress: a kind of `distill.cluster.progress.KINDS`, and a folder or URL.
         notes: the folder for what has to survive a requeue; each job has a folder of its own in it.
         grace_seconds: from the signal USR1 to the end of the job, as `sbatch --signal` says.
-        max_failures: so often a job is run again that failed, but had got further, or could not read its data at all.
+        max_failures: so often in a row a job is run again that failed and got no further.
     """
 
     name: str

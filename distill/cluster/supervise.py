@@ -59,8 +59,8 @@ def supervise(job: Job, cluster: Slurm | Alone) -> int:
     code = work.run()
     after, failures = progress(*job.progress), failures_in(notes)
     attempt = Attempt(code_of(notes, code), before, after, work.stopped, cluster.cancelled(), failures)
-    if attempt.failed:
-        write(notes / "failures", failures + 1)
+    if attempt.failures_in_a_row != failures:
+        write(notes / "failures", attempt.failures_in_a_row)
     code = concluded(decide(attempt, job.max_failures), job, cluster)
     if code:  # for the page of a sweep
         write(notes / "code", code)
@@ -122,7 +122,7 @@ def code_of(notes: Path, code: int) -> int:
 
 
 def failures_in(notes: Path) -> int:
-    """How many starts of this job have failed."""
+    """How many starts of this job in a row have failed without getting any further."""
     try:
         return int((notes / "failures").read_text())
     except (OSError, ValueError):

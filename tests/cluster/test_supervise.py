@@ -58,7 +58,7 @@ def ended(supervisor: psutil.Popen) -> tuple[int, str]:
             "error: work: an alarm has ended the run, which is saved at step 1\n",
         ),
         ("exit 5", 5, "error: work: ended with exit code 5 and got no further than no checkpoint\n"),
-        ("kill -KILL $$", 137, "error: work: ended with exit code 137 and got no further than no checkpoint\n"),
+        ("kill -KILL $$", 75, "work ended with exit code 137 and is at no checkpoint: run it again\n"),
         ("echo 2 >$JOB_NOTES/exit-1; exit 137", 2, "error: work: the settings or the data are wrong, see above\n"),
         (
             FURTHER.format(4) + "; echo 75 | tee $JOB_NOTES/exit-0 >$JOB_NOTES/exit-1; exit 137",
@@ -71,10 +71,14 @@ def test_the_exit_code_of_the_work_is_never_lost(work: str, code: int, words: st
     assert ended(started(tmp_path, work)) == (code, words)
 
 
-def test_failures_are_counted_over_all_starts_and_end_the_job(tmp_path: Path) -> None:
-    work = "mkdir -p run && date +%s%N >run/DONE; exit 5"
-    codes = [ended(started(tmp_path, work, max_failures=1))[0] for _ in range(2)]
-    assert codes == [75, 5] and (tmp_path / "notes" / "alone" / "failures").read_text() == "2\n"
+def test_failures_in_a_row_without_progress_end_the_job(tmp_path: Path) -> None:
+    def once(work: str) -> int:
+        return ended(started(tmp_path, work, max_failures=1))[0]
+
+    further = "mkdir -p run && date +%s%N >run/DONE; exit 5"
+    assert [once(work) for work in ("kill -KILL $$", further, "kill -KILL $$")] == [75, 75, 75]
+    assert once("kill -KILL $$") == 137
+    assert (tmp_path / "notes" / "alone" / "failures").read_text() == "2\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

@@ -32,8 +32,8 @@ OUTCOMES = [
     (f"{FURTHER}; exit 3", "3:0", 0, "error: work: an alarm has ended the run, which is saved at step"),
     (f"{FURTHER}; exit 2", "2:0", 0, "error: work: the settings or the data are wrong"),
     ("exit 5", "5:0", 0, "error: work: ended with exit code 5 and got no further than no checkpoint"),
-    ("exit 75", "75:0", 1, "error: work: ended with exit code 75 and has failed 2 times"),
-    (f"{FURTHER}; exit 5", "5:0", 1, "error: work: ended with exit code 5 and has failed 2 times"),
+    ("exit 75", "75:0", 1, "error: work: ended with exit code 75 and has failed 2 times in a row"),
+    ("exit 4", "4:0", 1, "error: work: ended with exit code 4 and has failed 2 times in a row"),
     (f"{FURTHER}; echo 3 >$JOB_NOTES/exit-1; exit 137", "3:0", 0, "an alarm has ended the run"),
 ]
 

@@ -102,7 +102,7 @@ def test_a_killed_rank_ends_the_job_which_goes_on_to_the_same_weights(
     rank.kill()
     facts, log = slurm.ended(job), log_of(tmp_path / "run")
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
-    assert (tmp_path / "run" / "slurm" / job / "failures").read_text() == "1\n"
+    assert not (tmp_path / "run" / "slurm" / job / "failures").exists()  # it had got further
     assert same(weights(tmp_path / "run"), weights(undisturbed))
 
 
