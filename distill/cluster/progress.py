@@ -22,18 +22,29 @@ def steps_taken(folder: Path) -> int:
     return max([*found, steps_done(folder)])
 
 
-def finished(folder: Path, max_train_steps: int) -> bool:
-    """Whether the run in `folder` has taken so many steps."""
-    return steps_done(folder) >= max_train_steps
+def finished(folder: Path, max_train_steps: int, stops: bool = True) -> bool:
+    """Whether the run in `folder` has taken so many steps, or was to and has ended before, for it no longer got better.
+
+    Args:
+        stops: whether it is to end for that; else it has steps to take.
+    """
+    taken, planned = _done(folder)
+    return taken >= max_train_steps or (stops and planned == max_train_steps)
 
 
 def steps_done(folder: Path) -> int:
     """The steps of a run that has finished; 0 of one that has not."""
+    return _done(folder)[0]
+
+
+def _done(folder: Path) -> tuple[int, int]:
+    """Steps taken, and those that were to be, by `DONE`, which says `300`, or `300 of 1000`; 0 of both without one."""
     try:
-        steps = (folder / "DONE").read_bytes().strip(b"\0 \r\n\t")
+        text = (folder / "DONE").read_bytes().strip(b"\0 \r\n\t")
     except FileNotFoundError:
-        return 0
-    return int(steps) if steps.isdigit() else 0  # emptied by a power loss, it is written again
+        return 0, 0
+    found = re.fullmatch(rb"(\d+)(?: of (\d+))?", text)  # emptied by a power loss, it is written again
+    return (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
 
 
 def of_run(folder: str) -> str:

@@ -23,6 +23,7 @@ TARGETS = (
     "distill.models.",
     "distill.toy.",
     "distill.training.engine.",
+    "distill.training.best.",
     "distill.training.health.",
     "distill.training.tracking.",
     "torch.optim.",

@@ -281,6 +281,7 @@ class TrainSettings(Settings):
     teacher: FilePath | None = None
     start: FilePath | None = None
     health: Component = {"_target_": "distill.training.health.Health"}
+    best: Component = {"_target_": "distill.training.best.Best"}  # runs of before it existed have none
     output_dir: FilePath
     seed: Natural
     max_train_steps: Annotated[Positive, BeforeValidator(follow_stages)]
@@ -711,6 +712,39 @@ class CompareSettings(Settings):
     metric: str
     protocol: ProtocolSettings
     weights: dict[str, FilePath | None]
+    batch_size: Positive
+
+
+class SabotageCaseSettings(Settings):
+    """A run of `method`, a file of `configs/experiment/compare/`, and what is wrong with it, in words and overrides.
+
+    `start` is a method whose student it begins from; `small` has it learn from the small store.
+    """
+
+    what: str
+    method: str
+    overrides: list[str] = []
+    start: str | None = None
+    small: Flag = False
+    length: Positive = 1  # of the usual steps
+
+
+class SabotageSettings(Settings):
+    """`configs/sabotage.yaml`: runs that go wrong, and whether the checkpoint that they choose is their best."""
+
+    output_dir: FilePath
+    store: FilePath | None
+    overrides: list[str]
+    cases: dict[str, SabotageCaseSettings]
+    only: list[str] | None
+    max_train_steps: Positive
+    validations: Positive
+    patience: Positive
+    start_steps: Positive
+    small_store: Positive
+    n: Annotated[int, Field(ge=100, strict=True)]
+    steps: Positive
+    seed: Natural
     batch_size: Positive
 
 

@@ -20,6 +20,10 @@ from distill.methods.sampling import Sampling
 
 Networks = Mapping[str, Any]
 """Networks by name: "student", "teacher" (`Denoiser`s), and what else a method trains or requires."""
+CONSISTENCY, DISTANCE = "validation/heldout_consistency", "validation/heldout_distance"
+HELDOUT, REWARD = "validation/heldout_loss", "validation/reward"
+MEASURES = {CONSISTENCY: "lower", DISTANCE: "lower", HELDOUT: "lower", REWARD: "higher"}
+"""What students are judged by without labels, and which values are better. See `distill.training.best`."""
 Reward = Callable[..., tuple[Tensor, ...]]
 """Latents [B, C, h, w], then lists of B prompts -> for each list the scores [B], differentiable in the latents."""
 
@@ -88,6 +92,13 @@ class Method(ABC):
     Stored trajectories have their own, which comes on top wherever the method reads trajectories.
     """
 
+    judged_by: tuple[str, ...] = (CONSISTENCY, HELDOUT)
+    """Of `MEASURES`, what says which of a run's students is the best: the first that a run has.
+
+    Held-out consistency is for students that are to end where the teacher's solve from the same noise does; for those
+    that only share its distribution it is the held-out distance. A loss is the last resort: it is of a step, not of
+    samples, and means something else in another stage.
+    """
     adversarial: AdversarialScalars | None = None
     """How its adversarial training is logged, if it trains a discriminator."""
 

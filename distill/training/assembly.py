@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from distill.data.words import counted
 from distill.diffusion.guidance import guided
 from distill.diffusion.prediction import Denoiser
 from distill.diffusion.trajectory import Batch
-from distill.methods.base import Method
+from distill.methods.base import CONSISTENCY, DISTANCE, HELDOUT, MEASURES, REWARD, Method
 from distill.models.denoiser import NetworkDenoiser
 from distill.models.devices import described, own_device
 from distill.models.exported import Exported, open_export
@@ -41,7 +42,8 @@ from distill.models.families.teacher import Teacher
 from distill.models.lora import lora_layers
 from distill.models.quantized import quantize
 from distill.models.schedulers import scheduler_settings
-from distill.training.checkpoint import Checkpoints
+from distill.training.best import Best, error_of
+from distill.training.checkpoint import BEST, Checkpoints
 from distill.training.ends import PREEMPTED, exit_code, say_end
 from distill.training.engine import Engine, EngineSettings
 from distill.training.fitting import (
@@ -57,12 +59,13 @@ from distill.training.fitting import (
     say_unlogged,
 )
 from distill.training.health import Health
-from distill.training.heldout import MOST_AT_ONCE, HeldOutLoss
+from distill.training.heldout import MOST_AT_ONCE, HeldOutLoss, mean_of
+from distill.training.heldout_samples import HeldOutSamples
 from distill.training.helpers import helpers_of
 from distill.training.launched import launched_rank, launched_world_size, require_one_task
 from distill.training.learning_rate import LearningRate
 from distill.training.lock import RunLock
-from distill.training.loop import Every, NoData, Observers, train
+from distill.training.loop import Every, NoData, Observers, note_best, train
 from distill.training.micro_batch import (
     TRAINING_ADVICE,
     Counting,
@@ -73,7 +76,7 @@ from distill.training.micro_batch import (
     within_memory,
 )
 from distill.training.preemption import Preemption
-from distill.training.processes import collectives_timeout
+from distill.training.processes import Processes, collectives_timeout
 from distill.training.rank_writes import WriteError
 from distill.training.run import (
     checkpoints_of,
@@ -108,6 +111,9 @@ from distill.training.watchdog import Watchdog, joining
 
 log = logging.getLogger("distill")
 
+LossOf = Callable[[int], dict[str, list[tuple[float, int]]]]
+SamplesOf = Callable[[int], dict[str, list[float]]]
+
 
 @dataclass(frozen=True)
 class ResumedRun:
@@ -138,6 +144,7 @@ class Run:
     student: Any
     others: dict[str, Any]
     health: Health
+    best: Best
     recipes: dict[str, TrainingRecipe]
     store: Store
     preemption: Preemption
@@ -182,6 +189,7 @@ class Run:
                 student=build(cfg.student),
                 others=others_of(cfg, method),
                 health=health_of(cfg, method, first),
+                best=best_of(cfg, method, first),
                 recipes={name: recipe_of(cfg, method, rate, name) for name in method.trains},
                 store=fitting_store(cfg, teacher, method, exports),
                 preemption=preemption,
@@ -253,6 +261,8 @@ class Run:
         heldout = heldout if processes.all_agree(heldout is not None) else None
         checkpoints.state = {SAMPLES: len(store), STORE: store.index.identity}
         checkpoints.state |= {} if heldout is None else {HELDOUT_SAMPLES: len(heldout)}
+        self._check_best(heldout)
+        self._recall_best(checkpoints, processes, resumed.state if resumed else {})
         return ResumedRun(engine, checkpoints, store, step, heldout, restore, split)
 
     def _rehearsed(self, resumed: ResumedRun, watchdog: Watchdog) -> bool:
@@ -280,19 +290,15 @@ class Run:
             note_batch(self.folder, resumed.split.micro_batch_size, resumed.split.accumulated, processes.world_size)
             self._say_header(resumed)
         with watchdog.over("the validation's prompts and the teacher's own pictures of them"):
-            shown = self.validation(resumed.engine, tracker)
-        measured = self.held_out(resumed)
-
-        def validate(step: int) -> dict[str, float]:
-            return shown(step) | measured(step)
-
+            validation = Validating(self.validation(resumed.engine, tracker), *self.held_out(resumed))
         began, failure = time.monotonic(), None
         before = cpu_seconds_of(read_metrics(self.folder, resumed.step))
         meter = Meter(cfg.max_train_steps, self.batch_size, resumed.step, cpu_seconds=before)
-        observers = Observers(meter, progress, tracker, self.health, validate)
+        observers = Observers(meter, progress, tracker, self.health, validation, self.best, validation.samples)
+        self._catch_up(resumed, observers, watchdog)
         with self.preemption, closing(iter(self.loader(resumed))) as batches:
             step, failure = self._steps(resumed, batches, observers, watchdog)
-            code = exit_code(step, cfg.max_train_steps, self.health, failure)
+            code = exit_code(step, cfg.max_train_steps, self.health, failure, self.best)
             if code == PREEMPTED:
                 self.preemption.mark(step)
         progress.close()
@@ -301,10 +307,10 @@ class Run:
             processes.barrier()  # a launcher may end all ranks when the first is gone, and this one still sends
         if processes.is_main and code == 0:
             resumed.restore()
-            mark_finished(self.folder, step)
+            mark_finished(self.folder, step, cfg.max_train_steps)
         if processes.is_main and failure is None:
             seconds, interrupted = time.monotonic() - began, self.preemption.interrupted
-            say_end(code, self.folder, step, cfg.max_train_steps, seconds, interrupted)
+            say_end(code, self.folder, step, cfg.max_train_steps, seconds, interrupted, self.best)
         resumed.engine.close()
         return code
 
@@ -391,13 +397,63 @@ class Run:
             largest=largest,
         )
 
-    def held_out(self, resumed: ResumedRun) -> Callable[[int], dict[str, float]]:
-        """Measures the student on solves that it does not learn from, if there are any."""
+    def held_out(self, resumed: ResumedRun) -> tuple[LossOf, SamplesOf]:
+        """Measures the student on solves that it does not learn from, if there are any: its loss, and, for choosing the
+        best, its samples."""
         if resumed.heldout is None:
-            return lambda step: {}
-        at_once = min(resumed.split.micro_batch_size, MOST_AT_ONCE)
-        measure = HeldOutLoss(self.method, resumed.heldout, resumed.store, self.cfg.seed, at_once)
-        return partial(measure, resumed.engine)
+            return (lambda step: {}), (lambda step: {})
+        cfg, at_once = self.cfg, min(resumed.split.micro_batch_size, MOST_AT_ONCE)
+        loss = HeldOutLoss(self.method, resumed.heldout, resumed.store, cfg.seed, at_once)
+        if not self.best.follows:
+            return partial(loss.parts, resumed.engine), lambda step: {}
+        steps, sampling = cfg.validation_sampling_steps, self.method.sampling
+        schedule = open_teacher(cfg.model).schedule
+        samples = HeldOutSamples(resumed.heldout, schedule, sampling, steps, cfg.seed, at_once)
+        return partial(loss.parts, resumed.engine), partial(samples, resumed.engine)
+
+    def _check_best(self, heldout: Store | None) -> None:
+        """Raises ConfigError where the best is to be chosen by nothing that this run measures."""
+        has: set[str] = set()
+        if heldout is not None:
+            has = {DISTANCE, *[CONSISTENCY] * (heldout.index.times[0] == open_teacher(self.cfg.model).schedule.T)}
+            has |= {HELDOUT} if self.method.held_out(0) is not None else set()
+        if self.cfg.validation_prompts is not None and self.cfg.validation_reward is not None:
+            has.add(REWARD)
+        if self.best.follows and not has & set(self.best.measures):
+            key = "choose" if self.best.choose else "stop"
+            raise ConfigError(
+                f"best.{key}=true: this run measures none of {', '.join(self.best.measures)}: give its store held-out "
+                f"solves (distill trajectories data.heldout_samples=64), or set validation_prompts, validation_reward "
+                f"and best.measures=[{REWARD}]"
+            )
+
+    def _recall_best(self, checkpoints: Checkpoints, processes: Processes, state: Mapping[str, Any]) -> None:
+        """What the run that resumes had found best; a checkpoint that is gone is none any more."""
+        self.best.restore(state.get(BEST, {}))
+        found = self.best.found
+        if found is not None and self.best.choose:
+            if processes.from_main(found.step in dict(checkpoints.found())):
+                checkpoints.mark_best(processes, found.step, str(found))
+            else:
+                self.best.restore({})
+        if self.best.follows:
+            checkpoints.state = {**checkpoints.state, BEST: self.best.state()}
+
+    def _catch_up(self, resumed: ResumedRun, observers: Observers, watchdog: Watchdog) -> None:
+        """Judges the checkpoint that the run resumes from, if it was to be: it is saved before its validation."""
+        step, best, processes = resumed.step, self.best, resumed.engine.processes
+        due = step == self.cfg.max_train_steps or step % self.cfg.validation_steps == 0
+        if not best.follows or step == 0 or not due or best.has_read(step):
+            return
+        rows = processes.from_main(read_metrics(self.folder, step) if processes.is_main else [])
+        logged = any(row["step"] == step and name in row for row in rows for name in MEASURES)
+        with watchdog.over(f"the validation of step {step}"):
+            if logged:
+                observers.validate(step)
+                best.read(observers.samples(), step, self.health.alarms)
+            else:
+                observers.validate_and_log(step)
+            note_best(resumed.checkpoints, resumed.engine, step, best)
 
     def tracker(self, resumed: ResumedRun) -> Tracker:
         """Where metrics go; those after the step from which the run resumes are removed."""
@@ -408,11 +464,14 @@ class Run:
         settings = cfg.model_dump(mode="json")
         return open_trackers(cfg.tracking, self.folder, settings, resume_step=step, main=processes.is_main)
 
-    def validation(self, engine: Engine, tracker: Tracker) -> Callable[[int], dict[str, float]]:
-        """Samples the validation's prompts, if there are any. Text encoders are needed once, and dropped."""
+    def validation(self, engine: Engine, tracker: Tracker) -> Callable[[int], tuple[dict[str, float], list[float]]]:
+        """Samples the validation's prompts, if there are any: scalars, and the score of each picture, if it has one.
+
+        Text encoders are needed once, and dropped.
+        """
         cfg = self.cfg
         if cfg.validation_prompts is None:
-            return lambda step: {}
+            return lambda step: ({}, [])
         with checking("validation_prompts: "):
             prompts = read_prompts(cfg.validation_prompts)
         teacher = open_teacher(cfg.model, parts=("text", "vae"))
@@ -431,7 +490,7 @@ class Run:
         validation = Validation(
             teacher, prompts, conditioning, steps, cfg.seed, seeds, self.method.sampling, ends, reward, shapes, same
         )
-        return partial(validation, engine, tracker)
+        return lambda step: (validation(engine, tracker, step), validation.scores)
 
 
 def train_run(cfg: TrainSettings, counting: Counting | None = None) -> int:
@@ -458,7 +517,7 @@ def train_run(cfg: TrainSettings, counting: Counting | None = None) -> int:
         with writing(folder):
             held.enter_context(RunLock(folder, takes=first))
             open_run(run.cfg)
-        if finished(folder, cfg.max_train_steps):
+        if finished(folder, cfg.max_train_steps, cfg.best.get("stop", False)):
             log.info("%s has taken its %d steps already: nothing is done, or written", folder, cfg.max_train_steps)
             return 0
         if first:
@@ -515,6 +574,42 @@ def others_of(cfg: TrainSettings, method: Method) -> dict[str, Any]:
     if missing := [name for name in names if name not in cfg.networks]:
         raise ConfigError(f"the method trains a {missing[0]}, which the settings do not describe: set networks=critics")
     return {name: build(cfg.networks[name]) for name in names}
+
+
+class Validating:
+    """All that a run measures at a validation.
+
+    Args:
+        shown: the validation's prompts: scalars, and the score of each picture.
+        losses: on held-out solves, `HeldOutLoss.parts`; compared: what `HeldOutSamples` finds.
+    """
+
+    def __init__(
+        self, shown: Callable[[int], tuple[dict[str, float], list[float]]], losses: LossOf, compared: SamplesOf
+    ) -> None:
+        self._shown, self._losses, self._compared = shown, losses, compared
+        self._samples: dict[str, list[float]] = {}
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """The scalars after so many steps."""
+        (found, scores), losses, compared = self._shown(step), self._losses(step), self._compared(step)
+        self._samples = {name: [loss for loss, _ in parts] for name, parts in losses.items()} | compared
+        self._samples |= {REWARD: scores} if scores else {}
+        means = {name: mean_of(parts) for name, parts in losses.items()}
+        for name, values in compared.items():
+            means |= {name: fmean(values), f"{name}_se": error_of(values)}
+        return {**found, **means}
+
+    def samples(self) -> dict[str, list[float]]:
+        """What each sample of the last validation measured, by the measure's name."""
+        return self._samples
+
+
+def best_of(cfg: TrainSettings, method: Method, main: bool) -> Best:
+    """What chooses the run's best checkpoint, by the measures of the settings, or else those of the method."""
+    best: Best = build(cfg.best, main=main)
+    best.measures = best.measures or method.judged_by
+    return best
 
 
 def health_of(cfg: TrainSettings, method: Method, main: bool) -> Health:

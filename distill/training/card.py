@@ -183,7 +183,7 @@ def _recipe(export: Export) -> dict[str, Any]:
         rows["guidance w built in here"] = f"{export.built_in_guidance:g}"
     return rows | {
         "data": _data(export),
-        "steps": f"{export.step} of {run.max_train_steps}",
+        "steps": f"{export.step} of {run.max_train_steps}{f', the best by {export.chosen}' if export.chosen else ''}",
         "batch size": run.global_batch_size,
         "learning rate": f"{run.learning_rate:g}, {run.lr_scheduler}, {run.lr_warmup_steps} steps of warm-up",
         "EMA": "none" if run.ema_decay is None else f"{run.ema_decay:g}{', exported' if export.ema else ', left out'}",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.cluster.progress import checkpoints_of, finished, steps_taken
+from distill.cluster.progress import checkpoints_of, finished, steps_done, steps_taken
 from distill.config.loading import ConfigError, load
 from distill.config.recorded import Differences, chief, differences, for_any, given_keys
 from distill.config.settings import (
@@ -24,7 +24,7 @@ from distill.data.reader import read_index
 from distill.data.record import StoreError
 from distill.data.storage import Folder
 from distill.models.formats import format_named
-from distill.training.checkpoint import Checkpoints
+from distill.training.checkpoint import Checkpoints, best_of
 from distill.training.export import FACTS, check_formats
 from distill.training.fitting import unread
 from distill.training.run import FREE, recorded_settings, write_atomically
@@ -189,11 +189,14 @@ class Link:
 
 
 def exported(export: Path, run: Path, formats: Sequence[str] = ()) -> bool:
-    """Whether a finished run's last step is exported to a folder, completely and in these formats at least."""
+    """Whether what a finished run has come to is exported to a folder, completely and in these formats at least: its
+    last step, or the best of a run that chooses it."""
     try:
         facts = json.loads((export / FACTS).read_text())
         complete = all((export / path).stat().st_size == size for path, size in facts["files"].items())
-        newest = facts["step"] == int((run / "DONE").read_text())
+        chooses = recorded_settings(run).get("best", {}).get("choose", False)
+        step = best_of(checkpoints_of(run)) if chooses else None
+        newest = facts["step"] == (steps_done(run) if step is None else step)
     except (OSError, ValueError, KeyError):
         return False
     return complete and newest and set(map(format_named, formats)) <= set(map(format_named, facts["formats"]))

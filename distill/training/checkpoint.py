@@ -5,7 +5,7 @@
             manifest.json         size and sha256 of every file, versions, settings, what an engine must fit
             student/              a trained network: weights.safetensors, ema.safetensors, every rank's optimizer state
         latest                    the name of the newest one, for people and batch scripts
-        best                      the name of the one that an evaluation has found best, if any: it is kept
+        best                      the name of the one that was found best, if any, and by what: it is kept
 
 A checkpoint is healthy if no update was being skipped when it was saved. Only healthy ones count towards the limit, so
 that a run that diverges cannot push them out.
@@ -195,6 +195,14 @@ class Checkpoints:
             too_old = unhealthy is not None and len(healthy) == self.total_limit and step < healthy[-1]
             if (of_a_streak or too_old) and step != best:
                 _drop(folder)
+
+    def mark_best(self, processes: Processes, step: int, why: str) -> None:
+        """Marks the checkpoint of `step`; that it cannot be marked is a warning."""
+        if processes.is_main:
+            try:
+                mark_best(self.folder, step, why)
+            except OSError as error:
+                log.warning("step %d could not be marked as the best in %s: %s", step, self.folder, error)
 
     def _was_unhealthy(self, folder: Path) -> bool | None:
         """Whether it was saved while updates were being skipped; None for what is no checkpoint."""
@@ -397,15 +405,24 @@ def newest_manifest(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def mark_best(folder: Path, step: int) -> None:
-    """Notes in a run's checkpoints which one an evaluation has found best; it is not dropped for its age."""
-    write_whole(folder / BEST, f"step-{step:08d}\n")
+def mark_best(folder: Path, step: int, why: str = "") -> None:
+    """Notes in a run's checkpoints which one was found best, and by what; it is not dropped for its age."""
+    write_whole(folder / BEST, f"step-{step:08d}\n{why}".rstrip() + "\n")
 
 
 def best_of(folder: Path) -> int | None:
     """The step of the checkpoint that is marked as the best; None if none is."""
-    found = _NAME.fullmatch((folder / BEST).read_text().strip()) if (folder / BEST).is_file() else None
+    found = _NAME.fullmatch(_best_lines(folder)[0].strip())
     return int(found[1]) if found else None
+
+
+def why_best(folder: Path) -> str:
+    """By what the best one was found to be that, in words; "" where nothing is noted."""
+    return " ".join(_best_lines(folder)[1:]).strip()
+
+
+def _best_lines(folder: Path) -> list[str]:
+    return ((folder / BEST).read_text().splitlines() if (folder / BEST).is_file() else []) or [""]
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -37,10 +38,12 @@ from distill.models.full_size import published_name
 from distill.models.kohya import checkpoint_metadata
 from distill.models.schedulers import make_scheduler
 from distill.models.single_file import save_single_file
-from distill.training.checkpoint import read_weights
+from distill.training.checkpoint import best_of, read_weights, why_best
 from distill.training.run import checkpoints_of, read_run, writing
 from distill.training.teacher import as_set, located
 from distill.training.used_data import UsedData, data_of, set_guidance
+
+log = logging.getLogger("distill")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Export:
         method, paper, tag: what the method is called, where it was published, and under what the hub lists it.
         data: what the run learned from, as its store said; None if that is not known any more.
         settings: of the run.
+        chosen: by what its checkpoint was found to be the best, in words; "" of the newest, or one that was named.
         architecture: what `distill.models.full_size` calls the teacher's network; None for one of other sizes.
     """
 
@@ -87,6 +91,7 @@ class Export:
     data: UsedData | None
     settings: TrainSettings
     architecture: str | None = None
+    chosen: str = ""
 
     @property
     def network(self) -> str:
@@ -111,7 +116,7 @@ class Export:
 def export_run(
     run: str | Path,
     output_dir: str | Path,
-    checkpoint: str | int = "latest",
+    checkpoint: str | int = "auto",
     use_ema: bool = True,
     formats: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -132,7 +137,7 @@ def write_student(
     folder: Path,
     run: str | Path,
     name: str,
-    checkpoint: str | int = "latest",
+    checkpoint: str | int = "auto",
     use_ema: bool = True,
     formats: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -142,7 +147,7 @@ def write_student(
 
     Args:
         name: of the export.
-        checkpoint: `latest` or a step.
+        checkpoint: `auto` (the best, of a run that chooses it, and otherwise the latest), `best`, `latest` or a step.
         use_ema: the moving average of the weights, where the run keeps one.
         formats: `diffusers`, `peft`, `comfyui`, `kohya` (LoRA files), `network` (a full network; `unet` or
             `transformer`, the name of its sub-folder, says the same), `pipeline` (the teacher's, with that network and
@@ -161,7 +166,8 @@ def write_student(
     student = build(settings.student)
     _chosen(student, formats)
     with checking():
-        step, weights = read_weights(checkpoints_of(run), "student", checkpoint, use_ema)
+        where, chosen = checkpoint_of(run, settings, checkpoint)
+        step, weights = read_weights(checkpoints_of(run), "student", where, use_ema)
     model = located(settings.model)
     teacher = load_teacher(
         model.pretrained_model_name_or_path,
@@ -172,7 +178,7 @@ def write_student(
     wanted = formats_of(student, teacher.family, formats)
     network = student.networks(teacher, keep_teacher=False)["student"]  # without its start: that is in its weights
     ema = use_ema and settings.ema_decay is not None
-    export = _export_of(run, settings, teacher, network, name, wanted, dtype, step, ema, guidance)
+    export = _export_of(run, settings, teacher, network, name, wanted, dtype, step, ema, guidance, chosen)
     with checking():
         if lora := [f for f in wanted if f in LORA_FORMATS]:
             student.export_lora(folder, teacher, weights, lora, dtype, name)
@@ -196,6 +202,7 @@ def _export_of(
     step: int,
     ema: bool,
     guidance: float | None,
+    chosen: str,
 ) -> Export:
     """What is to be exported, for `distill.json` and the card. Raises ConfigError for a guidance that does not fit."""
     method = build(settings.method, schedule=teacher.schedule)
@@ -224,7 +231,30 @@ def _export_of(
         data=data,
         settings=settings,
         architecture=published_name(teacher.family, teacher.network.config),
+        chosen=chosen,
     )
+
+
+def checkpoint_of(run: str | Path, settings: TrainSettings, wanted: str | int) -> tuple[str | int, str]:
+    """Which checkpoint of a run is meant, `latest` or a step (or a folder), and by what it was chosen, in words.
+
+    Raises:
+        ConfigError: the best is wanted, and none is marked.
+    """
+    if wanted not in ("auto", "best") or (wanted == "auto" and not settings.best.get("choose", False)):
+        return ("latest" if wanted == "auto" else wanted), ""
+    folder = checkpoints_of(run)
+    step = best_of(folder)
+    if step is None and wanted == "best":
+        raise ConfigError(
+            f"checkpoint=best: none is marked in {folder}; a run with best.choose=true marks it, and so does "
+            "distill evaluate watch=RUN"
+        )
+    if step is None:
+        log.warning("%s was to choose its best checkpoint, and has measured none: the latest is exported", run)
+        return "latest", ""
+    log.info("exporting the best checkpoint, of step %d: %s", step, why_best(folder) or "by an evaluation")
+    return step, why_best(folder) or "an evaluation"
 
 
 def _base_model(model: ModelSettings, teacher: Teacher) -> str:

@@ -16,6 +16,8 @@ from distill.diffusion.adversarial import AdversarialScalars
 log = logging.getLogger(__name__)
 
 DIVERSITY = "validation/diversity"
+COLLAPSE = "collapse"
+"""The alarm of a student whose samples have become alike."""
 
 
 class Health:
@@ -133,8 +135,8 @@ class Health:
             return {}
         at, first = self._first
         return {
-            "alarm/collapse": self._switch(
-                "collapse",
+            f"alarm/{COLLAPSE}": self._switch(
+                COLLAPSE,
                 diversity < self.diversity * first,
                 diversity > (1 + self.diversity) / 2 * first,
                 f"the student's pictures of different noise are alike: {DIVERSITY} is {diversity:.3g} at step {step}, "

@@ -19,12 +19,13 @@ from distill.data.reader import Store
 from distill.data.record import BadSample, Sample
 from distill.diffusion.random import Context, generator, seed_of
 from distill.diffusion.trajectory import Batch
-from distill.methods.base import Method
+from distill.methods.base import HELDOUT, Method
 from distill.training.engine import Engine
+from distill.training.processes import Processes
 
 log = logging.getLogger("distill")
 
-HELDOUT, TRAINING = "validation/heldout_loss", "validation/training_loss"
+TRAINING = "validation/training_loss"
 REPEATS = 4
 """How often each solve is measured, each time with its own states and noise."""
 MOST_AT_ONCE = 32
@@ -52,7 +53,12 @@ class HeldOutLoss:
     most_at_once: int = MOST_AT_ONCE
 
     def __call__(self, engine: Engine, step: int) -> dict[str, float]:
-        """The two losses after `step` steps, on all ranks alike; none where the method has no such loss.
+        """The two losses after `step` steps, on all ranks alike; see `parts`."""
+        return {name: mean_of(parts) for name, parts in self.parts(engine, step).items()}
+
+    def parts(self, engine: Engine, step: int) -> dict[str, list[tuple[float, int]]]:
+        """Of each of the two losses (loss, samples) of each batch, on all ranks alike; none where the method has no
+        such loss.
 
         What cannot be read is a warning, and nothing is measured this time.
         """
@@ -60,7 +66,8 @@ class HeldOutLoss:
         turn = self.method.held_out(last)
         if turn is None:
             return {}
-        processes, found = engine.processes, {}
+        processes: Processes = engine.processes
+        found: dict[str, list[tuple[float, int]]] = {}
         heldout, evenly, sizes = self._samples()
         places = self._shares(sizes, engine.processes.rank, engine.processes.world_size)
         if not places:
@@ -76,8 +83,7 @@ class HeldOutLoss:
             measured = engine.measure(turn, list(batches.values()), context)
             parts = {part: (loss, len(batches[part])) for part, loss in zip(batches, measured, strict=True)}
             losses = dict(pair for one in processes.gathered(list(parts.items())) for pair in one)
-            total = sum(losses[part][0] * losses[part][1] for part in sorted(losses))
-            found[name] = total / sum(size for _, size in losses.values())
+            found[name] = [losses[part] for part in sorted(losses)]
         return found
 
     def _samples(self) -> tuple[list[int], list[int], list[int]]:
@@ -128,6 +134,11 @@ class HeldOutLoss:
         except (StoreError, ReadError) as error:
             return {}, error
         return batches, None
+
+
+def mean_of(parts: Sequence[tuple[float, int]]) -> float:
+    """The mean over samples of the means (loss, samples) of batches."""
+    return sum(loss * size for loss, size in parts) / sum(size for _, size in parts)
 
 
 def _batch_of(store: Store, samples: Sequence[Sample], positions: tuple[int, ...]) -> Batch:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distill.data.errors import ReadError, StoreError
 from distill.diffusion.trajectory import Batch
 from distill.methods.base import Method
-from distill.training.checkpoint import Checkpoints
+from distill.training.best import Best, Samples
+from distill.training.checkpoint import BEST, Checkpoints
 from distill.training.engine import Engine
 from distill.training.health import Health
 from distill.training.preemption import Preemption
@@ -32,12 +33,13 @@ class Every:
 
 @dataclass(frozen=True)
 class Observers:
-    """What sees a run go by. Nothing that is computed depends on them; `health` may end the run.
+    """What sees a run go by. Nothing that is computed depends on them; `health` and `best` may end the run.
 
     Attributes:
         meter: times steps; `progress`: shows them on the console; `tracker`: writes scalars and images.
         health: reads alarms from scalars.
         validate: called with the number of steps taken, on all ranks; what it returns is logged.
+        best: chooses a checkpoint by `samples`, what the last validation has measured of each sample, on all ranks.
     """
 
     meter: Meter
@@ -45,6 +47,13 @@ class Observers:
     tracker: Tracker
     health: Health
     validate: Callable[[int], Mapping[str, float]]
+    best: Best = field(default_factory=Best)
+    samples: Callable[[], Samples] = dict
+
+    @property
+    def end_run(self) -> bool:
+        """Whether the run is to end before its time; the same on all ranks."""
+        return self.health.ends_run or self.best.ends_run
 
     def step_taken(self) -> None:
         self.meter.step()
@@ -57,7 +66,9 @@ class Observers:
 
     def validate_and_log(self, step: int) -> None:
         if found := self.validate(step):
-            self.tracker.log({**found, **self.health.read(found, step)}, step)
+            found = {**found, **self.health.read(found, step)}
+            found |= self.best.read(self.samples(), step, self.health.alarms)
+            self.tracker.log(found, step)
             self.progress.show_validation(step, found)
 
 
@@ -85,7 +96,7 @@ def train(
     preemption: Preemption,
     watchdog: Watchdog,
 ) -> int:
-    """Takes optimizer steps until `max_train_steps`, a signal or an alarm that ends the run; returns the steps in all.
+    """Takes optimizer steps until `max_train_steps`, a signal or an observer that ends the run; returns them in all.
 
     A step runs every turn of the method, each on the same micro-batches; its number is what metrics, checkpoints and
     schedules count. The next step's micro-batches are fetched while the device computes, before results are read. While
@@ -105,7 +116,7 @@ def train(
     micro_batches, problem = _fetched(batches, count if step < max_train_steps else 0, observers, watchdog)
     with watchdog.over("a batch from the loader of another rank"):
         bad = engine.processes.any(problem is not None)
-    while step < max_train_steps and not stop and not observers.health.ends_run:
+    while step < max_train_steps and not stop and not observers.end_run:
         if bad:
             with watchdog.over(f"the checkpoint of step {step}"):
                 if step > start_step:
@@ -127,7 +138,8 @@ def train(
         with watchdog.over(f"the validation of step {step}"):
             if last or (step % every.validate == 0 and not stop):
                 observers.validate_and_log(step)
-        if observers.health.ends_run:
+                note_best(checkpoints, engine, step, observers.best)
+        if observers.end_run:
             _save(checkpoints, engine, step, must=True)
     return step
 
@@ -167,11 +179,23 @@ def _saved_or_due(checkpoints: Checkpoints, engine: Engine, step: int, due: bool
     return due
 
 
-def _save(checkpoints: Checkpoints, engine: Engine, step: int, must: bool) -> None:
+def note_best(checkpoints: Checkpoints, engine: Engine, step: int, best: Best) -> None:
+    """Saves and marks a checkpoint that is the best so far, and notes for the next one what a run resumes with."""
+    if not best.follows:
+        return
+    if best.is_at(step) and _save(checkpoints, engine, step, must=False):
+        checkpoints.mark_best(engine.processes, step, str(best.found))
+    checkpoints.state = {**checkpoints.state, BEST: best.state()}
+
+
+def _save(checkpoints: Checkpoints, engine: Engine, step: int, must: bool) -> bool:
+    """Whether it was saved; on all ranks alike."""
     try:
         checkpoints.save(engine, step)
+        return True
     except WriteError as error:  # on all ranks alike
         if must:
             raise
         if engine.processes.is_main:
             log.warning("%s; the run continues, and what is saved is as it was", error)
+        return False

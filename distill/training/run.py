@@ -83,6 +83,7 @@ FREE = frozenset(
         "validation_teacher_steps",
         "validation_reward",
         "health",
+        "best",
         "preemption_signals",
         "watchdog_minutes",
         "deterministic",
@@ -123,7 +124,7 @@ def open_run(settings: TrainSettings) -> Path:
         changed = differences(recorded, wanted, TrainSettings) if recorded else {}
         _same_run(folder, changed)
         _check_steps(folder, settings, changed)
-        if finished(folder, settings.max_train_steps):
+        if finished(folder, settings.max_train_steps, settings.best.get("stop", False)):
             return folder
     if launched_rank() > 0:
         return folder
@@ -342,9 +343,9 @@ def read_run(folder: str | Path) -> TrainSettings:
     raise FileNotFoundError(f"run={folder}: no run there ({CONFIG} is {problem}, and no checkpoint says what it held)")
 
 
-def mark_finished(folder: Path, step: int) -> None:
-    """Leaves `DONE`, with the steps taken, for people and batch scripts."""
-    write_atomically(folder / "DONE", f"{step}\n")
+def mark_finished(folder: Path, step: int, planned: int | None = None) -> None:
+    """Leaves `DONE` for people and batch scripts: the steps taken, and of how many, where it was to take more."""
+    write_atomically(folder / "DONE", f"{step} of {planned}\n" if planned not in (None, step) else f"{step}\n")
 
 
 def environment() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Denoiser
 from distill.diffusion.random import seed_of, starting_noise
 from distill.diffusion.solver import make_times
-from distill.methods.base import Method
+from distill.methods.base import REWARD, Method
 from distill.methods.sampling import Sampling, sample
 from distill.models.families.teacher import Teacher
 from distill.models.files import save_file
@@ -73,6 +73,7 @@ class Validation:
         self.seeds = validation_seeds(seed, len(prompts))
         many = range(min(len(prompts), DIVERSITY_PROMPTS) if diversity_seeds else 0)
         self.many_seeds = [[seed_of(seed, "diversity", i, j) for j in range(diversity_seeds)] for i in many]
+        self.scores: list[float] = []  # of the last pictures, on all ranks
         self._began, self._spent = time.monotonic(), 0.0
 
     def __call__(self, engine: Engine, tracker: Tracker, step: int) -> dict[str, float]:
@@ -91,7 +92,8 @@ class Validation:
         now = time.monotonic()
         self._spent += now - began
         found |= {"validation/seconds": now - began, "validation/share": self._spent / (now - self._began)}
-        return engine.processes.from_main(found)
+        found, self.scores = engine.processes.from_main((found, self.scores))
+        return found
 
     def _again(self, engine: Engine, student: Denoiser, prompt: int, seeds: Sequence[int]) -> Tensor:
         """Clean latents [B, C, h, w] of one prompt from B noises, of the first prompt's size."""
@@ -134,7 +136,8 @@ class Validation:
         if self.reward is None:
             return {}
         scores = [self.reward((p[None] + 1) / 2, [words]) for p, words in zip(pictures, self.prompts, strict=True)]
-        return {"validation/reward": float(torch.cat(scores).double().mean())}
+        self.scores = torch.cat(scores).double().tolist()
+        return {REWARD: float(torch.cat(scores).double().mean())}
 
 
 def by_shape(shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
