@@ -1,4 +1,4 @@
-"""The best checkpoint: chosen, kept, exported and named; runs that no longer get better end; resumed, nothing differs."""
+"""The best checkpoint: chosen, kept, exported and named; runs that no longer get better end, and resume the same."""
 
 from __future__ import annotations
 
