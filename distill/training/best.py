@@ -25,7 +25,7 @@ STEP, WAITED = "best/step", "best/waited"
 
 
 @dataclass(frozen=True)
-class Found:
+class Measurement:
     """What a validation measured: of which step, by which measure, and of each sample."""
 
     step: int
@@ -72,9 +72,9 @@ class Best:
                 raise ValueError(f"best.measures: {name!r} is not known; allowed: {', '.join(MEASURES)}")
         self.choose, self.stop, self.patience, self.min_delta, self.main = choose, stop, patience, min_delta, main
         self.measures: tuple[str, ...] = tuple(measures or ())
-        self.found: Found | None = None  # what is chosen
+        self.found: Measurement | None = None  # what is chosen
         self.reason = ""  # why the run ends
-        self._level: Found | None = None  # what later ones have to be better than
+        self._level: Measurement | None = None  # what later ones have to be better than
         self._waited = self._last = 0  # validations since then; the step that was read last
 
     @property
@@ -110,11 +110,11 @@ class Best:
         if name is None or not samples.get(name):
             self._say(f"step {step} is not judged: no {name or ' or '.join(self.measures)} was measured", log.warning)
             return {}
-        self._take(Found(step, name, tuple(map(float, samples[name]))), alarms)
+        self._take(Measurement(step, name, tuple(map(float, samples[name]))), alarms)
         scalars = {WAITED: float(self._waited)} if self.stop else {}
         return scalars if self.found is None else {STEP: float(self.found.step), **scalars}
 
-    def _take(self, now: Found, alarms: Collection[str]) -> None:
+    def _take(self, now: Measurement, alarms: Collection[str]) -> None:
         sound = COLLAPSE not in alarms and math.isfinite(fmean(now.values))
         if sound and improvement(now, self.found) > 0:
             self.found = now
@@ -126,7 +126,7 @@ class Best:
         if self.stop and self._waited >= self.patience:
             self.reason = self._reason(now, alarms)
 
-    def _reason(self, now: Found, alarms: Collection[str]) -> str:
+    def _reason(self, now: Measurement, alarms: Collection[str]) -> str:
         since = f"since step {self._level.step} ({self._level})" if self._level else "since the run began"
         also = f"; on at the end: alarm {' and '.join(alarms)}" if alarms else ""
         return (
@@ -146,7 +146,9 @@ class Best:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Knows what it knew when `state` was taken; nothing, if it followed another measure then, or of {}."""
-        found, level = (None if not state.get(name) else Found(**_as_read(state[name])) for name in ("found", "level"))
+        found, level = (
+            None if not state.get(name) else Measurement(**_as_read(state[name])) for name in ("found", "level")
+        )
         if any(one is not None and one.measure not in self.measures for one in (found, level)):
             self._say("best.measures has changed: what was the best before is forgotten")
             state, found, level = {}, None, None
@@ -159,7 +161,7 @@ def _as_read(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "values": tuple(found["values"])}
 
 
-def improvement(now: Found, than: Found | None) -> float:
+def improvement(now: Measurement, than: Measurement | None) -> float:
     """How many standard errors better one is, by the differences of the same samples; below 0 where it is worse."""
     if than is None:
         return math.inf
