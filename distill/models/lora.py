@@ -43,6 +43,15 @@ def check_sizes(where: str, rank: int | None, alpha: float) -> None:
         raise ValueError(f"{where}.alpha must be above 0, got {alpha}")
 
 
+def check_takes_lora(network: nn.Module) -> None:
+    """Raises ValueError if the class of `network` cannot be given adapters."""
+    if not hasattr(network, "add_adapter"):
+        raise ValueError(
+            f"a {type(network).__name__} takes no LoRA, because its class is no PeftAdapterMixin of diffusers: train "
+            "all its weights with student=full, and set rank=null in networks.fake_score and networks.discriminator"
+        )
+
+
 def add_lora(
     network: Any,
     rank: int,
@@ -63,8 +72,10 @@ def add_lora(
     starts as in torch's Linear, with random numbers that depend on `seed` and the layer's name.
 
     Raises:
-        ValueError: for a rank, alpha or dropout out of range, or a target that no module matches.
+        ValueError: for a network of a class that takes no adapters; a rank, alpha or dropout out of range; a target
+            that no module matches.
     """
+    check_takes_lora(network)
     family = family or family_of_network(network)
     targets = family.lora.chosen(network) if targets is None else list(targets)
     _check(network, rank, alpha, dropout, targets)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -131,6 +131,17 @@ def test_a_comes_from_the_seed_and_no_global_draw_is_spent():
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         add_lora(tiny_unet(), **settings)
+
+
+def test_a_network_of_a_class_without_adapters_says_to_train_all_of_it():
+    network = PixArtTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=4,
+        cross_attention_dim=4, caption_channels=4, norm_num_groups=1, use_additional_conditions=False,
+    )  # fmt: skip
+    said = "a PixArtTransformer2DModel takes no LoRA, .* with student=full, and set rank=null in networks.fake_score"
+    for settings in ({}, {"targets": ["to_q"]}):
+        with pytest.raises(ValueError, match=said):
+            add_lora(network, 4, 4, **settings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
