@@ -30,10 +30,12 @@ from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.trajectory import Batch, CleanEnd, Reads
 from distill.methods.base import Losses, Method, Networks, Turn
 from distill.methods.dmd2 import DMD2
+from distill.methods.flash import Flash
 from distill.methods.lcm import LCM
-from distill.methods.lightning import LightningAdversarial
+from distill.methods.lightning import LightningAdversarial, LightningMSE
 from distill.methods.mlcm import MLCM
 from distill.methods.pcm import PCM
+from distill.methods.rcm import RCM, SCM
 from distill.methods.rectified import Rectified
 from distill.methods.sid import SiD
 from distill.methods.tcd import TCD
@@ -90,6 +92,12 @@ ROLLOUT: list[Any] = [{"segments": 4, "skip": 125, "grid": 8, "source": "rollout
 TCD_STAGES: list[Any] = [
     {"segments": 1, "iterations": 2},
     {"segments": 1, "iterations": 4, "adversarial": 0.5, "fresh_optimizer": True},
+]
+
+# The distance alone; then the game and the student as its own fake score, which calls networks that first rested.
+FLASH_STAGES: list[Any] = [
+    {"iterations": 2, "odds": [1.0, 1.0]},
+    {"iterations": 4, "odds": [1.0, 1.0], "matching": 0.5, "adversarial": 0.5},
 ]
 
 # By what they keep: two moments and their steps; one moment; a sum that is there before the first step.
@@ -265,6 +273,22 @@ def tiny_teacher(parts: dict[str, Any]) -> Teacher:
     )
 
 
+def along_solves(method: str) -> tuple[dict[str, Any], Method] | None:
+    """Networks and method of those that learn from two states of a stored solve; None for another method."""
+    in_one_step: dict[str, Any] = {"student_steps": 1, "teacher_steps": 1, "source": "trajectory"}
+    if method in ("scm", "kd"):
+        return student(lora=True), SCM(SCHEDULE) if method == "scm" else LightningMSE(SCHEDULE, **in_one_step)
+    if method == "rcm":
+        rcm = RCM(SCHEDULE, guidance=2.0, every=2, simulated_steps=2)
+        return on_one_network(), rcm
+    if method in ("flash", "ladd"):
+        played: Method = Flash(SCHEDULE, FLASH_STAGES, times=[1000, 500])
+        if method == "ladd":
+            played = LightningAdversarial(SCHEDULE, **in_one_step, adversarial_loss="hinge")
+        return on_one_network(trained="heads"), played
+    return None
+
+
 def build(case: dict[str, Any]) -> tuple[Engine, Method]:
     """A prepared engine and its method for a case."""
     engine = EngineSettings(**case["engine"]).start()
@@ -301,6 +325,7 @@ def build(case: dict[str, Any]) -> tuple[Engine, Method]:
         }[case["method"]]
         networks["discriminator"] = Discriminator(CriticNetwork(tiny_unet("sdxl", seed=1, **TWO_LEVELS), (8, 8)))
         networks["fake_score"] = NetworkDenoiser(tiny_unet("sdxl", seed=2, **TWO_LEVELS), SCHEDULE, Prediction.EPSILON)
+    networks, method = along_solves(case["method"]) or (networks, method)
     helpers: dict[str, nn.Module] = {}
     if case["method"] == "rewarded":
         networks = student(lora=True)

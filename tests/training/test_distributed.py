@@ -60,6 +60,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero2-duel": ("zero2", "duel", {"save_at": [3, 6]}),
     "zero2-critics": ("zero2", "critics", {"save_at": [3, 6]}),
     "zero2-rewarded": ("zero2", "rewarded", {}),
+    "zero2-rcm": ("zero2", "rcm", {"save_at": [3, 6]}),  # its student trains in every second step: 3 is within a period
     "zero2-fp16": ("zero2", "distance", {"mixed_precision": "fp16", "save_at": [3, 6]}),
     "zero2-one-network": ("zero2", "one-network", {"gradient_checkpointing": True, "save_at": [3]}),
     # ZeRO-3 replaces torch's linear for the rest of the process: what comes after it rounds in another way
@@ -74,7 +75,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Last: ZeRO-3 numbers the weights of a process, and its files, which are compared to the bit, have the numbers.
     "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
 }
-RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero2-critics": 3, "zero2-fp16": 3}
+RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero2-critics": 3, "zero2-rcm": 3, "zero2-fp16": 3}
 RESUMED |= {"zero3-lora": 3, "zero3-lcm": 3, "zero2-game-lora": 3, "zero32-game": 3}
 HALVES = ("bf16", "fp16")
 # Games under every stage and pair of stages that is not among the cases above, a whole student and a LoRA each.
@@ -92,6 +93,9 @@ OTHERS |= {f"{kind}-{method}": (kind, method, {}) for kind in ("zero2", "zero3")
 # A student that trains at some steps only, and gradients through frozen networks that are partitioned.
 OTHERS |= {f"{kind}-dmd2": (kind, "dmd2", {}) for kind in ("zero2", "zero3")}
 OTHERS |= {f"{kind}-sid": (kind, "sid", {"gradient_checkpointing": True}) for kind in ("zero2", "zero3")}
+ALONG_SOLVES = ("scm", "rcm", "flash", "kd", "ladd")
+OTHERS |= {f"{kind}-{method}": (kind, method, {}) for kind in ("zero2", "zero3") for method in ALONG_SOLVES}
+OTHERS.pop("zero2-rcm")  # is among the cases above
 OTHERS["zero3-rectified"] = ("zero3", "rectified", {})
 OTHERS |= {f"{kind}-fp16": (kind, "distance", {"mixed_precision": "fp16"}) for kind in ("ddp", "zero1", "zero3")}
 
@@ -139,7 +143,15 @@ def first(folder: Path) -> tuple[dict[str, dict[str, Any]], str]:
 def second(folder: Path, first: Any) -> tuple[dict[str, dict[str, Any]], str]:
     """Some cases, from the checkpoints of the first launch; one of those has been poisoned."""
     shutil.copytree(folder / "zero2-duel", folder / "uninterrupted" / "zero2-duel")
-    for name in ("zero2-critics", "zero2-fp16", "zero3-lora", "zero3-lcm", "zero2-game-lora", "zero32-game"):
+    for name in (
+        "zero2-critics",
+        "zero2-rcm",
+        "zero2-fp16",
+        "zero3-lora",
+        "zero3-lcm",
+        "zero2-game-lora",
+        "zero32-game",
+    ):
         shutil.copytree(folder / name, folder / "uninterrupted" / name)
     file = next((folder / "zero2-duel/checkpoints/step-00000006/student").glob("*rank_1*optim_states.pt"))
     file.write_bytes(pickle.dumps(Bomb(folder / "executed")))

@@ -43,14 +43,14 @@ def files_at_the_end(folder: Path) -> dict[str, Any]:
     return manifest["files"]
 
 
-@pytest.mark.parametrize("method, students", [("dmd2", [2]), ("sid", [1, 3])])
+@pytest.mark.parametrize("method, students", [("dmd2", [2]), ("sid", [1, 3]), ("rcm", [1, 3])])
 def test_the_student_trains_in_the_last_step_of_a_period(method: str, students: list[int], whole: Whole) -> None:
     rows = whole(method)[1]["scalars"]
     assert [i for i, row in enumerate(rows) if "student/loss" in row] == students
     assert all("fake_score/loss" in row for row in rows)
 
 
-@pytest.mark.parametrize("method, stopped", [("dmd2", 1), ("dmd2", 2), ("sid", 1)])
+@pytest.mark.parametrize("method, stopped", [("dmd2", 1), ("dmd2", 2), ("sid", 1), ("rcm", 1), ("rcm", 3)])
 def test_a_run_resumes_within_a_period_to_the_bit(method: str, stopped: int, whole: Whole, tmp_path: Path) -> None:
     folder, result = whole(method)
     name = f"checkpoints/step-{stopped:08d}"
