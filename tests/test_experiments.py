@@ -70,6 +70,7 @@ TRAINED = {
     "lcm_sdxl": 2_567_463_684 + 256 * 320,
     "tcd_sdxl": 196_751_360,
     "tcd_stages_sdxl": 196_751_360,
+    "tcd_stages_sd15": 67_252_224,
     "pcm_sdxl": 196_751_360,
     "pcm_sd15": 67_252_224,
 }
