@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,40 +116,10 @@ def test_a_shift_only_labels_the_noise_levels(teacher: Teacher) -> None:
     assert torch.equal(*found)
 
 
-def test_a_picture_is_made_of_whole_tokens(teacher: Teacher) -> None:
-    with pytest.raises(ValueError, match="resolution must be a multiple of 4 pixels, got 18"):
-        teacher.at_resolution(18)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"in_channels": 24}, "reads 24 and writes 24 numbers a token .* its autoencoder packs 20"),
-        ({"out_channels": 10}, "reads 20 and writes 10 numbers a token"),
-        ({"num_layers": None}, "num_layers is None; it must be one whole number"),
-    ],
-)
-def test_a_network_of_another_pipeline_is_refused(
-    change: dict[str, object], said: str, folder: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(folder, tmp_path / "other")
-    config = tmp_path / "other/transformer/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    with pytest.raises(ValueError, match=said) as caught:
-        load_teacher(tmp_path / "other", parts=())
-    assert "\n" not in str(caught.value)
-
-
-def test_a_model_without_guidance_was_distilled_and_is_taken_only_if_that_is_meant(tmp_path: Path) -> None:
+def test_a_network_without_an_input_of_guidance_is_given_none(tmp_path: Path) -> None:
     schnell = save_tiny_flux(tmp_path / "schnell", guidance_embeds=False)
-    with pytest.raises(
-        ValueError, match="or needs none, so it is a student already; take the model .*or set"
-    ) as caught:
-        load_teacher(schnell)
-    assert "\n" not in str(caught.value) and "model.allow_distilled=true" in str(caught.value)
-    teacher = load_teacher(schnell, allow_distilled=True)
-    assert not teacher.takes_guidance and teacher.unconditional() == {}
-    assert torch.equal(called(teacher.network), called(teacher.network, w=None))
+    network = load_teacher(schnell, allow_distilled=True).network
+    assert torch.equal(called(network), called(network, w=None))
 
 
 # --- texts, packing, calls ---
@@ -214,15 +182,10 @@ def test_latents_are_shifted_and_scaled(teacher: Teacher, pipeline: Any) -> None
 
 
 @pytest.mark.parametrize("key", ["encoder_hidden_states", "pooled_projections", "guidance"])
-def test_every_input_counts_and_none_may_be_missing(key: str) -> None:
+def test_every_input_counts(key: str) -> None:
     network = tiny_flux().requires_grad_(False)
     c = tiny_flux_conditioning(2)
     assert (called(network) - called(network, **{key: c[key] + 0.5})).abs().max() > 1e-3
-    lacking = {name: entry for name, entry in c.items() if name != key}
-    with pytest.raises(ValueError, match=f"the conditioning lacks '{key}'"):
-        FLUX.predict(network, states(), torch.tensor([1.0, 2.0]), lacking, torch.float32)
-    with pytest.raises(ValueError, match="conditioning 'time_ids' is not known"):
-        FLUX.predict(network, states(), torch.tensor([1.0, 2.0]), c | {"time_ids": c[key]}, torch.float32)
 
 
 # --- guidance ---
