@@ -1,12 +1,12 @@
 """A whole chain of the toy that meets faults of all kinds at random: `python -m tests.faults.campaign FOLDER 50`.
 
-The chain is lightning_toy with few steps: a store, sixteen trainings of one and of two networks, and their exports. It
-is started again and again, each time with one fault more, until all have been met and it is done. Every end that a fault
+The chain is lightning_toy with few steps: a store, trainings of one and of two networks, and their exports. It is
+started again and again, each time with one fault more, until all have been met and it is done. Every end that a fault
 brings must be one of: a run that goes on by itself, one that the same command resumes, or one line that says what a
-person must do, which is then done. In the end all weights that were exported are those of a chain that met none.
+person must do, which is then done. In the end all exported weights are those of a chain that met none.
 
-What is set makes the chain short, and lets it end at once where a step is not finite (engine.max_nonfinite_steps=1), since
-a step that is passed over is another chain. All else is as it comes.
+What is set makes the chain short, and lets it end at once where a step is not finite (engine.max_nonfinite_steps=1):
+with a step that is passed over it would be another chain. All else is as it comes.
 """
 
 from __future__ import annotations
@@ -193,6 +193,9 @@ class Campaign:
             damage.unlink()
             return "the shard was put back"
         raise AssertionError(f"nobody knows what to do about: {line}")
+
+    def _is_of(self, process: psutil.Process) -> bool:
+        return any(str(self.out) in word for word in process.info["cmdline"] or [])
 
     def wait_for_orphans(self) -> None:
         """The trainer of a launcher that was killed ends by itself."""

@@ -1,7 +1,7 @@
 """Faults that a run of a chain meets once: `python -m tests.faults.once SPENT FAULTS.json -m distill SETTINGS`.
 
-As tests/faults/sabotage.py, for `launch=` of a chain: whichever link comes first to where a fault lies meets it. Then the
-file SPENT is there, and later links and starts run as if there were no faults.
+As tests/faults/sabotage.py, for `launch=` of a chain: whichever link comes first to where a fault lies meets it. Then
+the file SPENT is there, and later links and starts run as if there were no faults.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every method of configs/method, killed in a step, told to stop, and killed in a save: the end is as if nothing had been."""
+"""Every method, killed in a step, told to stop, and killed in a save: the end is as if nothing had been."""
 
 from __future__ import annotations
 
