@@ -7,11 +7,13 @@ from importlib.util import find_spec
 from distill.config.mistakes import ConfigError
 
 EXTRAS = {
+    "aiohttp": "remote",
     "bitsandbytes": "8bit",
     "deepspeed": "deepspeed",
     "open_clip": "evaluation",
     "optuna": "sweeps",
     "pyarrow": "parquet",
+    "s3fs": "remote",
     "tensorboard": "tensorboard",
     "torchmetrics": "evaluation",
     "torchvision": "evaluation",

@@ -163,7 +163,7 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """The store: how it is written (all but `heldout` and the last three) and read.
+    """The store: how it is written (all but `heldout` and the last six) and read.
 
     `guidance` is the teacher's w in `uncond + w (cond - uncond)`: a number, or a range [w_min, w_max] from which
     each trajectory's is sampled; null where nothing was solved. `keep` is all, milestones (the edges of `segments`
@@ -186,6 +186,9 @@ class DataSettings(Settings):
     Held out, that is written beside the store, never learned from, and measured at every validation:
     `heldout_samples`, of which auto is a fiftieth of `num_samples` and 64 at most, and 0 neither writes nor measures
     any; or those of another store, `heldout`.
+
+    Of a remote store, a request may take `read_timeout_seconds`, and what was read and found to be right is kept in the
+    local folder `cache`, of `cache_gib` at most, which all processes of a node share and any number of runs may.
     """
 
     store: FilePath
@@ -216,6 +219,9 @@ class DataSettings(Settings):
     max_bad_fraction: Fraction = 0.0
     verify_on_first_read: Flag = False
     read_retry_seconds: Annotated[Number, Field(ge=0)] = 120
+    read_timeout_seconds: Annotated[Number, Field(gt=0)] = 60
+    cache: FilePath | None = None
+    cache_gib: Annotated[Number, Field(gt=0)] = 100
 
 
 def follow_stages(steps: Any, info: ValidationInfo) -> Any:

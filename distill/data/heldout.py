@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from distill.data.index import StorePlan
-from distill.data.storage import Folder
+from distill.data.index import INDEX, PLAN, StorePlan
+from distill.data.storage import Folder, below
 from distill.diffusion.random import seed_of
 
 FOLDER = "heldout"
@@ -21,12 +21,12 @@ SHARE, MOST = 50, 64
 
 def within(url: str) -> str:
     """Where the held-out solves of a store lie."""
-    return f"{url.rstrip('/')}/{FOLDER}"
+    return below(url, FOLDER)
 
 
 def is_there(url: str) -> bool:
     """Whether a store has held-out solves, or some of them."""
-    return bool(Folder(within(url)).sizes())
+    return bool(Folder(within(url)).sizes((PLAN, INDEX)))
 
 
 def heldout_samples(wanted: int | Literal["auto"], samples: int) -> int:

@@ -29,8 +29,10 @@ from distill.data.index import SCHEMA, StoreMismatch
 from distill.data.pictures import BadPicture, size_of, upright_size_of
 from distill.data.progress import Progress
 from distill.data.prompts import find_files
+from distill.data.remote import file_system
+from distill.data.retries import Patience
 from distill.data.sizes import ImageSize, covers, nearest, read_sizes
-from distill.data.storage import Folder, Patience, file_system
+from distill.data.storage import Folder
 from distill.data.texts import JSON, MAX_BYTES, PLAIN, NoColumn, caption_in, caption_in_files, decoded, parsed
 from distill.data.words import counted
 
@@ -543,7 +545,7 @@ def _read_listing(
         head, *lines = map(json.loads, data.splitlines())
         if differ := [name for name in expected if head.get(name) != expected[name]]:
             said = "; ".join(f"{name} is {head.get(name)!r} there and {expected[name]!r} in the run" for name in differ)
-            raise StoreMismatch(f"{folder.url} was begun over other pictures (write to a new folder): {said}")
+            raise StoreMismatch(f"{folder.name} was begun over other pictures (write to a new folder): {said}")
         for line in lines:
             if "dropped" in line and not first:
                 why = f" ({line['why']})" if line["why"] else ""
@@ -566,5 +568,5 @@ def _read_listing(
     )
     if not pictures:
         raise StoreError(f"no pictures to make a store of: {said}{first}")
-    log.info("%s; pictures-*.jsonl of %s name them", said, folder.url)
+    log.info("%s; pictures-*.jsonl of %s name them", said, folder.name)
     return Listing(fs, root, pictures, digest.hexdigest())

@@ -15,8 +15,8 @@ from fsspec.core import OpenFile
 
 from distill.data import tar
 from distill.data.errors import short
+from distill.data.remote import file_system
 from distill.data.sizes import ImageSize, read_size
-from distill.data.storage import file_system
 from distill.data.texts import (
     JSON,
     MAX_BYTES,

@@ -4,7 +4,7 @@ A sample's head (its tar header, safetensors header, times, guidance and conditi
 ranges known from the index alone, read straight into the tensors of a batch (see `rows`). The head is compared with
 what the index says it must be, and every part that is read with its checksum, so that a shard that was cut, shifted,
 overwritten or exchanged, and a single bit that is another, are noticed at the first sample read from the damage;
-nothing is unpacked, no name from an archive is trusted. What cannot be read is no damage: see `storage.ReadError`.
+nothing is unpacked, no name from an archive is trusted. What cannot be read is no damage: see `errors.ReadError`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill.data import tar
+from distill.data.cache import ReadCache, name_of
 from distill.data.checksums import (
     FACTS_NUMBER,
     HEAD_NUMBER,
@@ -59,11 +60,14 @@ from distill.data.record import (
     parse_json,
     short,
 )
+from distill.data.remote import TIMEOUT_SECONDS
+from distill.data.retries import RETRY_SECONDS
 from distill.data.rows import FACTS, GAP, HEAD, Memory, Piece, Rows, Span, ordinary_memory, plan_reads
-from distill.data.storage import RETRY_SECONDS, STREAM_BYTES, Folder, Range, Scattered
+from distill.data.storage import STREAM_BYTES, Folder, Range, Scattered
 from distill.diffusion.prediction import Conditioning
 
 log = logging.getLogger(__name__)
+CACHE_GIB = 100.0
 MOST_KEPT_BYTES = 1 << 26
 """The most bytes of checksums that a process keeps, those of a larger store are read with each sample; and the most
 bytes of places of samples."""
@@ -82,6 +86,9 @@ def open_store(
     max_bad_fraction: float = 0.0,
     verify_sha256: bool = False,
     retry_seconds: float = RETRY_SECONDS,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    cache: str | None = None,
+    cache_gib: float = CACHE_GIB,
 ) -> Store:
     """Opens a store for reading, and checks what can be checked without reading its shards.
 
@@ -94,20 +101,25 @@ def open_store(
         verify_sha256: before the first read from a shard, and once in each process, read all of it and compare its
             sha256 with the index. (What is read of a sample is compared with its checksums in any case.)
         retry_seconds: how long a read that fails is tried again.
+        timeout_seconds: how long a single request to a store that is not local may take.
+        cache: a local folder in which what was read of such a store is kept (`cache.ReadCache`); a local one has none.
+        cache_gib: the most that it takes.
 
     Raises:
-        StoreError: no store there, or one that may not be read, is unfinished, or has an index that makes no sense.
+        StoreError: no store there, or one that may not be read, is unfinished, or has an index that makes no sense; the
+            cache cannot be used.
         BadShard: a shard is missing, or not of the size that the index says; names it.
         ReadError: something cannot be read.
     """
     if not 0 <= max_bad_fraction < 1:
         raise StoreError(f"max_bad_fraction must be within [0, 1), got {max_bad_fraction}")
-    folder = Folder(url, retry_seconds)
+    folder = Folder(url, retry_seconds, timeout_seconds)
+    kept = ReadCache(cache, cache_gib) if cache is not None and folder.local is None else None
     _check_permissions(folder)
     index = read_index(folder)
     if not index.complete and not allow_partial:
         raise StoreError(
-            f"{url} is unfinished: {len(index.shards)} of {index.planned_shards} shards are written. "
+            f"{folder.name} is unfinished: {len(index.shards)} of {index.planned_shards} shards are written. "
             "Run the writer again, or allow a partial store"
         )
     _check_sizes(folder, index, max_bad_fraction > 0)
@@ -116,9 +128,9 @@ def open_store(
         log.warning(
             "%d of %d shards of %s have no checksums (an earlier version wrote them): numbers that were damaged are "
             "not noticed; distill verify %s add_checksums=true adds them",
-            *(unchecked, len(index.shards), url, url),
+            *(unchecked, len(index.shards), folder.name, folder.name),
         )
-    return Store(folder, index, read_unconditional(folder, index), max_bad_fraction, verify_sha256)
+    return Store(folder, index, read_unconditional(folder, index), max_bad_fraction, verify_sha256, cache=kept)
 
 
 def _check_permissions(folder: Folder) -> None:
@@ -150,8 +162,9 @@ class Store:
         max_bad_fraction: float = 0.0,
         verify_sha256: bool = False,
         samples: int | None = None,
+        cache: ReadCache | None = None,
     ) -> None:
-        self.folder, self.index, self.unconditional = folder, index, unconditional
+        self.folder, self.index, self.unconditional, self.cache = folder, index, unconditional, cache
         self.max_bad_fraction, self.verify_sha256 = max_bad_fraction, verify_sha256
         self._starts = [0, *accumulate(shard.samples for shard in index.shards)]
         self._row = row_bytes(len(index.times))
@@ -177,10 +190,9 @@ class Store:
             StoreError: it has fewer.
         """
         if samples > len(self):
-            raise StoreError(f"{self.folder.url} has {len(self)} samples, fewer than {samples}")
-        return Store(
-            self.folder, self.index, self.unconditional, self.max_bad_fraction, self.verify_sha256, samples=samples
-        )
+            raise StoreError(f"{self.folder.name} has {len(self)} samples, fewer than {samples}")
+        settings = self.max_bad_fraction, self.verify_sha256, samples, self.cache
+        return Store(self.folder, self.index, self.unconditional, *settings)
 
     def apart(self) -> Store:
         """The same store with files opened on its own, for another thread; what is known of it is shared."""
@@ -264,7 +276,7 @@ class Store:
         """Tensors for so many samples of a size with so many states each, to be filled; they lie in this memory."""
         layout = self.index.layouts[size]
         if layout is None:
-            raise StoreError(f"{self.folder.url} has no samples of {self.index.image_sizes[size]}")
+            raise StoreError(f"{self.folder.name} has no samples of {self.index.image_sizes[size]}")
         return Rows(layout, samples, states, memory)
 
     def fill(self, wanted: Sequence[Place], prompts: bool = False) -> dict[int, BadSample]:
@@ -276,6 +288,14 @@ class Store:
         Raises:
             ReadError: one of them cannot be read.
         """
+        bad = self._filled(wanted, prompts, self.cache)
+        if bad and self.folder.local is None:  # what was kept of it, or its way here, may be what is damaged
+            some = self._filled([wanted[at] for at in bad], prompts, None)
+            bad = {at: some[n] for n, at in enumerate(bad) if n in some}
+        return bad
+
+    def _filled(self, wanted: Sequence[Place], prompts: bool, cache: ReadCache | None) -> dict[int, BadSample]:
+        """`fill`, once. What is right is kept in the cache, and what came from there and is not is dropped."""
         bad: dict[int, BadSample] = {}
         readings: dict[int, Reading] = {}
         for at, (rows, row, (i, states)) in enumerate(wanted):
@@ -284,16 +304,18 @@ class Store:
                 readings[at] = self._reading(shard, line, rows, row, states, prompts)
             except BadShard as error:
                 bad[at] = self._bad(shard, self._key(shard, line), error)
-        lacking = self._read(list(readings.values()))
+        lacking = self._read(list(readings.values()), cache)
         numbers = self._kept(lacking)
         for at, one in readings.items():
             try:
                 self._accept(one, numbers)
             except BadSample as error:
                 bad[at] = self._bad(one.shard, one.key, error)
+            if cache is not None:
+                one.settle(cache, right=at not in bad)
         return bad
 
-    def _read(self, readings: Sequence[Reading]) -> dict[Range, bytes]:
+    def _read(self, readings: Sequence[Reading], cache: ReadCache | None) -> dict[Range, bytes]:
         """Reads these samples, and what they lack of checksums, which is returned. Raises ReadError.
 
         What lies elsewhere is requested in one go, of which each takes long. What is here is read sample by sample,
@@ -306,14 +328,16 @@ class Store:
                 one.take(self.folder.fill(one.requests))
             counts = self.folder.fill(more)
         else:
-            counts = self.folder.fill([scattered for one in readings for scattered in one.requests] + more)
-            for one in readings:
-                one.take(counts[: len(one.requests)])
-                del counts[: len(one.requests)]
+            missing = [one.requests if cache is None else one.not_in(cache) for one in readings]
+            counts = self.folder.fill([scattered for requests in missing for scattered in requests] + more)
+            for one, requests in zip(readings, missing, strict=True):
+                one.take(counts[: len(requests)], requests)
+                del counts[: len(requests)]
         return {part: bytes(data[:count]) for count, (part, data) in zip(counts, lacking.items(), strict=True)}
 
     def _bad(self, shard: ShardInfo, key: str, error: BadShard) -> BadSample:
-        return BadSample(f"sample {key} in {shard.name} of {self.folder.url}: {error}")
+        replaced = " (the file was replaced since the store was opened)" if self.folder.was_replaced(shard.name) else ""
+        return BadSample(f"sample {key} in {shard.name} of {self.folder.name}: {error}{replaced}")
 
     def _reading(
         self, shard: ShardInfo, line: int, rows: Rows, row: int, states: tuple[int, ...], prompts: bool
@@ -439,7 +463,9 @@ class Reading:
         self.rows, self.row, self.states = rows, row, states
         self.key, start = known.key(line), int(known.starts[line])
         self.requests: list[Scattered] = []
-        self._expected = [span.end - span.begin for span in spans]
+        self._kept: dict[str, list[memoryview]] = {}
+        self._fetched: dict[str, list[memoryview]] = {}
+        self._alone, self._gaps = set[int](), set[int]()  # buffers, by their identities
         self.buffers: dict[str, memoryview] = {}
         self._states: list[tuple[int, memoryview]] = []
         self.is_whole, self.found = False, dict[int, int]()
@@ -448,15 +474,56 @@ class Reading:
             for part in span.parts:
                 buffer = rows.buffer(part, row, states)
                 found.append(buffer)
+                if part.name in (STATES, FACTS):
+                    self._alone.add(id(buffer))
                 if part.name == STATES:
                     self._states.append((part.state, buffer))
+                elif part.name == GAP:
+                    self._gaps.add(id(buffer))
                 else:
                     self.buffers[part.name] = buffer
             self.requests.append((shard.name, start + span.begin, found))
 
-    def take(self, counts: list[int]) -> None:
+    def not_in(self, cache: ReadCache) -> list[Scattered]:
+        """Fills what a cache has of the sample, and returns the requests for the rest.
+
+        A state is an entry of its own, for each batch reads other states, and so is the JSON. What else lies together
+        is one, and gaps are none.
+        """
+        left: list[Scattered] = []
+        for file, at, buffers in self.requests:
+            for _, group in groupby(buffers, key=self._entry_of):
+                part = list(group)
+                size = sum(map(len, part))
+                name = name_of(self.shard.sha256, file, at, size)
+                if id(part[0]) in self._gaps:
+                    pass  # nobody reads it
+                elif cache.fill(name, part):
+                    self._kept[name] = part
+                else:
+                    self._fetched[name] = part
+                    left.append((file, at, part))
+                at += size
+        return left
+
+    def _entry_of(self, buffer: memoryview) -> int:
+        """Buffers that follow each other and have the same number are one entry."""
+        alone = self._alone | self._gaps
+        return id(buffer) if id(buffer) in alone else 0
+
+    def settle(self, cache: ReadCache, right: bool) -> None:
+        """Keeps what was fetched of the sample if all of it is right, and drops what was kept of it if it is not."""
+        if right:
+            for name, part in self._fetched.items():
+                cache.add(name, part)
+        else:
+            for name in self._kept:
+                cache.drop(name)
+
+    def take(self, counts: list[int], requests: Sequence[Scattered] | None = None) -> None:
         """Takes notice of what the buffers now hold, of which so many bytes were read, request by request."""
-        self.is_whole = counts == self._expected
+        requests = self.requests if requests is None else requests
+        self.is_whole = counts == [sum(map(len, buffers)) for _, _, buffers in requests]
         if not self.known.checksums:
             return
         start = self.checksums_start
@@ -497,33 +564,33 @@ def read_index(folder: Folder) -> StoreIndex:
     try:
         return StoreIndex.from_json(folder.read(INDEX))
     except FileNotFoundError:
-        begun = PLAN in folder.sizes()
+        begun = PLAN in folder.sizes((PLAN,))
         why = "its writing has begun, but no shard is finished that holds a sample" if begun else f"{INDEX} is missing"
-        raise StoreError(f"no trajectory store at {folder.url}: {why}") from None
+        raise StoreError(f"no trajectory store at {folder.name}: {why}") from None
     except StoreError as error:
-        raise type(error)(f"{folder.url}: {error}") from None
+        raise type(error)(f"{folder.name}: {error}") from None
 
 
 def _check_sizes(folder: Folder, index: StoreIndex, tolerant: bool) -> None:
-    sizes = folder.sizes()
+    sizes = folder.sizes(name for shard in index.shards for name in (shard.name, checksums_name(shard.name)))
     for shard in index.shards:
         if shard.name not in sizes:
-            raise BadShard(f"{shard.name} of {folder.url} is missing")
+            raise BadShard(f"{shard.name} of {folder.name} is missing")
         if sizes[shard.name] != shard.bytes:
-            problem = f"{shard.name} of {folder.url} has {sizes[shard.name]} bytes, {INDEX} says {shard.bytes}"
+            problem = f"{shard.name} of {folder.name} has {sizes[shard.name]} bytes, {INDEX} says {shard.bytes}"
             if not tolerant:
                 raise BadShard(problem)
             log.warning("%s; its samples are read as far as they go", problem)
         name, expected = checksums_name(shard.name), shard.samples * row_bytes(len(index.times))
         if shard.crc32 and sizes.get(name) != expected:
             found = f"has {sizes[name]} bytes, not {expected}" if name in sizes else "is missing"
-            again = f"distill verify {folder.url} add_checksums=true writes it again"
-            raise BadShard(f"{name} of {folder.url} {found}: {again}")
+            again = f"distill verify {folder.name} add_checksums=true writes it again"
+            raise BadShard(f"{name} of {folder.name} {found}: {again}")
 
 
 def read_unconditional(folder: Folder, index: StoreIndex) -> Conditioning:
-    where = f"{UNCONDITIONAL} of {folder.url}"
-    if UNCONDITIONAL not in folder.sizes():
+    where = f"{UNCONDITIONAL} of {folder.name}"
+    if UNCONDITIONAL not in folder.sizes((UNCONDITIONAL,)):
         raise StoreError(f"{where} is missing")
     (data,) = folder.ranges([(UNCONDITIONAL, 0, MAX_UNCONDITIONAL_BYTES + 1)])
     if (found := hashlib.sha256(data).hexdigest()) != index.unconditional_sha256:
@@ -540,7 +607,7 @@ def read_unconditional(folder: Folder, index: StoreIndex) -> Conditioning:
 
 def _sha256_problem(folder: Folder, shard: ShardInfo) -> str | None:
     digest = hashlib.sha256()
-    with folder.open(shard.name, folder.sizes().get(shard.name, 0)) as file:
+    with folder.open(shard.name, folder.sizes((shard.name,)).get(shard.name, 0)) as file:
         while chunk := file.read(STREAM_BYTES):
             digest.update(chunk)
     if digest.hexdigest() == shard.sha256:

@@ -1,7 +1,8 @@
 """A folder of files, local or behind any fsspec URL: what the store's reader and writer need of it, and no more.
 
 A read that fails is tried again for a while: a network file system that is away for a moment has lost nothing. When it
-stays away, that is a `ReadError`, which says nothing about what the file holds.
+stays away, that is a `ReadError`, which says nothing about what the file holds. What no later try would mend (there is
+no such object, or it may not be read) is a `StoreError`, at once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
-import logging
 import os
 import re
 import resource
@@ -18,22 +18,19 @@ import socket
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from distill.data.errors import ReadError
+from distill.data import remote
+from distill.data.remote import TIMEOUT_SECONDS, file_system
+from distill.data.retries import RETRY_SECONDS, Patience, Streak, shown
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RETRY_SECONDS = 120.0
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
-"""Seconds between two tries of a read; each pause is twice the one before."""
 MOST_OPEN_FILES = 128
 STREAM_BYTES = 1 << 22
 CLAIM_SECONDS = 60.0
@@ -50,50 +47,34 @@ R = TypeVar("R", Range, Scattered)
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
 
 
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
-PACKAGES |= {
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "hf": "huggingface_hub",
-    "sftp": "paramiko",
-    "ssh": "paramiko",
-}
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a path or URL, and the path within it.
-
-    Raises:
-        ValueError: no such kind of URL, or its package is not installed; names the package.
-    """
-    protocol = url.partition("://")[0]
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        package = PACKAGES.get(protocol)
-        remedy = f"pip install {package}" if package else " ".join(str(error).split())
-        raise ValueError(f"{url}: a package that opens {protocol}:// is not installed: {remedy}") from None
-    except ValueError as error:
-        raise ValueError(f"{url}: {' '.join(str(error).split())}") from None
-
-
 class Folder:
     """Names one level deep under `url`: a path or an fsspec URL such as `s3://bucket/store` or `memory://store`.
 
     Args:
         retry_seconds: how long a read that fails is tried again before it is a `ReadError`; 0 tries once.
+        timeout_seconds: how long a single request to what is not local may take.
+
+    Attributes:
+        name: the URL for messages, without passwords and signed queries.
     """
 
-    def __init__(self, url: str | os.PathLike[str], retry_seconds: float = RETRY_SECONDS) -> None:
-        self.url, self.retry_seconds = os.fspath(url).rstrip("/"), retry_seconds
-        fs, self._path = file_system(self.url)
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        retry_seconds: float = RETRY_SECONDS,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> None:
+        self.url, self.retry_seconds, self.timeout_seconds = below(os.fspath(url)), retry_seconds, timeout_seconds
+        self.name = shown(self.url)
+        fs, self._path = file_system(self.url, timeout_seconds)
         self.local = Path(self._path) if isinstance(fs, LocalFileSystem) else None
         self._fs: tuple[int, Any] = (os.getpid(), fs)
         self._open: OrderedDict[str, IO[bytes]] = OrderedDict()
+        self._streak = Streak()
+        self._versions: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "retry_seconds": self.retry_seconds}
+        return {"url": self.url, "retry_seconds": self.retry_seconds, "timeout_seconds": self.timeout_seconds}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Folder.__init__(self, **state)
@@ -102,7 +83,7 @@ class Folder:
     def fs(self) -> Any:
         # A file system with an event loop does not survive a fork: a loader's worker makes its own.
         if self._fs[0] != os.getpid():
-            self._fs = (os.getpid(), file_system(self.url)[0])
+            self._fs = (os.getpid(), file_system(self.url, self.timeout_seconds)[0])
         return self._fs[1]
 
     @property
@@ -111,30 +92,61 @@ class Folder:
         return self.local if self.local is not None else Path(tempfile.gettempdir()) / "distill-staging"
 
     def path(self, name: str) -> str:
-        return f"{self._path}/{name}"
+        before, mark, query = self._path.partition("?")  # a signed query holds for all of a folder
+        return f"{before}/{name}{mark}{query}"
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file in the folder, by name; nothing if there is no such folder. Raises ReadError."""
-        return self._tried(self.url, self._sizes)
+    def sizes(self, names: Iterable[str] | None = None) -> dict[str, int]:
+        """Bytes of every file in the folder, or of those of `names` that there are; nothing if there is no such folder.
 
-    def _sizes(self) -> dict[str, int]:
+        Raises:
+            ReadError: it cannot be read.
+            StoreError: it may not be read, by what its server says.
+        """
+        wanted = None if names is None else list(names)
+        return self._tried(self.url, lambda: self._sizes(wanted))
+
+    def _sizes(self, names: Sequence[str] | None) -> dict[str, int]:
         found = {}
         if self.local is not None:
             for path in self.local.iterdir() if self.local.is_dir() else ():
                 with suppress(FileNotFoundError):  # another writer may rename its temporary file meanwhile
                     found[path.name] = path.stat().st_size
             return found
-        with suppress(FileNotFoundError):
-            self.fs.invalidate_cache(self._path)
-            for entry in self.fs.ls(self._path, detail=True):
-                found[entry["name"].rsplit("/", 1)[-1]] = entry["size"]
+        if names is not None and remote.is_web(self.fs):
+            return {name: facts["size"] for name, facts in self._details(names).items()}
+        listed = remote.listing(self.fs, self._path, self.timeout_seconds)
+        for name, facts in listed.items():
+            self._versions.setdefault(name, facts["version"])
+        return {name: facts["size"] for name, facts in listed.items()}
+
+    def _details(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Size and version of those of these files that there are; the versions are kept. Raises what fsspec does."""
+        found, there = {}, remote.details(self.fs, list(map(self.path, names)), self.timeout_seconds)
+        for name, facts in zip(names, there, strict=True):
+            if not isinstance(facts, Exception):
+                found[name] = facts
+                self._versions.setdefault(name, facts["version"])
+            elif not remote.is_missing(facts):
+                raise facts
         return found
 
+    def was_replaced(self, name: str) -> bool:
+        """Whether a remote file is another one than when the folder was opened, as far as its server says."""
+        if self.local is not None or not (before := self._versions.get(name)):
+            return False
+        (facts,) = remote.details(self.fs, [self.path(name)], self.timeout_seconds)
+        return isinstance(facts, dict) and facts["version"] != before
+
     def read(self, name: str) -> bytes:
-        """All bytes of a small file. Raises FileNotFoundError, at once, and ReadError."""
+        """All bytes of a small file. Raises FileNotFoundError, at once, ReadError, and StoreError as `sizes` does."""
 
         def content() -> bytes:
-            return (self.local / name).read_bytes() if self.local is not None else self.fs.cat_file(self.path(name))
+            if self.local is not None:
+                return (self.local / name).read_bytes()
+            (data,) = remote.fetch(self.fs, [(self.path(name), None, None)], self.timeout_seconds)
+            if isinstance(data, Exception):
+                raise FileNotFoundError(errno.ENOENT, "no such file", name) if remote.is_missing(data) else data
+            return data
 
         return self._tried(self.path(name), content)
 
@@ -148,7 +160,8 @@ class Folder:
         What is not there takes no memory, however long the range.
 
         Raises:
-            ReadError: one cannot be read, or there is no such file any more, for longer than `retry_seconds`.
+            ReadError: one cannot be read, or there is no such local file any more, for longer than `retry_seconds`.
+            StoreError: there is no such remote file, or it may not be read.
         """
         return self._all_of(requests, self._ranges)
 
@@ -164,14 +177,15 @@ class Folder:
         return self._all_of(requests, self._fill)
 
     def _all_of(self, requests: Sequence[R], read: Callable[[Sequence[R]], list[T | Exception]]) -> list[T]:
-        """What `read` gives for all requests, with those that failed tried again. Raises ReadError."""
+        """What `read` gives for all requests, with those that failed tried again. Raises ReadError and StoreError."""
         found = read(requests)
         if not any(isinstance(data, Exception) for data in found):
             return found  # type: ignore[return-value]
-        patience = Patience(self.retry_seconds)
+        patience = Patience(self.retry_seconds, self._streak)
         while failed := [at for at, data in enumerate(found) if isinstance(data, Exception)]:
             name, error = requests[failed[0]][0], found[failed[0]]
             assert isinstance(error, Exception)
+            self._check_worth_a_try(patience, [(requests[at][0], found[at]) for at in failed])
             patience.after(error, self.path(name))
             for at, data in zip(failed, read([requests[at] for at in failed]), strict=True):
                 found[at] = data
@@ -215,24 +229,21 @@ class Folder:
             return [self._pread(*request) for request in requests]
         if not requests:
             return []
-        names, starts, ends = zip(*requests, strict=True)
-        try:
-            found = self.fs.cat_ranges([self.path(n) for n in names], list(starts), list(ends), on_error="return")
-        except Exception as error:  # what a file system's own library raises is not known here
-            return [error] * len(requests)
-        return [self._short(*request, data) for request, data in zip(requests, found, strict=True)]
+        parts = [(self.path(name), start, end) for name, start, end in requests]
+        return list(remote.fetch(self.fs, parts, self.timeout_seconds))
 
-    def _short(self, name: str, start: int, end: int, data: bytes | Exception) -> bytes | Exception:
-        """Some file systems fail where a range begins after the end of the file: then there are no bytes."""
-        if isinstance(data, Exception):
-            with suppress(Exception):
-                if self.fs.size(self.path(name)) <= start:
-                    return b""
-        return data
+    def _check_worth_a_try(self, patience: Patience, failed: Sequence[tuple[str, object]]) -> None:
+        """Raises StoreError if what one of these files failed with is for good."""
+        for name, error in failed:
+            if self.local is None and (final := remote.for_good(error, self.path(name))) is not None:
+                patience.given_up()
+                raise final from None
 
     def apart(self) -> Folder:
         """The same folder with files opened on its own, for another thread."""
-        return Folder(self.url, self.retry_seconds)
+        other = Folder(self.url, self.retry_seconds, self.timeout_seconds)
+        other._streak, other._versions = self._streak, self._versions
+        return other
 
     def _pread(self, name: str, start: int, end: int) -> bytearray | OSError:
         try:
@@ -270,20 +281,23 @@ class Folder:
                     self._open.pop(name).close()
 
     def _tried(self, what: str, read: Callable[[], T]) -> T:
-        """What `read` gives, tried again while it fails. Raises ReadError, and FileNotFoundError at once."""
-        patience = Patience(self.retry_seconds)
+        """What `read` gives, tried again while it fails. Raises ReadError; FileNotFoundError and StoreError at once."""
+        patience = Patience(self.retry_seconds, self._streak)
         while True:
             try:
                 found = read()
             except FileNotFoundError:
+                patience.given_up()
                 raise
-            except NotADirectoryError as error:  # a file in the folder's place holds nothing, however long one waits
+            except NotADirectoryError as error:
+                patience.given_up()  # a file in the folder's place holds nothing, however long one waits
                 raise FileNotFoundError(error.errno, error.strerror, what) from None
-            except OSError as error:
-                patience.after(error, what)
             except Exception as error:
-                if self.local is not None:
+                if self.local is not None and not isinstance(error, OSError):
                     raise
+                if self.local is None and (final := remote.for_good(error, what)) is not None:
+                    patience.given_up()
+                    raise final from None
                 patience.after(error, what)
             else:
                 patience.over()
@@ -336,36 +350,6 @@ class Folder:
             self.fs.put_file(str(path), self.path(name))  # object stores show an object once it is complete
 
 
-class Patience:
-    """Waits longer and longer between the tries of a read, for so many seconds in all (`RETRY_SECONDS` by default)."""
-
-    def __init__(self, seconds: float | None = None) -> None:
-        seconds = RETRY_SECONDS if seconds is None else seconds
-        self._seconds, self._pause = seconds, FIRST_PAUSE
-        self._what, self._since, self._tries = "", 0.0, 1
-
-    def after(self, error: Exception, what: str) -> None:
-        """Waits after a failure. Raises ReadError once it has waited enough."""
-        now = time.monotonic()
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, OSError) and error.errno is not None:
-            said = f"[Errno {error.errno}] {error.strerror}"
-        if not self._what:
-            self._what, self._since = what, now
-            if self._seconds > 0:
-                log.warning("%s cannot be read (%s): trying again for up to %g s", what, said, self._seconds)
-        left = self._since + self._seconds - now
-        if left <= 0:
-            tries = f"{self._tries} tries in {now - self._since:.0f} s" if self._tries > 1 else "1 try"
-            raise ReadError(f"{what} cannot be read: {said} ({tries})") from error
-        time.sleep(min(self._pause, left))
-        self._pause, self._tries = min(2 * self._pause, LONGEST_PAUSE), self._tries + 1
-
-    def over(self) -> None:
-        if self._what:
-            log.warning("%s is read again, after %.1f s", self._what, time.monotonic() - self._since)
-
-
 class _Stream(io.RawIOBase):
     """A file from its start to its end, by ranges."""
 
@@ -383,6 +367,12 @@ class _Stream(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def below(url: str, name: str = "") -> str:
+    """What lies in a folder, or without a name the folder itself; a signed query of a URL holds for all of it."""
+    before, mark, query = url.partition("?") if "://" in url else (url, "", "")
+    return "/".join(filter(None, (before.rstrip("/"), name))) + mark + query
 
 
 def _scatter(data: memoryview, buffers: Sequence[memoryview]) -> int:

@@ -89,7 +89,7 @@ def add_checksums(
 
 def _checksums_problem(folder: Folder, shard: ShardInfo, rows: bytes) -> str | None:
     name = checksums_name(shard.name)
-    if name not in folder.sizes():
+    if name not in folder.sizes((name,)):
         return f"{name} is missing; add_checksums=true writes it again"
     (data,) = folder.ranges([(name, 0, len(rows) + 1)])
     if bytes(data) != rows or f"{zlib.crc32(data):08x}" != shard.crc32:
@@ -101,7 +101,7 @@ def _verified(
     folder: Folder, index: StoreIndex, shard: ShardInfo, seen: Callable[[int], None], rows: bytearray
 ) -> ShardReport:
     """Reads a shard; the checksums of its samples are added to `rows`."""
-    size = folder.sizes().get(shard.name)
+    size = folder.sizes((shard.name,)).get(shard.name)
     if size is None:
         return ShardReport(shard.name, 0, ("the shard is missing",))
     problems = [f"{size} bytes, {INDEX} says {shard.bytes}"] if size != shard.bytes else []

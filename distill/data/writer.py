@@ -150,7 +150,7 @@ def _write_shards(
     rank: int,
     world_size: int,
 ) -> None:
-    notes, url = Notes(folder, plan, earlier), folder.url
+    notes, url = Notes(folder, plan, earlier), folder.name
     if notes.shows_growth:
         notes.publish_index()  # the store is unfinished from here on
     mine = range(rank, plan.planned_shards, world_size)
@@ -297,7 +297,7 @@ class Notes:
             for place, reason in zip(info.skipped.split(), self._read[shard][2], strict=True)
         ]
         self.folder.publish(SKIPPED, ("\n".join(lines) + "\n").encode())
-        said = f"{len(lines)} of {self.plan.samples} {self.plan.kind} were skipped, see {SKIPPED} of {self.folder.url}"
+        said = f"{len(lines)} of {self.plan.samples} {self.plan.kind} were skipped, see {SKIPPED} of {self.folder.name}"
         if len(lines) == self.plan.samples:
             raise StoreError(f"{said}, such as {lines[0]}")
         log.warning("%s", said)
@@ -306,7 +306,7 @@ class Notes:
         self.folder.forget(*map(note_name, sizes))  # those of a shard that is written again are replaced
         found = self.folder.ranges([(note_name(shard), 0, size) for shard, size in sizes.items()])
         for shard, data in zip(sizes, found, strict=True):
-            note = f"{note_name(shard)} of {self.folder.url}"
+            note = f"{note_name(shard)} of {self.folder.name}"
             facts = load_facts(data, note)
             if facts.get("plan") in self._plans and not self._is_partial(shard, facts):
                 self._read[shard] = self._understood(shard, facts, note)
@@ -452,13 +452,13 @@ def _check(trajectory: Trajectory, plan: StorePlan, key: str, B: int, size: int)
 def _as_recorded(folder: Folder, plan: StorePlan) -> StorePlan:
     """The plan, without what a store that an earlier version began does not record: it continues without."""
     try:
-        facts = load_facts(folder.read(PLAN), f"{PLAN} of {folder.url}")
+        facts = load_facts(folder.read(PLAN), f"{PLAN} of {folder.name}")
     except FileNotFoundError:
         return plan
     recorded = {name: getattr(plan, name) for name in LATER if getattr(plan, name) and name not in facts}
     unsaid: dict[str, Any] = {name: type(value)() for name, value in recorded.items()}
     if unsaid:
-        log.warning("%s does not record %s, and continues without", folder.url, ", ".join(unsaid))
+        log.warning("%s does not record %s, and continues without", folder.name, ", ".join(unsaid))
     return replace(plan, **unsaid)
 
 
@@ -468,7 +468,7 @@ def _agree(folder: Folder, plan: StorePlan, prompts: Sequence[str]) -> list[Stor
     Returns the plans that the store had when it had fewer.
     """
     folder.publish_first(PLAN, dump({"schema": schema_of(plan), **plan_facts(plan)}))
-    where = f"{PLAN} of {folder.url}"
+    where = f"{PLAN} of {folder.name}"
     facts = load_facts(folder.read(PLAN), where)
     with understanding(where):
         begun = StorePlan(**plan_arguments(facts))
@@ -482,16 +482,16 @@ def _agree(folder: Folder, plan: StorePlan, prompts: Sequence[str]) -> list[Stor
         ]
         to_set = ", ".join(dict.fromkeys(SETTINGS[name] for name in differing))
         raise StoreMismatch(
-            f"{folder.url} was begun with another plan: {'; '.join(said)}. "
+            f"{folder.name} was begun with another plan: {'; '.join(said)}. "
             f"Set {to_set} as it was, or write to a new folder (data.store)"
         )
     if begun.samples > plan.samples:
         raise StoreMismatch(
-            f"samples is {begun.samples} in {folder.url} and {plan.samples} in the run: a store may grow, not shrink. "
+            f"samples is {begun.samples} in {folder.name} and {plan.samples} in the run: a store may grow, not shrink. "
             f"Set data.num_samples={begun.samples}, or write to a new folder (data.store)"
         )
     if begun.samples < plan.samples:
-        log.info("%s grows from %d to %d %s", folder.url, begun.samples, plan.samples, plan.kind)
+        log.info("%s grows from %d to %d %s", folder.name, begun.samples, plan.samples, plan.kind)
         was = {"was": [one.samples for one in earlier]}
         folder.publish(PLAN, dump({"schema": schema_of(plan), **plan_facts(plan), **was}))
     return earlier

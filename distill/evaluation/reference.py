@@ -18,7 +18,7 @@ from distill.data.images import ENDINGS, files_in
 from distill.data.pictures import BadPicture, upright
 from distill.data.progress import Progress
 from distill.data.prompts import find_files
-from distill.data.storage import file_system
+from distill.data.remote import file_system
 from distill.models.files import save_file
 
 BATCH = 32

@@ -17,6 +17,7 @@ from distill.data.errors import ReadError, StoreError
 from distill.data.heldout import is_there, within
 from distill.data.index import StoreIndex, StoreMismatch
 from distill.data.reader import Store, open_store
+from distill.data.remote import is_remote
 from distill.methods.base import Method
 from distill.models.exported import Exported
 from distill.models.families.teacher import Teacher
@@ -112,10 +113,22 @@ def unread(cfg: TrainSettings, trained: Collection[str]) -> dict[str, str]:
         "lr_warmup_steps": cfg.lr_scheduler == "constant"
         and cfg.lr_warmup_steps
         and "lr_scheduler=constant has no warm-up",
+        **_unread_of_data(cfg),
         "validation_reward": cfg.validation_prompts is None and "there are no validation_prompts",
         "validation_sizes": cfg.validation_prompts is None and "there are no validation_prompts",
     }
     return {key: reason for key, reason in reasons.items() if reason}
+
+
+def _unread_of_data(cfg: TrainSettings) -> dict[str, str | bool]:
+    """Of the settings of remote stores those that the run does not read, each with the reason."""
+    stores = [url for url in (cfg.data.store, cfg.data.heldout) if url is not None]
+    local = not any(map(is_remote, stores)) and "the store is in a local folder"
+    return {
+        "data.read_timeout_seconds": local,
+        "data.cache": local,
+        "data.cache_gib": local or (cfg.data.cache is None and "there is no data.cache"),
+    }
 
 
 def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports: Mapping[str, Exported]) -> Store:
@@ -127,7 +140,7 @@ def fitting_store(cfg: TrainSettings, teacher: Teacher, method: Method, exports:
         cfg.data.store,
         max_bad_fraction=cfg.data.max_bad_fraction,
         verify_sha256=cfg.data.verify_on_first_read,
-        retry_seconds=cfg.data.read_retry_seconds,
+        **_reading(cfg),
     )
     try:
         for step in method.starts:
@@ -187,6 +200,17 @@ def say_small_sizes(store: Store, batch: int) -> None:
         )
 
 
+def _reading(cfg: TrainSettings) -> dict[str, Any]:
+    """How a store is read, as `open_store` takes it."""
+    data = cfg.data
+    return {
+        "retry_seconds": data.read_retry_seconds,
+        "timeout_seconds": data.read_timeout_seconds,
+        "cache": data.cache,
+        "cache_gib": data.cache_gib,
+    }
+
+
 def heldout_store(cfg: TrainSettings, store: Store, state: Mapping[str, Any]) -> Store | None:
     """The solves that this run measures itself on and does not learn from, if there are any: as many as it began with.
 
@@ -197,14 +221,13 @@ def heldout_store(cfg: TrainSettings, store: Store, state: Mapping[str, Any]) ->
     """
     if cfg.data.heldout is None and cfg.data.heldout_samples == 0:
         return None
-    retry_seconds = cfg.data.read_retry_seconds
     if cfg.data.heldout is not None:
-        found = open_store(cfg.data.heldout, retry_seconds=retry_seconds)
+        found = open_store(cfg.data.heldout, **_reading(cfg))
     else:
         try:
             if not is_there(cfg.data.store):  # a store of before, a small one, or one of pictures
                 return None
-            found = open_store(within(cfg.data.store), retry_seconds=retry_seconds)
+            found = open_store(within(cfg.data.store), **_reading(cfg))
         except (StoreError, ReadError) as error:  # the run itself does not need them
             log.warning("the held-out loss is not measured: %s", error)
             return None
@@ -246,13 +269,13 @@ def as_begun(store: Store, state: Mapping[str, Any]) -> Store:
     """
     if state.get(STORE, store.index.identity) != store.index.identity:
         raise StoreError(
-            f"data.store={store.folder.url} is not the store that the run has learned from until now: set data.store "
+            f"data.store={store.folder.name} is not the store that the run has learned from until now: set data.store "
             "to that one, wherever it lies today, or choose another output_dir"
         )
     samples = state.get(SAMPLES, len(store))
     if samples > len(store):
         raise StoreError(
-            f"data.store={store.folder.url} has {len(store)} samples and had {samples} when the run began: "
+            f"data.store={store.folder.name} has {len(store)} samples and had {samples} when the run began: "
             "bring the old store back, or choose another output_dir"
         )
     if samples < len(store) and launched_rank() == 0:

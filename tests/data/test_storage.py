@@ -19,7 +19,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from distill.data import storage
+from distill.data import retries, storage
 from distill.data.errors import ReadError
 from distill.data.reader import open_store
 from distill.data.record import StoreError
@@ -50,7 +50,7 @@ def of_number(number: int) -> Callable[[], OSError]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
 
 
 @pytest.mark.parametrize("number", TRANSIENT, ids=errno.errorcode.get)
@@ -70,14 +70,15 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(
 
 
 def test_pauses_grow_and_end(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.01, 0.02, 0.04 … s, for no longer than was asked; then one line names file, errno and tries."""
+    """Up to 0.01, 0.02, 0.04 … s, and half of that at least; then one line names file, errno and tries."""
     store, pauses = open_store(str(copy), max_bad_fraction=0.9, retry_seconds=0.3), []
     monkeypatch.setattr(os, "preadv", Fails(os.preadv, of_number(errno.EIO), range(1, 10**6)))
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: (pauses.append(seconds), sleep(seconds)))
     with pytest.raises(ReadError, match=r"shard-00000\d.tar cannot be read: \[Errno 5\] .*\(\d+ tries in 0 s") as error:
         store.read(5)
-    assert "\n" not in str(error.value) and pauses[:4] == [0.01, 0.02, 0.04, 0.08] and sum(pauses) < 0.4
+    assert "\n" not in str(error.value) and sum(pauses) < 0.4
+    assert all(most / 2 <= pause <= most for pause, most in zip(pauses, (0.01, 0.02, 0.04, 0.08), strict=False))
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
