@@ -25,6 +25,7 @@ TARGETS = (
     "distill.training.engine.",
     "distill.training.best.",
     "distill.training.health.",
+    "distill.training.spikes.",
     "distill.training.tracking.",
     "torch.optim.",
     "bitsandbytes.optim.",

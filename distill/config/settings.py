@@ -288,6 +288,7 @@ class TrainSettings(Settings):
     start: FilePath | None = None
     health: Component = {"_target_": "distill.training.health.Health"}
     best: Component = {"_target_": "distill.training.best.Best"}  # runs of before it existed have none
+    spikes: Component = {"_target_": "distill.training.spikes.SpikeSettings"}
     output_dir: FilePath
     seed: Natural
     max_train_steps: Annotated[Positive, BeforeValidator(follow_stages)]

@@ -47,6 +47,7 @@ def make_loader(
     prefetch_factor: int = 2,
     prompts: bool = False,
     changes: tuple[tuple[int, int], ...] = (),
+    passed: tuple[tuple[int, int], ...] = (),
     largest: bool = False,
 ) -> Loader:
     """A loader of this rank's micro-batches, from optimizer step `start_step` on; nothing is fast-forwarded.
@@ -55,14 +56,14 @@ def make_loader(
         reads: which states of each trajectory, at an optimizer step; they are random, by (seed, position).
         num_workers: threads that read ahead, each `prefetch_factor` micro-batches; 0 reads when a batch is wanted.
         prompts: read every sample's prompt too, and that of the next one.
-        changes: of the global batch's size; see `BatchShare`.
+        changes: of the global batch's size, and `passed`: samples that no step has; see `BatchShare`.
         largest: only samples of the largest size, to see what a step takes at most.
 
     Raises:
         ValueError: the stored times cannot serve the first step, or the global batch does not divide among the ranks.
     """
     reads(start_step).check(store.index.times)
-    share = BatchShare(global_batch_size, micro_batch_size, rank, world_size, changes)
+    share = BatchShare(global_batch_size, micro_batch_size, rank, world_size, changes, passed)
     return Loader(store, reads, seed, share, start_step, num_workers, prefetch_factor, prompts, largest)
 
 

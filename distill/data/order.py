@@ -1,7 +1,8 @@
 """Which sample stands at which position of a run: a pure function of the seed, whatever the ranks and workers.
 
 Positions number the samples of a run from 0 on; step s of a run with global batch G covers [s G, (s + 1) G). Where the
-batch changes its size within a run, each step begins where the one before has ended. Each N positions are an epoch, in
+batch changes its size within a run, each step begins where the one before has ended, or further on, where samples are
+passed over. Each N positions are an epoch, in
 which every one of N samples stands once, in a random order by (seed, epoch). An epoch may end within a batch, which
 is then filled from the next: there is no tail to drop, and no rank has fewer steps.
 
@@ -82,12 +83,19 @@ class SizedOrder:
     def _reach(self, step: int) -> None:
         """Decides the sizes of the steps up to this one, each from what all before it have taken."""
         for new in range(len(self._numbers), step + 1):
-            samples = self.share.extent(new)[1]
-            number = min(self.groups, key=lambda number: self._due(number, samples))
+            samples, over = self.share.extent(new)[1], self.share.passed_before(new)
+            while over > 0:  # in batches like those that were seen
+                over -= self._take(min(samples, over))[1]
+            number, _ = self._take(samples)
             self._numbers.append(number)
-            self._firsts.append(self._taken[number])
-            self._taken[number] += samples
-            self._batches[number] += 1
+            self._firsts.append(self._taken[number] - samples)
+
+    def _take(self, samples: int) -> tuple[int, int]:
+        """Takes the next batch: the number of its size, and how many samples it has."""
+        number = min(self.groups, key=lambda number: self._due(number, samples))
+        self._taken[number] += samples
+        self._batches[number] += 1
+        return number, samples
 
     def _due(self, number: int, samples: int) -> float:
         """When the next batch of a size is due, in epochs."""
@@ -120,6 +128,7 @@ class BatchShare:
     Args:
         changes: steps from which on the global batch has another size, rising, each with the size. There are as many
             micro-batches in a step as before, of another size too.
+        passed: steps, each once, before which so many samples are passed over.
 
     Raises:
         ValueError: a global batch is not a whole number of micro-batches on every rank.
@@ -130,6 +139,7 @@ class BatchShare:
     rank: int = 0
     world_size: int = 1
     changes: tuple[tuple[int, int], ...] = ()
+    passed: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         G, m, R = self.global_batch_size, self.micro_batch_size, self.world_size
@@ -180,10 +190,15 @@ class BatchShare:
         first, start, size = [part for part in self._parts() if part[1] <= step][-1]
         return first + (step - start) * size, size
 
+    def passed_before(self, step: int) -> int:
+        """How many samples are passed over just before a step."""
+        return dict(self.passed).get(step, 0)
+
     def _parts(self) -> list[tuple[int, int, int]]:
-        """The parts of the run with batches of one size: first position, first step, and size of each."""
-        parts = [(0, 0, self.global_batch_size)]
-        for step, size in self.changes:
+        """The parts of the run in which steps of one size follow each other: first position, first step, and size."""
+        parts, sizes = [(0, 0, self.global_batch_size)], dict(self.changes)
+        for step in sorted({*sizes, *(step for step, _ in self.passed)}):
             first, start, before = parts[-1]
-            parts.append((first + (step - start) * before, step, size))
+            at = first + (step - start) * before + self.passed_before(step)
+            parts.append((at, step, sizes.get(step, before)))
         return parts

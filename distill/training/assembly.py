@@ -26,6 +26,7 @@ from distill.config.loading import ConfigError, build, checking
 from distill.config.settings import TrainSettings
 from distill.data.errors import ReadError, StoreError
 from distill.data.loader import Loader, make_loader
+from distill.data.order import BatchShare
 from distill.data.progress import Progress
 from distill.data.prompts import read_prompts
 from distill.data.reader import Store
@@ -78,6 +79,7 @@ from distill.training.micro_batch import (
 from distill.training.preemption import Preemption
 from distill.training.processes import Processes, collectives_timeout
 from distill.training.rank_writes import WriteError
+from distill.training.rollback import PASSED, History, Rollback, gone_back, read_history, samples_between
 from distill.training.run import (
     checkpoints_of,
     finished,
@@ -90,7 +92,8 @@ from distill.training.run import (
     writing,
 )
 from distill.training.sizes import latent_shape, require_sizes
-from distill.training.skipped import NonFiniteError
+from distill.training.skipped import Diverged
+from distill.training.spikes import SpikeSettings
 from distill.training.teacher import open_teacher
 from distill.training.tracking import (
     SKIPPED,
@@ -128,6 +131,7 @@ class ResumedRun:
     heldout: Store | None  # solves that it is measured on, and does not learn from
     restore: Callable[[], None]  # writes what has gone of the small files in the run's folder
     split: Split
+    history: History = History()  # what it has gone back for
 
 
 @dataclass(frozen=True)
@@ -176,11 +180,12 @@ class Run:
         exports = exports_of(cfg, teacher)
         cfg = settled(cfg, exports)
         changes = batch_changes(cfg, method, world_size)
+        spikes: SpikeSettings = build(cfg.spikes)
         with checking():
             rate = LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
             return cls(
                 cfg=cfg,
-                engine=engine,
+                engine=replace(engine, spikes=spikes, stage_starts=method.starts),
                 split=split_batch(cfg, world_size, [size for _, size in changes]),
                 batch_changes=changes,
                 teacher=f"{teacher.teacher_id} ({teacher.family.name})",
@@ -256,14 +261,18 @@ class Run:
                 f"resume_from_checkpoint={cfg.resume_from_checkpoint} has taken {step} steps, and max_train_steps="
                 f"{cfg.max_train_steps} is less: set more"
             )
-        store = as_begun(self.store, resumed.state if resumed else {})
-        heldout = heldout_store(cfg, store, resumed.state if resumed else {})
+        state = resumed.state if resumed else {}
+        store = as_begun(self.store, state)
+        heldout = heldout_store(cfg, store, state)
         heldout = heldout if processes.all_agree(heldout is not None) else None
         checkpoints.state = {SAMPLES: len(store), STORE: store.index.identity}
         checkpoints.state |= {} if heldout is None else {HELDOUT_SAMPLES: len(heldout)}
         self._check_best(heldout)
-        self._recall_best(checkpoints, processes, resumed.state if resumed else {})
-        return ResumedRun(engine, checkpoints, store, step, heldout, restore, split)
+        self._recall_best(checkpoints, processes, state)
+        history = processes.from_main(read_history(self.folder, state) if processes.is_main else History())
+        engine.bands.way_back = lambda: processes.from_main(processes.is_main and bool(checkpoints.healthy_steps()))
+        fresh = ResumedRun(engine, checkpoints, store, step, heldout, restore, split)
+        return passing_over(fresh, step, history)
 
     def _rehearsed(self, resumed: ResumedRun, watchdog: Watchdog) -> bool:
         """Whether there is memory for a micro-batch of the next step, and of the first one of each later stage.
@@ -284,26 +293,23 @@ class Run:
     def train(self, resumed: ResumedRun, watchdog: Watchdog) -> int:
         """Takes the steps that are left; returns the exit code (`ends.exit_code`), whatever ends the run."""
         cfg, processes = self.cfg, resumed.engine.processes
-        tracker = self.tracker(resumed)
-        progress = TrainingProgress(cfg.max_train_steps, resumed.step, main=processes.is_main)
         if processes.is_main:
             note_batch(self.folder, resumed.split.micro_batch_size, resumed.split.accumulated, processes.world_size)
             self._say_header(resumed)
         with watchdog.over("the validation's prompts and the teacher's own pictures of them"):
-            validation = Validating(self.validation(resumed.engine, tracker), *self.held_out(resumed))
+            validation = Validating(self.validation(resumed.engine), *self.held_out(resumed))
         began, failure = time.monotonic(), None
-        before = cpu_seconds_of(read_metrics(self.folder, resumed.step))
-        meter = Meter(cfg.max_train_steps, self.batch_size, resumed.step, cpu_seconds=before)
-        observers = Observers(meter, progress, tracker, self.health, validation, self.best, validation.samples)
-        self._catch_up(resumed, observers, watchdog)
-        with self.preemption, closing(iter(self.loader(resumed))) as batches:
-            step, failure = self._steps(resumed, batches, observers, watchdog)
+        with self.preemption:
+            step, failure = self._steps(resumed, validation, watchdog)
+            while isinstance(failure, Diverged) and (back := self._back(resumed, failure, watchdog)) is not None:
+                resumed = back
+                step, failure = self._steps(resumed, validation, watchdog)
+            if isinstance(failure, Diverged):
+                failure = RuntimeError(f"{failure}; {resumed.checkpoints.after_divergence(processes)}")
             code = exit_code(step, cfg.max_train_steps, self.health, failure, self.best)
             if code == PREEMPTED:
                 self.preemption.mark(step)
-        progress.close()
-        with watchdog.over("the trackers, and the other ranks at the end"):
-            tracker.close()
+        with watchdog.over("the other ranks at the end"):
             processes.barrier()  # a launcher may end all ranks when the first is gone, and this one still sends
         if processes.is_main and code == 0:
             resumed.restore()
@@ -314,10 +320,27 @@ class Run:
         resumed.engine.close()
         return code
 
-    def _steps(
+    def _steps(self, resumed: ResumedRun, validation: Validating, watchdog: Watchdog) -> tuple[int, Exception | None]:
+        """The steps from where a run resumes; returns those taken in all, and what has ended them before their time. On
+        all ranks alike."""
+        cfg, processes = self.cfg, resumed.engine.processes
+        tracker = self.tracker(resumed)
+        progress = TrainingProgress(cfg.max_train_steps, resumed.step, main=processes.is_main)
+        before = cpu_seconds_of(read_metrics(self.folder, resumed.step))
+        meter = Meter(cfg.max_train_steps, self.batch_size, resumed.step, cpu_seconds=before)
+        measured = partial(validation, tracker)
+        observers = Observers(meter, progress, tracker, self.health, measured, self.best, validation.samples)
+        self._catch_up(resumed, observers, watchdog)
+        with closing(iter(self.loader(resumed))) as batches:
+            step, failure = self._loop(resumed, batches, observers, watchdog)
+        progress.close()
+        with watchdog.over("the trackers"):
+            tracker.close()
+        return step, failure
+
+    def _loop(
         self, resumed: ResumedRun, batches: Iterator[Batch], observers: Observers, watchdog: Watchdog
     ) -> tuple[int, Exception | None]:
-        """The loop; returns the steps taken in all, and what has ended it before its time. On all ranks alike."""
         cfg = self.cfg
         try:
             step = train(
@@ -332,17 +355,35 @@ class Run:
                 preemption=self.preemption,
                 watchdog=watchdog,
             )
-        except NonFiniteError as error:
-            return resumed.step, NonFiniteError(
-                f"{error}; {resumed.checkpoints.after_divergence(resumed.engine.processes)}"
-            )
         except NoData as ended:
             return ended.step, ended.error
-        except WriteError as error:
+        except (Diverged, WriteError) as error:
             return resumed.step, error
         except FileNotFoundError as error:  # on this rank, in mid-run: no mistake in the settings
             raise ReadError(f"a file has gone during the run: {error}") from error
         return step, None
+
+    def _back(self, resumed: ResumedRun, failure: Diverged, watchdog: Watchdog) -> ResumedRun | None:
+        """The run at its last healthy checkpoint, which it has gone back to; None if it may not, or there is none."""
+        cfg, engine, most = self.cfg, resumed.engine, self.engine.spikes.rollbacks
+        if len(resumed.history.rollbacks) >= most:
+            return None
+        with watchdog.over("the checkpoint that the run goes back to"), checking():
+            point = gone_back(resumed.checkpoints, engine)
+        if point is None:
+            return None
+        size, passed = cfg.global_batch_size, resumed.history.passed
+        share = BatchShare(size, size, changes=self.batch_changes, passed=passed)
+        seen = samples_between(share, point.step, failure.step + 1)
+        history = resumed.history.and_then(Rollback(point.step, failure.step + 1, seen, str(failure)))
+        if engine.processes.is_main:
+            history.write(self.folder)
+            log.warning(
+                "%s: back to the checkpoint of step %d, and the %d samples seen since are passed over (%d of %d times)",
+                *(failure, point.step, seen, len(history.rollbacks), most),
+            )
+        self._recall_best(resumed.checkpoints, engine.processes, point.state)
+        return passing_over(resumed, point.step, history)
 
     def say_device(self, device: torch.device) -> None:
         """A line about what the run computes on and how, before anything is loaded."""
@@ -394,6 +435,7 @@ class Run:
             num_workers=self.cfg.dataloader_num_workers if workers is None else workers,
             prompts=self.method.needs_prompts,
             changes=self.batch_changes,
+            passed=resumed.history.passed,
             largest=largest,
         )
 
@@ -460,18 +502,19 @@ class Run:
         cfg, processes, step = self.cfg, resumed.engine.processes, resumed.step
         if processes.is_main:
             cut_after(self.folder / SKIPPED, step)
+        self.health.forget()
         self.health.recall(processes.from_main(read_metrics(self.folder, step)))
         settings = cfg.model_dump(mode="json")
         return open_trackers(cfg.tracking, self.folder, settings, resume_step=step, main=processes.is_main)
 
-    def validation(self, engine: Engine, tracker: Tracker) -> Callable[[int], tuple[dict[str, float], list[float]]]:
+    def validation(self, engine: Engine) -> Callable[[Tracker, int], tuple[dict[str, float], list[float]]]:
         """Samples the validation's prompts, if there are any: scalars, and the score of each picture, if it has one.
 
         Text encoders are needed once, and dropped.
         """
         cfg = self.cfg
         if cfg.validation_prompts is None:
-            return lambda step: ({}, [])
+            return lambda tracker, step: ({}, [])
         with checking("validation_prompts: "):
             prompts = read_prompts(cfg.validation_prompts)
         teacher = open_teacher(cfg.model, parts=("text", "vae"))
@@ -490,7 +533,7 @@ class Run:
         validation = Validation(
             teacher, prompts, conditioning, steps, cfg.seed, seeds, self.method.sampling, ends, reward, shapes, same
         )
-        return lambda step: (validation(engine, tracker, step), validation.scores)
+        return lambda tracker, step: (validation(engine, tracker, step), validation.scores)
 
 
 def train_run(cfg: TrainSettings, counting: Counting | None = None) -> int:
@@ -525,6 +568,15 @@ def train_run(cfg: TrainSettings, counting: Counting | None = None) -> int:
         with checking():
             resumed = run.resume(watchdog, counting)
         return run.train(resumed, watchdog)
+
+
+def passing_over(resumed: ResumedRun, step: int, history: History) -> ResumedRun:
+    """A run that resumes at `step` after what it has gone back for; its checkpoints and metrics say so from now on."""
+    kept = {key: value for key, value in resumed.checkpoints.state.items() if key != PASSED}
+    passed = [list(one) for one in history.passed]
+    resumed.checkpoints.state = kept | ({PASSED: passed} if passed else {})
+    resumed.engine.bands.rollbacks = len(history.rollbacks)
+    return replace(resumed, step=step, history=history)
 
 
 def first_of(batches: Iterator[Batch]) -> Batch | None:
@@ -585,14 +637,17 @@ class Validating:
     """
 
     def __init__(
-        self, shown: Callable[[int], tuple[dict[str, float], list[float]]], losses: LossOf, compared: SamplesOf
+        self,
+        shown: Callable[[Tracker, int], tuple[dict[str, float], list[float]]],
+        losses: LossOf,
+        compared: SamplesOf,
     ) -> None:
         self._shown, self._losses, self._compared = shown, losses, compared
         self._samples: dict[str, list[float]] = {}
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """The scalars after so many steps."""
-        (found, scores), losses, compared = self._shown(step), self._losses(step), self._compared(step)
+    def __call__(self, tracker: Tracker, step: int) -> dict[str, float]:
+        """The scalars after so many steps; pictures go to the tracker."""
+        (found, scores), losses, compared = self._shown(tracker, step), self._losses(step), self._compared(step)
         self._samples = {name: [loss for loss, _ in parts] for name, parts in losses.items()} | compared
         self._samples |= {REWARD: scores} if scores else {}
         means = {name: mean_of(parts) for name, parts in losses.items()}

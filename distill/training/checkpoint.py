@@ -7,8 +7,8 @@
         latest                    the name of the newest one, for people and batch scripts
         best                      the name of the one that was found best, if any, and by what: it is kept
 
-A checkpoint is healthy if no update was being skipped when it was saved. Only healthy ones count towards the limit, so
-that a run that diverges cannot push them out.
+A checkpoint is healthy if no update was being skipped, or out of its band, when it was saved. Only healthy ones count
+towards the limit, so that a run that diverges cannot push them out.
 
 A step folder may be a link, to another disk say. Where an old checkpoint is dropped, the link is removed and what it
 points to stays. What is no checkpoint (a folder without a manifest, a file) is neither counted nor removed. Cleaning up
@@ -220,8 +220,15 @@ class Checkpoints:
         """
         return processes.from_main(self._way_back() if processes.is_main else "")
 
+    def healthy_steps(self) -> list[int]:
+        """Steps of the checkpoints that were saved while no update was skipped or out of its band, newest first."""
+        return [step for step, _ in self._healthy()]
+
+    def _healthy(self) -> list[tuple[int, Path]]:
+        return [(step, folder) for step, folder in self.found() if self._was_unhealthy(folder) is False]
+
     def _way_back(self) -> str:
-        healthy = [(step, folder) for step, folder in self.found() if self._was_unhealthy(folder) is False]
+        healthy = self._healthy()
         if not healthy:
             return (
                 "no checkpoint was saved before that: choose another output_dir and, say, a lower learning_rate, or "

@@ -43,6 +43,7 @@ from distill.training.rank_writes import Writes
 from distill.training.sharding import SHARDINGS, read_whole, written_by
 from distill.training.sharding.base import PRECISIONS, Sharding, UpdateSettings, trainable
 from distill.training.skipped import Skipped, SkippedUpdates, suspects
+from distill.training.spikes import Bands, SpikeSettings
 from distill.training.trained_network import TrainedNetwork, TrainingRecipe, unlike
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class EngineSettings:
         max_nonfinite_steps: give up after so many skipped steps in a row.
         seed: of all random numbers of losses, and of dropout.
         on_skipped: called on rank 0 with each update that is skipped.
+        spikes: when a loss or a gradient counts as one; nothing is watched by default.
+        stage_starts: steps from which on losses are of another kind.
 
     Raises:
         ValueError: a setting out of its range, naming it.
@@ -136,6 +139,8 @@ class EngineSettings:
     max_nonfinite_steps: int = 10
     seed: int = 0
     on_skipped: Callable[[Skipped], None] = lambda skipped: None
+    spikes: SpikeSettings = SpikeSettings(rollbacks=0)
+    stage_starts: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         if self.kind not in SHARDINGS:
@@ -196,6 +201,7 @@ class Engine:
     def __init__(self, settings: EngineSettings, sharding: Sharding, processes: Processes) -> None:
         self.settings, self.sharding, self.processes = settings, sharding, processes
         self.skipped = SkippedUpdates(settings.max_nonfinite_steps, settings.on_skipped)
+        self.bands = Bands(settings.spikes, settings.stage_starts, processes.is_main)
         self._denoisers: dict[str, NetworkDenoiser] = {}
         self._helpers: dict[str, nn.Module] = {}
         self._trained: dict[str, TrainedNetwork] = {}
@@ -330,9 +336,10 @@ class Engine:
         return self.skipped.goes_on
 
     def is_healthy(self) -> bool:
-        """Whether no update is being skipped, and all trained weights are finite. Call it on all ranks."""
+        """Whether no update is being skipped or out of its band, and all trained weights are finite. Call it on all
+        ranks."""
         finite = all(trained.is_finite() for trained in self._trained.values())
-        return self.processes.all_agree(finite) and not self.is_skipping
+        return self.processes.all_agree(finite) and not self.is_skipping and not self.bands.outside
 
     @property
     def names(self) -> Collection[str]:
@@ -417,16 +424,23 @@ class Engine:
 
         Returns:
             "loss", the loss's parts, "grad_norm" (before clipping), "lr" and "skipped" (0 or 1), alike on all ranks;
-            under fp16 "loss_scale", by which this step's loss was multiplied. Each has "<network>/" before it if
+            under fp16 "loss_scale", by which this step's loss was multiplied; once the run has gone back, "rollbacks",
+            how often. Each but the last has "<network>/" before it if
             several networks are trained. And the flags.
 
         Raises:
             NonFiniteError: `max_nonfinite_steps` steps of a network in a row were skipped.
+            SpikeError: a loss or a gradient has left its band.
         """
         self._turns.clear()
         common = self._read_taken(*flags)
         scalars, self._scalars = self._scalars, {}
-        return scalars, common
+        return scalars | ({"rollbacks": float(self.bands.rollbacks)} if self.bands.rollbacks else {}), common
+
+    def drop_step(self) -> None:
+        """Forgets a step that was not finished: what it has computed is not read, and another may begin."""
+        self._turns.clear()
+        self._taken, self._scalars = [], {}
 
     def _read_taken(self, *flags: bool) -> tuple[bool, ...]:
         taken, self._taken = self._taken, []
@@ -447,6 +461,7 @@ class Engine:
             self.skipped.taken(one.network)
             if scale is not None:
                 scale.taken()
+            self.bands.read(one.network, one.step, scalars["loss"], norm)
         elif scale is not None and not scale.is_least and math.isfinite(scalars["loss"]):
             scale.overflowed()
             self.skipped.overflowed(one.network, one.step, scale.value, self.processes.is_main)
@@ -573,13 +588,16 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """What the engine counts; values of JSON."""
         scales = {name: scale.state_dict() for name, scale in self._scales.items()}
-        return self.skipped.state_dict() | ({"loss_scales": scales} if scales else {})
+        bands = self.bands.state_dict()
+        state = self.skipped.state_dict() | ({"loss_scales": scales} if scales else {})
+        return state | ({"bands": bands} if bands else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over the counts of `state_dict`."""
         self.skipped.load_state_dict(state, self._trained)
         for name, scale in state.get("loss_scales", {}).items():
             self._scales[name].load_state_dict(scale)
+        self.bands.load_state_dict(state.get("bands", {}))
 
     def save(self, folder: Path) -> None:
         """Writes the training state of every trained network to a folder of its name in `folder`, on all ranks.

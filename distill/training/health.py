@@ -81,6 +81,12 @@ class Health:
         self._say(name for name in self.alarms if name not in before)
         return found
 
+    def forget(self) -> None:
+        """Begins anew, with no alarm on."""
+        self.alarms.clear()
+        self._window.clear()
+        self._first = None
+
     def recall(self, rows: Iterable[Mapping[str, float]]) -> None:
         """Reads what a run has logged until it stopped, `step` included; says which alarms are on."""
         for row in rows:

@@ -100,13 +100,13 @@ def train(
 
     A step runs every turn of the method, each on the same micro-batches; its number is what metrics, checkpoints and
     schedules count. The next step's micro-batches are fetched while the device computes, before results are read. While
-    updates are being skipped, a checkpoint that is due waits for the next one that is taken. One that cannot be
-    written is a warning, and the next one is tried. The checkpoint that the run ends with, or is stopped with, is saved
-    in any case, and must be.
+    updates are being skipped or out of their bands, a checkpoint that is due waits until they are not. One that cannot
+    be written is a warning, and the next one is tried. The checkpoint that the run ends with, or is stopped with, is
+    saved in any case, and must be.
 
     Raises:
         WriteError: the last checkpoint could not be written.
-        NonFiniteError: too many steps in a row were skipped.
+        Diverged: too many steps in a row were skipped, or a loss or a gradient has left its band.
         NoData: the loader of some rank failed.
     """
     step = start_step
@@ -175,7 +175,7 @@ def _saved_or_due(checkpoints: Checkpoints, engine: Engine, step: int, due: bool
         _save(checkpoints, engine, step, must)
         return False
     if step % every.checkpoint == 0 and engine.processes.is_main:
-        log.warning("no checkpoint of step %d: it waits until an update is taken again", step)
+        log.warning("no checkpoint of step %d: it waits until an update is taken again, and within its band", step)
     return due
 
 

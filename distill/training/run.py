@@ -84,6 +84,7 @@ FREE = frozenset(
         "validation_reward",
         "health",
         "best",
+        "spikes",
         "preemption_signals",
         "watchdog_minutes",
         "deterministic",

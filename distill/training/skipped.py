@@ -15,7 +15,18 @@ from distill.training.processes import Processes
 log = logging.getLogger(__name__)
 
 
-class NonFiniteError(RuntimeError):
+class Diverged(RuntimeError):
+    """A run does not learn any more, which all ranks find alike; one line.
+
+    `step` counts the optimizer steps before the one that it was found in.
+    """
+
+    def __init__(self, line: str, step: int) -> None:
+        super().__init__(line)
+        self.step = step
+
+
+class NonFiniteError(Diverged):
     """Loss or gradient was not finite for too many steps in a row."""
 
 
@@ -102,7 +113,7 @@ class SkippedUpdates:
             log.warning("%s; samples: %s", what, " ".join(skipped.keys))
             self.on_skipped(skipped)
         if in_a_row >= self.at_most:
-            raise NonFiniteError(f"{what}; that makes {in_a_row} in a row, giving up")
+            raise NonFiniteError(f"{what}; that makes {in_a_row} in a row, giving up", skipped.step)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts; values of JSON."""

@@ -12,7 +12,8 @@ The product has no hooks for this. What happens, and where, is a list of objects
     {"do": "hang", "rank": 1, "batch": 3}               in the reading of its 3rd micro-batch, in whichever process
     {"do": "unreadable", "rank": 1, "batch": 3}         likewise: no file of a store can be read there from then on,
                                                         or, with "for": 2, the next two reads fail
-    {"do": "nan", "rank": 1, "step": 3, "of": "loss"}   or "gradient"; "inf" in the place of "nan"
+    {"do": "nan", "rank": 1, "step": 3, "of": "loss"}   or "gradient"; "inf" in the place of "nan", or "spike"
+    {"do": "nan", "positions": [36, 40], ...}           wherever a batch has one of these positions, whatever the step
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from distill.training.checkpoint import Checkpoints
 from distill.training.engine import Engine
 
 Fault = dict[str, Any]
+FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 1e4}
 TOUCHES = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir")
 
 
@@ -55,7 +57,7 @@ def install(faults: Sequence[Fault], rank: int) -> None:
             _Touches(fault).watch()
         elif "batch" in fault:
             _before(Store, "fill", _Once(fault))
-        elif fault["do"] in ("nan", "inf"):
+        elif fault["do"] in FACTORS:
             _spoil(fault)
         else:
             _in_step(fault)
@@ -171,7 +173,7 @@ def _in_step(fault: Fault) -> None:
 
 
 def _spoil(fault: Fault) -> None:
-    value = float(fault["do"])
+    value = FACTORS[fault["do"]]
 
     class Spoiled(torch.autograd.Function):
         @staticmethod
@@ -191,9 +193,11 @@ def _spoil(fault: Fault) -> None:
 
 def _around_loss(fault: Fault, change: Callable[[Losses], Losses]) -> None:
     update = Engine.update
+    where = fault.get("positions", (0, 0))
 
     def changed(engine: Engine, turn: Turn, micro_batches: Any, step: int, *more: Any) -> None:
-        if step == fault["step"]:
+        met = any(position in range(*where) for batch in micro_batches for position in batch.positions)
+        if step == fault.get("step") or met:
             turn = Turn(turn.updates, lambda *args, loss=turn.loss: change(loss(*args)))
         update(engine, turn, micro_batches, step, *more)
 
