@@ -29,7 +29,9 @@ def report(links: Sequence[PlannedLink], cluster: ClusterSettings) -> Iterator[s
     yield f"{len(links)} links on {machines(cluster)}; {room / GIB:.1f} GiB of a {cluster.device} are usable"
     heads = ["link", "work", "engine, micro-batches", "GiB", "fits", "hours", f"{cluster.device} hours", "disk, GiB"]
     rows = [
-        [link.name, link.work, link.engine, f"{link.memory / GIB:.2f}", "yes" if link.fits else "no"]
+        [link.name, link.work, "not counted", *["?"] * 5]
+        if link.not_counted
+        else [link.name, link.work, link.engine, f"{link.memory / GIB:.2f}", "yes" if link.fits else "no"]
         + [f"{link.hours:.2f}", f"{link.hours * ranks:.1f}", f"{link.disk / GIB:.1f}"]
         for link in links
     ]
@@ -39,5 +41,8 @@ def report(links: Sequence[PlannedLink], cluster: ClusterSettings) -> Iterator[s
     sums = ["in all", "", "", f"{most / GIB:.2f}", fits, f"{took:.2f}", f"{took * ranks:.1f}", f"{disk / GIB:.1f}"]
     yield from table(heads, [*rows, sums])
     yield "Hours are without saving and failures; disk is the stores, the checkpoints that are kept, and the exports."
+    for link in links:
+        if link.not_counted:
+            yield f"Not counted, and in no sum: {link.name}: {link.not_counted.partition(':')[0]}"
     if large := [link.name for link in links if not link.fits]:
         yield f"What does not fit: {', '.join(large)}; micro_batch_size=auto takes what fits of a batch"

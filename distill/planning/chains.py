@@ -16,6 +16,7 @@ from distill.config.settings import ClusterSettings, PlanSettings
 from distill.data.progress import Progress
 from distill.planning.inference import hours, inference
 from distill.planning.phases import (
+    NotCounted,
     PlannedRun,
     engine_of,
     prepared,
@@ -43,19 +44,23 @@ class PlannedLink:
         memory: bytes of a GPU.
         hours: on all machines of the plan.
         disk: bytes that stay: a store, or checkpoints and an export.
+        not_counted: why the link was left out of the plan, and has none of these numbers; "" if it was not.
     """
 
     name: str
     work: str
-    engine: str
-    memory: float
-    fits: bool
-    hours: float
-    disk: float
+    engine: str = ""
+    memory: float = 0.0
+    fits: bool = True
+    hours: float = 0.0
+    disk: float = 0.0
+    not_counted: str = ""
 
 
 def planned_links(links: Sequence[Link], cluster: ClusterSettings) -> list[PlannedLink]:
     """The links that write a store or train; those that are counted alike are walked through once.
+
+    A link that calls what a plan knows nothing of, a reward say, is there without numbers.
 
     Raises:
         ConfigError: a link that cannot be planned, by its name.
@@ -65,13 +70,16 @@ def planned_links(links: Sequence[Link], cluster: ClusterSettings) -> list[Plann
     kinds = {link.name: kind_of(plans[link.name]) for link in taken if link.trains}
     first = {kind: plans[name] for name, kind in reversed(kinds.items())}
     progress = Progress("walking through the links", len(first), "kinds of links")
-    walked: dict[str, PlannedRun] = {}
+    walked: dict[str, PlannedRun | str] = {}
     with multiprocessing.get_context("fork").Pool(min(len(first), os.cpu_count() or 1) or 1, _alone) as pool:
-        for kind, run, problem in pool.imap_unordered(_walked, first.items()):
-            if run is None:
+        for kind, found in pool.imap_unordered(_walked, first.items()):
+            if isinstance(found, PlannedRun):
+                walked[kind] = found
+            elif isinstance(found, NotCounted):
+                walked[kind] = str(found)
+            else:
                 name = next(name for name, other in kinds.items() if other == kind)
-                raise ConfigError(f"link {name}: {problem}")
-            walked[kind] = run
+                raise ConfigError(f"link {name}: {found}")
             progress.update(1)
     return [
         _trained(link, plans[link.name], walked[kinds[link.name]]) if link.trains else _written(link, plans[link.name])
@@ -106,15 +114,18 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-def _walked(given: tuple[str, PlanSettings]) -> tuple[str, PlannedRun | None, str]:
+def _walked(given: tuple[str, PlanSettings]) -> tuple[str, PlannedRun | ConfigError]:
     kind, cfg = given
     try:
-        return kind, prepared(cfg, alone=True), ""
+        return kind, prepared(cfg, alone=True)
     except ConfigError as error:
-        return kind, None, str(error)
+        return kind, error
 
 
-def _trained(link: Link, cfg: PlanSettings, run: PlannedRun) -> PlannedLink:
+def _trained(link: Link, cfg: PlanSettings, run: PlannedRun | str) -> PlannedLink:
+    """A link with what its run takes, or with the reason why that is not known."""
+    if isinstance(run, str):
+        return PlannedLink(link.name, f"{cfg.max_train_steps} steps", not_counted=run)
     run = replace(run, cfg=cfg)
     needed = run.memory(run.engine, cfg.gradient_checkpointing, run.samples)
     saved = -(-cfg.max_train_steps // cfg.checkpointing_steps)

@@ -262,7 +262,7 @@ def unwalked(cfg: PlanSettings) -> tuple[PlannedRun, Walker]:
     built = architecture(cfg.model, cfg.data.sizes)
     method: Method = build(cfg.method, schedule=built.teacher.schedule)
     if method.helpers:
-        raise ConfigError(f"a plan knows no {' and no '.join(method.helpers)}: choose a method without")
+        raise NotCounted(f"a plan knows no {' and no '.join(method.helpers)}: choose a method without")
     check_method(cfg, method)
     with checking():
         made = networks_of(cfg, built.teacher, method.requires, others_of(cfg, method))
@@ -298,6 +298,10 @@ def recommended(run: PlannedRun) -> str:
     room, again = usable(run.cfg.cluster), run.cfg.gradient_checkpointing
     fits = [e for e in engines_of(run) if run.memory(e, again, replace(run, engine=e).samples) <= room]
     return fits[0] if fits else run.engine
+
+
+class NotCounted(ConfigError):
+    """A run that calls what a plan cannot walk through."""
 
 
 def engine_of(cfg: PlanSettings) -> str:

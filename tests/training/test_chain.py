@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from functools import cache
 from itertools import pairwise
@@ -10,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
+from distill.commands import export, trajectories
 from distill.commands.chain import table
 from distill.config.loading import CONFIGS, ConfigError, build, load
-from distill.config.settings import ChainSettings, RunChainSettings
+from distill.config.settings import ChainSettings, ExportSettings, RunChainSettings
 from distill.data.index import kept_times
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.solver import make_times
 from distill.methods.base import Method
+from distill.methods.sampling import Sampling
+from distill.models.lora import LORA_FILE
+from distill.training.assembly import train_run
 from distill.training.chain import Link, links_of, one_of, seconds_left
 from distill.training.fitting import check_read
 from tests.training.test_recorded import begun
@@ -165,6 +172,59 @@ def test_lightnings_chain_is_the_papers(name: str) -> None:
     starts = [Path(link.settings.start).parent.name for link in trained if link.settings.start]
     loras = [link.name for link in trained if "-lora" in link.name]
     assert all(start in starts for start, _ in pairwise(loras))  # each goes on from the one before
+
+
+def test_hyper_sds_chain_is_the_papers() -> None:
+    """arXiv 2404.13686, sections 3 and 4.1: segments that merge, feedback, and matching in one step from T."""
+    for name in ("hyper_sd_sdxl", "hyper_sd_sd15", "hyper_sd_toy"):
+        trained = {link.name: link.settings for link in shipped(name) if link.trains}
+        assert list(trained) == ["tscd8", "tscd4", "tscd2", "tscd1", "feedback", "one-step"]
+        assert all("LoRAStudent" in settings.student["_target_"] for settings in trained.values())
+        starts = [settings.start for settings in trained.values()]
+        assert starts == [None, *(f"OUT/{before}/export" for before in list(trained)[:-1])]
+        tscd = {name: s for name, s in trained.items() if name.startswith("tscd")}
+        stages = [stage for settings in tscd.values() for stage in settings.method["stages"]]
+        assert [stage["segments"] for stage in stages] == [8, 4, 2, 1]
+        assert (shares := [stage.get("adversarial", 0.0) for stage in stages]) == sorted(shares) and shares[0] == 0
+        if name != "hyper_sd_toy":
+            assert {(s.learning_rate, s.global_batch_size) for s in tscd.values()} == {(1e-6, 512)}
+        assert trained["feedback"].reward is not None and trained["feedback"].method["stages"][0]["reward"] > 0
+        last = build(trained["one-step"].method, schedule=NoiseSchedule.scaled_linear())
+        assert last.regression > 0 and last.sampling == Sampling("lcm", "trailing", 1)
+
+
+@pytest.mark.slow
+def test_hyper_sds_chain_runs_a_few_steps_of_each_link_on_the_toy(tmp_path: Path) -> None:
+    """Each link starts from the LoRA before it, and trains what it is for."""
+    whole = load("run_chain", RunChainSettings, ["chain=hyper_sd_toy"]).chain.model_dump()
+    for link in whole["links"]:
+        link["overrides"] = [
+            re.sub("iterations:[0-9]+", "iterations:2", re.sub("=[1-9][0-9]+$", "=2", text))
+            if re.match("method.stages|max_train_steps|method.fake_warmup", text)
+            else text
+            for text in link["overrides"]
+        ]
+    few = ["data.num_samples=8", "data.heldout_samples=0", "data.samples_per_shard=8", "data.batch_size=8"]
+    few += ["engine=single", "global_batch_size=4", "lr_warmup_steps=0", "log_every=1", "dataloader_num_workers=0"]
+    weights: list[dict[str, torch.Tensor]] = []
+    for link in links_of(ChainSettings.model_validate(whole), tmp_path, few):
+        if link.writes:
+            trajectories.main(link.settings)
+            continue
+        steps = 4 if link.name == "one-step" else 2
+        cfg = link.settings.model_copy(update={"max_train_steps": steps})
+        assert train_run(cfg) == 0
+        export.main(load("export", ExportSettings, link.export_arguments()))
+        weights.append(load_file(link.export / LORA_FILE))
+        logged = [json.loads(line) for line in (link.folder / "metrics.jsonl").read_text().splitlines()]
+        keys = {key for row in logged for key in row}
+        assert ("discriminator/loss" in keys) == (link.name in ("tscd4", "tscd2", "tscd1"))
+        assert any("reward" in key for key in keys) == (link.name == "feedback")
+        assert ("student/matching_loss" in keys and "student/regression_loss" in keys) == (link.name == "one-step")
+    for before, after in pairwise(weights):
+        moved = sum(float((after[name] - before[name]).square().sum()) for name in after)
+        size = sum(float(before[name].square().sum()) for name in before)
+        assert 0 < moved < 0.1 * size  # it went on from there
 
 
 # ---- how far a link is ----------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def launch(folder: Path, cases: dict[str, Any], *flags: str) -> tuple[dict[str, 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-6000:]
     return {name: torch.load(folder / f"{name}.pt") for name in cases}, done.stdout

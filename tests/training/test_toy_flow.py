@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from distill.commands import trajectories
-from distill.config.loading import load
+from distill.config.loading import build, load
 from distill.config.settings import TrainSettings
+from distill.data.reader import open_store
 from distill.training.assembly import train_run
+from distill.training.checkpoint import read_weights
 from distill.training.heldout import TRAINING
+from distill.training.run import checkpoints_of
+from distill.training.teacher import open_teacher
 from tests.forked import python
 
 ROOT = Path(__file__).parents[2]
@@ -69,14 +74,47 @@ def losses_of(rows: list[dict[str, Any]]) -> list[float]:
 def test_a_method_lowers_its_loss_in_30_steps(method: str, toy: str, place: Path, tmp_path: Path) -> None:
     """Measured at the same states and noise each time.
 
-    LCM's loss on `toy_flow` is left out: its target is the student itself, which moves away faster at first. So is
-    adversarial training, whose student is still its teacher's equal then: there is nothing to tell apart.
+    LCM's loss on `toy_flow` is left out: its target is the student itself, which moves away faster at first; what it
+    learns is measured below. So is adversarial training, whose student is still its teacher's equal then: there is
+    nothing to tell apart.
     """
     steps = ["max_train_steps=30", "validation_steps=5"]
     rows = train(settings(place, toy, method, tmp_path / "run", "engine=single", *steps))
     losses = [row[TRAINING] for row in rows if TRAINING in row]
     print(method, toy, losses)
     assert len(losses) == 6 and losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.slow
+def test_lcm_comes_nearer_to_where_solves_end_on_flow_matching(place: Path, tmp_path: Path) -> None:
+    """From noise in one step, on solves of other noises than those it learns from: the exact student has no error.
+
+    LCM's own loss says nothing of it, as both of its sides are the student's answers: it rose from .11 to .16 here.
+
+    Measured: .71 to .50. At times below 750 the error grows first, before what is learned has come down from there.
+    """
+    more = ["data.num_samples=64", "data.samples_per_shard=64", "data.heldout_samples=0", "engine=single"]
+    given = settings(place, "toy_flow", "lcm", tmp_path / "run", *more, "global_batch_size=16", "max_train_steps=100")
+    given = [text for text in given if not text.startswith("data.store=")]
+    cfg = load("train", TrainSettings, [*given, f"data.store={tmp_path}/store"])
+    trajectories.main(cfg)
+    others = [f"data.store={tmp_path}/others", "data.num_samples=32", "data.samples_per_shard=32", "seed=7"]
+    trajectories.main(load("train", TrainSettings, [*given, *others]))
+    assert train_run(cfg) == 0
+
+    samples = [*map(open_store(f"{tmp_path}/others").read, range(32))]
+    x_T, x_0 = (torch.stack([sample.states[i] for sample in samples]).float() for i in (0, -1))
+    c = {key: torch.stack([sample.conditioning[key] for sample in samples]) for key in samples[0].conditioning}
+    student = build(cfg.student).networks(open_teacher(cfg.model, parts=("network",)), cfg.seed)["student"]
+    t = torch.full((32,), 1000)
+    errors = []
+    for weights in ({}, read_weights(checkpoints_of(tmp_path / "run"), "student")[1]):
+        for name, value in weights.items():
+            student.module.get_parameter(name).data.copy_(value)
+        with torch.no_grad():
+            errors.append(float((student(x_T, t, c).x0 - x_0).square().mean()))
+    print(errors)
+    assert errors[1] < 0.85 * errors[0]
 
 
 def test_a_run_on_flow_matching_resumes_to_the_bit(place: Path, tmp_path: Path) -> None:
