@@ -185,7 +185,8 @@ class Folder:
         while failed := [at for at, data in enumerate(found) if isinstance(data, Exception)]:
             name, error = requests[failed[0]][0], found[failed[0]]
             assert isinstance(error, Exception)
-            self._check_worth_a_try(patience, [(requests[at][0], found[at]) for at in failed])
+            errors = [(requests[at][0], e) for at, e in enumerate(found) if isinstance(e, Exception)]
+            self._check_worth_a_try(patience, errors)
             patience.after(error, self.path(name))
             for at, data in zip(failed, read([requests[at] for at in failed]), strict=True):
                 found[at] = data
@@ -232,7 +233,7 @@ class Folder:
         parts = [(self.path(name), start, end) for name, start, end in requests]
         return list(remote.fetch(self.fs, parts, self.timeout_seconds))
 
-    def _check_worth_a_try(self, patience: Patience, failed: Sequence[tuple[str, object]]) -> None:
+    def _check_worth_a_try(self, patience: Patience, failed: Sequence[tuple[str, BaseException]]) -> None:
         """Raises StoreError if what one of these files failed with is for good."""
         for name, error in failed:
             if self.local is None and (final := remote.for_good(error, self.path(name))) is not None:

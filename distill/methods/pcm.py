@@ -77,7 +77,7 @@ class PCM(Method):
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"method.discriminator_learning_rate must be above 0, got {rate}")
         self.schedule, self.skip, self.huber_c, self.weight = schedule, skip, huber_c, adversarial
-        self.judged_by, self.rate, self.shared_noise = adversarial_loss, rate, shared_noise
+        self.adversarial_loss, self.rate, self.shared_noise = adversarial_loss, rate, shared_noise
         self.segments = Segments(schedule.T, segments)
         self.trains = ("student", "discriminator") if adversarial > 0 else ("student",)
         self.adversarial = AdversarialScalars() if adversarial > 0 else None
@@ -114,7 +114,7 @@ class PCM(Method):
             shown = travel(self.schedule, a, start, self.noise(a, "fake", context), time)
             c = with_guidance(batch.conditioning, 1.0, a)
             (logits,) = networks["discriminator"]([shown], time, c, (step.x_t, step.t))
-            against = generator_loss(logits, self.judged_by).mean()
+            against = generator_loss(logits, self.adversarial_loss).mean()
             total, parts["adversarial_loss"] = total + weight * against, against.detach()
         return Losses(total, parts)
 
@@ -131,7 +131,7 @@ class PCM(Method):
         )
         c = with_guidance(batch.conditioning, 1.0, a)
         r, f = networks["discriminator"]([real, fake], time, c, (step.x_t, step.t))
-        verdict = Verdict(discriminator_loss(r, f, self.judged_by), r, f)
+        verdict = Verdict(discriminator_loss(r, f, self.adversarial_loss), r, f)
         loss = verdict.loss.mean()
         return Losses(loss, {"loss": loss.detach(), **verdict.accuracies()})
 

@@ -55,7 +55,7 @@ def main(cfg: SabotageSettings) -> None:
     setup_logging()
     if unknown := [name for name in cfg.only or () if name not in cfg.cases]:
         raise ConfigError(
-            f"only: no case {unknown[0]}{suggest(unknown[0], cfg.cases)}; allowed: {', '.join(cfg.cases)}"
+            f"only: no case {unknown[0]}{suggest(unknown[0], list(cfg.cases))}; allowed: {', '.join(cfg.cases)}"
         )
     study = Sabotage(cfg)
     study.write_stores()
@@ -161,11 +161,11 @@ class Sabotage:
         there = sorted(step for step, _ in Checkpoints(checkpoints_of(folder)).found())
         metrics, measured = read_metrics(folder, FOREVER), {step: self.measured(folder, step) for step in there}
         pictures = {step: found for step, found in measured.items() if found is not None}
-        rows = [{"step": step, **self.scorer.summarise(found, "report")} for step, found in pictures.items()]
+        rows: list[Row] = [{"step": step, **self.scorer.summarise(found, "report")} for step, found in pictures.items()]
         for row in rows:
             row |= {key: one[key] for one in metrics if one["step"] == row["step"] for key in MEASURES if key in one}
         chosen = next((int(one[STEP]) for one in reversed(metrics) if STEP in one), None)
-        best = min(rows, key=lambda row: row["frechet"])["step"] if rows else None
+        best = int(min(rows, key=lambda row: row["frechet"])["step"]) if rows else None
         apart = {}
         if chosen in pictures and best is not None:
             apart = self.scorer.difference(pictures[chosen], pictures[best], "report")

@@ -117,7 +117,7 @@ def unread(cfg: TrainSettings, trained: Collection[str]) -> dict[str, str]:
         "validation_reward": cfg.validation_prompts is None and "there are no validation_prompts",
         "validation_sizes": cfg.validation_prompts is None and "there are no validation_prompts",
     }
-    return {key: reason for key, reason in reasons.items() if reason}
+    return {key: str(reason) for key, reason in reasons.items() if reason}
 
 
 def _unread_of_data(cfg: TrainSettings) -> dict[str, str | bool]:
