@@ -61,7 +61,8 @@ def test_a_rank_whose_numbers_are_not_finite(engine: str, runs: Runs, fault: Fau
     assert all(np.isfinite(w).all() for w in found.values())
     assert found.keys() == wanted.keys()
     both = [np.concatenate([w[name].ravel() for name in wanted]) for w in (found, wanted)]
-    assert np.linalg.norm(both[0] - both[1]) < 1e-5 * np.linalg.norm(both[1])
+    # AdamW's first steps at a rate of .01 enlarge what sums in another order differ by
+    assert np.linalg.norm(both[0] - both[1]) < 1e-4 * np.linalg.norm(both[1])
     assert not (two / "DONE").exists()
     fault(8, "loss or gradient not finite on a rank").tried(seconds=time.monotonic() - start)
 
