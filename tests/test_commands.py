@@ -35,6 +35,7 @@ NEEDED = {
     "sample": ["prompts=[a]", "output_dir=p"],
     "submit": ["experiment=quickstart"],
     "verify": ["store=s"],
+    "watch": ["runs=[r]"],
     "benchmark": ["measure=memory"],
 }
 ALL_COMMANDS = """

@@ -32,6 +32,7 @@ from distill.config.settings import (
     SubmitSettings,
     TrainSettings,
     VerifySettings,
+    WatchSettings,
 )
 
 
@@ -85,6 +86,7 @@ COMMANDS = {
     "sample": Command("distill.commands.sample", "sample", SampleSettings),
     "evaluate": Command("distill.commands.evaluate", "evaluate", EvaluateSettings),
     "report": Command("distill.commands.report", "report", ReportSettings),
+    "watch": Command("distill.commands.watch", "watch", WatchSettings, words=("runs",)),
     "chain": Command("distill.commands.chain", "run_chain", RunChainSettings),
     "plan": Command("distill.commands.plan", "plan", PlanSettings, by_key={"chain": PLAN_CHAIN}),
     "submit": Command(

@@ -722,6 +722,15 @@ class CompareSettings(Settings):
     batch_size: Positive
 
 
+class WatchSettings(Settings):
+    """`configs/watch.yaml`: runs as they go by, on a page."""
+
+    runs: Annotated[list[FilePath], Field(min_length=1)]
+    page: FilePath | None
+    port: Annotated[int, Field(ge=0, le=65535, strict=True)]
+    seconds: Annotated[Number, Field(ge=0.2, le=3600)]
+
+
 class SabotageCaseSettings(Settings):
     """A run of `method`, a file of `configs/experiment/compare/`, and what is wrong with it, in words and overrides.
 

@@ -21,7 +21,7 @@ from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.simulation import StudentSteps, check_rhythm
 from distill.diffusion.trajectory import Batch, CleanEnd, Reads, Steps
-from distill.methods.base import Losses, Method, Networks, Turn
+from distill.methods.base import CONSISTENCY, DISTANCE, Losses, Method, Networks, Turn
 from distill.methods.sampling import Sampling
 
 
@@ -53,6 +53,7 @@ class DMD2(Method):
     title = "Improved distribution matching distillation"
     paper = "DMD2 (Yin et al. 2024, arXiv 2405.14867), after DMD (Yin et al. 2024, arXiv 2311.18828)"
     tag = "dmd2"
+    judged_by = (DISTANCE, CONSISTENCY)
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule
 from distill.diffusion.simulation import StudentSteps, check_rhythm
 from distill.diffusion.trajectory import Batch, CleanEnd, Reads
-from distill.methods.base import Losses, Method, Networks, Turn
+from distill.methods.base import CONSISTENCY, DISTANCE, Losses, Method, Networks, Turn
 from distill.methods.sampling import Sampling
 
 
@@ -41,6 +41,7 @@ class SiD(Method):
     title = "Score identity distillation"
     paper = "SiD (Zhou et al. 2024, arXiv 2404.04057), guided as SiD-LSG (arXiv 2406.01561)"
     tag = "score-identity-distillation"
+    judged_by = (DISTANCE, CONSISTENCY)
     trains = ("student", "fake_score")
     requires = ("teacher",)
 
