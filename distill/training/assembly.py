@@ -549,10 +549,11 @@ def train_run(cfg: TrainSettings, counting: Counting | None = None) -> int:
     with checking():
         require_one_task()
         device = own_device()
-        watchdog = Watchdog(cfg.watchdog_minutes, launched_rank())
+        watchdog = Watchdog(cfg.watchdog_minutes, launched_rank(), folder, launched_world_size())
     if first:
         prepare_folder(folder)
-    with within_memory(TRAINING_ADVICE), watchdog, ExitStack() as held:
+    between = "the run, between its steps, checkpoints and validations"
+    with within_memory(TRAINING_ADVICE), watchdog, watchdog.over(between), ExitStack() as held:
         with watchdog.over("the teacher's configs, its hash, and the store's index"):
             run = Run.assemble(cfg)
         if first:

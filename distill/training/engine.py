@@ -38,7 +38,7 @@ from distill.models.execution import Compile, execute
 from distill.models.lora import recomputed_with_its_adapters
 from distill.training.loss_scale import LossScale
 from distill.training.micro_batch import give_back_memory, is_out_of_memory
-from distill.training.processes import NO_LIMIT, Processes, forget_accelerate
+from distill.training.processes import NO_LIMIT, Processes, forget_accelerate, record_collectives
 from distill.training.rank_writes import Writes
 from distill.training.sharding import SHARDINGS, read_whole, written_by
 from distill.training.sharding.base import PRECISIONS, Sharding, UpdateSettings, trainable
@@ -180,6 +180,7 @@ class EngineSettings:
         launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
         sharding.check_launch(expected, launched)
         forget_accelerate()
+        record_collectives()
         processes = Processes(sharding.join(launched, timeout), sharding.leave, timeout)
         check_precision(self.mixed_precision, processes.device)
         if processes.world_size != expected:

@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d
 T = TypeVar("T")
 LONGER_THAN_WATCHDOG = timedelta(minutes=5)
 NO_LIMIT = timedelta(days=30)
+RECORDED_COLLECTIVES = 2000
 
 
 class Processes:
@@ -111,6 +112,16 @@ def collectives_timeout(watchdog_minutes: float | None) -> timedelta:
     """How long a collective may take: longer than anything that the watchdog lets pass, so that a rank may be busy for
     as long while the others wait for it, and the watchdog is what ends a run that hangs. None sets no limit."""
     return NO_LIMIT if watchdog_minutes is None else timedelta(minutes=watchdog_minutes) + LONGER_THAN_WATCHDOG
+
+
+def record_collectives() -> None:
+    """Has NCCL's flight recorder keep the last collectives, for the files of a hang; before the group is made.
+
+    What the environment says already stays. Newer versions of torch read the second name.
+    """
+    if torch.cuda.is_available():
+        for name in ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"):
+            os.environ.setdefault(name, str(RECORDED_COLLECTIVES))
 
 
 def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:

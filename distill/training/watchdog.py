@@ -1,19 +1,27 @@
-"""A run that waits for something that does not come says for what, shows where it stands, and ends."""
+"""A run that waits for something that does not come says for what, shows where all ranks stand, and ends.
+
+The rank that gives up asks the others through a file in the folder that all of them see, and each writes where its
+threads stand to `hang-rank-N.txt` there; on GPUs, NCCL's flight recorder (its last collectives) to `hang-rank-N.nccl`.
+"""
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 
 import psutil
 
 HUNG = 4  # exit code
 JOIN_SAYS_SECONDS, JOIN_SECONDS = 20.0, 600.0
+REQUEST = "hang-request"
+POLL_SECONDS = 5.0  # at most, between two looks at the request
 _STDERR = 2  # not sys.stderr, nor logging: the thread that hangs may hold their locks
 
 
@@ -29,22 +37,26 @@ class Watchdog:
     Args:
         minutes: the limit; None watches nothing.
         rank: named in the line.
+        folder: where the ranks write their stacks; None: nowhere but to standard error.
+        world_size: how many ranks there are; the one that gives up waits a moment for the files of the others.
 
     Raises:
         ValueError: a limit that is not above 0.
     """
 
-    def __init__(self, minutes: float | None, rank: int = 0) -> None:
+    def __init__(self, minutes: float | None, rank: int = 0, folder: Path | None = None, world_size: int = 1) -> None:
         if minutes is not None and minutes <= 0:
             raise ValueError(f"watchdog_minutes must be null or above 0, got {minutes}")
-        self.rank = rank
+        self.rank, self.folder, self.world_size = rank, folder, world_size
         self._limit = None if minutes is None else 60 * minutes
         self._waits: tuple[str, float] | None = None  # for what, since when
+        self._seen: int | None = None  # the request that is known
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
         if self._limit is not None:
+            self._seen = self._request()
             self._thread = threading.Thread(target=self._watch, args=(self._limit,), name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -59,23 +71,78 @@ class Watchdog:
 
     @contextmanager
     def over(self, what: str) -> Iterator[None]:
-        """Surrounds something that must end in time; such blocks may be nested, and the innermost one counts."""
+        """Surrounds something that must end in time; such blocks may be nested, and the innermost one counts. After it
+        the time of the outer one begins anew."""
         outer, self._waits = self._waits, (what, time.monotonic())
         try:
             yield
         finally:
-            self._waits = outer
+            self._waits = None if outer is None else (outer[0], time.monotonic())
 
     def _watch(self, limit: float) -> None:
-        pause = min(limit / 4, 5.0)
+        pause = min(limit / 4, POLL_SECONDS)
         while True:
             # Code that never lets go of the interpreter stops this thread too: then this timer, which needs none, goes
             # off. It is put back here for as long as all is well.
             faulthandler.dump_traceback_later(limit + 4 * pause, exit=True, file=_STDERR)
             if self._end.wait(pause):
                 return
+            if (now := self._request()) != self._seen:
+                self._seen = now
+                write_stacks(self.folder, self.rank)
             if (waits := self._waits) is not None and (waited := time.monotonic() - waits[1]) > limit:
-                give_up(f"rank {self.rank} has waited {waited:.0f} s for {waits[0]} (watchdog_minutes={limit / 60:g})")
+                why = f"rank {self.rank} has waited {waited:.0f} s for {waits[0]} (watchdog_minutes={limit / 60:g})"
+                self._ask_others(why, pause)
+                give_up(why)
+
+    def _request(self) -> int | None:
+        """When the request was written that lies in the folder; None without one."""
+        try:
+            return None if self.folder is None else (self.folder / REQUEST).stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def _ask_others(self, why: str, pause: float) -> None:
+        """Writes this rank's stacks, asks the others for theirs, and waits for as long as they may take to look."""
+        write_stacks(self.folder, self.rank)
+        if self.folder is None or self.world_size == 1:
+            return
+        asked = time.time() - 1
+        with suppress(OSError):
+            (self.folder / REQUEST).write_text(f"{why}\n")
+        end = time.monotonic() + 2 * pause + 1
+        while time.monotonic() < end and self._written_since(asked) < self.world_size:
+            time.sleep(0.1)
+
+    def _written_since(self, asked: float) -> int:
+        with suppress(OSError):
+            return sum(path.stat().st_mtime >= asked for path in Path(self.folder or "").glob("hang-rank-*.txt"))
+        return 0
+
+
+def write_stacks(folder: Path | None, rank: int) -> None:
+    """Writes where each thread of this process stands to a file in `folder`, and what NCCL has recorded; what cannot be
+    written is left out."""
+    if folder is None:
+        return
+    with suppress(OSError, ValueError), open(folder / f"hang-rank-{rank}.txt", "w", encoding="utf-8") as file:
+        file.write(f"rank {rank}, process {os.getpid()} on {os.uname().nodename}, {time.ctime()}\n")
+        file.flush()
+        faulthandler.dump_traceback(file)
+    recorder = threading.Thread(target=_write_flight_record, args=(folder / f"hang-rank-{rank}.nccl",), daemon=True)
+    recorder.start()
+    recorder.join(POLL_SECONDS)
+
+
+def _write_flight_record(path: Path) -> None:
+    """What NCCL's flight recorder holds, as torch pickles it; nothing where no collective of NCCL was recorded."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)  # of builds with NCCL
+    if dump is not None:
+        with suppress(OSError, RuntimeError):
+            path.write_bytes(dump())
 
 
 @contextmanager

@@ -198,6 +198,9 @@ def test_a_rank_that_hangs_ends_all(
     ended = runs.run(run, ranks=2, faults=[{"rank": 1, **where}], more=["watchdog_minutes=0.2"])
     assert all(ended.codes) and {HUNG, code} & set(ended.codes), ended.said[-4000:]
     assert says in ended.said and "most recent call first" in ended.said
+    if where["do"] == "hang":  # the stacks of both are there; a process that is stopped or frozen cannot write its own
+        stacks = [(run / f"hang-rank-{rank}.txt").read_text() for rank in (0, 1)]
+        assert all("most recent call first" in text for text in stacks) and "in _do" in stacks[1]
     runs.goes_on(run, ranks=2)
     lost, differ = runs.difference(run, ranks=2)
     assert (lost, differ) == (0, 0)
