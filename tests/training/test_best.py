@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,20 @@ def test_a_run_learns_the_same_whether_it_chooses_or_not(given: list[str], tmp_p
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
+def test_two_processes_choose_and_end_as_one_does(given: list[str], tmp_path: Path) -> None:
+    more = [*given, *TRAINED, "best.stop=true", "best.patience=2", "learning_rate=1e-2", "max_train_steps=40"]
+    for processes, engine in ((1, "single"), (2, "ddp")):
+        command = [sys.executable, "-m", "distill", "launch", "--num_processes", str(processes), "train", *more]
+        command += [f"engine={engine}", f"output_dir={tmp_path}/{processes}"]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert (one / "DONE").read_text() == (two / "DONE").read_text() != "40\n"
+    assert best_of(checkpoints_of(one)) == best_of(checkpoints_of(two))
+    chosen = [[row["best/step"] for row in rows_of(run) if "best/step" in row] for run in (one, two)]
+    assert chosen[0] == chosen[1]
+
+
 def test_the_mark_of_a_run_that_took_all_its_steps_is_as_it_was(tmp_path: Path) -> None:
     mark_finished(tmp_path, 8, 8)
-    assert (tmp_path / "DONE").read_text() == "8\n" and logging.getLogger("distill") is not None
+    assert (tmp_path / "DONE").read_text() == "8\n"
