@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from distill.commands import plan
+from distill.commands import plan, plan_chain
 from distill.config.loading import CONFIGS, ConfigError, build, load
-from distill.config.settings import PlanSettings
+from distill.config.settings import ChainSettings, PlanSettings
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import Context
 from distill.diffusion.schedule import NoiseSchedule
@@ -22,7 +22,9 @@ from distill.diffusion.trajectory import Batch, CleanEnd
 from distill.methods.base import Losses, Method, Networks, Turn
 from distill.models.denoiser import NetworkDenoiser
 from distill.planning import phases as plan_run
+from distill.planning.chains import planned_links
 from distill.planning.counting import architecture, count
+from distill.training.chain import links_of
 from distill.training.fitting import say_unlogged
 from tests.forked import python
 
@@ -228,3 +230,21 @@ def test_twice_the_failures_and_rarer_checkpoints_lose_more(run: plan_run.Planne
     worse = changed(slow, cluster={"node_mtbf_hours": 5.0})
     assert "% of the time is lost to saving and failures" in said(plan.verdict(worse))
     assert "engine=zero2 fits." in said(plan.verdict(slow))
+
+
+def test_a_link_of_a_chain_that_calls_a_reward_is_named_and_in_no_sum(tmp_path: Path) -> None:
+    stage = "method.stages=[{segments:1,skip:25,iterations:2%s}]"
+    links = [
+        {"name": "store", "script": "make_trajectories"},
+        {"name": "plain", "overrides": ["max_train_steps=2", stage % ""]},
+        {"name": "liked", "overrides": ["max_train_steps=2", stage % ",reward:0.1", "reward=toy"]},
+    ]
+    chain = ChainSettings.model_validate({"experiment": "mlcm_toy", "links": links})
+    cluster = settings("experiment=quickstart", "cluster=laptop", "engine=single").cluster
+    store, plain, liked = planned_links(links_of(chain, tmp_path), cluster)
+    assert liked.not_counted.startswith("a plan knows no reward") and plain.memory > 0 == liked.memory
+    said = list(plan_chain.report([store, plain, liked], cluster))
+    assert "Not counted, and in no sum: liked: a plan knows no reward" in said
+    assert [line for line in said if line.startswith("liked")][0].split()[-5:] == ["?"] * 5
+    sums = [line.split()[2:] for line in plan_chain.report([store, plain], cluster) if line.startswith("in all")]
+    assert [line.split()[2:] for line in said if line.startswith("in all")] == sums
