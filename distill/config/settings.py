@@ -314,6 +314,7 @@ class TrainSettings(Settings):
     resume_from_checkpoint: FilePath | Natural | None
     checkpointing_steps: Positive
     checkpoints_total_limit: Positive | None
+    checkpoints_in_background: Flag = True  # runs of before it existed have none
     preemption_signals: Annotated[list[str], Field(min_length=1)] = ["SIGTERM", "SIGUSR1"]
     watchdog_minutes: Annotated[Number, Field(gt=0)] | None = 30
     deterministic: Annotated[bool, Field(strict=True)] | Literal["auto"] = "auto"

@@ -241,7 +241,14 @@ class Run:
         recorded = cfg.model_dump(mode="json")
         own = processes.from_main(identity(self.folder) if processes.is_main else "")
         checkpoints = Checkpoints(
-            checkpoints_of(self.folder), cfg.checkpoints_total_limit, recorded, hashes, own, before=restore
+            checkpoints_of(self.folder),
+            cfg.checkpoints_total_limit,
+            recorded,
+            hashes,
+            own,
+            before=restore,
+            background=cfg.checkpoints_in_background,
+            watched=watchdog.beside,
         )
         with watchdog.over("the networks, or other ranks that load them"):
             teacher = open_teacher(cfg.model, parts=("network",))
@@ -331,7 +338,8 @@ class Run:
         measured = partial(validation, tracker)
         observers = Observers(meter, progress, tracker, self.health, measured, self.best, validation.samples)
         self._catch_up(resumed, observers, watchdog)
-        with closing(iter(self.loader(resumed))) as batches:
+        # what is being written is finished whatever happens, while the watchdog still looks
+        with closing(resumed.checkpoints), closing(iter(self.loader(resumed))) as batches:
             step, failure = self._loop(resumed, batches, observers, watchdog)
         progress.close()
         with watchdog.over("the trackers"):

@@ -26,9 +26,10 @@ import os
 import platform
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,9 +44,11 @@ from distill.config.settings import TrainSettings
 from distill.data.storage import sync_folder, write_whole
 from distill.training.deepspeed_internals import IN_ITS_FILES
 from distill.training.engine import Engine
-from distill.training.processes import Processes
+from distill.training.processes import Link, Processes
 from distill.training.rank_writes import WriteError, free_space, together
 from distill.training.resharding import NotElastic
+from distill.training.snapshot import HostMemory, InPlace
+from distill.training.state_files import Digests, StateFile, write_files
 from distill.training.trained_network import weights_file
 
 log = logging.getLogger(__name__)
@@ -82,6 +85,25 @@ class ResumePoint:
 
 
 @dataclass
+class _Saving:
+    """A checkpoint on its way: where it is written and where it will be, over which link, and from what."""
+
+    aside: Path
+    final: Path
+    processes: Processes
+    link: Link
+    manifest: dict[str, Any]
+    began: float
+    must: bool
+    files: list[StateFile] = field(default_factory=list)
+    stood_still: float = 0.0
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+
+@dataclass
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -93,6 +115,8 @@ class Checkpoints:
         run: the run's own name; checkpoints of another one are taken from a folder that is named only.
         state: what `save` writes beside the engine's own state (values of JSON) when it is given nothing else.
         before: called on the main rank before anything is saved.
+        background: whether a checkpoint that is begun is written beside the training, from a copy in the host's memory.
+        watched: surrounds the writing of one, in whichever thread; it is given what is being done.
 
     Raises:
         ValueError: a limit below 1.
@@ -105,6 +129,8 @@ class Checkpoints:
     run: str = ""
     state: Mapping[str, Any] = field(default_factory=dict)
     before: Callable[[], None] = lambda: None
+    background: bool = False
+    watched: Callable[[str], AbstractContextManager[None]] = lambda what: nullcontext()
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
@@ -112,6 +138,10 @@ class Checkpoints:
             raise ValueError(f"checkpoints_total_limit must be null or at least 1, got {self.total_limit}")
         self._current: int | None = None  # the step that was saved or resumed from last
         self._unhealthy: dict[Path, bool] = {}  # of the checkpoints whose manifest has been read
+        self._memory = HostMemory()
+        self._thread: threading.Thread | None = None  # writes the checkpoint that was begun last
+        self._problem: WriteError | None = None  # why that could not be written
+        self._error: BaseException | None = None  # what else has ended the thread
 
     # ---- writing ------------------------------------------------------------------------------------------------
 
@@ -125,51 +155,138 @@ class Checkpoints:
             WriteError: on all ranks alike, if one of them could not write, as on a full disk; the checkpoints before
                 it and `latest` are as they were.
         """
-        processes, final = engine.processes, self.folder / f"step-{step:08d}"
+        self.begin(engine, step, state, must=True)
+        self.finish()
+        return self._final(step)
+
+    def begin(self, engine: Engine, step: int, state: Mapping[str, Any] | None = None, must: bool = False) -> None:
+        """`save`, of which no more is done here than has to be while the training stands still, if `background` is set.
+
+        Then the state is copied, and a thread writes the copies. What is begun while another one is being written
+        waits for that. Every save that was begun has to be followed by `finish`, `begin` or `close`.
+
+        Args:
+            must: `finish` follows at once, and raises what fails. Otherwise it is a warning.
+        """
+        self.wait()
+        processes, final = engine.processes, self._final(step)
+        self._problem = None
         if self._current == step and processes.from_main(final.is_dir()):  # and nobody has removed it
-            return final
-        aside, began, healthy = final.with_name(final.name + ".tmp"), time.monotonic(), engine.is_healthy()
+            return
+        began = time.monotonic()
+        saving = _Saving(
+            aside=final.with_name(final.name + ".tmp"),
+            final=final,
+            processes=processes,
+            link=processes.second_link if self.background else processes.link,
+            manifest=self._manifest(engine, step, self.state if state is None else state, engine.is_healthy()),
+            began=began,
+            must=must,
+        )
         try:
-            together(processes.gathered, lambda: self._begin(aside) if processes.is_main else None)
-            together(processes.gathered, lambda: engine.save(aside))
-            manifest = self._manifest(
-                engine, step, self.state if state is None else state, self._digests(processes, aside), healthy
-            )
-            together(processes.gathered, lambda: self._complete(aside, final, manifest) if processes.is_main else None)
+            together(processes.gathered, lambda: self._begin(saving.aside) if processes.is_main else None)
+            saving.files = together(processes.gathered, lambda: self._files(engine, saving.aside))
         except WriteError as error:
-            free = free_space(self.folder.parent)
-            if processes.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise WriteError(f"{final} could not be written ({error}; {free})") from None
-        self._current = step
-        if processes.is_main:
-            log.info("saved the checkpoint of step %d in %.1f s: %s", step, time.monotonic() - began, final)
-        return final
+            self._fail(saving, error)
+            return
+        if self.background:
+            saving.stood_still = time.monotonic() - began
+            self._thread = threading.Thread(target=self._write, args=(saving,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write(saving)
+
+    def wait(self) -> None:
+        """Waits until nothing is being written. What has failed `finish` says."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def finish(self) -> None:
+        """Waits until the checkpoint that was begun last is complete.
+
+        Raises:
+            WriteError: on all ranks alike, if it could not be written.
+        """
+        self.wait()
+        if self._problem is not None:
+            raise self._problem
+
+    def is_saved(self) -> bool:
+        """Waits until nothing is being written; whether the checkpoint that was begun last is complete."""
+        self.wait()
+        return self._problem is None
+
+    def close(self) -> None:
+        """Waits until nothing is being written, whatever comes of it."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _final(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     def _begin(self, aside: Path) -> None:
         self.before()
         _make_anew(aside)
 
-    def _complete(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
-        _write_manifest(aside, manifest)
-        _publish(aside, final)
-        self._unhealthy[final] = _is_unhealthy(manifest)
+    def _files(self, engine: Engine, aside: Path) -> list[StateFile]:
+        if not self.background:
+            return engine.files(aside, InPlace())
+        with self._memory.snapshot() as copies:
+            return engine.files(aside, copies)
+
+    def _write(self, saving: _Saving) -> None:
+        """Writes, seals and publishes; on all ranks, in a thread beside the training or in its place."""
+        gathered = saving.link.gathered
+        try:
+            with self.watched(f"the checkpoint of step {saving.step}, which is being written"):
+                mine = together(gathered, lambda: write_files(saving.files, saving.aside, saving.link))
+                digests = {path: digest for part in gathered(mine) for path, digest in part.items()}
+                together(gathered, lambda: self._complete(saving, digests) if saving.processes.is_main else None)
+        except WriteError as error:
+            self._fail(saving, error)
+        except BaseException as error:  # is raised in the training, by the next call here
+            if not self.background:
+                raise
+            self._error = error
+        else:
+            self._current = saving.step
+            if saving.processes.is_main:
+                took = time.monotonic() - saving.began
+                beside = (
+                    f" beside the training, which stood still for {saving.stood_still:.1f} s" if self.background else ""
+                )
+                log.info("saved the checkpoint of step %d in %.1f s%s: %s", saving.step, took, beside, saving.final)
+
+    def _fail(self, saving: _Saving, error: WriteError) -> None:
+        try:
+            free = free_space(self.folder.parent)
+        except OSError as gone:
+            free = str(gone)
+        if saving.processes.is_main:
+            shutil.rmtree(saving.aside, ignore_errors=True)
+        self._problem = WriteError(f"{saving.final} could not be written ({error}; {free})")
+        if not saving.must and saving.processes.is_main:
+            log.warning("%s; the run continues, and what is saved is as it was", self._problem)
+
+    def _complete(self, saving: _Saving, digests: Digests) -> None:
+        there = (str(path.relative_to(saving.aside)) for path in saving.aside.rglob("*") if path.is_file())
+        digests |= {path: _digest(saving.aside / path) for path in there if path not in digests}  # of libraries
+        manifest = {**saving.manifest, "files": dict(sorted(digests.items()))}
+        _write_manifest(saving.aside, manifest)
+        _publish(saving.aside, saving.final)
+        self._unhealthy[saving.final] = _is_unhealthy(manifest)
         try:
             self._drop_old()
         except OSError as error:  # the checkpoint is complete all the same
             log.warning("old checkpoints in %s could not be dropped: %s", self.folder, error)
 
-    def _digests(self, processes: Processes, folder: Path) -> dict[str, dict[str, Any]]:
-        """Size and hash of every file below `folder`, each read (and flushed to the disk) by one of the ranks."""
-        paths = processes.from_main(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-        mine = paths[processes.rank :: processes.world_size]
-        digests = together(processes.gathered, lambda: {path: _digest(folder / path) for path in mine})
-        return dict(sorted(item for part in processes.gathered(digests) for item in part.items()))
-
-    def _manifest(
-        self, engine: Engine, step: int, state: Mapping[str, Any], files: Mapping[str, Any], healthy: bool
-    ) -> dict[str, Any]:
-        return {
+    def _manifest(self, engine: Engine, step: int, state: Mapping[str, Any], healthy: bool) -> dict[str, Any]:
+        """All but the files. It is a copy: what an engine counts goes on."""
+        found = {
             "format": FORMAT,
             "run": self.run,
             "step": step,
@@ -180,8 +297,8 @@ class Checkpoints:
             "must_match": dict(self.must_match),
             "versions": _versions(),
             "config": dict(self.config),
-            "files": dict(files),
         }
+        return json.loads(json.dumps(found))
 
     def _drop_old(self) -> None:
         """Keeps the newest healthy ones and the best one; of those saved in a streak of skipped updates the newest."""
@@ -218,6 +335,7 @@ class Checkpoints:
 
         What a stopped run saved within that streak is renamed to `*.set-aside`, for the run to start again before it.
         """
+        self.wait()
         return processes.from_main(self._way_back() if processes.is_main else "")
 
     def healthy_steps(self) -> list[int]:
@@ -225,6 +343,7 @@ class Checkpoints:
         return [step for step, _ in self._healthy()]
 
     def _healthy(self) -> list[tuple[int, Path]]:
+        self.wait()
         return [(step, folder) for step, folder in self.found() if self._was_unhealthy(folder) is False]
 
     def _way_back(self) -> str:
@@ -264,6 +383,7 @@ class Checkpoints:
             CheckpointError: named and missing or damaged; saved by a run this one does not fit; no intact one left;
                 or None in a folder that has checkpoints.
         """
+        self.wait()
         processes = engine.processes
         if processes.is_main:
             self._clean()

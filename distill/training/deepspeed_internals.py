@@ -2,8 +2,9 @@
 
 pyproject.toml bounds DeepSpeed to `>=0.19.8,<0.20`: these names may change in any release, for DeepSpeed has no public
 way to set the share of a weight or of an optimizer's state, to make a network compute with masters that were changed,
-to keep a write that fails from stopping one rank alone, or to read its files without an engine. A test holds that each
-name of `NAMES` exists in the installed version, and that no other module of this package has one of them.
+to take what it would save and write it later, to keep a write that fails from stopping one rank alone, or to read its
+files without an engine. A test holds that each name of `NAMES` exists in the installed version, and that no other
+module of this package has one of them.
 
 An engine is a `DeepSpeedEngine`; its `optimizer` is a ZeRO optimizer (`DeepSpeedZeroOptimizer` for stages 1 and 2,
 `BF16_Optimizer` for stage 1 in bfloat16 with float32 gradients, `DeepSpeedZeroOptimizer_Stage3`). Inside is torch's.
@@ -18,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,14 +177,52 @@ def spread_partitions(optimizer: Any) -> None:
 
 
 @contextmanager
-def keeping_failures(engine: Any, writes: Writes) -> Iterator[None]:
-    """Inside, what DeepSpeed cannot write is kept in `writes`. It saves between barriers, and must miss none."""
-    for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
-        setattr(owner, name, functools.partial(writes, getattr(owner, name)))
+def capturing(engine: Any, keep: Callable[[Any, str], None], writes: Writes) -> Iterator[None]:
+    """Inside, what DeepSpeed would pickle is given to `keep`, with the path of its file.
+
+    What fails is kept in `writes`: DeepSpeed saves between barriers, and must miss none.
+    """
+
+    def save(state_dict: Any, path: str) -> None:
+        writes(keep, state_dict, path)
+
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = functools.partial(writes, engine._copy_recovery_script)
     try:
         yield
     finally:
         del engine.checkpoint_engine.save, engine._copy_recovery_script
+
+
+class Place(NamedTuple):
+    """Where in one of this rank's flat groups its share of a weight lies."""
+
+    name: str
+    group: int
+    begin: int
+    end: int
+
+
+def places(states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> list[Place]:
+    """Where this rank holds which weights, from all that it would pickle.
+
+    Args:
+        states: as `capturing` gives them.
+    """
+    from deepspeed.checkpoint import constants as keys
+
+    of_optimizer = next(
+        (state[keys.OPTIMIZER_STATE_DICT] for state in states if keys.OPTIMIZER_STATE_DICT in state), {}
+    )
+    if keys.PARAM_SLICE_MAPPINGS in of_optimizer:
+        return [
+            Place(name, group, place.start, place.start + place.numel)
+            for group, found in enumerate(of_optimizer[keys.PARAM_SLICE_MAPPINGS])
+            for name, place in found.items()
+        ]
+    shapes = next((state[keys.PARAM_SHAPES] for state in states if keys.PARAM_SHAPES in state), ())
+    cut = _cut_of_stage_3(shapes, ranks)
+    return [Place(n, g, start, start + count) for n, r, g, start, count in cut if r == rank and count]
 
 
 # ---- its files ------------------------------------------------------------------------------------------------------
@@ -254,18 +293,27 @@ def _pieces_of_mappings(ranks: Sequence[Sequence[Mapping[str, Any]]]) -> dict[st
 
 
 def _pieces_of_stage_3(folder: Path, ranks: int, shapes_key: str) -> dict[str, list[Piece]]:
-    """Stage 3 cuts each weight into as many pieces of one size as there are ranks, the last of them filled up."""
     pieces: dict[str, list[Piece]] = defaultdict(list)
-    groups = _load(next(folder.glob("*zero_pp_rank_0_*model_states.pt")))[shapes_key]
+    shapes = _load(next(folder.glob("*zero_pp_rank_0_*model_states.pt")))[shapes_key]
+    for name, *piece in _cut_of_stage_3(shapes, ranks):
+        pieces[name].append((piece[0], piece[1], piece[2], piece[3]))
+    return pieces
+
+
+def _cut_of_stage_3(groups: Sequence[Mapping[str, torch.Size]], ranks: int) -> Iterator[tuple[str, int, int, int, int]]:
+    """Stage 3 cuts each weight into as many pieces of one size as there are ranks, the last of them filled up.
+
+    Yields:
+        the weight's name, rank, group, where in its flat group the piece begins, and how many elements it has.
+    """
     for group, shapes in enumerate(groups):
         start = 0
         for name, shape in shapes.items():
             whole = math.prod(shape)
             piece = -(-whole // ranks)
             for rank in range(ranks):
-                pieces[name].append((rank, group, start, max(0, min(piece, whole - rank * piece))))
+                yield name, rank, group, start, max(0, min(piece, whole - rank * piece))
             start += piece
-    return pieces
 
 
 def _split(

@@ -39,10 +39,12 @@ from distill.models.lora import recomputed_with_its_adapters
 from distill.training.loss_scale import LossScale
 from distill.training.micro_batch import give_back_memory, is_out_of_memory
 from distill.training.processes import NO_LIMIT, Processes, forget_accelerate, record_collectives
-from distill.training.rank_writes import Writes
+from distill.training.rank_writes import Writes, together
 from distill.training.sharding import SHARDINGS, read_whole, written_by
 from distill.training.sharding.base import PRECISIONS, Sharding, UpdateSettings, trainable
 from distill.training.skipped import Skipped, SkippedUpdates, suspects
+from distill.training.snapshot import Copies, InPlace
+from distill.training.state_files import StateFile, write_files
 from distill.training.spikes import Bands, SpikeSettings
 from distill.training.trained_network import TrainedNetwork, TrainingRecipe, unlike
 
@@ -600,18 +602,34 @@ class Engine:
             self._scales[name].load_state_dict(scale)
         self.bands.load_state_dict(state.get("bands", {}))
 
+    def files(self, folder: Path, copies: Copies) -> list[StateFile]:
+        """The files of the training state of every trained network, this rank's share of them, on all ranks.
+
+        Each network has a folder of its name in `folder`. What its library cannot but write at once lies there then.
+
+        Args:
+            copies: makes the copies from which they will be written.
+
+        Raises:
+            WriteError: something failed on this rank. The others know nothing of it, and do not wait.
+        """
+        writes, files = Writes(), []
+        for name, trained in self._trained.items():
+            writes(functools.partial((folder / name).mkdir, parents=True, exist_ok=True))
+            files += trained.files(folder / name, copies, writes)
+        self.processes.barrier()
+        writes.finish()
+        return files
+
     def save(self, folder: Path) -> None:
         """Writes the training state of every trained network to a folder of its name in `folder`, on all ranks.
 
         Raises:
-            WriteError: this rank could not write. The others know nothing of it, and do not wait.
+            WriteError: on all ranks alike, if one of them could not write.
         """
-        writes = Writes()
-        for name, trained in self._trained.items():
-            writes(functools.partial((folder / name).mkdir, parents=True, exist_ok=True))
-            trained.save(folder / name, writes)
-        self.processes.barrier()
-        writes.finish()
+        gathered = self.processes.gathered
+        files = together(gathered, lambda: self.files(folder, InPlace()))
+        together(gathered, lambda: write_files(files, folder, self.processes.link))
 
     def load(self, folder: Path, saved: Mapping[str, Any]) -> None:
         """Reads what `save` wrote, on all ranks. It unpickles: only from a folder whose bytes have been verified.

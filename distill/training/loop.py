@@ -15,7 +15,6 @@ from distill.training.engine import Engine
 from distill.training.health import Health
 from distill.training.preemption import Preemption
 from distill.training.processes import Processes
-from distill.training.rank_writes import WriteError
 from distill.training.tracking import Meter, Tracker, TrainingProgress
 from distill.training.watchdog import Watchdog
 
@@ -183,19 +182,14 @@ def note_best(checkpoints: Checkpoints, engine: Engine, step: int, best: Best) -
     """Saves and marks a checkpoint that is the best so far, and notes for the next one what a run resumes with."""
     if not best.follows:
         return
-    if best.is_at(step) and _save(checkpoints, engine, step, must=False):
-        checkpoints.mark_best(engine.processes, step, str(best.found))
+    if best.is_at(step):
+        _save(checkpoints, engine, step, must=False)
+        if checkpoints.is_saved():  # a mark wants it complete
+            checkpoints.mark_best(engine.processes, step, str(best.found))
     checkpoints.state = {**checkpoints.state, BEST: best.state()}
 
 
-def _save(checkpoints: Checkpoints, engine: Engine, step: int, must: bool) -> bool:
-    """Whether it was saved; on all ranks alike."""
-    try:
-        checkpoints.save(engine, step)
-        return True
-    except WriteError as error:  # on all ranks alike
-        if must:
-            raise
-        if engine.processes.is_main:
-            log.warning("%s; the run continues, and what is saved is as it was", error)
-        return False
+def _save(checkpoints: Checkpoints, engine: Engine, step: int, must: bool) -> None:
+    checkpoints.begin(engine, step, must=must)
+    if must:
+        checkpoints.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -17,6 +18,39 @@ T = TypeVar("T")
 LONGER_THAN_WATCHDOG = timedelta(minutes=5)
 NO_LIMIT = timedelta(days=30)
 RECORDED_COLLECTIVES = 2000
+
+
+class Link:
+    """What ranks say to each other over one process group, each call on all ranks in the same order.
+
+    Calls over two links do not meet: what a thread says over one of its own is not mixed with what the training says.
+
+    Args:
+        group: torch's; None is the training's own.
+        device: where what is sent lies on its way.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._device, self._group = device, group
+
+    def gathered(self, value: T) -> list[T]:
+        """A picklable value of every rank, in the order of ranks, on all of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def send(self, values: Tensor, rank: int) -> None:
+        """Sends float32 values, flat, to a rank that calls `receive`."""
+        dist.send(values.to(self._device, torch.float32), rank, group=self._group)
+
+    def receive(self, count: int, rank: int) -> Tensor:
+        """So many float32 values, flat, on the host, from a rank that calls `send`."""
+        values = torch.empty(count, dtype=torch.float32, device=self._device)
+        dist.recv(values, rank, group=self._group)
+        return values.cpu()
 
 
 class Processes:
@@ -38,6 +72,18 @@ class Processes:
         self.device: torch.device = state.device
         self.timeout = timeout
         self._state, self._leave = state, leave
+        self.link = Link(self.rank, self.world_size, self.device, None)
+
+    @functools.cached_property
+    def second_link(self) -> Link:
+        """A link over a process group of its own (gloo), for a thread beside the training.
+
+        The first use makes the group: all ranks come to it at the same place.
+        """
+        group = None
+        if self.world_size > 1:
+            group = dist.new_group(backend="gloo", timeout=self.timeout)
+        return Link(self.rank, self.world_size, torch.device("cpu"), group)
 
     @property
     def is_main(self) -> bool:
@@ -82,11 +128,7 @@ class Processes:
 
     def gathered(self, value: T) -> list[T]:
         """A picklable value of every rank, in the order of ranks, on all of them."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return self.link.gathered(value)
 
     def from_main(self, value: T) -> T:
         """Rank 0's picklable `value`, on all ranks."""

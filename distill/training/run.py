@@ -74,6 +74,7 @@ FREE = frozenset(
         "resume_from_checkpoint",
         "checkpointing_steps",
         "checkpoints_total_limit",
+        "checkpoints_in_background",
         "validation_prompts",
         "validation_sizes",
         "validation_steps",

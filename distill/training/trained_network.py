@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.models.ema import average_
-from distill.models.files import save_file
 from distill.training.learning_rate import LearningRate
 from distill.training.rank_writes import Writes
 from distill.training.resharding import WholeState
+from distill.training.snapshot import Copies
+from distill.training.state_files import StateFile
 
 
 @dataclass(frozen=True)
@@ -147,21 +148,13 @@ class TrainedNetwork(ABC):
         with self._average_in_masters():
             return self.whole()
 
-    def save(self, folder: Path, writes: Writes) -> None:
-        """Writes this network's files into `folder`, which is there, on all ranks; what fails is kept in `writes`."""
-        self.save_state(folder, writes)
-        for average in (False, True) if self.ema is not None else (False,):
-            if weights := self.weights(average):
-                weights = {name: w.contiguous() for name, w in weights.items()}
-                writes(save_file, weights, folder / weights_file(average))
-
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
+        """Reads what `files` were written there."""
         self._load_average(folder)
         self.load_state(folder)
 
     def load_moved(self, folder: Path, state: WholeState) -> None:
-        """Reads what `save` wrote on other ranks or at another ZeRO stage; `state` is its optimizer's."""
+        """Reads `files` that were written on other ranks or at another ZeRO stage; `state` is of their optimizer."""
         self._load_average(folder)
         self.load_whole(load_file(folder / weights_file()))
         self.spread()
@@ -246,8 +239,14 @@ class TrainedNetwork(ABC):
         """Makes the network compute with the masters as they are now."""
 
     @abstractmethod
-    def save_state(self, folder: Path, writes: Writes) -> None:
-        """Writes this rank's share of the optimizer's state into `folder`."""
+    def files(self, folder: Path, copies: Copies, writes: Writes) -> list[StateFile]:
+        """The files of this network, this rank's share of them: weights, average and optimizer's state.
+
+        Args:
+            folder: the network's in the checkpoint, which is there. `path` of a file is relative to its parent.
+            copies: makes the copies from which they will be written.
+            writes: keeps what fails on this rank alone.
+        """
 
     @abstractmethod
     def load_state(self, folder: Path) -> None:

@@ -51,6 +51,7 @@ class Watchdog:
         self._limit = None if minutes is None else 60 * minutes
         self._waits: tuple[str, float] | None = None  # for what, since when
         self._seen: int | None = None  # the request that is known
+        self._beside: dict[int, tuple[str, float]] = {}  # what other threads do, since when, by their numbers
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -79,6 +80,16 @@ class Watchdog:
         finally:
             self._waits = None if outer is None else (outer[0], time.monotonic())
 
+    @contextmanager
+    def beside(self, what: str) -> Iterator[None]:
+        """Surrounds what another thread does beside the main one, and must end in time as well."""
+        number = threading.get_ident()
+        self._beside[number] = what, time.monotonic()
+        try:
+            yield
+        finally:
+            del self._beside[number]
+
     def _watch(self, limit: float) -> None:
         pause = min(limit / 4, POLL_SECONDS)
         while True:
@@ -90,10 +101,11 @@ class Watchdog:
             if (now := self._request()) != self._seen:
                 self._seen = now
                 write_stacks(self.folder, self.rank)
-            if (waits := self._waits) is not None and (waited := time.monotonic() - waits[1]) > limit:
-                why = f"rank {self.rank} has waited {waited:.0f} s for {waits[0]} (watchdog_minutes={limit / 60:g})"
-                self._ask_others(why, pause)
-                give_up(why)
+            for waits in (self._waits, *list(self._beside.values())):
+                if waits is not None and (waited := time.monotonic() - waits[1]) > limit:
+                    why = f"rank {self.rank} has waited {waited:.0f} s for {waits[0]} (watchdog_minutes={limit / 60:g})"
+                    self._ask_others(why, pause)
+                    give_up(why)
 
     def _request(self) -> int | None:
         """When the request was written that lies in the folder; None without one."""

@@ -28,17 +28,16 @@ import resource
 import runpy
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-import safetensors.torch
 import torch
 
-import distill.training.checkpoint
-import distill.training.trained_network
 from distill.data.reader import Store
 from distill.methods.base import Losses, Turn
 from distill.training.checkpoint import Checkpoints
@@ -130,36 +129,48 @@ def _before(owner: Any, name: str, action: Callable[..., object]) -> None:
 class _Touches:
     """Counts this process's touches of files in a save: of Python's own, of fsync, and of what writes tensors.
 
-    "list" in the fault names a file: there every touch of that save is written down, and nothing happens.
+    Those of the thread that trains until it goes on, and then those of the thread that writes. "list" in the fault
+    names a file: there every touch of that save is written down, and nothing happens.
     """
 
     def __init__(self, fault: Fault) -> None:
-        self.fault, self.saves, self.on = fault, 0, False
+        self.fault, self.saves, self.written = fault, 0, 0
+        self.threads: set[int] = set()  # in which it is that save
         self.names: list[str] = []
 
     def watch(self) -> None:
-        save = Checkpoints.save
+        begin, write = Checkpoints.begin, Checkpoints._write
 
-        def counted(checkpoints: Checkpoints, *args: Any) -> Any:
+        def begun(checkpoints: Checkpoints, *args: Any, **settings: Any) -> None:
             self.saves += 1
-            self.on = self.saves == self.fault["save"]
-            try:
-                return save(checkpoints, *args)
-            finally:
-                self.touch("the end")
-                self.on = False
-                if "list" in self.fault:
-                    Path(self.fault["list"]).write_text(json.dumps(self.names))
+            with self.counting(self.saves):
+                begin(checkpoints, *args, **settings)
 
-        Checkpoints.save = counted  # type: ignore[assignment, method-assign]
+        def wrote(checkpoints: Checkpoints, *args: Any) -> None:
+            self.written += 1
+            with self.counting(self.written):
+                write(checkpoints, *args)
+                self.touch("the end")
+            if self.written == self.fault["save"] and "list" in self.fault:
+                Path(self.fault["list"]).write_text(json.dumps(self.names))
+
+        Checkpoints.begin, Checkpoints._write = begun, wrote  # type: ignore[assignment, method-assign]
         sys.addaudithook(lambda event, args: self.touch(f"{event} {args[0]}") if event in TOUCHES else None)
         _before(os, "fsync", lambda *_: self.touch("fsync"))
-        _before(torch, "save", lambda _, file, *more: self.touch(f"torch.save {file}"))
-        for module in (safetensors.torch, distill.training.trained_network):
-            _before(module, "save_file", lambda _, file: self.touch(f"save_file {file}"))
+        _before(torch, "save", lambda *_: self.touch("torch.save"))
+
+    @contextmanager
+    def counting(self, number: int) -> Iterator[None]:
+        thread = threading.get_ident()
+        if number == self.fault["save"]:
+            self.threads.add(thread)
+        try:
+            yield
+        finally:
+            self.threads.discard(thread)
 
     def touch(self, name: str) -> None:
-        if not self.on or ("/" in name and "checkpoints" not in name):
+        if threading.get_ident() not in self.threads or ("/" in name and "checkpoints" not in name):
             return
         self.names.append(name)
         number = self.fault.get("touch")

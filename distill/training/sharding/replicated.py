@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,8 @@ from distill.training.processes import Processes, drop_launchers_settings, leave
 from distill.training.rank_writes import Writes
 from distill.training.resharding import OPTIMIZER, WholeState, read_replicated
 from distill.training.sharding.base import PRECISIONS, Sharding, UpdateSettings, trainable, wrapping_failed
+from distill.training.snapshot import Copies
+from distill.training.state_files import Pickled, StateFile, Weights
 from distill.training.trained_network import TrainedNetwork, TrainingRecipe, copy_into, weights_file
 
 
@@ -210,9 +212,20 @@ class ReplicatedNetwork(TrainedNetwork):
     def spread(self) -> None:
         pass  # the masters are the network's weights
 
-    def save_state(self, folder: Path, writes: Writes) -> None:
-        if self.writes:
-            writes(torch.save, self.optimizer.state_dict(), folder / OPTIMIZER)
+    def files(self, folder: Path, copies: Copies, writes: Writes) -> list[StateFile]:
+        if not self.writes:
+            return []
+        found: list[StateFile] = []
+        state = self.optimizer.state_dict()
+        writes(lambda: found.append(Pickled(f"{folder.name}/{OPTIMIZER}", copies.later(state))))
+        for name, values in ((weights_file(), self.masters()), (weights_file(ema=True), self.ema)):
+            if values is not None:
+                writes(lambda name=name, values=values: found.append(self._weights(folder, name, values, copies)))
+        return found
+
+    def _weights(self, folder: Path, name: str, values: Sequence[Tensor], copies: Copies) -> Weights:
+        pieces = [(weight, copies.dense(value)) for weight, value in zip(self.parameters, values, strict=True)]
+        return Weights(f"{folder.name}/{name}", self.shapes(), pieces, shared=False)
 
     def load_state(self, folder: Path) -> None:
         self.load_whole(load_file(folder / weights_file()))

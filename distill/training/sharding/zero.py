@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +29,9 @@ from distill.training.processes import Processes, drop_launchers_settings, leave
 from distill.training.rank_writes import Writes
 from distill.training.resharding import WholeState
 from distill.training.sharding.base import Sharding, UpdateSettings, trainable, wrapping_failed
-from distill.training.trained_network import TrainedNetwork, TrainingRecipe
+from distill.training.snapshot import Copies
+from distill.training.state_files import Pickled, StateFile, Weights
+from distill.training.trained_network import TrainedNetwork, TrainingRecipe, weights_file
 
 STAGES = (1, 2, 3)
 # DeepSpeed wants a process group even for one process; port 0 is any free one.
@@ -175,7 +177,7 @@ class ZeRO(Sharding):
             raise wrapping_failed(self.name_of(name), name, wrapped, accelerator)
         for weight, value in given.items():  # DeepSpeed has made its masters of weights that it rounded before
             deepspeed_internals.set_weight(parameters[weight], value.to(processes.device))
-        return PartitionedNetwork(wrapped, parameters, recipe, processes.rank)
+        return PartitionedNetwork(wrapped, parameters, recipe, processes.rank, processes.world_size)
 
     @classmethod
     def wrote(cls, folder: Path) -> bool:
@@ -199,8 +201,9 @@ class PartitionedNetwork(TrainedNetwork):
         parameters: dict[str, nn.Parameter],
         recipe: TrainingRecipe,
         rank: int,
+        world_size: int,
     ) -> None:
-        self.rank = rank
+        self.rank, self.world_size = rank, world_size
         super().__init__(wrapped, parameters, deepspeed_internals.base_optimizer(wrapped), recipe)
 
     def scale_gradients(self, factor: float) -> None:
@@ -244,11 +247,30 @@ class PartitionedNetwork(TrainedNetwork):
     def spread(self) -> None:
         deepspeed_internals.spread_partitions(self._engine.optimizer)
 
-    def save_state(self, folder: Path, writes: Writes) -> None:
-        with deepspeed_internals.keeping_failures(self._engine, writes):
+    def files(self, folder: Path, copies: Copies, writes: Writes) -> list[StateFile]:
+        states: dict[str, Callable[[], Any]] = {}
+        shares: dict[str, list[Tensor]] = {}
+        given: list[Any] = []
+
+        def keep(state: Any, path: str) -> None:
+            given.append(state)
+            states[Path(path).name] = copies.later(state)
+
+        with deepspeed_internals.capturing(self._engine, keep, writes):
             self._engine.save_checkpoint(
                 str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
             )
+        writes(lambda: shares.update({weights_file(): [copies.of_storage(m) for m in self.masters()]}))
+        if self.ema is not None:
+            average = self.ema
+            writes(lambda: shares.update({weights_file(ema=True): [copies.of_storage(m) for m in average]}))
+        shapes, places = self.shapes(), deepspeed_internals.places(given, self.rank, self.world_size)
+        pickled = [Pickled(f"{folder.name}/{name}", content) for name, content in states.items()]
+        weights = [
+            Weights(f"{folder.name}/{name}", shapes, [(p.name, flat[p.group][p.begin : p.end]) for p in places], True)
+            for name, flat in shares.items()
+        ]
+        return [*pickled, *weights]
 
     def load_state(self, folder: Path) -> None:
         # Frozen weights are not in the file, so the names cannot match strictly; the checkpoint's manifest has been
