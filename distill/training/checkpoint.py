@@ -44,7 +44,7 @@ from distill.config.settings import TrainSettings
 from distill.data.storage import sync_folder, write_whole
 from distill.training.deepspeed_internals import IN_ITS_FILES
 from distill.training.engine import Engine
-from distill.training.processes import Link, Processes
+from distill.training.processes import Channel, Processes
 from distill.training.rank_writes import WriteError, free_space, together
 from distill.training.resharding import NotElastic
 from distill.training.snapshot import HostMemory, InPlace
@@ -86,12 +86,12 @@ class ResumePoint:
 
 @dataclass
 class _Saving:
-    """A checkpoint on its way: where it is written and where it will be, over which link, and from what."""
+    """A checkpoint on its way: where it is written and where it will be, over which channel, and from what."""
 
     aside: Path
     final: Path
     processes: Processes
-    link: Link
+    channel: Channel
     manifest: dict[str, Any]
     began: float
     must: bool
@@ -178,7 +178,7 @@ class Checkpoints:
             aside=final.with_name(final.name + ".tmp"),
             final=final,
             processes=processes,
-            link=processes.second_link if self.background else processes.link,
+            channel=processes.second_channel if self.background else processes.channel,
             manifest=self._manifest(engine, step, self.state if state is None else state, engine.is_healthy()),
             began=began,
             must=must,
@@ -240,10 +240,10 @@ class Checkpoints:
 
     def _write(self, saving: _Saving) -> None:
         """Writes, seals and publishes; on all ranks, in a thread beside the training or in its place."""
-        gathered = saving.link.gathered
+        gathered = saving.channel.gathered
         try:
             with self.watched(f"the checkpoint of step {saving.step}, which is being written"):
-                mine = together(gathered, lambda: write_files(saving.files, saving.aside, saving.link))
+                mine = together(gathered, lambda: write_files(saving.files, saving.aside, saving.channel))
                 digests = {path: digest for part in gathered(mine) for path, digest in part.items()}
                 together(gathered, lambda: self._complete(saving, digests) if saving.processes.is_main else None)
         except WriteError as error:

@@ -44,8 +44,8 @@ from distill.training.sharding import SHARDINGS, read_whole, written_by
 from distill.training.sharding.base import PRECISIONS, Sharding, UpdateSettings, trainable
 from distill.training.skipped import Skipped, SkippedUpdates, suspects
 from distill.training.snapshot import Copies, InPlace
-from distill.training.state_files import StateFile, write_files
 from distill.training.spikes import Bands, SpikeSettings
+from distill.training.state_files import StateFile, write_files
 from distill.training.trained_network import TrainedNetwork, TrainingRecipe, unlike
 
 log = logging.getLogger(__name__)
@@ -629,7 +629,7 @@ class Engine:
         """
         gathered = self.processes.gathered
         files = together(gathered, lambda: self.files(folder, InPlace()))
-        together(gathered, lambda: write_files(files, folder, self.processes.link))
+        together(gathered, lambda: write_files(files, folder, self.processes.channel))
 
     def load(self, folder: Path, saved: Mapping[str, Any]) -> None:
         """Reads what `save` wrote, on all ranks. It unpickles: only from a folder whose bytes have been verified.

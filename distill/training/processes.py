@@ -20,10 +20,10 @@ NO_LIMIT = timedelta(days=30)
 RECORDED_COLLECTIVES = 2000
 
 
-class Link:
+class Channel:
     """What ranks say to each other over one process group, each call on all ranks in the same order.
 
-    Calls over two links do not meet: what a thread says over one of its own is not mixed with what the training says.
+    Calls over two channels do not meet: what a thread says over its own is not mixed with what the training says.
 
     Args:
         group: torch's; None is the training's own.
@@ -72,18 +72,18 @@ class Processes:
         self.device: torch.device = state.device
         self.timeout = timeout
         self._state, self._leave = state, leave
-        self.link = Link(self.rank, self.world_size, self.device, None)
+        self.channel = Channel(self.rank, self.world_size, self.device, None)
 
     @functools.cached_property
-    def second_link(self) -> Link:
-        """A link over a process group of its own (gloo), for a thread beside the training.
+    def second_channel(self) -> Channel:
+        """A channel over a process group of its own (gloo), for a thread beside the training.
 
         The first use makes the group: all ranks come to it at the same place.
         """
         group = None
         if self.world_size > 1:
             group = dist.new_group(backend="gloo", timeout=self.timeout)
-        return Link(self.rank, self.world_size, torch.device("cpu"), group)
+        return Channel(self.rank, self.world_size, torch.device("cpu"), group)
 
     @property
     def is_main(self) -> bool:
@@ -128,7 +128,7 @@ class Processes:
 
     def gathered(self, value: T) -> list[T]:
         """A picklable value of every rank, in the order of ranks, on all of them."""
-        return self.link.gathered(value)
+        return self.channel.gathered(value)
 
     def from_main(self, value: T) -> T:
         """Rank 0's picklable `value`, on all ranks."""

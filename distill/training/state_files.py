@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from distill.training.processes import Link
+from distill.training.processes import Channel
 from distill.training.rank_writes import Writes
 
 CHUNK = 1 << 24
@@ -66,7 +66,7 @@ class Pickled:
     path: str
     content: Callable[[], Any]
 
-    def write(self, folder: Path, link: Link, writes: Writes) -> Digests:
+    def write(self, folder: Path, channel: Channel, writes: Writes) -> Digests:
         """Writes it; what fails is kept in `writes`. Returns its size and hash."""
         digests: Digests = {}
 
@@ -94,24 +94,25 @@ class Weights:
     pieces: Sequence[tuple[str, Tensor]]
     shared: bool
 
-    def write(self, folder: Path, link: Link, writes: Writes) -> Digests:
+    def write(self, folder: Path, channel: Channel, writes: Writes) -> Digests:
         """Writes it on rank 0, to which the others send; what fails is kept in `writes`. Returns its size and hash."""
         mine: dict[str, list[Tensor]] = {}
         for name, piece in self.pieces:
             mine.setdefault(name, []).append(piece)
         sizes = {name: sum(map(Tensor.numel, pieces)) for name, pieces in mine.items()}
-        of_ranks = link.gathered(sizes) if self.shared else [sizes]
-        if link.rank != 0:
+        of_ranks = channel.gathered(sizes) if self.shared else [sizes]
+        if channel.rank != 0:
             for names in self._chunks() if self.shared else ():
-                if values := [piece for name in names for piece in mine.get(name, ())]:
-                    link.send(torch.cat([value.reshape(-1) for value in values]), 0)
+                if any(sizes.get(name) for name in names):
+                    pieces = [piece for name in names for piece in mine.get(name, ())]
+                    channel.send(torch.cat([piece.reshape(-1) for piece in pieces]), 0)
             return {}
         digests: Digests = {}
         files: list[HashedFile] = []
         writes(lambda: files.append(HashedFile(folder / self.path)))
         writes(lambda: files[0].write(header(self.shapes)))
         for names in self._chunks():
-            chunk = self._whole(names, mine, of_ranks, link)
+            chunk = self._whole(names, mine, of_ranks, channel)
             writes(lambda chunk=chunk: files[0].write(chunk.numpy()))
         writes(lambda: digests.update({self.path: files[0].finish()}))
         for file in files:
@@ -130,7 +131,11 @@ class Weights:
             yield names
 
     def _whole(
-        self, names: list[str], mine: Mapping[str, list[Tensor]], of_ranks: Sequence[Mapping[str, int]], link: Link
+        self,
+        names: list[str],
+        mine: Mapping[str, list[Tensor]],
+        of_ranks: Sequence[Mapping[str, int]],
+        channel: Channel,
     ) -> Tensor:
         """The values of these weights one after another, from what all ranks have of them."""
         counts = [math.prod(self.shapes[name]) for name in names]
@@ -141,7 +146,7 @@ class Weights:
                 pieces = [(name, piece.reshape(-1)) for name in names for piece in mine.get(name, ())]
             else:
                 there = [name for name in names if sizes.get(name)]
-                received = link.receive(sum(sizes[name] for name in there), rank) if there else torch.empty(0)
+                received = channel.receive(sum(sizes[name] for name in there), rank) if there else torch.empty(0)
                 pieces = list(zip(there, received.split([sizes[name] for name in there]), strict=True)) if there else []
             for name, piece in pieces:
                 rest[name][: piece.numel()].copy_(piece)
@@ -152,7 +157,7 @@ class Weights:
 StateFile = Pickled | Weights
 
 
-def write_files(files: Sequence[StateFile], folder: Path, link: Link) -> Digests:
+def write_files(files: Sequence[StateFile], folder: Path, channel: Channel) -> Digests:
     """Writes the files of this rank below `folder`, and those that it has a share of, on all ranks alike.
 
     Returns:
@@ -163,7 +168,7 @@ def write_files(files: Sequence[StateFile], folder: Path, link: Link) -> Digests
     """
     writes, digests = Writes(), {}
     for file in files:
-        digests.update(file.write(folder, link, writes))
+        digests.update(file.write(folder, channel, writes))
     writes.finish()
     return digests
 
