@@ -8,7 +8,13 @@
 A file's content is on the disk as it was at its last `os.fsync`; one that was never flushed is empty. A name (of a new
 file, of a renamed or removed one, of a new folder) is on the disk once its folder was flushed after it: so each moment
 is laid out twice, with the names that were flushed and, as a disk may be quicker than it was asked to be, with all of
-them. Moments are those just before and after a rename, link, removal, new folder or fsync, and the end.
+them. `cuts(thorough=True)` lays out more of what may be: the names of one folder alone were quicker; and what was not
+flushed of a file is zeros, as many bytes as it has, or was quicker too. Moments are those just before and after a
+rename, link, removal, new folder or fsync, and the end.
+
+What nobody has flushed is thus never there, whoever wrote it. `Disk(folder, ignoring=kind)` is a disk that takes no
+notice of one kind of flush, such as that of `step-#.tmp/student/ema.safetensors`: a test that passes on it, too, would
+not notice if that flush were missing. `kinds` has those that were made.
 
 Only the process that enters is watched, and of it what Python's own `os` does: `os.fsync`, `os.rename`, `os.replace`,
 `os.link`, `os.remove`, `os.mkdir`, `os.rmdir`, and what pathlib and shutil make of them. Content may be written by
@@ -18,10 +24,11 @@ anything, in C or through a memory map: it is looked at when it is flushed.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +47,7 @@ class Cut:
     names: Names
     contents: Mapping[int, bytes]
     folders: frozenset[int]
+    otherwise: Mapping[int, bytes] = field(default_factory=dict)
 
     def lay_out(self, target: Path) -> Path:
         """Makes the folder as it is found after the cut; gives it back."""
@@ -53,20 +61,24 @@ class Cut:
                 (target / name).mkdir()
                 self._lay_out(inode, target / name)
             else:
-                (target / name).write_bytes(self.contents.get(inode, b""))
+                (target / name).write_bytes(self.contents.get(inode, self.otherwise.get(inode, b"")))
 
 
 class Disk:
     """Watches what this process does to the files below `folder`, which is there and durable when it is entered."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, ignoring: str | None = None) -> None:
+        self.folder, self.ignoring = Path(folder), ignoring
+        self.kinds: list[str] = []
         self._on = False
         self._held: dict[int, int] = {}  # descriptors that keep the numbers of inodes from being used again
         self._contents: dict[int, bytes] = {}
         self._flushed: dict[int, dict[str, int]] = {}
         self._folders: set[int] = set()
         self._moments: list[tuple[str, dict[int, dict[str, int]], dict[int, dict[str, int]], dict[int, bytes]]] = []
+        self._unflushed: list[
+            dict[int, bytes]
+        ] = []  # of each moment, what files hold that were not flushed as they are
         self.events: list[str] = []
 
     def __enter__(self) -> Disk:
@@ -90,12 +102,20 @@ class Disk:
         for descriptor in self._held.values():
             os.close(descriptor)
 
-    def cuts(self) -> Iterator[Cut]:
+    def cuts(self, thorough: bool = False) -> Iterator[Cut]:
         """A power cut at each moment: with the names that were flushed, and with all."""
         root, folders = os.stat(self.folder).st_ino, frozenset(self._folders)
-        for where, flushed, all_names, contents in self._moments:
+        for (where, flushed, all_names, contents), more in zip(self._moments, self._unflushed, strict=True):
             yield Cut(f"{where}, flushed names", root, flushed, contents, folders)
             yield Cut(f"{where}, all names", root, all_names, contents, folders)
+            if thorough:
+                zeros = {number: bytes(len(data)) for number, data in more.items()}
+                unsynced = {number: data for number, data in contents.items() if number not in more}
+                yield Cut(f"{where}, all names, zeros", root, all_names, unsynced, folders, zeros)
+                yield Cut(f"{where}, all names, all contents", root, all_names, unsynced, folders, more)
+                for quick in (number for number in all_names if all_names[number] != flushed.get(number)):
+                    names = {**flushed, quick: all_names[quick]}
+                    yield Cut(f"{where}, names of one folder", root, names, contents, folders)
 
     def at_the_end(self) -> Cut:
         """A power cut after everything: what was promised to be there must be."""
@@ -116,6 +136,11 @@ class Disk:
         self._on = False
         self._note(f"before fsync {path}")
         self._fsync(descriptor)
+        kind = re.sub(r"[0-9a-f]{12}|\d+", "#", str(Path(path).relative_to(self.folder.resolve())))
+        self.kinds.append(kind)
+        if kind == self.ignoring:
+            self._on = True
+            return
         if stat.S_ISDIR(os.fstat(number).st_mode):
             self._flushed[self._hold(number)] = self._names(Path(path))
         else:
@@ -136,6 +161,16 @@ class Disk:
         self.events.append(where)
         flushed = {folder: dict(names) for folder, names in self._flushed.items()}
         self._moments.append((where, flushed, self._listing(), dict(self._contents)))
+        self._unflushed.append(self._changed())
+
+    def _changed(self) -> dict[int, bytes]:
+        """What files hold that is not what was flushed of them."""
+        found = {}
+        for number, descriptor in self._held.items():
+            if number not in self._folders and os.fstat(descriptor).st_size < 1 << 16:
+                if (data := Path(f"/proc/self/fd/{descriptor}").read_bytes()) != self._contents.get(number):
+                    found[number] = data
+        return found
 
     def _listing(self) -> dict[int, dict[str, int]]:
         """The names in the folder and in those below it, as they are now."""

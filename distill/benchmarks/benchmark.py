@@ -7,6 +7,7 @@ distill benchmark lcm size=sd15        # LCM-LoRA's step here against that of th
 distill benchmark memory               # what the experiments hold, counted without weights
 distill benchmark reader               # planned reads against a sequential read of the same bytes
 distill benchmark checksums            # what comparing all that is read with its checksums costs
+distill benchmark checkpoint size=sd15 # how long training stands still for a checkpoint written beside it
 distill benchmark start                # from an index to the first batch, for 10^3, 10^5, 10^7 samples
 distill benchmark sample size=toy      # seconds per picture of teacher and student, here and in diffusers' own pipeline
 distill benchmark gpu                  # what only a GPU can show, within 8 minutes; size=tiny tries it on a CPU
@@ -30,6 +31,7 @@ import torch
 from torch import nn
 
 from distill.benchmarks.common import SCHEDULE, machine, peak_memory, random_store, timed, toy_unet
+from distill.benchmarks.saving import bench_saving
 from distill.config.loading import checking
 from distill.config.settings import BenchmarkSettings
 from distill.data.index import ShardInfo, StoreIndex
@@ -60,6 +62,7 @@ def main(cfg: BenchmarkSettings) -> int | None:
         "memory": bench_memory,
         "reader": lambda: bench_reader(samples[0], cfg.workers or 0),
         "checksums": bench_checksums,
+        "checkpoint": lambda: bench_saving(size, cfg.rounds or 0),
         "start": lambda: bench_start(samples),
         "gpu": lambda: bench_gpu(size, cfg.sections or [], cfg.budget or 0, cfg.output_dir or ""),
         "sample": lambda: bench_sample(size, cfg.repeats or 0, cfg.batch_size or 0, cfg.output_dir or ""),

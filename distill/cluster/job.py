@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from distill.data.storage import write_whole
 
 EARLIER = {
     "GRACE_SECONDS": "slurm.grace_seconds=",
@@ -49,10 +50,8 @@ class Job:
     max_failures: int = 3
 
     def write(self, path: Path) -> None:
-        """Puts it where the job reads it. Nobody reads half a file."""
-        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        aside.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
+        """Puts it where the job reads it. Nobody reads half a file, after a power loss either."""
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> Job:

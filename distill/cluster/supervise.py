@@ -23,6 +23,7 @@ from distill.cluster.decisions import AGAIN, ALARM, MISTAKE, Attempt, Decision, 
 from distill.cluster.job import Job
 from distill.cluster.progress import progress
 from distill.cluster.scheduler import LISTENED, Alone, Slurm, scheduler, with_signals
+from distill.data.storage import make_folder, write_whole
 
 LAST_SECONDS = 60  # before the end of its time, work that has not ended since USR1 is sent TERM
 
@@ -51,7 +52,7 @@ def supervise(job: Job, cluster: Slurm | Alone) -> int:
     """
     listen()
     notes = Path(job.notes) / cluster.job
-    notes.mkdir(parents=True, exist_ok=True)
+    make_folder(notes)
     for old in notes.glob("exit-*"):
         old.unlink()
     before = progress(*job.progress)
@@ -130,10 +131,8 @@ def failures_in(notes: Path) -> int:
 
 
 def write(path: Path, number: int) -> None:
-    """Writes a small file that is complete or not there."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(f"{number}\n")
-    aside.replace(path)
+    """Writes a small file that is complete or not there, after a power loss too."""
+    write_whole(path, f"{number}\n")
 
 
 def concluded(decision: Decision, job: Job, cluster: Slurm | Alone) -> int:

@@ -32,6 +32,7 @@ from distill.cluster.job import Job, Launcher, launched
 from distill.commands import trajectories
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import SlurmSettings, SubmitSettings, TrainSettings
+from distill.data.storage import make_folder
 from distill.training.assembly import Run
 from distill.training.run import write_atomically
 from distill.training.teacher import open_teacher
@@ -48,7 +49,7 @@ def main(cfg: SubmitSettings) -> None:
         raise ConfigError("slurm.parallel is for arrays and sweeps: set slurm.array too, or leave it out")
     folder = Path(cfg.output_dir).resolve() / "slurm"
     options = options_of(slurm, folder, folder.parent.name, array=array_of(slurm))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     job = write_job(settings, slurm, slurm.script, folder)
     script = folder / f"{slurm.script}.sbatch"
     rendered = batch.script(options, slurm.setup, batch.supervised(python_of(slurm), job))

@@ -31,6 +31,7 @@ from distill.commands.submit import (
 )
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import RunChainSettings, SlurmSettings, SubmitChainSettings
+from distill.data.storage import make_folder
 from distill.training.chain import Link, links_of
 from distill.training.micro_batch import split_batch
 from distill.training.run import write_atomically
@@ -46,7 +47,7 @@ def main(cfg: SubmitChainSettings) -> None:
     check_chain(links, cfg.slurm)
     folder = Path(cfg.output_dir).resolve() / "slurm"
     texts = {link.name: script_of(link, cfg, folder) for link in left}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for link in left:
         job_of(link, cfg, folder).write(folder / f"{link.name}.json")
         write_atomically(folder / f"{link.name}.yaml", yaml.safe_dump(link_settings(link, cfg), sort_keys=False))

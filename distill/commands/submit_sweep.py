@@ -32,6 +32,7 @@ from distill.commands.sweep_runs import PAGE, compare
 from distill.config.loading import ConfigError, check_components, checking, load
 from distill.config.settings import JobSettings, SubmitSettings, TrainSettings
 from distill.config.sweeps import SweptRun, runs_of
+from distill.data.storage import make_folder
 from distill.training.run import write_atomically
 from distill.training.tracking import setup_logging
 
@@ -127,10 +128,10 @@ def scripts_of(left: Sequence[SweepTask], slurm: JobSettings, folder: Path) -> d
 
 def write_sweep(tasks: Sequence[SweepTask], slurm: JobSettings, folder: Path) -> None:
     """Writes the settings and the job of each run, where the run is and where the array looks for it."""
-    (folder / "tasks").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "tasks")
     for task in tasks:
         own = task.folder / "slurm"
-        own.mkdir(parents=True, exist_ok=True)
+        make_folder(own)
         job = write_job(task.settings, slurm, "train", own)
         write_atomically(folder / "tasks" / f"{task.number}.json", job.read_text())
     facts = {

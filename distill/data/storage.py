@@ -456,6 +456,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Makes all files below a folder durable, and their names in it. What a link points to is left as it is."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())):
+        sync_folder(inner)
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder and those above it that are missing, durably."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distill.data.storage import replace_whole
+from distill.data.storage import make_folder, replace_whole
 from distill.models.files import save_file
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Cache:
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder, self.writes = Path(folder), writes
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._path = self.folder / "cache.jsonl"
         self._values = dict(self._read())
 

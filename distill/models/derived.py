@@ -98,6 +98,7 @@ def made_once(name: str, facts: Mapping[str, Any], what: str, make: Callable[[Pa
     with _writing(place), _alone(place.with_name(f"{digest}.lock")):
         if _complete(folder):
             return folder
+        from distill.data.storage import sync_folder, sync_tree
         from distill.models.files import share  # and with it torch, which settings do without
 
         log.info("%s, once, into %s", what, folder)
@@ -107,9 +108,11 @@ def made_once(name: str, facts: Mapping[str, Any], what: str, make: Callable[[Pa
             (aside / name).mkdir(parents=True)
             make(aside / name)
             share(aside)
+            sync_tree(aside)
             shutil.rmtree(place, ignore_errors=True)  # one with files that are gone
             with suppress(FileExistsError):  # on a file system without locks another process was faster
                 aside.rename(place)
+                sync_folder(place.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return folder
@@ -133,8 +136,10 @@ def _complete(folder: Path) -> bool:
 
 @contextmanager
 def _writing(place: Path) -> Iterator[None]:
+    from distill.data.storage import make_folder
+
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):

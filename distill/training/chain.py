@@ -22,7 +22,7 @@ from distill.config.settings import (
 from distill.data.index import INDEX, StoreIndex
 from distill.data.reader import read_index
 from distill.data.record import StoreError
-from distill.data.storage import Folder
+from distill.data.storage import Folder, make_folder
 from distill.models.formats import format_named
 from distill.training.checkpoint import Checkpoints, best_of
 from distill.training.export import FACTS, check_formats
@@ -93,7 +93,7 @@ class Link:
 
     def mark(self) -> None:
         """Leaves `DONE` for a link that only looks: it is done until what it looks at, or how it looks, changes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         write_atomically(self._mark, self._seen())
 
     def done(self) -> bool:

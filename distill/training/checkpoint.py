@@ -41,7 +41,7 @@ from torch import Tensor
 
 from distill.config.recorded import chief, differences, given_keys
 from distill.config.settings import TrainSettings
-from distill.data.storage import sync_folder, write_whole
+from distill.data.storage import make_folder, sync_folder, write_whole
 from distill.training.deepspeed_internals import IN_ITS_FILES
 from distill.training.engine import Engine
 from distill.training.processes import Channel, Processes
@@ -195,6 +195,11 @@ class Checkpoints:
             self._thread.start()
         else:
             self._write(saving)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing what was begun last."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Waits until nothing is being written. What has failed `finish` says."""
@@ -608,7 +613,8 @@ def _versions() -> dict[str, str]:
 def _make_anew(folder: Path) -> None:
     if _is_there(folder):
         _remove(folder)
-    folder.mkdir(parents=True)
+    make_folder(folder.parent)
+    folder.mkdir()
 
 
 def _is_there(path: Path) -> bool:

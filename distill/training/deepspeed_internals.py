@@ -51,6 +51,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     _ENGINE: ("checkpoint_engine", "_copy_recovery_script"),
     "deepspeed.runtime.zero.partition_parameters": ("ds_id", "ds_shape"),
     "deepspeed.runtime.zero.stage3": ("_z3_optimizer",),
+    "deepspeed.utils.tensor_fragment": ("_hp_mapping", "lp_fragment_address", "get_hp_fragment"),
     "deepspeed.ops": ("__compatible_ops__",),
     "deepspeed.checkpoint.constants": (
         "OPTIMIZER_STATE_DICT",
@@ -99,35 +100,35 @@ def whole_shape(parameter: Any) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-@torch.no_grad()
-def set_weight(parameter: Any, value: Tensor) -> None:
-    """Sets this rank's share of a weight's float32 master, from the full value."""
+def share_of(parameter: Any) -> tuple[int, int]:
+    """Of which elements of a weight, flat, this rank holds master and optimizer's state: the first one, and the end."""
     if hasattr(parameter, "ds_id"):
-        _set_share(parameter, None, value)
-    else:
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value)
+        optimizer = parameter._z3_optimizer
+        share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=None)
+        first = share.numel() * optimizer._get_param_partition_rank(parameter)
+        whole = whole_shape(parameter).numel()
+        return min(first, whole), min(first + share.numel(), whole)
+    if parameter._hp_mapping is None:
+        return 0, 0
+    place = parameter._hp_mapping.lp_fragment_address
+    return place.start, place.start + place.numel
 
 
 @torch.no_grad()
-def set_state(parameter: Any, key: str, value: Tensor) -> None:
-    """Sets this rank's share of what the optimizer keeps for a weight, from the full value."""
+def set_share(parameter: Any, values: Tensor, key: str | None = None) -> None:
+    """Sets this rank's share of a weight's float32 master, or of what the optimizer keeps for it under `key`.
+
+    DeepSpeed's own setters want full values, and at ZeRO-3 cannot set those that the ranks do not share evenly.
+
+    Args:
+        values: flat, those of the elements that `share_of` names.
+    """
     if hasattr(parameter, "ds_id"):
-        _set_share(parameter, key, value)
-    else:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        safe_set_full_optimizer_state(parameter, value, key)
-
-
-def _set_share(parameter: Any, key: str | None, value: Tensor) -> None:
-    """DeepSpeed's own setters at ZeRO-3 cannot set values whose elements the ranks do not share evenly."""
-    optimizer = parameter._z3_optimizer
-    share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
-    first = share.numel() * optimizer._get_param_partition_rank(parameter)
-    mine = value.flatten()[first : first + share.numel()]
-    share[: mine.numel()].copy_(mine)
+        optimizer = parameter._z3_optimizer
+        share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+        share[: values.numel()].copy_(values)
+    elif parameter._hp_mapping is not None:
+        parameter._hp_mapping.get_hp_fragment(optim_state_key=key).copy_(values)
 
 
 def begin_state(optimizer: Any, state: WholeState) -> None:
@@ -261,11 +262,23 @@ def read_state(folder: Path, shapes: Mapping[str, torch.Size]) -> WholeState:
     if per_element:
         _check_whole(folder, pieces, shapes)
 
-    def of(name: str) -> dict[str, Tensor]:
-        parts = {key: [states[r][g][key][start : start + n] for r, g, start, n in pieces[name]] for key in per_element}
-        return {key: torch.cat(values) for key, values in parts.items()}
+    def part(name: str, begin: int, end: int) -> dict[str, Tensor]:
+        wanted = _within(pieces[name], begin, end)
+        parts = {key: [states[r][g][key][start : start + n] for r, g, start, n in wanted] for key in per_element}
+        return {key: torch.cat(values) for key, values in parts.items() if values}
 
-    return WholeState(of, per_element, shared)
+    return WholeState(lambda name: part(name, 0, shapes[name].numel()), part, per_element, shared)
+
+
+def _within(pieces: Sequence[Piece], begin: int, end: int) -> list[Piece]:
+    """What lies between two elements of a weight, of the pieces that it consists of."""
+    found, at = [], 0
+    for rank, group, start, count in pieces:
+        first, last = max(begin, at), min(end, at + count)
+        if first < last:
+            found.append((rank, group, start + first - at, last - first))
+        at += count
+    return found
 
 
 def _state_files(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from distill.config.loading import ConfigError, build, checking
 from distill.config.settings import ModelSettings, TrainSettings
-from distill.data.storage import sync_folder
+from distill.data.storage import make_folder, sync_folder, sync_tree
 from distill.diffusion.noise import AnyNoise
 from distill.diffusion.prediction import Prediction
 from distill.methods.sampling import Sampling
@@ -373,7 +373,7 @@ def published(output_dir: str | Path) -> Iterator[Path]:
     final = Path(output_dir).expanduser().resolve()
     with writing(final):
         _require_replaceable(final)
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
     with _alone(final):
         aside = final.with_name(f".{final.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
@@ -455,11 +455,7 @@ def _seal(folder: Path) -> None:
     facts = json.loads((folder / FACTS).read_text())
     files = {path: size for path, size in _sizes(folder).items() if path != FACTS}
     (folder / FACTS).write_text(json.dumps(facts | {"files": files}, indent=1) + "\n")
-    for path in (*files, FACTS):
-        with (folder / path).open("rb") as file:
-            os.fsync(file.fileno())
-    for inner in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        sync_folder(inner)
+    sync_tree(folder)
 
 
 def _replace(final: Path, aside: Path) -> None:

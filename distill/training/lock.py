@@ -25,6 +25,7 @@ from types import TracebackType
 import psutil
 
 from distill.config.loading import ConfigError
+from distill.data.storage import make_folder
 from distill.training.watchdog import give_up
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         if self.takes:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             while not self._appears():
                 self._remove_dead()
             self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)

@@ -7,15 +7,20 @@ optimizer that keeps values for each element of a weight, or values that are the
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+SAY_SECONDS = 10.0
 OPTIMIZER = "optimizer.pt"  # of a network that was not sharded
 REMEDY = "resume with as many ranks and the same engine as it was saved with"
 
@@ -31,11 +36,14 @@ class WholeState:
     Attributes:
         of: what is kept for each element of a weight (Adam: exp_avg, exp_avg_sq; SGD: momentum_buffer), from the
             weight's name; {} for a weight that has not been updated.
+        part: the same of some elements, flat, from the weight's name, the first one and the end. Files are mapped into
+            memory: no more of them is read.
         keys: of those values, over all weights; none before the optimizer's first step.
         shared: what is kept once for all weights (Adam: step), numbers or tensors of one element.
     """
 
     of: Callable[[str], dict[str, Tensor]]
+    part: Callable[[str, int, int], dict[str, Tensor]]
     keys: tuple[str, ...]
     shared: Mapping[str, Any]
 
@@ -59,7 +67,7 @@ def read_replicated(folder: Path, shapes: Mapping[str, torch.Size]) -> WholeStat
     Raises:
         NotElastic: a value that is neither one for each element of its weight nor the same for all weights.
     """
-    saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)["state"]
+    saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)["state"]
     names = list(shapes)
     kept: dict[str, dict[str, Tensor]] = {}
     once: dict[str, list[Any]] = defaultdict(list)
@@ -72,7 +80,22 @@ def read_replicated(folder: Path, shapes: Mapping[str, torch.Size]) -> WholeStat
                 once[key].append(value)
     shared = {key: shared_value(folder, key, values) for key, values in once.items()}
     keys = sorted({key for values in kept.values() for key in values})
-    return WholeState(lambda name: kept.get(name, {}), tuple(keys), shared)
+
+    def part(name: str, begin: int, end: int) -> dict[str, Tensor]:
+        return {key: value.flatten()[begin:end] for key, value in kept.get(name, {}).items()}
+
+    return WholeState(lambda name: kept.get(name, {}), part, tuple(keys), shared)
+
+
+def with_progress(items: Iterable[T], count: Callable[[T], int], total: int, what: str) -> Iterator[T]:
+    """The items, with a line every `SAY_SECONDS` about how much of them is done by then."""
+    done, said = 0, time.monotonic()
+    for item in items:
+        yield item
+        done += count(item)
+        if time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            log.info("%s: %d of %d million weights", what, done / 1e6, total / 1e6)
 
 
 def shared_value(folder: Path, key: str, values: Sequence[Any]) -> Any:

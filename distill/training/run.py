@@ -27,7 +27,7 @@ from distill.config.loading import ConfigError, checking, read_settings, read_ya
 from distill.config.recorded import Differences, chief, differences, given_keys
 from distill.config.settings import TrainSettings
 from distill.data.errors import short
-from distill.data.storage import write_whole
+from distill.data.storage import make_folder, write_whole
 from distill.training import arithmetic
 from distill.training.launched import launched_rank, launched_world_size
 
@@ -130,7 +130,7 @@ def open_run(settings: TrainSettings) -> Path:
             return folder
     if launched_rank() > 0:
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not _content(folder / IDENTITY):
         write_atomically(folder / IDENTITY, (_of_newest_checkpoint(folder, "run") or secrets.token_hex(8)) + "\n")
     if changed is not None:
@@ -294,7 +294,7 @@ def kept_files(folder: Path) -> Callable[[], None]:
         missing = [name for name in texts if not (folder / name).exists()]
         if not missing:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name in missing:
             write_atomically(folder / name, texts[name])
         log.warning(

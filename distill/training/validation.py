@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distill.data.storage import replace_whole
+from distill.data.storage import make_folder, replace_whole
 from distill.diffusion.losses import l2
 from distill.diffusion.prediction import Denoiser
 from distill.diffusion.random import seed_of, starting_noise
@@ -224,7 +224,7 @@ def kept_ends(
         return found
     ends = make()
     if processes.is_main:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(kept.parent)
         aside = kept.with_name(f".{kept.name}.{os.getpid()}")
         together = {"ends": torch.stack(list(ends))} if not sizes else {f"end.{i}": end for i, end in enumerate(ends)}
         save_file(together, aside, facts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ from distill.models.shared import part_from
 from distill.training import deepspeed_internals
 from distill.training.processes import Processes, drop_launchers_settings, leave_group
 from distill.training.rank_writes import Writes
-from distill.training.resharding import WholeState
+from distill.training.resharding import WholeState, with_progress
 from distill.training.sharding.base import Sharding, UpdateSettings, trainable, wrapping_failed
 from distill.training.snapshot import Copies
 from distill.training.state_files import Pickled, StateFile, Weights
@@ -176,7 +176,8 @@ class ZeRO(Sharding):
         if not right:
             raise wrapping_failed(self.name_of(name), name, wrapped, accelerator)
         for weight, value in given.items():  # DeepSpeed has made its masters of weights that it rounded before
-            deepspeed_internals.set_weight(parameters[weight], value.to(processes.device))
+            first, end = deepspeed_internals.share_of(parameters[weight])
+            deepspeed_internals.set_share(parameters[weight], value.flatten()[first:end])
         return PartitionedNetwork(wrapped, parameters, recipe, processes.rank, processes.world_size)
 
     @classmethod
@@ -242,7 +243,8 @@ class PartitionedNetwork(TrainedNetwork):
 
     def load_whole(self, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            deepspeed_internals.set_weight(parameter, weights[name].to(parameter.device))
+            first, end = deepspeed_internals.share_of(parameter)
+            deepspeed_internals.set_share(parameter, weights[name].flatten()[first:end])
 
     def spread(self) -> None:
         deepspeed_internals.spread_partitions(self._engine.optimizer)
@@ -285,9 +287,20 @@ class PartitionedNetwork(TrainedNetwork):
         if state.is_empty:
             return
         deepspeed_internals.begin_state(self._engine.optimizer, state)
-        for name, parameter in self.parameters.items():
-            for key, value in state.of(name).items():
-                deepspeed_internals.set_state(parameter, key, value.to(parameter.device))
+        for name, parameter in self._with_progress():
+            for key, values in state.part(name, *deepspeed_internals.share_of(parameter)).items():
+                deepspeed_internals.set_share(parameter, values, key)
+
+    def _with_progress(self) -> Iterable[tuple[str, nn.Parameter]]:
+        shapes = self.shapes()
+        if self.rank != 0:
+            return self.parameters.items()
+        total = sum(shape.numel() for shape in shapes.values())
+
+        def count(item: tuple[str, nn.Parameter]) -> int:
+            return shapes[item[0]].numel()
+
+        return with_progress(self.parameters.items(), count, total, "re-sharding the optimizer's state")
 
     def close(self) -> None:
         self._engine.destroy()
