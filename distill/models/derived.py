@@ -98,7 +98,6 @@ def made_once(name: str, facts: Mapping[str, Any], what: str, make: Callable[[Pa
     with _writing(place), _alone(place.with_name(f"{digest}.lock")):
         if _complete(folder):
             return folder
-        from distill.data.storage import sync_folder, sync_tree
         from distill.models.files import share  # and with it torch, which settings do without
 
         log.info("%s, once, into %s", what, folder)
@@ -108,11 +107,10 @@ def made_once(name: str, facts: Mapping[str, Any], what: str, make: Callable[[Pa
             (aside / name).mkdir(parents=True)
             make(aside / name)
             share(aside)
-            sync_tree(aside)
+            _flush(aside)
             shutil.rmtree(place, ignore_errors=True)  # one with files that are gone
             with suppress(FileExistsError):  # on a file system without locks another process was faster
                 aside.rename(place)
-                sync_folder(place.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return folder
@@ -134,12 +132,24 @@ def _complete(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() and all(path.exists() for path in folder.rglob("*"))
 
 
+def _flush(folder: Path) -> None:
+    """Has all of a folder on the disk: after a power loss it is there whole, or not there and made again."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            except OSError:
+                if not path.is_dir():  # some file systems have no folders that could be flushed
+                    raise
+            finally:
+                os.close(descriptor)
+
+
 @contextmanager
 def _writing(place: Path) -> Iterator[None]:
-    from distill.data.storage import make_folder
-
     try:
-        make_folder(place.parent)
+        place.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):

@@ -207,6 +207,15 @@ def checkpoint_bytes(network: Counted, engine: str, *, bf16: bool, optimizer: fl
     return weights + (4 + optimizer) * T + (2 if bf16 else 4) * T  # with the masters, and DeepSpeed's file of weights
 
 
+def snapshot_bytes(network: Counted, engine: str, ranks: int, *, bf16: bool, optimizer: float, averaged: bool) -> float:
+    """Bytes of host memory of the copy that rank 0, which has the most, writes a trained network from."""
+    T, each = network.trained, 4 + optimizer + (4 if averaged else 0)
+    if engine in ("single", "ddp"):
+        return each * T
+    low = (2 if bf16 else 4) * T  # DeepSpeed's file of weights as the network computes with them
+    return each * T / ranks + (low / ranks if engine == "zero3" else low)
+
+
 def sample_layout(states: Tensor, times: Sequence[int], conditioning: Mapping[str, Tensor]) -> Layout:
     """What a stored sample looks like: states [K, C, h, w] at K times, conditioning without a batch dimension."""
     return Layout.parse(encode(states, tuple(times), 1.0, conditioning))

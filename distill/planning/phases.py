@@ -31,6 +31,7 @@ from distill.planning.estimates import (
     held,
     passes,
     sample_layout,
+    snapshot_bytes,
     stored_bytes,
     traffic,
 )
@@ -219,6 +220,22 @@ class PlannedRun:
             checkpoint_bytes(
                 weights,
                 self.engine_of(engine, name),
+                bf16=self.bf16,
+                optimizer=self.optimizer,
+                averaged=self.averaged(name),
+            )
+            for name, _, weights in self.trained()
+        )
+
+    def snapshot(self, engine: str) -> float:
+        """Bytes of host memory of rank 0's copy, from which a checkpoint is written; 0 if training waits for it."""
+        if not self.cfg.checkpoints_in_background:
+            return 0.0
+        return sum(
+            snapshot_bytes(
+                weights,
+                self.engine_of(engine, name),
+                self.ranks,
                 bf16=self.bf16,
                 optimizer=self.optimizer,
                 averaged=self.averaged(name),

@@ -197,6 +197,11 @@ class Checkpoints:
             self._write(saving)
 
     @property
+    def copied_bytes(self) -> int:
+        """Bytes of host memory on this rank for the copy that is written."""
+        return self._memory.nbytes
+
+    @property
     def is_writing(self) -> bool:
         """Whether this rank is still writing what was begun last."""
         return self._thread is not None and self._thread.is_alive()

@@ -29,6 +29,11 @@ class HostMemory:
     def __init__(self) -> None:
         self._kept: dict[tuple[int, bool], list[Tensor]] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept for the next snapshot."""
+        return sum(nbytes * len(memory) for (nbytes, _), memory in self._kept.items())
+
     @contextmanager
     def snapshot(self) -> Iterator[Copies]:
         """Surrounds the copying of one snapshot; at the end all copies are there. The one before is given up.

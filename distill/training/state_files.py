@@ -34,16 +34,30 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self._digest, self._size = hashlib.sha256(), 0
         self._file = open(path, "wb", buffering=0)
+        self._problem: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Appends bytes, all of them."""
         view = memoryview(data).cast("B")
         self._digest.update(view)
         done = 0
-        while done < len(view):
-            done += self._file.write(view[done:]) or 0
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:]) or 0
+        except OSError as error:
+            self._problem = error
+            raise
         self._size += done
         return done
+
+    def pickle(self, content: Any) -> None:
+        """Writes what `torch.save` makes of it. Raises the OSError that stopped it, which torch's own does not name."""
+        try:
+            torch.save(content, cast(IO[bytes], self))
+        except RuntimeError:
+            if self._problem is not None:
+                raise self._problem from None
+            raise
 
     def flush(self) -> None:
         """Nothing waits in memory."""
@@ -72,7 +86,7 @@ class Pickled:
 
         def save() -> None:
             with closing(HashedFile(folder / self.path)) as file:
-                torch.save(self.content(), cast(IO[bytes], file))
+                file.pickle(self.content())
                 digests[self.path] = file.finish()
 
         writes(save)

@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from distill.planning.estimates import Counted, snapshot_bytes
 from distill.training import checkpoint, state_files
 from distill.training.checkpoint import Checkpoints, read_weights
 from distill.training.engine import Engine
 from distill.training.processes import Channel
 from distill.training.rank_writes import WriteError
 from distill.training.snapshot import HostMemory, InPlace
-from distill.training.state_files import Weights, header, write_files
+from distill.training.state_files import Pickled, Weights, header, write_files
+from distill.training.trained_network import optimizer_bytes
 from distill.training.watchdog import Watchdog
 from tests.training.test_checkpoint import Make, advance, make, weights  # noqa: F401, a fixture
 
@@ -95,6 +97,14 @@ def test_the_memory_of_a_copy_is_used_again(make: Make, tmp_path: Path) -> None:
     assert step == 3 and not torch.equal(found["1.weight"], engine.export_weights("student")["1.weight"])
 
 
+def test_a_plan_knows_the_memory_of_the_copy(make: Make, tmp_path: Path) -> None:  # noqa: F811
+    engine, checkpoints = advanced(make, 1, ema_decay=0.9), Checkpoints(tmp_path, background=True)
+    checkpoints.save(engine, 1)
+    network, held = Counted(trained=4004, frozen=5000), optimizer_bytes(torch.optim.AdamW)
+    planned = snapshot_bytes(network, "single", 1, bf16=False, optimizer=held, averaged=True)
+    assert checkpoints.copied_bytes == pytest.approx(planned, abs=16) and planned == 16 * 4004
+
+
 def test_a_save_waits_for_the_one_before(make: Make, tmp_path: Path, gate: Gate) -> None:  # noqa: F811
     engine, checkpoints = advanced(make, 1), Checkpoints(tmp_path, background=True)
     checkpoints.begin(engine, 1)
@@ -152,6 +162,20 @@ def test_the_watchdog_looks_at_the_thread_too(monkeypatch: pytest.MonkeyPatch) -
             with watchdog.over("a step"):
                 time.sleep(0.1)
     assert said and "for the checkpoint of step 3, which is being written (watchdog_minutes=" in said[0]
+
+
+def test_the_line_about_a_full_disk_names_it_whoever_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own error does not."""
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    (tmp_path / "w.safetensors").symlink_to("/dev/full")
+    (tmp_path / "o.pt").symlink_to("/dev/full")
+    for file in (
+        Pickled("o.pt", lambda: torch.ones(9)),
+        Weights("w.safetensors", {"a": [1]}, [("a", torch.ones(1))], False),
+    ):
+        with pytest.raises(WriteError, match="No space left on device"):
+            write_files([file], tmp_path, ALONE)
 
 
 # ---- copies and files -------------------------------------------------------------------------------------------
