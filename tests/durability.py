@@ -8,9 +8,9 @@
 A file's content is on the disk as it was at its last `os.fsync`; one that was never flushed is empty. A name (of a new
 file, of a renamed or removed one, of a new folder) is on the disk once its folder was flushed after it: so each moment
 is laid out twice, with the names that were flushed and, as a disk may be quicker than it was asked to be, with all of
-them. `cuts(thorough=True)` lays out more of what may be: the names of one folder alone were quicker; and what was not
-flushed of a file is zeros, as many bytes as it has, or was quicker too. Moments are those just before and after a
-rename, link, removal, new folder or fsync, and the end.
+them. `cuts(thorough=True)` lays out more of what may be: the names of one folder alone, or of all but one, were
+quicker; and what was not flushed of a file is zeros, as many bytes as it has, or was quicker too. Moments are those
+just before and after a rename, link, removal, new folder or fsync, and the end.
 
 What nobody has flushed is thus never there, whoever wrote it. `Disk(folder, ignoring=kind)` is a disk that takes no
 notice of one kind of flush, such as that of `step-#.tmp/student/ema.safetensors`: a test that passes on it, too, would
@@ -116,6 +116,8 @@ class Disk:
                 for quick in (number for number in all_names if all_names[number] != flushed.get(number)):
                     names = {**flushed, quick: all_names[quick]}
                     yield Cut(f"{where}, names of one folder", root, names, contents, folders)
+                    names = {**all_names, quick: flushed.get(quick, {})}
+                    yield Cut(f"{where}, names of all but one folder", root, names, contents, folders)
 
     def at_the_end(self) -> Cut:
         """A power cut after everything: what was promised to be there must be."""

@@ -187,7 +187,8 @@ def broken(
     found, seen = [], set()
     for number, (cut, end) in enumerate([(disk.at_the_end(), True), *((cut, False) for cut in disk.cuts(thorough))]):
         left = cut.lay_out(folder / str(number))
-        state = tuple((str(p.relative_to(left)), p.read_bytes()) for p in sorted(left.rglob("*")) if p.is_file())
+        paths = sorted(left.rglob("*"))
+        state = tuple((str(p.relative_to(left)), p.read_bytes() if p.is_file() else None) for p in paths)
         if (state, end) not in seen:
             seen.add((state, end))
             try:

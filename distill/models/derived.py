@@ -134,7 +134,7 @@ def _complete(folder: Path) -> bool:
 
 def _flush(folder: Path) -> None:
     """Has all of a folder on the disk: after a power loss it is there whole, or not there and made again."""
-    for path in (*folder.rglob("*"), folder):
+    for path in folder.rglob("*"):
         if not path.is_symlink():
             descriptor = os.open(path, os.O_RDONLY)
             try:
