@@ -212,7 +212,7 @@ def places(states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> list[P
     """
     from deepspeed.checkpoint import constants as keys
 
-    of_optimizer = next(
+    of_optimizer: Mapping[str, Any] = next(
         (state[keys.OPTIMIZER_STATE_DICT] for state in states if keys.OPTIMIZER_STATE_DICT in state), {}
     )
     if keys.PARAM_SLICE_MAPPINGS in of_optimizer:

@@ -80,9 +80,8 @@ class Processes:
 
         The first use makes the group: all ranks come to it at the same place.
         """
-        group = None
-        if self.world_size > 1:
-            group = dist.new_group(backend="gloo", timeout=self.timeout)
+        group = dist.new_group(backend="gloo", timeout=self.timeout) if self.world_size > 1 else None
+        assert group is None or isinstance(group, dist.ProcessGroup)  # every rank is in it
         return Channel(self.rank, self.world_size, torch.device("cpu"), group)
 
     @property
