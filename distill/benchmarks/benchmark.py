@@ -33,10 +33,11 @@ from torch import nn
 from distill.benchmarks.common import SCHEDULE, machine, peak_memory, random_store, timed, toy_unet
 from distill.benchmarks.saving import bench_saving
 from distill.config.loading import checking
+from distill.config.packages import is_installed
 from distill.config.settings import BenchmarkSettings
 from distill.data.index import ShardInfo, StoreIndex
 from distill.data.loader import make_loader
-from distill.data.reader import Store
+from distill.data.reader import Store, open_store
 from distill.diffusion.prediction import Prediction
 from distill.diffusion.random import generator
 from distill.diffusion.trajectory import Batch
@@ -204,6 +205,8 @@ def bench_reader(samples: int, workers: int) -> None:
             batches.close()
             for name, chunks in in_a_row.items():
                 spent[name].append(wall_and_cpu(partial(read_bytes, chunks, per_sample * 8 * batches_timed)))
+        if is_installed("aiohttp"):
+            bench_remote(Path(folder), samples, workers)
     wall = {name: median(one for one, _ in found) / batches_timed / 8 for name, found in spent.items()}
     cpu = {name: median(one for _, one in found) / batches_timed / 8 for name, found in spent.items()}
     print(f"{samples} samples of 41 states [4, 128, 128] fp16 and text [77, 2048]; {machine('cpu')}")
@@ -219,6 +222,47 @@ def bench_reader(samples: int, workers: int) -> None:
             f"    {name:<24} {1e3 * one['planned']:8.3f} ms {one['planned'] / one['memory']:6.2f} x "
             f"{one['planned'] / one['buffer']:6.2f} x"
         )
+
+
+def bench_remote(folder: Path, samples: int, workers: int) -> None:
+    """The same batches from a web server that answers each request 50 ms late, against the local store, in one run.
+
+    Flat out, which is against memory, for the local files are in the page cache; and beside a step of 100 ms for 8
+    samples, which is less than SDXL takes.
+    """
+    method, count = LCM(SCHEDULE, skip=25), max(1, samples // 8)
+    command = [sys.executable, "-m", "distill.benchmarks.range_server", str(folder), "0.05"]
+    with tempfile.TemporaryDirectory() as cache, subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as server:
+        assert server.stdout is not None
+        url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        stores = {"local": (str(folder), None), "remote": (url, None), "cached": (url, cache)}
+        rates: dict[str, dict[float, float]] = {}
+        for name, (place, kept) in stores.items():
+            store = open_store(place, cache=kept)
+            for pause in (0.0, 0.1):
+                for _ in range(2 if kept is not None and not pause else 1):  # the first one fills the cache
+                    loader = make_loader(
+                        store, method.reads, seed=0, global_batch_size=8, micro_batch_size=8, num_workers=workers
+                    )
+                    batches = iter(loader)
+                    take(batches, 1)
+                    seconds, _ = timed(partial(take_with_steps, batches, count, pause))
+                    batches.close()
+                    rates.setdefault(name, {})[pause] = count * 8 / seconds
+        server.terminate()
+    print("  a web server with 50 ms of latency, samples/s and against the local store")
+    for name, found in rates.items():
+        flat, paced = found[0.0], found[0.1]
+        print(
+            f"    {name:<8} flat out {flat:8.1f} {flat / rates['local'][0.0]:6.2f} x   "
+            f"a step of 100 ms {paced:8.1f} {paced / rates['local'][0.1]:6.2f} x"
+        )
+
+
+def take_with_steps(batches: Iterator[Batch], count: int, seconds: float) -> None:
+    """Takes batches, with a step of so many seconds for each."""
+    for _ in islice(batches, count):
+        time.sleep(seconds)
 
 
 READER_REPEATS = 5

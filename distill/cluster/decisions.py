@@ -9,7 +9,8 @@ ALARM = 3  # a run that was ended because it did not learn
 HUNG = 4  # something did not come in time: the watchdog's
 NOT_WRITTEN = 74  # the last checkpoint could not be written
 AGAIN = 75  # saved, and to be run again; or something could not be read
-OF_THE_MACHINE = frozenset({HUNG, NOT_WRITTEN, AGAIN})
+WRONG_MACHINE = 76  # a machine computes or remembers wrongly
+OF_THE_MACHINE = frozenset({HUNG, NOT_WRITTEN, AGAIN, WRONG_MACHINE})
 BY_SIGNAL = 128  # exit codes above it say which signal has ended the work
 NOT_ENOUGH_TIME = 1  # what a job ends with that was stopped before it got any further
 

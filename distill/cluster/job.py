@@ -59,9 +59,22 @@ class Job:
         try:
             facts: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             kind, where = facts.pop("progress")
-            return cls(command=tuple(facts.pop("command")), progress=(kind, where), **facts)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is no job that distill submit has written: {error}") from None
+            job = cls(command=tuple(facts.pop("command")), progress=(kind, where), **facts)
+            job.check()
+            return job
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            said = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())[:200]
+            raise ValueError(f"{path} is no job that distill submit has written: {said}") from None
+
+    def check(self) -> None:
+        """Raises ValueError: an empty command, or a value of another kind than it has to be."""
+        texts = (self.name, *self.command, *self.progress, self.notes)
+        if not self.command or not all(isinstance(text, str) for text in texts):
+            raise ValueError("name, command, progress and notes must be texts, and the command not empty")
+        for name in ("grace_seconds", "max_failures"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 10**9:
+                raise ValueError(f"{name} must be a whole number from 0 to 10^9")
 
 
 @dataclass(frozen=True)

@@ -317,6 +317,7 @@ class TrainSettings(Settings):
     checkpoints_in_background: Flag = True  # runs of before it existed have none
     preemption_signals: Annotated[list[str], Field(min_length=1)] = ["SIGTERM", "SIGUSR1"]
     watchdog_minutes: Annotated[Number, Field(gt=0)] | None = 30
+    compare_replicas_steps: Positive | None = None
     deterministic: Annotated[bool, Field(strict=True)] | Literal["auto"] = "auto"
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     validation_prompts: list[str] | TextOrPath | None

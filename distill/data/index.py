@@ -386,7 +386,8 @@ class StoreIndex(StorePlan):
             layouts = tuple(_layout_of(headers.get(size)) for size in plan.get("sizes") or ("",))
             index = cls(layouts=layouts, shards=shards, **plan)
         if facts.get("schema", SCHEMA) != schema_of(index):
-            raise StoreError(f"{INDEX} has schema {facts['schema']}, and a store like this one has {schema_of(index)}")
+            said = short(repr(facts.get("schema")))
+            raise StoreError(f"{INDEX} has schema {said}, and a store like this one has {schema_of(index)}")
         _check_layouts(index)
         for shard in shards:
             check_shard(shard, index, INDEX)

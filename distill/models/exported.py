@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.diffusion.prediction import Prediction
+from distill.models.checks import first_line
 from distill.models.families.registry import FAMILIES
 from distill.models.folder import stored_tensors, weight_files, weights_hash
 from distill.models.formats import FOLDER_FORMATS, format_named
@@ -80,22 +81,47 @@ def read_export(folder: str | Path) -> Exported:
     """
     folder = Path(folder).expanduser()
     try:
-        facts = json.loads((folder / FACTS).read_text())
-        prediction, guidance = facts.get("prediction"), facts.get("guidance")
-        return Exported(
-            folder,
-            tuple(facts["formats"]),
-            facts["base_hash"],
-            FAMILIES.find(facts.get("family", "sd15")).network.folder,
-            None if prediction is None else Prediction(prediction),
-            facts.get("sampling", {}),
-            facts.get("noise", {}).get("shift"),
-            None if guidance is None else (float(guidance[0]), float(guidance[1])),
-        )
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        return _exported(folder, facts)
     except FileNotFoundError:
         raise ValueError(f"{folder} is not an export: it has no {FACTS} (distill export writes them)") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / FACTS} is not readable ({type(error).__name__}: {error})") from None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        raise ValueError(f"{folder / FACTS} is not readable ({type(error).__name__}: {first_line(error)})") from None
+
+
+def _exported(folder: Path, facts: dict[str, Any]) -> Exported:
+    """Raises what is said of facts that are none, or of another kind than they have to be."""
+    prediction, guidance, shift = facts.get("prediction"), facts.get("guidance"), facts.get("noise", {}).get("shift")
+    family, sampling, formats = facts.get("family", "sd15"), facts.get("sampling", {}), facts["formats"]
+    texts = [facts["base_hash"], family, *formats, *([] if prediction is None else [prediction])]
+    if not isinstance(formats, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("formats must be a list of texts, and base_hash, family and prediction texts")
+    if not isinstance(sampling, dict):
+        raise TypeError("sampling must be an object")
+    numbers = [*([] if shift is None else [shift]), *(guidance or [])]
+    if any(type(number) not in (int, float) or not 0 <= number < 1e6 for number in numbers) or shift == 0:
+        raise ValueError("shift and guidance must be numbers above 0")
+    if guidance is not None and (len(guidance) != 2 or guidance[0] > guidance[1]):
+        raise ValueError("guidance must be the lowest and the highest w")
+    return Exported(
+        folder,
+        tuple(formats),
+        facts["base_hash"],
+        FAMILIES.find(family).network.folder,
+        None if prediction is None else Prediction(prediction),
+        sampling,
+        shift,
+        None if guidance is None else (float(guidance[0]), float(guidance[1])),
+    )
 
 
 def open_export(folder: str | Path) -> Exported:

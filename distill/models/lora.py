@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distill.diffusion.random import generator
+from distill.models.checks import first_line
 from distill.models.families.base import Family
 from distill.models.families.registry import family_of_network
 from distill.models.files import rounded, save_file
@@ -355,16 +356,38 @@ def lora_settings(folder: str | Path) -> dict[str, Any]:
         ValueError: its rank and alpha are not recorded.
     """
     path = lora_file(folder)
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         header = file.metadata() or {}
+        sides = {side for name in file.keys() for side in file.get_slice(name).get_shape()}
     try:
         found = json.loads(header.get(_RECORD) or header.get(_EARLIER_RECORD) or "{}")
         settings = {name.removeprefix("unet."): value for name, value in found.items()}
-        return {name: settings[name] for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
-    except (ValueError, KeyError, AttributeError):
+        return _checked({name: settings[name] for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}, sides)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(
             f"{path} does not record its rank and alpha: it is not a LoRA that was exported here"
         ) from None
+
+
+def _checked(settings: dict[str, Any], sides: Collection[int]) -> dict[str, Any]:
+    """Raises ValueError for settings that no LoRA with tensors of these sides has."""
+    rank, alpha, dropout, targets = (settings[name] for name in ("r", "lora_alpha", "lora_dropout", "target_modules"))
+    numbers = type(rank) is int and rank in sides and all(type(x) in (int, float) for x in (alpha, dropout))
+    if not numbers or not 0 < alpha < 1e9 or not 0 <= dropout < 1:
+        raise ValueError("rank, alpha or dropout")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError("target modules")
+    return settings
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises ValueError for one that is none, or not complete."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({first_line(error)})") from None
 
 
 def fill_lora(
@@ -378,7 +401,7 @@ def fill_lora(
     """
     path = lora_file(folder)
     expected = {name.replace(f".{adapter}.", "."): parameter for name, parameter in adapters(network, adapter).items()}
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}
         header = file.metadata() or {}
         earlier = _EARLIER_RECORD in header and _RECORD not in header  # diffusers' entry is in later files as well
@@ -394,5 +417,7 @@ def fill_lora(
     for name, parameter in expected.items():
         if saved[name].shape != parameter.shape:
             raise ValueError(f"{path}: {name} is {list(saved[name].shape)}, the network's {list(parameter.shape)}")
+        if not saved[name].is_floating_point() or not bool(saved[name].isfinite().all()):
+            raise ValueError(f"{path}: {name} has values that are not finite numbers")
         parameter.data.copy_(saved[name])
     return list(expected.values())

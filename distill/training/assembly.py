@@ -79,6 +79,7 @@ from distill.training.micro_batch import (
 from distill.training.preemption import Preemption
 from distill.training.processes import Processes, collectives_timeout
 from distill.training.rank_writes import WriteError
+from distill.training.replicas import UnlikeReplicas
 from distill.training.rollback import PASSED, History, Rollback, gone_back, read_history, samples_between
 from distill.training.run import (
     checkpoints_of,
@@ -357,7 +358,7 @@ class Run:
                 batches,
                 start_step=resumed.step,
                 max_train_steps=cfg.max_train_steps,
-                every=Every(cfg.log_every, cfg.checkpointing_steps, cfg.validation_steps),
+                every=Every(cfg.log_every, cfg.checkpointing_steps, cfg.validation_steps, cfg.compare_replicas_steps),
                 observers=observers,
                 checkpoints=resumed.checkpoints,
                 preemption=self.preemption,
@@ -365,6 +366,10 @@ class Run:
             )
         except NoData as ended:
             return ended.step, ended.error
+        except UnlikeReplicas as error:
+            agreed = max(resumed.step, error.step - (cfg.compare_replicas_steps or 0))
+            resumed.checkpoints.set_aside_after(resumed.engine.processes, agreed)
+            return agreed, error
         except (Diverged, WriteError) as error:
             return resumed.step, error
         except FileNotFoundError as error:  # on this rank, in mid-run: no mistake in the settings

@@ -348,6 +348,11 @@ class Checkpoints:
         self.wait()
         return processes.from_main(self._way_back() if processes.is_main else "")
 
+    def set_aside_after(self, processes: Processes, step: int) -> None:
+        """Renames what is newer than `step` to `*.set-aside`. Call it on all ranks."""
+        if problem := processes.from_main(self._set_aside_after(step) if processes.is_main else None):
+            log.warning("%s", problem)
+
     def healthy_steps(self) -> list[int]:
         """Steps of the checkpoints that were saved while no update was skipped or out of its band, newest first."""
         return [step for step, _ in self._healthy()]

@@ -40,6 +40,7 @@ from distill.training.loss_scale import LossScale
 from distill.training.micro_batch import give_back_memory, is_out_of_memory
 from distill.training.processes import NO_LIMIT, Processes, forget_accelerate, record_collectives
 from distill.training.rank_writes import Writes, together
+from distill.training.replicas import checksum, checksums, require_same
 from distill.training.sharding import SHARDINGS, read_whole, written_by
 from distill.training.sharding.base import PRECISIONS, Sharding, UpdateSettings, trainable
 from distill.training.skipped import Skipped, SkippedUpdates, suspects
@@ -343,6 +344,18 @@ class Engine:
         ranks."""
         finite = all(trained.is_finite() for trained in self._trained.values())
         return self.processes.all_agree(finite) and not self.is_skipping and not self.bands.outside
+
+    def compare_replicas(self, step: int) -> None:
+        """Compares what all ranks hold of the networks, after so many steps. Call it on all ranks.
+
+        Raises:
+            UnlikeReplicas: see `distill.training.replicas`.
+        """
+        found = checksums({name: denoiser.module for name, denoiser in self._denoisers.items()} | self._helpers)
+        if self.sharding.holds_whole:
+            averages = {name: trained.ema for name, trained in self._trained.items() if trained.ema is not None}
+            found |= {f"average of the {name}": checksum(ema) for name, ema in averages.items()}
+        require_same(found, self.processes, step)
 
     @property
     def names(self) -> Collection[str]:

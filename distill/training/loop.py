@@ -23,11 +23,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Every:
-    """How many steps lie between two log lines, checkpoints and validations; each also comes after the last step."""
+    """How many steps lie between two log lines, checkpoints and validations; each also comes after the last step.
+
+    `compare` are the steps between two comparisons of the weights that ranks share; None compares nothing.
+    """
 
     log: int
     checkpoint: int
     validate: int
+    compare: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def train(
         WriteError: the last checkpoint could not be written.
         Diverged: too many steps in a row were skipped, or a loss or a gradient has left its band.
         NoData: the loader of some rank failed.
+        UnlikeReplicas: ranks hold other weights than each other.
     """
     step = start_step
     stop = due = False
@@ -169,7 +174,12 @@ def _take_turns(method: Method, engine: Engine, micro_batches: Sequence[Batch], 
 
 
 def _saved_or_due(checkpoints: Checkpoints, engine: Engine, step: int, due: bool, must: bool, every: Every) -> bool:
-    """Saves a checkpoint that must be, or that is due while updates are taken; returns whether one is due still."""
+    """Saves a checkpoint that must be, or that is due while updates are taken; returns whether one is due still.
+
+    Before that it compares what ranks share, where that is due.
+    """
+    if every.compare is not None and step % every.compare == 0:
+        engine.compare_replicas(step)
     if must or (due and engine.is_healthy()):
         _save(checkpoints, engine, step, must)
         return False

@@ -88,6 +88,7 @@ FREE = frozenset(
         "spikes",
         "preemption_signals",
         "watchdog_minutes",
+        "compare_replicas_steps",
         "deterministic",
         "tracking",
         "report_to",  # these two were its place

@@ -8,6 +8,7 @@ The product has no hooks for this. What happens, and where, is a list of objects
     {"do": "SIGTERM", ...}                              the same two with a signal, or with several: "SIGUSR1 SIGTERM"
     {"do": "hang", ...}                                 the same two, for ever; "freeze" stops all threads of Python
     {"do": "kill wandb", ...}                           the same two: its service process
+    {"do": "flip", ...}                                 the same two: one bit of the teacher's first weight
     {"do": "limit", "bytes": 8000, ...}                 the same two: no file can be longer from then on
     {"do": "hang", "rank": 1, "batch": 3}               in the reading of its 3rd micro-batch, in whichever process
     {"do": "unreadable", "rank": 1, "batch": 3}         likewise: no file of a store can be read there from then on,
@@ -45,6 +46,7 @@ from distill.training.engine import Engine
 
 Fault = dict[str, Any]
 FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 1e4}
+_ENGINES: list[Engine] = []  # the last one is that of the step
 TOUCHES = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir")
 
 
@@ -75,6 +77,8 @@ def _do(fault: Fault) -> None:
         os.preadv = _Unreadable(fault.get("for"))  # type: ignore[assignment]
     elif fault["do"] == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
+    elif fault["do"] == "flip":
+        next(iter(_ENGINES[-1]._denoisers["teacher"].module.parameters())).data.view(torch.int32).view(-1)[0] ^= 1
     elif fault["do"] == "kill wandb":
         for _ in range(300):  # it is started beside the training, which need not wait for it
             if found := [p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb-core")]:
@@ -207,6 +211,7 @@ def _around_loss(fault: Fault, change: Callable[[Losses], Losses]) -> None:
     where = fault.get("positions", (0, 0))
 
     def changed(engine: Engine, turn: Turn, micro_batches: Any, step: int, *more: Any) -> None:
+        _ENGINES.append(engine)
         met = any(position in range(*where) for batch in micro_batches for position in batch.positions)
         if step == fault.get("step") or met:
             turn = Turn(turn.updates, lambda *args, loss=turn.loss: change(loss(*args)))

@@ -1,0 +1,55 @@
+"""Weights that ranks share, compared by checksum: a machine that computes or remembers wrongly is found, and named."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from distill.training.processes import Processes
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+class UnlikeReplicas(RuntimeError):
+    """Ranks hold other weights than each other where they should hold the same; one line, the same on all ranks.
+
+    `step` counts the optimizer steps taken.
+    """
+
+    def __init__(self, line: str, step: int) -> None:
+        super().__init__(line)
+        self.step = step
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """The sum of all elements' bits, read as integers: any single bit that flips changes it."""
+    sums = [tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    return int(torch.stack(sums).sum()) if sums else 0
+
+
+def checksums(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """That of each module's parameters as they are on this rank; a share of ZeRO-3's counts as none."""
+    return {name: checksum(module.parameters()) for name, module in modules.items()}
+
+
+def require_same(found: Mapping[str, int], processes: Processes, step: int) -> None:
+    """Compares the ranks' checksums of what all of them hold. Call it on all ranks.
+
+    Raises:
+        UnlikeReplicas: they differ; it names the ranks, and their hosts, that are unlike most.
+    """
+    gathered = processes.gathered((dict(found), socket.gethostname()))
+    for name in found:
+        values = [sums[name] for sums, _ in gathered]
+        (common, count), *others = Counter(values).most_common()
+        if not others:
+            continue
+        unsure = any(other == count for _, other in others)
+        wrong = [rank for rank, value in enumerate(values) if unsure or value != common]
+        named = ", ".join(f"rank {rank} on {gathered[rank][1]}" for rank in wrong)
+        which = "differ between" if unsure else "are not those of the other ranks on"
+        raise UnlikeReplicas(f"step {step}: the weights of the {name}, which all ranks share, {which} {named}", step)

@@ -1,0 +1,40 @@
+"""A bit of a weight that ranks share flips on one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.training.replicas import checksum
+from tests.faults.runs import Runs, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+def test_any_bit_changes_the_checksum(dtype: torch.dtype) -> None:
+    weights = [
+        torch.arange(24).to(dtype).view(2, 3, 2, 2).to(memory_format=torch.channels_last),
+        torch.ones(3).to(dtype),
+    ]
+    before, bits = checksum(weights), weights[1].view(torch.uint8)
+    for byte in range(bits.numel()):
+        for bit in range(8):
+            bits[byte] ^= 1 << bit
+            assert checksum(weights) != before
+            bits[byte] ^= 1 << bit
+    assert checksum(weights) == before
+
+
+@pytest.mark.distributed
+def test_ranks_whose_shared_weights_differ_end_and_keep_what_agreed(runs: Runs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flip = [{"do": "flip", "rank": 1, "step": 4}]
+    ended = runs.run(run, ranks=2, faults=flip, more=["compare_replicas_steps=3"])
+    assert ended.codes == [76, 76], ended.said[-4000:]
+    (line,) = errors(ended.said)
+    assert "step 6: the weights of the " in line and "differ between rank 0 on " in line and "rank 1 on " in line
+    found = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert found == ["step-00000002", "step-00000004.set-aside"]
+    runs.goes_on(run, ranks=2, more=["compare_replicas_steps=3"])
+    assert runs.difference(run, ranks=2) == (0, 0)
