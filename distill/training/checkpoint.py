@@ -350,6 +350,7 @@ class Checkpoints:
 
     def set_aside_after(self, processes: Processes, step: int) -> None:
         """Renames what is newer than `step` to `*.set-aside`. Call it on all ranks."""
+        self.wait()
         if problem := processes.from_main(self._set_aside_after(step) if processes.is_main else None):
             log.warning("%s", problem)
 
