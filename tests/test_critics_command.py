@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.clocks import is_clock
 from tests.forked import python
 from tests.test_user_commands import ROOT, run, write_store
 
@@ -32,9 +33,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    clocks = {"samples_per_second", "data_wait", "step_seconds", "peak_memory_gib", "eta_seconds", "cpu_seconds"}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in clocks} for row in rows]
+    return [{k: v for k, v in row.items() if not is_clock(k)} for row in rows]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from distill.data.reader import open_store
 from distill.models.lora import LORA_FILE
+from tests.clocks import is_clock
 from tests.forked import python, settled
 from tests.tiny import save_tiny
 
@@ -172,11 +173,10 @@ def _kill_at_step(step: int, folder: Path, command: list[str]) -> None:
 
 def _lasting(folder: Path, steps: int) -> dict[str, Any]:
     """What of a run must not depend on when it was interrupted."""
-    clocks = {"samples_per_second", "data_wait", "step_seconds", "peak_memory_gib", "eta_seconds", "cpu_seconds"}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     files = sorted((folder / "checkpoints" / f"step-{steps:08d}").rglob("*.safetensors"))
     weights = {f"{file.name}/{name}": w for file in files for name, w in load_file(file).items()}
-    return {"metrics": [{k: v for k, v in row.items() if k not in clocks} for row in rows], "weights": weights}
+    return {"metrics": [{k: v for k, v in row.items() if not is_clock(k)} for row in rows], "weights": weights}
 
 
 def _difference(a: Image.Image, b: Image.Image) -> int:

@@ -95,6 +95,7 @@ from distill.training.run import (
 from distill.training.sizes import latent_shape, require_sizes
 from distill.training.skipped import Diverged
 from distill.training.spikes import SpikeSettings
+from distill.training.stragglers import Stragglers
 from distill.training.teacher import open_teacher
 from distill.training.tracking import (
     SKIPPED,
@@ -337,7 +338,13 @@ class Run:
         before = cpu_seconds_of(read_metrics(self.folder, resumed.step))
         meter = Meter(cfg.max_train_steps, self.batch_size, resumed.step, cpu_seconds=before)
         measured = partial(validation, tracker)
-        observers = Observers(meter, progress, tracker, self.health, measured, self.best, validation.samples)
+        own_time = resumed.engine.own_time
+        stragglers = Stragglers(processes.gathered, processes.world_size, processes.is_main)
+
+        def times(steps: int, waited: float, step: int) -> Mapping[str, float]:
+            return stragglers.read(own_time.read(), waited, steps, step)
+
+        observers = Observers(meter, progress, tracker, self.health, measured, self.best, validation.samples, times)
         self._catch_up(resumed, observers, watchdog)
         # what is being written is finished whatever happens, while the watchdog still looks
         with closing(resumed.checkpoints), closing(iter(self.loader(resumed))) as batches:

@@ -47,6 +47,7 @@ from distill.training.skipped import Skipped, SkippedUpdates, suspects
 from distill.training.snapshot import Copies, InPlace
 from distill.training.spikes import Bands, SpikeSettings
 from distill.training.state_files import StateFile, write_files
+from distill.training.stragglers import OwnTime
 from distill.training.trained_network import TrainedNetwork, TrainingRecipe, unlike
 
 log = logging.getLogger(__name__)
@@ -212,6 +213,7 @@ class Engine:
         self._scales: dict[str, LossScale] = {}
         self._taken: list[Taken] = []
         self._turns: Counter[str] = Counter()
+        self.own_time = OwnTime(processes.device)
         self._scalars: dict[str, float] = {}
         self._foreseen: dict[tuple[str, int], tuple[RandomRequest, ...]] = {}  # what each turn requested the last time
 
@@ -537,7 +539,8 @@ class Engine:
                     batch = batch.to(self.processes.device, non_blocking=True)  # unless `moved` has done so
                     context = Context(self.settings.seed, step, batch.positions, before)
                     context.foresee(self._foreseen.get(key, ()), self.processes.device)
-                    losses = turn.loss(networks, batch, context)
+                    with self.own_time.measured():
+                        losses = turn.loss(networks, batch, context)
                     self._foreseen[key] = context.requested
                     scalars = {"loss": losses.total, **{k: v for k, v in losses.parts.items() if k != "loss"}}
                     rows.append(_row(scalars))

@@ -43,6 +43,7 @@ class Observers:
         health: reads alarms from scalars.
         validate: called with the number of steps taken, on all ranks; what it returns is logged.
         best: chooses a checkpoint by `samples`, what the last validation has measured of each sample, on all ranks.
+        times: of each rank, from the steps since the last log line and the seconds that this one waited for data.
     """
 
     meter: Meter
@@ -52,6 +53,7 @@ class Observers:
     validate: Callable[[int], Mapping[str, float]]
     best: Best = field(default_factory=Best)
     samples: Callable[[], Samples] = dict
+    times: Callable[[int, float, int], Mapping[str, float]] = lambda steps, waited, step: {}
 
     @property
     def end_run(self) -> bool:
@@ -63,8 +65,9 @@ class Observers:
         self.progress.step()
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
+        of_ranks = self.times(*self.meter.since, step)
         scalars = {**scalars, **self.meter.read()}
-        self.tracker.log(scalars | self.health.read(scalars, step), step)
+        self.tracker.log(scalars | self.health.read(scalars, step) | dict(of_ranks), step)
         self.progress.show(step, scalars)
 
     def validate_and_log(self, step: int) -> None:

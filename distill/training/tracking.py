@@ -426,6 +426,11 @@ class Meter:
         yield
         self._waited += self._clock() - start
 
+    @property
+    def since(self) -> tuple[int, float]:
+        """Steps since the last reading, and seconds in which they waited for data."""
+        return self._steps, self._waited
+
     def step(self) -> None:
         """Counts a step, after it."""
         self._taken += self.samples if isinstance(self.samples, int) else self.samples(self.done)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.clocks import is_clock
 from tests.faults.ranks import ROOT, Ended, Launch, Ranks
 from tests.forked import python
 from tests.tiny import save_tiny
@@ -23,7 +24,6 @@ from tests.tiny import save_tiny
 STEPS = 8
 EVERY = 2  # steps a checkpoint
 BATCH = 2
-CLOCKS = {"samples_per_second", "data_wait", "step_seconds", "peak_memory_gib", "eta_seconds", "cpu_seconds"}
 METHODS = {
     "one network": ["method.skip=125", "ema_decay=0.9", "learning_rate=1e-2"],
     "two networks": ["method=lightning_adversarial", "method.teacher_steps=4", "method.student_steps=2"],
@@ -108,7 +108,7 @@ def accelerate(arguments: Sequence[str], faults: Path, ranks: int = 2) -> list[s
 def metrics(run: Path) -> dict[int, dict[str, Any]]:
     """What a run has logged, by step, without what clocks say."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: {key: value for key, value in row.items() if key not in CLOCKS} for row in rows}
+    return {row["step"]: {key: value for key, value in row.items() if not is_clock(key)} for row in rows}
 
 
 def weights(run: Path, step: int) -> dict[str, np.ndarray]:
