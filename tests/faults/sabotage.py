@@ -6,7 +6,8 @@ The product has no hooks for this. What happens, and where, is a list of objects
     {"do": "kill", "rank": 0, "save": 1, "touch": 7}    before the 7th touch of a file in the first save of this start,
                                                         or at its end if there are no more
     {"do": "SIGTERM", ...}                              the same two with a signal, or with several: "SIGUSR1 SIGTERM"
-    {"do": "hang", ...}                                 the same two, for ever; "freeze" stops all threads of Python
+    {"do": "hang", ...}                                 the same two, for ever; "freeze" stops all threads of Python;
+                                                        "sleep" with "seconds" is over by itself
     {"do": "kill wandb", ...}                           the same two: its service process
     {"do": "flip", ...}                                 the same two: one bit of the teacher's first weight
     {"do": "limit", "bytes": 8000, ...}                 the same two: no file can be longer from then on
@@ -67,6 +68,8 @@ def install(faults: Sequence[Fault], rank: int) -> None:
 def _do(fault: Fault) -> None:
     if fault["do"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault["do"] == "sleep":
+        time.sleep(fault["seconds"])
     elif fault["do"] == "hang":
         while True:
             time.sleep(1)
