@@ -51,7 +51,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     _ENGINE: ("checkpoint_engine", "_copy_recovery_script"),
     "deepspeed.runtime.zero.partition_parameters": ("ds_id", "ds_shape"),
     "deepspeed.runtime.zero.stage3": ("_z3_optimizer",),
-    "deepspeed.utils.tensor_fragment": ("_hp_mapping", "lp_fragment_address", "get_hp_fragment"),
+    "deepspeed.utils.mixed_precision_linkage": ("_hp_mapping",),
+    "deepspeed.utils.tensor_fragment.tensor_fragment": ("lp_fragment_address", "get_hp_fragment"),
     "deepspeed.ops": ("__compatible_ops__",),
     "deepspeed.checkpoint.constants": (
         "OPTIMIZER_STATE_DICT",
