@@ -132,6 +132,16 @@ def set_share(parameter: Any, values: Tensor, key: str | None = None) -> None:
         parameter._hp_mapping.get_hp_fragment(optim_state_key=key).copy_(values)
 
 
+@torch.no_grad()
+def clear_padding(parameter: Any) -> None:
+    """Sets to zero what fills up this rank's share of a weight's master: ZeRO-3 leaves there what memory held before,
+    which may look like a weight that is not finite, and would be saved."""
+    if hasattr(parameter, "ds_id"):
+        optimizer, (first, end) = parameter._z3_optimizer, share_of(parameter)
+        share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=None)
+        share[end - first :].zero_()
+
+
 def begin_state(optimizer: Any, state: WholeState) -> None:
     """Gives the optimizer inside, which has not taken a step, the state that its first one would; of zeros."""
     inside = optimizer.optimizer
@@ -266,7 +276,7 @@ def read_state(folder: Path, shapes: Mapping[str, torch.Size]) -> WholeState:
     def part(name: str, begin: int, end: int) -> dict[str, Tensor]:
         wanted = _within(pieces[name], begin, end)
         parts = {key: [states[r][g][key][start : start + n] for r, g, start, n in wanted] for key in per_element}
-        return {key: torch.cat(values) for key, values in parts.items() if values}
+        return {key: torch.cat(values) if len(values) > 1 else values[0] for key, values in parts.items() if values}
 
     return WholeState(lambda name: part(name, 0, shapes[name].numel()), part, per_element, shared)
 

@@ -175,6 +175,8 @@ class ZeRO(Sharding):
         )
         if not right:
             raise wrapping_failed(self.name_of(name), name, wrapped, accelerator)
+        for parameter in parameters.values():
+            deepspeed_internals.clear_padding(parameter)
         for weight, value in given.items():  # DeepSpeed has made its masters of weights that it rounded before
             first, end = deepspeed_internals.share_of(parameters[weight])
             deepspeed_internals.set_share(parameters[weight], value.flatten()[first:end])
