@@ -318,6 +318,7 @@ class TrainSettings(Settings):
     preemption_signals: Annotated[list[str], Field(min_length=1)] = ["SIGTERM", "SIGUSR1"]
     watchdog_minutes: Annotated[Number, Field(gt=0)] | None = 30
     compare_replicas_steps: Positive | None = None
+    compute_twice_steps: Positive | None = None
     deterministic: Annotated[bool, Field(strict=True)] | Literal["auto"] = "auto"
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     validation_prompts: list[str] | TextOrPath | None

@@ -79,7 +79,7 @@ from distill.training.micro_batch import (
 from distill.training.preemption import Preemption
 from distill.training.processes import Processes, collectives_timeout
 from distill.training.rank_writes import WriteError
-from distill.training.replicas import UnlikeReplicas
+from distill.training.replicas import WrongMachine
 from distill.training.rollback import PASSED, History, Rollback, gone_back, read_history, samples_between
 from distill.training.run import (
     checkpoints_of,
@@ -187,7 +187,9 @@ class Run:
             rate = LearningRate(cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.max_train_steps)
             return cls(
                 cfg=cfg,
-                engine=replace(engine, spikes=spikes, stage_starts=method.starts),
+                engine=replace(
+                    engine, spikes=spikes, stage_starts=method.starts, compute_twice_steps=cfg.compute_twice_steps
+                ),
                 split=split_batch(cfg, world_size, [size for _, size in changes]),
                 batch_changes=changes,
                 teacher=f"{teacher.teacher_id} ({teacher.family.name})",
@@ -373,8 +375,8 @@ class Run:
             )
         except NoData as ended:
             return ended.step, ended.error
-        except UnlikeReplicas as error:
-            agreed = max(resumed.step, error.step - (cfg.compare_replicas_steps or 0))
+        except WrongMachine as error:
+            agreed = max(resumed.step, error.step - getattr(cfg, error.setting))
             resumed.checkpoints.set_aside_after(resumed.engine.processes, agreed)
             return agreed, error
         except (Diverged, WriteError) as error:

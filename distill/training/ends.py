@@ -12,13 +12,13 @@ from distill.training.best import Best
 from distill.training.health import Health
 from distill.training.launched import launched_rank
 from distill.training.rank_writes import WriteError
-from distill.training.replicas import UnlikeReplicas
+from distill.training.replicas import WrongMachine
 
 log = logging.getLogger("distill")
 
 PREEMPTED = AGAIN  # saved, and to be run again
 NOT_SAVED = 74  # EX_IOERR: the last checkpoint could not be written
-WRONG_MACHINE = 76  # ranks hold other weights than each other: to be run again, on other machines
+WRONG_MACHINE = 76  # one computes or remembers wrongly: to be run again, on others
 DAMAGED = 2  # data that were damaged: as wrong settings, they have to be repaired first
 UNHEALTHY = 3  # an alarm, or losses that are not finite, have ended the run; it is not to be run again as it is
 
@@ -29,7 +29,7 @@ def exit_code(step: int, max_train_steps: int, health: Health, failure: Exceptio
     if failure is not None:
         saved = isinstance(failure, (ReadError, StoreError)) and step > 0
         say("%s%s", failure, f"; saved at step {step}: the same command resumes from there" if saved else "")
-        codes = {UnlikeReplicas: WRONG_MACHINE, WriteError: NOT_SAVED, ReadError: PREEMPTED, StoreError: DAMAGED}
+        codes = {WrongMachine: WRONG_MACHINE, WriteError: NOT_SAVED, ReadError: PREEMPTED, StoreError: DAMAGED}
         return next((code for kind, code in codes.items() if isinstance(failure, kind)), UNHEALTHY)
     if health.ends_run:
         say("ended at step %d, for %s; health.stop=false continues", step, " and ".join(health.alarms))

@@ -19,7 +19,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +49,7 @@ from distill.training.spikes import Bands, SpikeSettings
 from distill.training.state_files import StateFile, write_files
 from distill.training.stragglers import OwnTime
 from distill.training.trained_network import TrainedNetwork, TrainingRecipe, unlike
+from distill.training.twice import Twice
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class EngineSettings:
         on_skipped: called on rank 0 with each update that is skipped.
         spikes: when a loss or a gradient counts as one; nothing is watched by default.
         stage_starts: steps from which on losses are of another kind.
+        compute_twice_steps: after so many steps one's gradients are computed twice, and compared; None: never.
 
     Raises:
         ValueError: a setting out of its range, naming it.
@@ -145,6 +147,7 @@ class EngineSettings:
     on_skipped: Callable[[Skipped], None] = lambda skipped: None
     spikes: SpikeSettings = SpikeSettings(rollbacks=0)
     stage_starts: tuple[int, ...] = (0,)
+    compute_twice_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in SHARDINGS:
@@ -416,6 +419,7 @@ class Engine:
         Raises:
             ValueError: not `gradient_accumulation_steps` micro-batches, or of unequal size.
             NonFiniteError: see `read`.
+            UnlikeGradients: a gradient was computed twice, and is not the same, on any rank.
         """
         _check_micro_batches(micro_batches, self.settings.gradient_accumulation_steps)
         before = self._turns[turn.updates] if before is None else before
@@ -431,7 +435,10 @@ class Engine:
         scale = self._scales.get(turn.updates)
         if scale is not None:
             trained.scale_gradients(scale.value)
-        names, numbers, means, mine = self._backward(turn, trained, micro_batches, step, before)
+        twice = self._twice(trained, step)
+        names, numbers, means, mine = self._backward(turn, trained, micro_batches, step, before, twice)
+        if twice is not None:
+            twice.require_same(turn.updates, self.processes, step + 1)
         norm, was_taken = trained.step()
         self._taken.append(Taken(step, turn.updates, rate, names, numbers, means, norm, was_taken, micro_batches, mine))
 
@@ -521,10 +528,28 @@ class Engine:
                 torch.autograd.grad(loss, trained, allow_unused=True)
         del to_come
 
+    def _twice(self, trained: TrainedNetwork, step: int) -> Twice | None:
+        """What compares the gradients of a step, where they are to be computed twice."""
+        every = self.settings.compute_twice_steps
+        if every is None or (step + 1) % every:
+            return None
+        return Twice(trained.parameters, self.processes.device, self.frozen_dtype)
+
+    def _again(self, turn: Turn, networks: Networks, batch: Batch, step: int, before: int) -> Callable[[], Tensor]:
+        """The loss of a micro-batch once more, by the bare network, so that nothing is sent to other ranks."""
+        bare = {**networks, turn.updates: self._denoisers[turn.updates]}
+        return lambda: turn.loss(bare, batch, Context(self.settings.seed, step, batch.positions, before)).total
+
     def _backward(
-        self, turn: Turn, trained: TrainedNetwork, micro_batches: Sequence[Batch], step: int, before: int
+        self,
+        turn: Turn,
+        trained: TrainedNetwork,
+        micro_batches: Sequence[Batch],
+        step: int,
+        before: int,
+        twice: Twice | None = None,
     ) -> tuple[tuple[str, ...], dict[str, float], Tensor, Tensor]:
-        """Forward and backward of every micro-batch.
+        """Forward and backward of every micro-batch; `twice` looks at them and has them computed again.
 
         Returns:
             The names of the loss's scalars, those that are numbers, the means of the others over micro-batches and
@@ -535,7 +560,7 @@ class Engine:
         with self.networks(turn) as networks:
             for i, batch in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1
-                with trained.micro_batch(last):
+                with trained.micro_batch(last), nullcontext() if twice is None else twice.first_pass():
                     batch = batch.to(self.processes.device, non_blocking=True)  # unless `moved` has done so
                     context = Context(self.settings.seed, step, batch.positions, before)
                     context.foresee(self._foreseen.get(key, ()), self.processes.device)
@@ -545,12 +570,16 @@ class Engine:
                     scalars = {"loss": losses.total, **{k: v for k, v in losses.parts.items() if k != "loss"}}
                     rows.append(_row(scalars))
                     loss = losses.total
+                    if twice is not None:
+                        twice.follow(loss)
                     if last:
                         means = self.processes.mean(torch.stack(rows).mean(0))
                         # 1, or NaN on every rank if any loss of the step is not finite: then so is every gradient,
                         # and the check of the gradient's norm decides for all ranks alike.
                         loss = loss * (1 + 0 * means[0]).to(loss.dtype)
                     trained.backward(loss)
+                if twice is not None:
+                    twice.second_pass(self._again(turn, networks, batch, step, before))
         numbers = {name: float(value) for name, value in scalars.items() if not isinstance(value, Tensor)}
         return tuple(scalars), numbers, means, torch.stack(rows)[:, 0]
 

@@ -114,7 +114,7 @@ def train(
         WriteError: the last checkpoint could not be written.
         Diverged: too many steps in a row were skipped, or a loss or a gradient has left its band.
         NoData: the loader of some rank failed.
-        UnlikeReplicas: ranks hold other weights than each other.
+        WrongMachine: ranks hold other weights than each other, or a gradient computed twice is not the same.
     """
     step = start_step
     stop = due = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +15,34 @@ from distill.training.processes import Processes
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
-class UnlikeReplicas(RuntimeError):
-    """Ranks hold other weights than each other where they should hold the same; one line, the same on all ranks.
+class WrongMachine(RuntimeError):
+    """A machine computes or remembers wrongly; one line that names it, the same on all ranks.
 
-    `step` counts the optimizer steps taken.
+    `step` is the number of the step in which it was found, the first one is 1. `setting` is the key that says after how
+    many steps it is looked for: what was right the last time is the state after so many steps less.
     """
+
+    setting: ClassVar[str]
 
     def __init__(self, line: str, step: int) -> None:
         super().__init__(line)
         self.step = step
 
 
+class UnlikeReplicas(WrongMachine):
+    """Ranks hold other weights than each other where they should hold the same."""
+
+    setting = "compare_replicas_steps"
+
+
+def summed_bits(tensor: Tensor) -> Tensor:
+    """The sum of all elements' bits, read as integers, on their device: any single bit that flips changes it."""
+    return tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
+
+
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """The sum of all elements' bits, read as integers: any single bit that flips changes it."""
-    sums = [tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    """That of all elements of several tensors."""
+    sums = list(map(summed_bits, tensors))
     return int(torch.stack(sums).sum()) if sums else 0
 
 

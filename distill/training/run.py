@@ -89,6 +89,7 @@ FREE = frozenset(
         "preemption_signals",
         "watchdog_minutes",
         "compare_replicas_steps",
+        "compute_twice_steps",
         "deterministic",
         "tracking",
         "report_to",  # these two were its place

@@ -15,6 +15,7 @@ The product has no hooks for this. What happens, and where, is a list of objects
     {"do": "unreadable", "rank": 1, "batch": 3}         likewise: no file of a store can be read there from then on,
                                                         or, with "for": 2, the next two reads fail
     {"do": "nan", "rank": 1, "step": 3, "of": "loss"}   or "gradient"; "inf" in the place of "nan", or "spike"
+    {"do": "nudge", "rank": 1, "step": 3, "of": "gradient"}  a relative 1e-6, and in the first backward pass alone
     {"do": "nan", "positions": [36, 40], ...}           wherever a batch has one of these positions, whatever the step
 """
 
@@ -46,7 +47,7 @@ from distill.training.checkpoint import Checkpoints
 from distill.training.engine import Engine
 
 Fault = dict[str, Any]
-FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 1e4}
+FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 1e4, "nudge": 1 + 1e-6}
 _ENGINES: list[Engine] = []  # the last one is that of the step
 TOUCHES = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir")
 
@@ -191,7 +192,7 @@ def _in_step(fault: Fault) -> None:
 
 
 def _spoil(fault: Fault) -> None:
-    value = FACTORS[fault["do"]]
+    value, left = FACTORS[fault["do"]], [1 if fault["do"] == "nudge" else None]
 
     class Spoiled(torch.autograd.Function):
         @staticmethod
@@ -200,7 +201,9 @@ def _spoil(fault: Fault) -> None:
 
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            return gradient * value
+            if left[0] is not None:
+                left[0] -= 1
+            return gradient * value if left[0] is None or left[0] == 0 else gradient
 
     def spoiled(losses: Losses) -> Losses:
         total = losses.total * value if fault["of"] == "loss" else Spoiled.apply(losses.total)

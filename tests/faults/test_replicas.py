@@ -1,4 +1,4 @@
-"""A bit of a weight that ranks share flips on one of them."""
+"""A rank that computes or remembers wrongly: a bit of a weight flips, or a gradient is another one the second time."""
 
 from __future__ import annotations
 
@@ -38,3 +38,21 @@ def test_ranks_whose_shared_weights_differ_end_and_keep_what_agreed(runs: Runs, 
     assert found == ["step-00000002", "step-00000004.set-aside"]
     runs.goes_on(run, ranks=2, more=["compare_replicas_steps=3"])
     assert runs.difference(run, ranks=2) == (0, 0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["one network", "two networks"])
+def test_a_rank_that_computes_another_gradient_the_second_time_is_named(
+    runs: Runs, tmp_path: Path, method: str
+) -> None:
+    """Before the update of step 6; step 3 was the last one that was computed twice and found right."""
+    run = tmp_path / "run"
+    nudge = [{"do": "nudge", "rank": 1, "step": 5, "of": "gradient"}]
+    ended = runs.run(run, method, ranks=2, faults=nudge, more=["compute_twice_steps=3"])
+    assert ended.codes == [76, 76], ended.said[-4000:]
+    (line,) = errors(ended.said)
+    assert "step 6: computed twice, the gradient of the " in line and "rank 1 on " in line and "rank 0" not in line
+    found = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert found == ["step-00000002", "step-00000004.set-aside"]
+    runs.goes_on(run, method, ranks=2, more=["compute_twice_steps=3"])
+    assert runs.difference(run, method, ranks=2) == (0, 0)

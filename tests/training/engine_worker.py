@@ -292,7 +292,9 @@ def along_solves(method: str) -> tuple[dict[str, Any], Method] | None:
 def build(case: dict[str, Any]) -> tuple[Engine, Method]:
     """A prepared engine and its method for a case."""
     engine = EngineSettings(**case["engine"]).start()
-    networks: dict[str, Any] = student(case["method"] in ("distance", "critics", "rollout", "dmd2", "sid"))
+    networks: dict[str, Any] = student(
+        case["method"] in ("distance", "critics", "rollout", "dmd2", "sid"), case.get("dropout", 0.0)
+    )
     method: Method = LCM(SCHEDULE)
     if case["method"] == "lcm-ema":  # in every step the average takes the weights' place, and gives it back
         networks = student(lora=False, time_cond_proj_dim=6)

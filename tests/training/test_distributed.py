@@ -75,6 +75,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Last: ZeRO-3 numbers the weights of a process, and its files, which are compared to the bit, have the numbers.
     "zero3-adagrad": ("zero3", "distance", {"optimizer": "adagrad", "save_at": [3]}),
 }
+OF_ENGINE = ("mixed_precision", "gradient_checkpointing", "compute_twice_steps")
 RESUMED = {"zero2-lora": "latest", "zero2-duel": "latest", "zero2-critics": 3, "zero2-rcm": 3, "zero2-fp16": 3}
 RESUMED |= {"zero3-lora": 3, "zero3-lcm": 3, "zero2-game-lora": 3, "zero32-game": 3}
 HALVES = ("bf16", "fp16")
@@ -103,7 +104,7 @@ OTHERS |= {f"{kind}-fp16": (kind, "distance", {"mixed_precision": "fp16"}) for k
 def case(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
     kind, method, special = (CASES | GAMES | OTHERS)[name]
     special = {**special, **changes}
-    of_engine = {key: special.pop(key) for key in ("mixed_precision", "gradient_checkpointing") if key in special}
+    of_engine = {key: special.pop(key) for key in OF_ENGINE if key in special}
     common = {"engine": engine(kind, **of_engine), "method": method, "steps": STEPS}
     return {**common, "run": str(folder / name), **special}
 
@@ -135,8 +136,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(folder: Path) -> tuple[dict[str, dict[str, Any]], str]:
-    """Every case, from its start on two processes."""
-    return launch(folder / "first", {name: case(name, folder) for name in CASES}, "--use_deepspeed", *TWO)
+    """Every case, from its start on two processes; every second step is computed twice, which changes nothing."""
+    cases = {name: case(name, folder, compute_twice_steps=2) for name in CASES}
+    return launch(folder / "first", cases, "--use_deepspeed", *TWO)
 
 
 @pytest.fixture(scope="module")
