@@ -33,6 +33,7 @@ import torch
 from distill.config.loading import ConfigError, checking, load, suggest
 from distill.config.packages import require
 from distill.config.settings import EvaluateSettings, ModelSettings, ProtocolSettings, TrainSettings
+from distill.data.progress import begin
 from distill.data.reader import open_store
 from distill.diffusion.registry import import_plugins
 from distill.evaluation.blocks import Cache, WorkShare
@@ -58,6 +59,7 @@ from distill.training.micro_batch import within_memory
 from distill.training.run import checkpoints_of, finished, read_run
 from distill.training.teacher import inference_dtype, located
 from distill.training.tracking import open_trackers, read_metrics, setup_logging
+from distill.training.watchdog import watched
 
 log = logging.getLogger("distill")
 PROVEN = 20  # pictures that a stock pipeline generates too
@@ -75,6 +77,7 @@ class Source:
     settings: dict[str, Any]
 
 
+@watched
 @within_memory("set a smaller batch_size, or dtype=bfloat16; the same command then resumes with what is left")
 def main(cfg: EvaluateSettings) -> None:
     with checking():
@@ -112,6 +115,7 @@ def watch(cfg: EvaluateSettings, run: Path, share: WorkShare) -> None:
     last = max((int(row["step"]) for row in rows), default=0)
     tracker = open_trackers(settings.tracking, folder, settings.model_dump(mode="json"), resume_step=last)
     while True:
+        begin("a further checkpoint of the run")
         over = finished(run, settings.max_train_steps)  # before looking: what is saved meanwhile is not missed
         evaluated = {int(row["step"]) for row in rows}
         new = sorted(step for step, _ in Checkpoints(checkpoints_of(run)).found() if step not in evaluated)
@@ -177,6 +181,7 @@ def build(cfg: EvaluateSettings, source: Source | None, share: WorkShare) -> Com
     dtype = inference_dtype(cfg.dtype, device)
     log.info("%s in %s", described(device, share.world_size), str(dtype).removeprefix("torch."))
     log.info("loading the teacher, the student and what scores them")
+    begin("the teacher, the student and what scores them")
     model = teacher_model(cfg, source)
     teacher = load_teacher(
         model.pretrained_model_name_or_path,
@@ -398,6 +403,7 @@ def agreement(cfg: EvaluateSettings, comparison: Comparison, source: Source) -> 
     guidance = comparison.plan.student_guidance
     path = teacher_model(cfg, source).pretrained_model_name_or_path
     log.info("generating %d pictures in a stock diffusers pipeline too", PROVEN)
+    begin("the pictures of a stock diffusers pipeline")
     difference = plain_pipeline_agrees(path, source.folder, prompts, seeds, steps, expected, guidance)
     if difference > 1e-2:
         raise RuntimeError(

@@ -21,7 +21,7 @@ from peft import PeftModel
 
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import ExportSettings, TrainSettings
-from distill.data.progress import Progress
+from distill.data.progress import Progress, begin
 from distill.data.prompts import read_prompts
 from distill.diffusion.prediction import Prediction
 from distill.evaluation.figures import GridRow, draw_grid
@@ -37,11 +37,13 @@ from distill.training.micro_batch import within_memory
 from distill.training.run import read_run
 from distill.training.teacher import located
 from distill.training.tracking import setup_logging
+from distill.training.watchdog import watched
 
 CELL = 192  # pixels of a sample on the card
 MOST_PROMPTS = 8  # of a run's validation prompts
 
 
+@watched
 @within_memory("set card_prompts=[], and generate pictures with distill sample batch_size=1")
 def main(cfg: ExportSettings) -> None:
     setup_logging()
@@ -57,14 +59,17 @@ def main(cfg: ExportSettings) -> None:
     name = (cfg.push_to_hub or str(final.resolve())).rpartition("/")[2]
     with published(final) as folder:
         dtype = getattr(torch, cfg.dtype)
+        begin("the files of the student")
         export = write_student(folder, cfg.run, name, cfg.checkpoint, cfg.use_ema, cfg.formats, dtype, cfg.guidance)
         if prompts:
             generate_samples(folder, export, prompts)
+        begin("the workflows and the card")
         write_workflows(folder, export)
         write_card(folder, export, metrics, cfg.push_to_hub)
     for path in sorted(p for p in final.rglob("*") if p.is_file()):
         print(f"{path.stat().st_size / 2**20:9.2f} MiB  {path}")
     if cfg.push_to_hub is not None:
+        begin(f"the upload to {cfg.push_to_hub}")
         print(push(final, cfg.push_to_hub, cfg.hub_private))
 
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from distill.commands.owned_files import Written
 from distill.config.loading import ConfigError, checking
 from distill.config.settings import ModelSettings, SampleSettings
+from distill.data.progress import begin
 from distill.data.prompts import read_prompts
 from distill.data.sizes import ImageSize, read_sizes
 from distill.data.words import counted
@@ -80,6 +81,7 @@ from distill.training.micro_batch import within_memory
 from distill.training.run import read_run
 from distill.training.teacher import located
 from distill.training.tracking import setup_logging
+from distill.training.watchdog import watched
 
 log = logging.getLogger("distill")
 
@@ -88,6 +90,7 @@ GRID_COLUMNS = 10
 LARGEST_CELL = 256  # pixels of a picture in the grid
 
 
+@watched
 @within_memory("set a smaller batch_size")
 def main(cfg: SampleSettings) -> None:
     setup_logging()
@@ -98,6 +101,7 @@ def main(cfg: SampleSettings) -> None:
     model = cfg.model if cfg.run is None else read_run(cfg.run).model
     if cfg.sweep is not None and model.shift is not None:
         raise ConfigError("a sweep compares at the pipeline's own noise levels: leave model.shift null")
+    begin("the pipeline")
     pipeline, sampling, usual = load_student(cfg, model)
     if cfg.guidance is None and cfg.sweep != "guidance":
         cfg = cfg.model_copy(update={"guidance": usual})
@@ -217,6 +221,7 @@ def sample_pictures(
         of_size = {} if cfg.size is None else {"size": str(size)}
         for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=counted(steps, "step"), unit="batch"):
             chunk = prompts[start : start + cfg.batch_size]
+            begin(f"pictures in {counted(steps, 'step')}: {start} of {len(prompts)} done")
             seeds = [cfg.seed + start + i for i in range(len(chunk))]
             images = generate_images(
                 pipeline, chunk, seeds, steps, guidance, size, cfg.negative_prompt, arguments[steps]

@@ -42,10 +42,12 @@ from distill.training.sizes import chosen_sizes, settled
 from distill.training.teacher import inference_dtype, open_teacher
 from distill.training.tracking import setup_logging
 from distill.training.trajectories import TrajectorySolver, stored
+from distill.training.watchdog import watched
 
 log = logging.getLogger("distill")
 
 
+@watched
 @within_memory("set a smaller data.batch_size; the same command then resumes with the shards that are left")
 def main(cfg: TrainSettings) -> None:
     setup_logging(launched_rank())

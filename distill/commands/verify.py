@@ -26,8 +26,10 @@ from distill.data.record import StoreError
 from distill.data.storage import Folder
 from distill.data.verify import ShardReport, add_checksums, verify_shard
 from distill.data.words import counted
+from distill.training.watchdog import watched
 
 
+@watched
 def main(cfg: VerifySettings) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     verdicts = verify(cfg.store, cfg.shards, cfg.add_checksums)

@@ -63,6 +63,8 @@ Component = Annotated[dict[str, Any], AfterValidator(check_component)]
 Number = Annotated[float, BeforeValidator(check_number), Field(allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
 Natural = Annotated[int, Field(ge=0, strict=True)]
+Minutes = Annotated[Number, Field(ge=0)] | None
+"""A limit; 0 and null are none."""
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 
 
@@ -316,7 +318,7 @@ class TrainSettings(Settings):
     checkpoints_total_limit: Positive | None
     checkpoints_in_background: Flag = True  # runs of before it existed have none
     preemption_signals: Annotated[list[str], Field(min_length=1)] = ["SIGTERM", "SIGUSR1"]
-    watchdog_minutes: Annotated[Number, Field(gt=0)] | None = 30
+    watchdog_minutes: Minutes = 30
     compare_replicas_steps: Positive | None = None
     compute_twice_steps: Positive | None = None
     deterministic: Annotated[bool, Field(strict=True)] | Literal["auto"] = "auto"
@@ -393,6 +395,7 @@ class SampleSettings(Settings):
     channels_last: Flag = False
     attention: Attention = "auto"
     seed: Natural
+    watchdog_minutes: Minutes = 30
     output_dir: FilePath
 
 
@@ -466,6 +469,7 @@ class ExportSettings(Settings):
     metrics: FilePath | None
     push_to_hub: Repository
     hub_private: Flag
+    watchdog_minutes: Minutes = 30
 
 
 class EvaluatedModelSettings(Settings):
@@ -528,6 +532,7 @@ class EvaluateSettings(Settings):
     attention: Attention = "auto"
     batch_size: Positive | None
     block_size: Positive
+    watchdog_minutes: Minutes = 30
     output_dir: FilePath
 
 
@@ -547,6 +552,7 @@ class ScoreRewardSettings(Settings):
     steps: Positive
     n: Annotated[int, Field(ge=100, strict=True)]
     batch_size: Positive
+    watchdog_minutes: Minutes = 30
 
 
 class VerifySettings(Settings):
@@ -555,6 +561,7 @@ class VerifySettings(Settings):
     store: FilePath
     shards: list[str]
     add_checksums: Flag
+    watchdog_minutes: Minutes = 30
 
 
 Size = Literal["toy", "sd15", "sdxl", "tiny", "full"]

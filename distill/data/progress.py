@@ -1,4 +1,7 @@
-"""Progress of long work: a line that renews itself on a terminal, a log line now and then elsewhere."""
+"""Progress of long work: a line that renews itself on a terminal, a log line now and then elsewhere.
+
+And what the process is at, since when: a watchdog ends a command that is at one thing for too long.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,18 @@ from distill.data.words import counted
 
 log = logging.getLogger(__name__)
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0
+_at = ("its start", time.monotonic())
+
+
+def begin(what: str) -> None:
+    """Notes what this process does from now on, for people: "the files of the student"."""
+    global _at
+    _at = what, time.monotonic()
+
+
+def begun() -> tuple[str, float]:
+    """What this process is at, and since when, by time.monotonic()."""
+    return _at
 
 
 class Progress:
@@ -27,10 +42,12 @@ class Progress:
         self.done = 0
         self._start = self._said = time.monotonic()
         self._terminal = bar and sys.stderr.isatty()
+        self._note()
 
     def update(self, units: int) -> None:
         """Notes that so many more units are done."""
         self.done += units
+        self._note()
         now, last = time.monotonic(), self.done == self.total
         if last or now - self._said >= (TERMINAL_SECONDS if self._terminal else LOG_SECONDS):
             self._said = now
@@ -38,6 +55,9 @@ class Progress:
                 print("\r\x1b[K" + self.line(), end="\n" if last else "", file=sys.stderr, flush=True)
             else:
                 log.info(self.line())
+
+    def _note(self) -> None:
+        begin(f"{self.what}: {self.done} of {counted(self.total, self.unit.removesuffix('s'), self.unit)} done")
 
     def line(self) -> str:
         """Such as `rank 0: 120/2000 samples (6 %), 3.41 samples/s, 0:09:11 left`."""

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distill.data.progress import begin
 from distill.data.storage import make_folder, replace_whole
 from distill.models.files import save_file
 
@@ -129,6 +130,7 @@ class Cache:
             last = now if len(still) < len(missing) else last
             missing = still
             waiting = f"{len(missing)} of {len(pieces)} blocks of other processes"
+            begin(waiting)  # `patience` is the limit here
             if missing and now - last > patience:
                 raise TimeoutError(f"{waiting} are missing in {self.folder}, and none came for {patience:g} s")
             if missing and now - said > SAY_SECONDS:

@@ -34,6 +34,7 @@ from distill.toy.world import balanced_labels, render
 from distill.training.checkpoint import Checkpoints, read_weights
 from distill.training.run import checkpoints_of, read_run, write_atomically
 from distill.training.tracking import setup_logging
+from distill.training.watchdog import watched
 
 COLUMNS = {  # row key: heading, format
     "run": ("run", "{}"),
@@ -46,6 +47,7 @@ COLUMNS = {  # row key: heading, format
 PANELS = ("reward", "frechet", "caption_accuracy")
 
 
+@watched
 def main(cfg: ScoreRewardSettings) -> None:
     setup_logging()
     runs = runs_of(cfg)

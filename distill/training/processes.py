@@ -151,8 +151,8 @@ class Processes:
 
 def collectives_timeout(watchdog_minutes: float | None) -> timedelta:
     """How long a collective may take: longer than anything that the watchdog lets pass, so that a rank may be busy for
-    as long while the others wait for it, and the watchdog is what ends a run that hangs. None sets no limit."""
-    return NO_LIMIT if watchdog_minutes is None else timedelta(minutes=watchdog_minutes) + LONGER_THAN_WATCHDOG
+    as long while the others wait for it, and the watchdog is what ends a run that hangs. None and 0 set no limit."""
+    return NO_LIMIT if not watchdog_minutes else timedelta(minutes=watchdog_minutes) + LONGER_THAN_WATCHDOG
 
 
 def record_collectives() -> None:

@@ -1,5 +1,7 @@
 """A run that waits for something that does not come says for what, shows where all ranks stand, and ends.
 
+Commands are watched, too: each does something of which it notes the progress (`distill.data.progress`).
+
 The rank that gives up asks the others through a file in the folder that all of them see, and each writes where its
 threads stand to `hang-rank-N.txt` there; on GPUs, NCCL's flight recorder (its last collectives) to `hang-rank-N.nccl`.
 """
@@ -7,16 +9,21 @@ threads stand to `hang-rank-N.txt` there; on GPUs, NCCL's flight recorder (its l
 from __future__ import annotations
 
 import faulthandler
+import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol, TypeVar
 
 import psutil
+
+from distill.data.progress import begin, begun
+from distill.training.launched import launched_rank
 
 HUNG = 4  # exit code
 JOIN_SAYS_SECONDS, JOIN_SECONDS = 20.0, 600.0
@@ -35,20 +42,28 @@ class Watchdog:
     On the other ranks the launcher then ends what this one has left alone; or their own watchdogs do.
 
     Args:
-        minutes: the limit; None watches nothing.
+        minutes: the limit; None and 0 watch nothing.
         rank: named in the line.
         folder: where the ranks write their stacks; None: nowhere but to standard error.
         world_size: how many ranks there are; the one that gives up waits a moment for the files of the others.
+        at: what else the process is at, and since when, by time.monotonic().
 
     Raises:
-        ValueError: a limit that is not above 0.
+        ValueError: a limit below 0.
     """
 
-    def __init__(self, minutes: float | None, rank: int = 0, folder: Path | None = None, world_size: int = 1) -> None:
-        if minutes is not None and minutes <= 0:
-            raise ValueError(f"watchdog_minutes must be null or above 0, got {minutes}")
-        self.rank, self.folder, self.world_size = rank, folder, world_size
-        self._limit = None if minutes is None else 60 * minutes
+    def __init__(
+        self,
+        minutes: float | None,
+        rank: int = 0,
+        folder: Path | None = None,
+        world_size: int = 1,
+        at: Callable[[], tuple[str, float] | None] = lambda: None,
+    ) -> None:
+        if minutes is not None and minutes < 0:
+            raise ValueError(f"watchdog_minutes must be 0, which watches nothing, or above it, got {minutes}")
+        self.rank, self.folder, self.world_size, self._at = rank, folder, world_size, at
+        self._limit = 60 * minutes if minutes else None
         self._waits: tuple[str, float] | None = None  # for what, since when
         self._seen: int | None = None  # the request that is known
         self._beside: dict[int, tuple[str, float]] = {}  # what other threads do, since when, by their numbers
@@ -101,7 +116,7 @@ class Watchdog:
             if (now := self._request()) != self._seen:
                 self._seen = now
                 write_stacks(self.folder, self.rank)
-            for waits in (self._waits, *list(self._beside.values())):
+            for waits in (self._waits, self._at(), *list(self._beside.values())):
                 if waits is not None and (waited := time.monotonic() - waits[1]) > limit:
                     why = f"rank {self.rank} has waited {waited:.0f} s for {waits[0]} (watchdog_minutes={limit / 60:g})"
                     self._ask_others(why, pause)
@@ -130,6 +145,32 @@ class Watchdog:
         with suppress(OSError):
             return sum(path.stat().st_mtime >= asked for path in Path(self.folder or "").glob("hang-rank-*.txt"))
         return 0
+
+
+class Watched(Protocol):
+    """Settings of a command that is watched."""
+
+    @property
+    def watchdog_minutes(self) -> float | None: ...
+
+
+S = TypeVar("S", bound=Watched)
+R = TypeVar("R")
+
+
+def watched(main: Callable[[S], R]) -> Callable[[S], R]:
+    """A command that ends, as a run does, when it is at one thing for longer than `watchdog_minutes`.
+
+    What it is at, it says by `distill.data.progress`.
+    """
+
+    @functools.wraps(main)
+    def within(cfg: S) -> R:
+        begin("its start")
+        with Watchdog(cfg.watchdog_minutes, launched_rank(), at=begun):
+            return main(cfg)
+
+    return within
 
 
 def write_stacks(folder: Path | None, rank: int) -> None:
