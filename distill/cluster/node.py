@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill.cluster.job import check_earlier
-from distill.cluster.scheduler import Slurm
+from distill.cluster.scheduler import NOTES, Slurm
 
 NEEDED = ("SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NODEID")
 
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda number, frame: None)
     code = subprocess.Popen(command).wait()
     code = code if code >= 0 else 128 - code
-    if notes := os.environ.get("JOB_NOTES"):
+    if notes := os.environ.get(NOTES):
         (Path(notes) / f"exit-{os.environ['SLURM_NODEID']}").write_text(f"{code}\n")
     return code
 

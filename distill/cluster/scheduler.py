@@ -5,18 +5,35 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from distill.data.storage import write_whole
 
 LISTENED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 SECONDS = 60  # for an answer of SLURM's controller
 TRIES, PAUSE = 6, 10.0  # a controller that is restarted is back within a minute
+NOTES = "JOB_NOTES"  # the variable that says where the supervisor of this process's job keeps its notes
+WRONG_MACHINES = "wrong-machines"  # the note of what the work has found
 
 
 def with_signals() -> None:
     """Lets a child, before it runs its program, receive the signals that the supervisor blocks for itself."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, LISTENED)
+
+
+def note_wrong_machines(names: Iterable[str], environment: Mapping[str, str] = os.environ) -> None:
+    """Tells the supervisor of this process's job, if it has one, which machines compute or remember wrongly."""
+    if notes := environment.get(NOTES):
+        write_whole(Path(notes) / WRONG_MACHINES, "".join(f"{name}\n" for name in names))
+
+
+def this_machine(environment: Mapping[str, str] = os.environ) -> str:
+    """The name of this machine: as SLURM knows it, within a job's step."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 class Slurm:
@@ -61,6 +78,27 @@ class Slurm:
                 return True
         return False
 
+    def exclude(self, machines: Sequence[str]) -> str:
+        """Keeps this job off machines from now on; returns what came of it, for the log.
+
+        It has to be in the queue, where `requeue` has put it: SLURM changes this of no other job. The supervisor has
+        until SLURM kills it (KillWait, 30 s by default), for it does not end at SIGTERM.
+        """
+        shown = called("scontrol", "--oneliner", "show", "job", self.job) or ""
+        earlier = hosts(_field(shown, "ExcNodeList"))
+        wanted = [*earlier, *(name for name in machines if name not in earlier)]
+        partition = self.environment.get("SLURM_JOB_PARTITION", "")
+        there = _field(called("scontrol", "--oneliner", "show", "partition", partition) or "", "TotalNodes")
+        needed = int(self.environment.get("SLURM_JOB_NUM_NODES", 1))
+        named = ", ".join(machines)
+        if there.isdigit() and int(there) - len(wanted) < needed:
+            return f"{named} cannot be left out: of {there} nodes of {partition} too few would be left"
+        if called("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(wanted)}") is None:
+            return (
+                f"SLURM has not left out {named}: submit it again with slurm.options=['--exclude={','.join(wanted)}']"
+            )
+        return f"it is kept off {named} from now on"
+
 
 class Alone:
     """No SLURM: signals go to the work itself, and exit code 75 says that it is to be run again."""
@@ -84,6 +122,10 @@ class Alone:
         """False: there is no queue."""
         return False
 
+    def exclude(self, machines: Sequence[str]) -> str:
+        """Says that it is to be run again elsewhere."""
+        return f"on another machine than {', '.join(machines)}"
+
 
 def scheduler(environment: Mapping[str, str] = os.environ) -> Slurm | Alone:
     """SLURM within one of its jobs, otherwise this machine alone."""
@@ -100,8 +142,20 @@ def job_of(environment: Mapping[str, str]) -> str:
 
 def first_host(environment: Mapping[str, str]) -> str:
     """The name of the job's first node."""
-    hosts = called("scontrol", "show", "hostnames", environment.get("SLURM_JOB_NODELIST", ""))
-    return hosts.split()[0] if hosts and hosts.split() else "127.0.0.1"
+    return next(iter(hosts(environment.get("SLURM_JOB_NODELIST", ""))), "127.0.0.1")
+
+
+def hosts(listed: str) -> list[str]:
+    """The names in one of SLURM's lists, such as `n[1-3],gpu7`."""
+    if listed in ("", "(null)"):
+        return []
+    return (called("scontrol", "show", "hostnames", listed) or "").split()
+
+
+def _field(shown: str, name: str) -> str:
+    """A value of what scontrol shows in one line; empty without it."""
+    found = re.search(rf"(?:^|\s){name}=(\S*)", shown)
+    return found[1] if found else ""
 
 
 def called(*command: str) -> str | None:

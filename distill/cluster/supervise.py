@@ -22,9 +22,10 @@ from distill.cluster.by_hand import job_by_hand
 from distill.cluster.decisions import AGAIN, ALARM, MISTAKE, Attempt, Decision, decide
 from distill.cluster.job import Job
 from distill.cluster.progress import progress
-from distill.cluster.scheduler import LISTENED, Alone, Slurm, scheduler, with_signals
+from distill.cluster.scheduler import LISTENED, NOTES, WRONG_MACHINES, Alone, Slurm, scheduler, with_signals
 from distill.data.storage import make_folder, write_whole
 
+EXCLUDED, MOST_EXCLUDED = "excluded", 4  # the note of machines that a job is kept off, and how many at most
 LAST_SECONDS = 60  # before the end of its time, work that has not ended since USR1 is sent TERM
 
 
@@ -53,8 +54,8 @@ def supervise(job: Job, cluster: Slurm | Alone) -> int:
     listen()
     notes = Path(job.notes) / cluster.job
     make_folder(notes)
-    for old in notes.glob("exit-*"):
-        old.unlink()
+    for old in (*notes.glob("exit-*"), notes / WRONG_MACHINES):
+        old.unlink(missing_ok=True)
     before = progress(*job.progress)
     work = Work(job, cluster, notes)
     code = work.run()
@@ -62,7 +63,7 @@ def supervise(job: Job, cluster: Slurm | Alone) -> int:
     attempt = Attempt(code_of(notes, code), before, after, work.stopped, cluster.cancelled(), failures)
     if attempt.failures_in_a_row != failures:
         write(notes / "failures", attempt.failures_in_a_row)
-    code = concluded(decide(attempt, job.max_failures), job, cluster)
+    code = concluded(decide(attempt, job.max_failures), job, cluster, notes)
     if code:  # for the page of a sweep
         write(notes / "code", code)
     return code
@@ -94,7 +95,7 @@ class Work:
         if signal.sigpending() & {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}:
             self.stopped = True  # before it has begun
             return AGAIN
-        environment = {**os.environ, "JOB_NOTES": str(self.notes), **self.cluster.settings()}
+        environment = {**os.environ, NOTES: str(self.notes), **self.cluster.settings()}
         child = subprocess.Popen(self.job.command, env=environment, preexec_fn=with_signals)
         while (code := child.poll()) is None:
             left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
@@ -135,7 +136,7 @@ def write(path: Path, number: int) -> None:
     write_whole(path, f"{number}\n")
 
 
-def concluded(decision: Decision, job: Job, cluster: Slurm | Alone) -> int:
+def concluded(decision: Decision, job: Job, cluster: Slurm | Alone, notes: Path) -> int:
     """Does and says what was decided; returns the exit code of this start."""
     name = os.environ.get("SLURM_JOB_NAME", job.name)
     if not decision.requeue:
@@ -144,12 +145,41 @@ def concluded(decision: Decision, job: Job, cluster: Slurm | Alone) -> int:
         return decision.code
     if isinstance(cluster, Alone):
         print(f"{name} {decision.words.removesuffix(': back to the queue')}: run it again", flush=True)
+        exclude(cluster, name, notes)
         return AGAIN
     print(f"{name} {decision.words}", flush=True)
     if cluster.requeue():
+        exclude(cluster, name, notes)
         return 0
     print(f"error: {name}: SLURM has not put it back to the queue: submit it again", file=sys.stderr, flush=True)
     return decision.code
+
+
+def exclude(cluster: Slurm | Alone, name: str, notes: Path) -> None:
+    """Keeps a job that is to be run again off the machines that its work has found to be wrong, and says so.
+
+    No more than `MOST_EXCLUDED` in all: what so many find wrong is rather the program.
+    """
+    earlier = lines(notes / EXCLUDED)
+    new = [machine for machine in lines(notes / WRONG_MACHINES) if machine not in earlier]
+    if not new:
+        return
+    if len(earlier) + len(new) > MOST_EXCLUDED:
+        said = (
+            f"{', '.join(new)} stay: no more than {MOST_EXCLUDED} machines are left out; is the program deterministic?"
+        )
+    else:
+        said = cluster.exclude(new)
+        write_whole(notes / EXCLUDED, "".join(f"{machine}\n" for machine in (*earlier, *new)))
+    print(f"{name}: {said}", flush=True)
+
+
+def lines(path: Path) -> list[str]:
+    """Those of a small file; none without it."""
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from distill.cluster.scheduler import note_wrong_machines
 from distill.data.errors import AGAIN, ReadError, StoreError
 from distill.training.best import Best
 from distill.training.health import Health
@@ -28,6 +29,8 @@ def exit_code(step: int, max_train_steps: int, health: Health, failure: Exceptio
     say = log.error if launched_rank() == 0 else log.debug
     if failure is not None:
         saved = isinstance(failure, (ReadError, StoreError)) and step > 0
+        if isinstance(failure, WrongMachine) and launched_rank() == 0:
+            note_wrong_machines(failure.machines)
         say("%s%s", failure, f"; saved at step {step}: the same command resumes from there" if saved else "")
         codes = {WrongMachine: WRONG_MACHINE, WriteError: NOT_SAVED, ReadError: PREEMPTED, StoreError: DAMAGED}
         return next((code for kind, code in codes.items() if isinstance(failure, kind)), UNHEALTHY)

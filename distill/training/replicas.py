@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
@@ -10,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from distill.cluster.scheduler import this_machine
 from distill.training.processes import Processes
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
@@ -19,14 +19,15 @@ class WrongMachine(RuntimeError):
     """A machine computes or remembers wrongly; one line that names it, the same on all ranks.
 
     `step` is the number of the step in which it was found, the first one is 1. `setting` is the key that says after how
-    many steps it is looked for: what was right the last time is the state after so many steps less.
+    many steps it is looked for: what was right the last time is the state after so many steps less. `machines` may be
+    it.
     """
 
     setting: ClassVar[str]
 
-    def __init__(self, line: str, step: int) -> None:
+    def __init__(self, line: str, step: int, machines: Iterable[str] = ()) -> None:
         super().__init__(line)
-        self.step = step
+        self.step, self.machines = step, tuple(dict.fromkeys(machines))
 
 
 class UnlikeReplicas(WrongMachine):
@@ -57,7 +58,7 @@ def require_same(found: Mapping[str, int], processes: Processes, step: int) -> N
     Raises:
         UnlikeReplicas: they differ; it names the ranks, and their hosts, that are unlike most.
     """
-    gathered = processes.gathered((dict(found), socket.gethostname()))
+    gathered = processes.gathered((dict(found), this_machine()))
     for name in found:
         values = [sums[name] for sums, _ in gathered]
         (common, count), *others = Counter(values).most_common()
@@ -67,4 +68,5 @@ def require_same(found: Mapping[str, int], processes: Processes, step: int) -> N
         wrong = [rank for rank, value in enumerate(values) if unsure or value != common]
         named = ", ".join(f"rank {rank} on {gathered[rank][1]}" for rank in wrong)
         which = "differ between" if unsure else "are not those of the other ranks on"
-        raise UnlikeReplicas(f"step {step}: the weights of the {name}, which all ranks share, {which} {named}", step)
+        line = f"step {step}: the weights of the {name}, which all ranks share, {which} {named}"
+        raise UnlikeReplicas(line, step, [gathered[rank][1] for rank in wrong])

@@ -6,7 +6,6 @@ and weights, which no optimizer sees.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.cluster.scheduler import this_machine
 from distill.training.processes import Processes
 from distill.training.replicas import WrongMachine, summed_bits
 
@@ -81,12 +81,12 @@ class Twice:
 
     def require_same(self, network: str, processes: Processes, step: int) -> None:
         """Raises UnlikeGradients, on all ranks alike, if a gradient differed on one. Call it on all ranks."""
-        mine = (socket.gethostname(), len(self._unlike), next(iter(self._unlike), "")) if self._unlike else None
+        mine = (this_machine(), len(self._unlike), next(iter(self._unlike), "")) if self._unlike else None
         found = [(rank, of) for rank, of in enumerate(processes.gathered(mine)) if of is not None]
         if found:
             named = ", ".join(f"rank {rank} on {host} ({n} weights, {name})" for rank, (host, n, name) in found)
             line = f"step {step}: computed twice, the gradient of the {network} is not the same on {named}"
-            raise UnlikeGradients(line, step)
+            raise UnlikeGradients(line, step, [host for _, (host, _, _) in found])
 
     def _noted(self, name: str) -> Callable[[Tensor], None]:
         def note(gradient: Tensor) -> None:

@@ -71,6 +71,18 @@ def test_the_exit_code_of_the_work_is_never_lost(work: str, code: int, words: st
     assert ended(started(tmp_path, work)) == (code, words)
 
 
+def test_machines_that_the_work_finds_wrong_are_named_and_those_of_an_earlier_start_count(tmp_path: Path) -> None:
+    said: list[str] = []
+    for machines in ("n1 n2", "n2 n3", "", "n4 n5", "n4"):
+        work = f"printf '%s\\n' {machines} >$JOB_NOTES/wrong-machines; exit 76"
+        code, words = ended(started(tmp_path, work, max_failures=9))
+        assert code == 75
+        said.append(words.removeprefix("work ended with exit code 76 and is at no checkpoint: run it again\n"))
+    assert said[:3] == ["work: on another machine than n1, n2\n", "work: on another machine than n3\n", ""]
+    assert said[3].startswith("work: n4, n5 stay: no more than 4 machines are left out")
+    assert said[4] == "work: on another machine than n4\n"
+
+
 def test_failures_in_a_row_without_progress_end_the_job(tmp_path: Path) -> None:
     def once(work: str) -> int:
         return ended(started(tmp_path, work, max_failures=1))[0]

@@ -48,10 +48,12 @@ def test_a_rank_that_computes_another_gradient_the_second_time_is_named(
     """Before the update of step 6; step 3 was the last one that was computed twice and found right."""
     run = tmp_path / "run"
     nudge = [{"do": "nudge", "rank": 1, "step": 5, "of": "gradient"}]
-    ended = runs.run(run, method, ranks=2, faults=nudge, more=["compute_twice_steps=3"])
+    notes = {"JOB_NOTES": str(tmp_path), "SLURMD_NODENAME": "node7"}  # of a supervisor that leaves the machine out
+    ended = runs.run(run, method, ranks=2, faults=nudge, more=["compute_twice_steps=3"], environment=notes)
     assert ended.codes == [76, 76], ended.said[-4000:]
     (line,) = errors(ended.said)
-    assert "step 6: computed twice, the gradient of the " in line and "rank 1 on " in line and "rank 0" not in line
+    assert "step 6: computed twice, the gradient of the " in line and "rank 1 on node7 (" in line
+    assert "rank 0" not in line and (tmp_path / "wrong-machines").read_text() == "node7\n"
     found = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert found == ["step-00000002", "step-00000004.set-aside"]
     runs.goes_on(run, method, ranks=2, more=["compute_twice_steps=3"])

@@ -55,6 +55,24 @@ def test_a_job_is_run_again_only_if_it_may_help(
     assert re.search(words, log) and log.count("error: work:") == (exit_code != "0:0")
 
 
+WRONG = 'echo "$SLURMD_NODENAME" >>nodes; [ -e seen ] || { touch seen; cp nodes $JOB_NOTES/wrong-machines; exit 76; }'
+
+
+def test_a_job_is_kept_off_the_machine_that_its_work_found_wrong(slurm: Cluster, tmp_path: Path) -> None:
+    facts = slurm.ended(submitted(slurm, tmp_path, WRONG))
+    first, second = (tmp_path / "nodes").read_text().split()
+    log = (tmp_path / "log").read_text()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
+    assert first != second and facts["ExcNodeList"] == first and f"work: it is kept off {first} from now on" in log
+
+
+def test_no_machine_is_left_out_where_too_few_would_be_left(slurm: Cluster, tmp_path: Path) -> None:
+    facts = slurm.ended(submitted(slurm, tmp_path, WRONG, "--nodes=2"))
+    log = (tmp_path / "log").read_text()
+    assert (facts["JobState"], facts["Restarts"], facts["ExcNodeList"]) == ("COMPLETED", "1", "(null)"), log
+    assert "cannot be left out: of 2 nodes of all too few would be left" in log
+
+
 def listening(then: str) -> str:
     """Work in a step that waits for USR1, if it is the first time."""
     inner = f"trap '{then}; exit 75' USR1; touch ready; sleep 60 & wait"
