@@ -147,14 +147,14 @@ class Watchdog:
         return 0
 
 
-class Watched(Protocol):
+class WatchedSettings(Protocol):
     """Settings of a command that is watched."""
 
     @property
     def watchdog_minutes(self) -> float | None: ...
 
 
-S = TypeVar("S", bound=Watched)
+S = TypeVar("S", bound=WatchedSettings)
 R = TypeVar("R")
 
 
