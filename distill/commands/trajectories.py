@@ -161,4 +161,13 @@ def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> StorePla
         text_dtype=teacher.family.text.stored or "",
         shift=teacher.schedule.shift or 0.0,
         empty_prompts=data.empty_prompts,
+        shared=shared_texts(data, teacher),
     )
+
+
+def shared_texts(data: DataSettings, teacher: Teacher) -> tuple[str, ...]:
+    """The parts of the conditioning that samples of a prompt share in their store: all of the text, or none."""
+    text = teacher.family.text
+    if not (text.shared if data.share_texts == "auto" else data.share_texts):
+        return ()
+    return tuple(sorted(text.shapes(teacher.network.config, text.prompt_tokens(None) or 1)))

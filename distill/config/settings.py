@@ -174,7 +174,8 @@ class DataSettings(Settings):
     float32 on CPUs.
 
     `empty_prompts` is the share of samples without a prompt, from which students learn the unconditional answers that
-    classifier-free guidance needs when they are sampled.
+    classifier-free guidance needs when they are sampled. With `share_texts` samples of a prompt share its text; auto:
+    those of transformers do, whose texts are large.
 
     `sizes` are those of a store of several, as WIDTHxHEIGHT or the name of a list (null: squares of
     `model.resolution`). A trajectory has each as often as `size_weights` say (null: all alike), or, of `prompts`, the
@@ -197,6 +198,7 @@ class DataSettings(Settings):
     prompts: FilePath | None = None
     prompt_column: str | None = None
     empty_prompts: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    share_texts: Literal["auto"] | Flag = "auto"
     images: FilePath | None = None
     sizes: StoreSizes = None
     size_weights: list[Annotated[Number, Field(gt=0)]] | None = None

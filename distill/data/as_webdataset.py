@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 
-from distill.data.reader import open_store
+from distill.data.reader import Store, open_store
 from distill.data.record import CONDITIONING, GUIDANCE, STATES, TIMES, StoreError, parse_json
+from distill.data.sharing import TEXT_OF
 
 if TYPE_CHECKING:
     import webdataset
@@ -42,12 +44,16 @@ def as_webdataset(url: str, shuffle: int = 0, **options: Any) -> webdataset.WebD
     shards = [str(store.folder.local / shard.name) for shard in store.index.shards if shard.samples]
     options = {"shardshuffle": len(shards) if shuffle else False, "empty_check": False, **options}
     dataset = webdataset.WebDataset(shards, **options)
-    return (dataset.shuffle(shuffle) if shuffle else dataset).map(_decoded)
+    return (dataset.shuffle(shuffle) if shuffle else dataset).map(partial(_decoded, store))
 
 
-def _decoded(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What a sample's two files hold, as tensors and texts; nothing in them is executed."""
+def _decoded(store: Store, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sample's two files hold, as tensors and texts, and its text if another sample holds it; nothing in them is
+    executed."""
     tensors, facts = safetensors.torch.load(sample["safetensors"]), parse_json(sample["json"])
+    if TEXT_OF in facts:
+        found = store.read(facts["index"], states=(0,)).conditioning
+        tensors |= {CONDITIONING + name: found[name] for name in store.index.shared}
     return {
         "__key__": sample["__key__"],
         "index": facts["index"],

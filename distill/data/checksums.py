@@ -3,7 +3,8 @@
 Beside each shard lies `shard-000000.crc32`: a row of numbers for each of its samples, in their order. A number is the
 CRC-32 of one part that is read at once: the head (all of the safetensors payload but the states), each state, and
 the JSON member. The last one is of the row itself. Each begins from the store and the key, so that a part of another
-sample, or of another store, fits no better than a damaged one. What is read of a sample is checked by one more read of
+sample, or of another store, fits no better than a damaged one; and, of a sample whose text another one holds, from the
+key of that, so that the text of a third one fits no better. What is read of a sample is checked by one more read of
 a few hundred bytes and a pass over the bytes that are there anyway.
 """
 
@@ -32,9 +33,14 @@ def row_bytes(states: int) -> int:
     return 4 * (states + 3)
 
 
-def start_of(store: str, key: str) -> int:
-    """Where the checksums of a sample begin: `store` is `Plan.identity`."""
-    return crc32(f"{store}/{key}".encode())
+def start_of(store: str, key: str, text_of: str = "") -> int:
+    """Where the checksums of a sample begin.
+
+    Args:
+        store: `StorePlan.identity`.
+        text_of: the key of the sample that holds its text, if it is another one.
+    """
+    return crc32(f"{store}/{key}{text_of and '/' + text_of}".encode())
 
 
 def make_row(layout: Layout, payload: bytes, facts: bytes, start: int) -> bytes:

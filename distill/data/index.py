@@ -6,18 +6,19 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from distill.data.record import (
+    CONDITIONING,
     GUIDANCE,
     SHARD,
     STATE_DTYPES,
@@ -28,6 +29,7 @@ from distill.data.record import (
     Layout,
     StoreError,
     TensorSpec,
+    make_key,
     parse_json,
     short,
 )
@@ -35,8 +37,9 @@ from distill.data.sizes import ImageSize, read_sizes, square
 from distill.diffusion.random import generator
 from distill.diffusion.segments import Segments
 
-SCHEMA, SCHEMA_OF_SIZES = 1, 2
-"""Of stores of one square size, as they have always been, and of stores with a list of sizes."""
+SCHEMA, SCHEMA_OF_SIZES, SCHEMA_OF_SHARED_TEXTS = 1, 2, 3
+"""Of stores of one square size, as they have always been, of stores with a list of sizes, and of stores, of one size or
+several, whose samples of a prompt share its text."""
 INDEX, PLAN, UNCONDITIONAL = "index.json", "plan.json", "unconditional.safetensors"
 NUMBERS = {"guidance": float, "times": int, "shift": float, "empty_prompts": float}
 COUNTS = ("solver_steps", "resolution", "samples", "samples_per_shard", "batch_size")
@@ -66,6 +69,7 @@ SETTINGS = {
     "size_weights": "data.size_weights",
     "prompt_sizes_sha256": "data.prompts (the same sizes of its prompts)",
     "empty_prompts": "data.empty_prompts",
+    "shared": "data.share_texts",
     "prompt_source": "data.prompts or data.images",
     "prompts_sha256": "data.prompts (the same texts in the same order)",
     "unconditional_sha256": "model.pretrained_model_name_or_path",
@@ -119,6 +123,8 @@ class StorePlan:
         shift: of flow matching, which noise levels the times stand for; 0 where there is none.
         empty_prompts: the share of samples that have no prompt: "" in the place of theirs, and the conditioning of the
             teacher's unconditional pass.
+        shared: the parts of the conditioning that depend on the prompt alone and are stored once for each prompt (see
+            `sharing`); none where each sample holds all of its own.
 
     Raises:
         StoreError: a value of the wrong type or out of its range, naming it.
@@ -152,10 +158,12 @@ class StorePlan:
     size_weights: tuple[float, ...] = ()
     prompt_sizes_sha256: str = ""
     empty_prompts: float = 0.0
+    shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_types()
         self._check_sizes()
+        self._check_shared()
         for name, kind in NUMBERS.items():
             object.__setattr__(self, name, _exact(getattr(self, name), kind))
         if self.kind not in KINDS:
@@ -187,7 +195,7 @@ class StorePlan:
         whole = (*COUNTS, "seed")
         for name in PLAN_FIELDS:
             kind, words = (int, "a whole number") if name in whole else (str, "text")
-            if name not in (*NUMBERS, "sizes", "size_weights") and type(getattr(self, name)) is not kind:
+            if name not in (*NUMBERS, "sizes", "size_weights", "shared") and type(getattr(self, name)) is not kind:
                 raise StoreError(f"{name} must be {words}, got {short(repr(getattr(self, name)))}")
         times = self.times
         if not isinstance(times, (tuple, list)) or any(type(t) is not int for t in times):
@@ -217,6 +225,14 @@ class StorePlan:
         except ValueError as error:
             raise StoreError(f"sizes: {error}") from None
 
+    def _check_shared(self) -> None:
+        names = self.shared
+        if not isinstance(names, (tuple, list)) or any(type(name) is not str or not name for name in names):
+            raise StoreError(f"shared must be names of tensors, got {short(repr(names))}")
+        if names and self.kind != "trajectories":
+            raise StoreError(f"samples of {short(self.kind)} share no texts, got shared={short(repr(names))}")
+        object.__setattr__(self, "shared", tuple(names))
+
     @cached_property
     def image_sizes(self) -> tuple[ImageSize, ...]:
         """The sizes of the images, by their numbers."""
@@ -234,6 +250,14 @@ class StorePlan:
         """Indices of the samples in a shard; only the last one may be shorter."""
         first = shard * self.samples_per_shard
         return range(first, min(first + self.samples_per_shard, self.samples))
+
+    def key_of(self, i: int) -> str:
+        """The key of sample i."""
+        return make_key(*divmod(i, self.samples_per_shard))
+
+    def text_of(self, i: int, back: int) -> str:
+        """The key of the sample that holds the text of sample i, so many samples before it; "" for its own."""
+        return self.key_of(i - back) if back else ""
 
     def guidance_of(self, i: int) -> float:
         """The w of sample i: fixed, or uniform in the range, from (seed, i)."""
@@ -286,7 +310,7 @@ class StorePlan:
 PLAN_FIELDS = tuple(f.name for f in fields(StorePlan))
 OF_PICTURES = ("kind", "pictures_sha256", "crop", "vae_hash")
 """Fields that only stores of pictures write down."""
-LATER = ("teacher_dtype", "text_dtype", "shift", "empty_prompts")
+LATER = ("teacher_dtype", "text_dtype", "shift", "empty_prompts", "shared")
 """Fields that earlier versions did not write down: left out where they say nothing."""
 OF_SIZES = ("sizes", "size_weights", "prompt_sizes_sha256")
 """Fields that only stores with a list of sizes write down, as far as they say something."""
@@ -294,7 +318,7 @@ PROVENANCE = ("teacher_id", "teacher_hash", "schedule_fingerprint", "solver", "s
 """What every sample repeats of the plan, so that it means something outside its store."""
 
 
-OPTIONAL = ("skipped", "crc32", "sizes")
+OPTIONAL = ("skipped", "crc32", "sizes", "texts")
 """Fields of a shard that are not written down where they are empty."""
 
 
@@ -303,7 +327,8 @@ class ShardInfo:
     """One finished shard. `offsets`: where each sample's safetensors payload starts, in bytes, as decimal numbers.
     `skipped`: the places of planned samples that it lacks, likewise. `crc32`: of the file with its samples' checksums,
     in hex; nothing if it has none (a store of before there were any). `sizes`: the number of each sample's size, as
-    decimal numbers; nothing where all have the first. Samples of one size lie together in the file.
+    decimal numbers; nothing where all have the first. Samples of one size lie together in the file. `texts`: how many
+    samples before each the one is that holds its text, likewise; 0: it does itself, nothing: all do.
 
     Offsets stay text until a sample of the shard is read: 10^7 of them load in a tenth of a second, not in two.
     """
@@ -316,6 +341,7 @@ class ShardInfo:
     skipped: str = ""
     crc32: str = ""
     sizes: str = ""
+    texts: str = ""
 
     @property
     def number(self) -> int:
@@ -326,11 +352,25 @@ class ShardInfo:
         return {name: value for name, value in asdict(self).items() if name not in OPTIONAL or value}
 
 
+class PayloadSizes(NamedTuple):
+    """Bytes of a sample's tensors by the number of its size, 0 where there is no such sample: of one that holds its
+    text, and of one whose text another holds."""
+
+    whole: tuple[int, ...]
+    bare: tuple[int, ...] = ()
+
+    @property
+    def of_layouts(self) -> tuple[int, ...]:
+        """By the number of a sample's layout (`layout_numbers`)."""
+        return self.whole + self.bare
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreIndex(StorePlan):
     """A plan, and what has been written of it: the finished shards, and what is in each sample.
 
-    `layouts`: what a sample of each size looks like; None for a size that no sample has yet.
+    `layouts`: what a sample of each size looks like, then, where texts are shared, one of each size whose text another
+    sample holds; None for what no sample looks like yet.
     """
 
     layouts: tuple[Layout | None, ...]
@@ -338,13 +378,19 @@ class StoreIndex(StorePlan):
 
     @property
     def layout(self) -> Layout:
-        """What a sample looks like: of the first size that there is, which says all but the size of the states."""
+        """What a sample looks like: of the first size that there is, which says all but the size of the states. With
+        its text, if there is one that has it."""
         return next(layout for layout in self.layouts if layout is not None)
 
-    @property
-    def payload_sizes(self) -> tuple[int, ...]:
-        """Bytes of a sample's tensors, by the number of its size; 0 for a size that no sample has."""
-        return tuple(0 if layout is None else layout.payload_bytes for layout in self.layouts)
+    @cached_property
+    def payload_sizes(self) -> PayloadSizes:
+        sizes = tuple(0 if layout is None else layout.payload_bytes for layout in self.layouts)
+        return PayloadSizes(sizes[: len(self.image_sizes)], sizes[len(self.image_sizes) :])
+
+    @cached_property
+    def numbered(self) -> dict[int, ShardInfo]:
+        """The finished shards by their numbers."""
+        return {shard.number: shard for shard in self.shards}
 
     @property
     def complete(self) -> bool:
@@ -361,12 +407,14 @@ class StoreIndex(StorePlan):
 
     def to_json(self) -> bytes:
         facts = {"schema": schema_of(self), "complete": self.complete, **plan_facts(self)}
+        whole = self.layouts[: len(self.image_sizes)]
         if self.sizes:
-            there = {size: layout for size, layout in zip(self.sizes, self.layouts, strict=True) if layout is not None}
+            there = {size: layout for size, layout in zip(self.sizes, whole, strict=True) if layout is not None}
             facts |= {"shapes": {size: layout.shapes for size, layout in there.items()}}
-            facts |= {"headers": {size: layout.header[8:].decode() for size, layout in there.items()}}
         else:
-            facts |= {"shapes": self.shapes, "header": self.layout.header[8:].decode()}
+            facts |= {"shapes": self.shapes}
+        headers = {n: layout.header[8:].decode() for n, layout in enumerate(self.layouts) if layout is not None}
+        facts |= header_facts(self, headers)
         return dump(facts | {"shards": [shard.facts() for shard in self.shards]})
 
     @classmethod
@@ -380,10 +428,9 @@ class StoreIndex(StorePlan):
         with understanding(INDEX):
             shards = tuple(ShardInfo(**shard) for shard in facts["shards"])
             plan = plan_arguments(facts)
-            headers = facts["headers"] if plan.get("sizes") else {"": facts["header"]}
-            if unknown := set(headers) - set(plan.get("sizes") or ("",)):
-                raise StoreError(f"{INDEX} has headers of {short(sorted(unknown))}, which are none of its sizes")
-            layouts = tuple(_layout_of(headers.get(size)) for size in plan.get("sizes") or ("",))
+            headers = headers_of(StorePlan(**plan), facts, INDEX)
+            count = len(plan.get("sizes") or ("",)) * (2 if plan.get("shared") else 1)
+            layouts = tuple(_layout_of(headers.get(number)) for number in range(count))
             index = cls(layouts=layouts, shards=shards, **plan)
         if facts.get("schema", SCHEMA) != schema_of(index):
             said = short(repr(facts.get("schema")))
@@ -403,8 +450,45 @@ def _layout_of(header: str | None) -> Layout | None:
     return Layout.parse(struct.pack("<Q", len(data)) + data)
 
 
+def header_facts(plan: StorePlan, headers: Mapping[int, str]) -> dict[str, Any]:
+    """The headers of samples' tensors, by the numbers of their layouts, as files hold them: one, or one for each size,
+    and likewise of samples whose text another one holds."""
+    facts: dict[str, Any] = {}
+    for first, name in _kinds_of_headers(plan):
+        own = {number - first: headers[number] for number in sorted(headers)}
+        own = {number: text for number, text in own.items() if 0 <= number < len(plan.image_sizes)}
+        if plan.sizes:
+            facts[f"{name}s"] = {plan.sizes[number]: text for number, text in own.items()}
+        else:
+            facts[name] = own.get(0, "")
+    return facts
+
+
+def headers_of(plan: StorePlan, facts: Mapping[str, Any], where: str) -> dict[int, str]:
+    """What `header_facts` wrote down. Raises StoreError, KeyError: it makes no sense, or is missing."""
+    found: dict[int, str] = {}
+    for first, name in _kinds_of_headers(plan):
+        if not plan.sizes:
+            own = {"": facts[name]} if facts[name] else {}
+        else:
+            own = dict(facts[f"{name}s"])
+        if unknown := set(own) - set(plan.sizes or ("",)):
+            raise StoreError(f"{where} has headers of {short(sorted(unknown))}, which are none of its sizes")
+        numbers = {size: number for number, size in enumerate(plan.sizes or ("",))}
+        found |= {first + numbers[size]: header for size, header in own.items()}
+    return found
+
+
+def _kinds_of_headers(plan: StorePlan) -> tuple[tuple[int, str], ...]:
+    """The number of the first layout of each kind of samples, and the name of their header in files."""
+    return ((0, "header"), (len(plan.image_sizes), "bare_header"))[: 2 if plan.shared else 1]
+
+
 def schema_of(plan: StorePlan) -> int:
-    """The schema of a store's files: those of before there were sizes are refused by what reads only squares."""
+    """The schema of a store's files: what reads only squares, or only samples with texts of their own, refuses others
+    by it."""
+    if plan.shared:
+        return SCHEMA_OF_SHARED_TEXTS
     return SCHEMA_OF_SIZES if plan.sizes else SCHEMA
 
 
@@ -437,9 +521,10 @@ def load_facts(data: bytes | bytearray, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise StoreError(f"{name} is not JSON ({short(error)})") from None
     schema = facts.get("schema", SCHEMA) if isinstance(facts, dict) else None
-    if type(schema) is not int or schema not in (SCHEMA, SCHEMA_OF_SIZES):
+    if type(schema) is not int or not SCHEMA <= schema <= SCHEMA_OF_SHARED_TEXTS:
         found = facts.get("schema") if isinstance(facts, dict) else type(facts).__name__
-        raise StoreError(f"{name} has schema {short(repr(found))}; this version reads {SCHEMA} and {SCHEMA_OF_SIZES}")
+        readable = f"{SCHEMA} to {SCHEMA_OF_SHARED_TEXTS}"
+        raise StoreError(f"{name} has schema {short(repr(found))}; this version reads {readable}")
     return facts
 
 
@@ -455,7 +540,7 @@ def understanding(name: str) -> Iterator[None]:
 
 
 @lru_cache(maxsize=256)
-def payload_offsets(shard: ShardInfo, payload_sizes: tuple[int, ...]) -> NDArray[np.int64]:
+def payload_offsets(shard: ShardInfo, payload_sizes: PayloadSizes) -> NDArray[np.int64]:
     """Where the payload of each of a shard's samples starts, [samples].
 
     Args:
@@ -470,7 +555,7 @@ def payload_offsets(shard: ShardInfo, payload_sizes: tuple[int, ...]) -> NDArray
         raise BadShard(f"{INDEX} holds offsets of {shard.name} that are not numbers") from None
     if len(offsets) != shard.samples:
         raise BadShard(f"{INDEX} holds {len(offsets)} offsets for the {shard.samples} samples of {shard.name}")
-    lengths = np.array(payload_sizes, dtype=np.int64)[sizes_of(shard, payload_sizes)]
+    lengths = np.array(payload_sizes.of_layouts, dtype=np.int64)[layout_numbers(shard, payload_sizes)]
     inside = len(offsets) == 0 or (offsets.min() >= 512 and (offsets <= shard.bytes - lengths).all())
     order = _order_in_file(shard, offsets)
     if not inside or (np.diff(offsets[order]) < lengths[order][:-1] + 512).any():
@@ -479,7 +564,7 @@ def payload_offsets(shard: ShardInfo, payload_sizes: tuple[int, ...]) -> NDArray
 
 
 @lru_cache(maxsize=256)
-def file_order(shard: ShardInfo, payload_sizes: tuple[int, ...]) -> NDArray[np.int64]:
+def file_order(shard: ShardInfo, payload_sizes: PayloadSizes) -> NDArray[np.int64]:
     """Which of a shard's samples comes first in its file, second and so on, [samples]. Raises BadShard."""
     return _order_in_file(shard, payload_offsets(shard, payload_sizes))
 
@@ -489,7 +574,7 @@ def _order_in_file(shard: ShardInfo, offsets: NDArray[np.int64]) -> NDArray[np.i
 
 
 @lru_cache(maxsize=256)
-def sample_ends(shard: ShardInfo, payload_sizes: tuple[int, ...], end: int) -> NDArray[np.int64]:
+def sample_ends(shard: ShardInfo, payload_sizes: PayloadSizes, end: int) -> NDArray[np.int64]:
     """Where each of a shard's samples ends with its JSON, [samples]; of the last one it is `end`. Raises BadShard."""
     order, offsets = file_order(shard, payload_sizes), payload_offsets(shard, payload_sizes)
     ends = np.empty(len(offsets), dtype=np.int64)
@@ -498,17 +583,39 @@ def sample_ends(shard: ShardInfo, payload_sizes: tuple[int, ...], end: int) -> N
 
 
 @lru_cache(maxsize=256)
-def sizes_of(shard: ShardInfo, payload_sizes: tuple[int, ...]) -> NDArray[np.int64]:
+def sizes_of(shard: ShardInfo, payload_sizes: PayloadSizes) -> NDArray[np.int64]:
     """The number of the size of each of a shard's samples, [samples].
 
     Raises:
         BadShard: not as many as samples, or a size that the store does not have.
     """
     found = np.array(shard.sizes.split() if shard.sizes else [0] * shard.samples, dtype=np.int64)
-    if len(found) != shard.samples or (found >= len(payload_sizes)).any():
+    if len(found) != shard.samples or (found >= len(payload_sizes.whole)).any():
         raise BadShard(f"{INDEX} gives {shard.name} {len(found)} sizes for {shard.samples} samples, or unknown ones")
-    if missing := [int(number) for number in np.unique(found) if not payload_sizes[number]]:
-        raise BadShard(f"{INDEX} does not say what samples of size {missing[0]} in {shard.name} look like")
+    return found
+
+
+@lru_cache(maxsize=256)
+def layout_numbers(shard: ShardInfo, payload_sizes: PayloadSizes) -> NDArray[np.int64]:
+    """Which of the index's layouts each of a shard's samples has, [samples]. Raises BadShard: one that there is not."""
+    found = sizes_of(shard, payload_sizes) + len(payload_sizes.whole) * (texts_of(shard) > 0)
+    sizes = payload_sizes.of_layouts
+    if missing := [int(number) for number in np.unique(found) if number >= len(sizes) or not sizes[number]]:
+        size = missing[0] % len(payload_sizes.whole)
+        raise BadShard(f"{INDEX} does not say what samples of size {size} in {shard.name} look like")
+    return found
+
+
+@lru_cache(maxsize=256)
+def texts_of(shard: ShardInfo) -> NDArray[np.int64]:
+    """How many samples before each of a shard's the one is that holds its text, [samples]; 0: it does itself.
+
+    Raises:
+        BadShard: not as many as samples.
+    """
+    found = np.array(shard.texts.split() if shard.texts else [0] * shard.samples, dtype=np.int64)
+    if len(found) != shard.samples:
+        raise BadShard(f"{INDEX} says of {len(found)} samples of {shard.name} where their text is, not {shard.samples}")
     return found
 
 
@@ -555,6 +662,10 @@ def check_shard(shard: ShardInfo, plan: StorePlan, where: str) -> None:
         raise BadShard(f"{where} gives the samples of {shard.name} the sizes {short(repr(shard.sizes))}, not numbers")
     if shard.sizes and not plan.sizes:
         raise BadShard(f"{where} gives the samples of {shard.name} sizes, and the store has one")
+    if not isinstance(shard.texts, str) or not re.fullmatch(r"([0-9]{1,12}( [0-9]{1,12})*)?", shard.texts):
+        raise BadShard(f"{where} gives the samples of {shard.name} the texts {short(repr(shard.texts))}, not numbers")
+    if shard.texts and not plan.shared:
+        raise BadShard(f"{where} gives the samples of {shard.name} texts of others, and the store shares none")
     if shard.skipped and plan.kind != "pictures":
         raise BadShard(f"{where} says that {shard.name} lacks samples; of {plan.kind} none may be missing")
     if shard.number >= plan.planned_shards:
@@ -581,20 +692,28 @@ def _check_layouts(index: StoreIndex) -> None:
     """Every sample has states [K, C, h, w] of the plan's dtype, its times, its guidance; h and w are of its size."""
     if all(layout is None for layout in index.layouts):
         raise StoreError(f"{INDEX} does not say what a sample looks like")
-    for size, layout in zip(index.image_sizes, index.layouts, strict=True):
-        if layout is not None:
-            _check_layout(index, layout)
-            *_, h, w = layout.tensors[STATES].shape
-            if index.sizes and h * size.width != w * size.height:
-                raise StoreError(f"{INDEX}: states of {h} x {w} for images of {size} pixels")
-    if len({_besides(layout) for layout in index.layouts if layout is not None}) > 1:
+    count, shared = len(index.image_sizes), {CONDITIONING + name for name in index.shared}
+    kinds: dict[bool, set[Any]] = {False: set(), True: set()}  # of samples with, and without their text
+    for number, layout in enumerate(index.layouts):
+        if layout is None:
+            continue
+        size, bare = index.image_sizes[number % count], number >= count
+        _check_layout(index, layout)
+        *_, h, w = layout.tensors[STATES].shape
+        if index.sizes and h * size.width != w * size.height:
+            raise StoreError(f"{INDEX}: states of {h} x {w} for images of {size} pixels")
+        if wrong := shared & set(layout.tensors) if bare else shared - set(layout.tensors):
+            raise StoreError(f"{INDEX}: {short(sorted(wrong))} must be in samples that hold their text, and no others")
+        kinds[bare].add(_besides(layout, frozenset()))
+        kinds[True].add(_besides(layout, shared))
+    if max(map(len, kinds.values())) > 1:
         raise StoreError(f"{INDEX}: samples of two sizes differ in more than the height and width of their states")
 
 
-def _besides(layout: Layout) -> frozenset[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """What a sample looks like, but for the height and width of its states."""
+def _besides(layout: Layout, without: Set[str]) -> frozenset[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """What a sample looks like, but for the height and width of its states, and `without` these tensors."""
     shapes = {name: spec.shape[:2] if name == STATES else spec.shape for name, spec in layout.tensors.items()}
-    return frozenset((name, spec.dtype, shapes[name]) for name, spec in layout.tensors.items())
+    return frozenset((name, spec.dtype, shapes[name]) for name, spec in layout.tensors.items() if name not in without)
 
 
 def _check_layout(index: StoreIndex, layout: Layout) -> None:

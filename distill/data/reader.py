@@ -14,7 +14,8 @@ import hashlib
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -41,12 +42,14 @@ from distill.data.index import (
     UNCONDITIONAL,
     ShardInfo,
     StoreIndex,
+    layout_numbers,
     payload_offsets,
     places,
     sample_ends,
-    sizes_of,
+    texts_of,
 )
 from distill.data.record import (
+    CONDITIONING,
     MAX_JSON_BYTES,
     STATES,
     TIMES,
@@ -62,7 +65,8 @@ from distill.data.record import (
 )
 from distill.data.remote import TIMEOUT_SECONDS
 from distill.data.retries import RETRY_SECONDS
-from distill.data.rows import FACTS, GAP, HEAD, Memory, Piece, Rows, Span, ordinary_memory, plan_reads
+from distill.data.rows import FACTS, GAP, HEAD, Memory, Piece, Rows, Span, ordinary_memory, plan_reads, plan_text
+from distill.data.sharing import held_by
 from distill.data.storage import STREAM_BYTES, Folder, Range, Scattered
 from distill.diffusion.prediction import Conditioning
 
@@ -174,10 +178,11 @@ class Store:
         self._times = torch.tensor(index.times).to(spec.dtype).numpy().tobytes()
         self._samples = self._starts[-1] if samples is None else samples
         self._known: dict[str, _Known] = {}
+        self._shared = frozenset(CONDITIONING + name for name in index.shared)
         self._most_known = 1 + MOST_KEPT_BYTES // (8 * index.samples_per_shard)
         self._verified: dict[str, str | None] = {}
         self._sizes: NDArray[np.int64] | None = None
-        if len(index.layouts) > 1:
+        if len(index.image_sizes) > 1:
             self._sizes = np.concatenate([np.zeros(0, np.int64), *map(self._sizes_in, index.shards)])
 
     def __len__(self) -> int:
@@ -220,14 +225,15 @@ class Store:
         return {int(number): np.flatnonzero(sizes == number) for number in np.unique(sizes)}
 
     def _sizes_in(self, shard: ShardInfo) -> NDArray[np.int64]:
-        return sizes_of(shard, self.index.payload_sizes)
+        return layout_numbers(shard, self.index.payload_sizes) % len(self.index.image_sizes)
 
     def _about(self, shard: ShardInfo) -> _Known:
         """Where a shard's samples lie in it; kept, for samples come in random order. Raises BadShard."""
         if (known := self._known.get(shard.name)) is None:
             known = self._known[shard.name] = _Known(
                 payload_offsets(shard, self.index.payload_sizes) - tar.BLOCK,
-                self._sizes_in(shard) if len(self.index.layouts) > 1 else None,
+                layout_numbers(shard, self.index.payload_sizes) if len(self.index.layouts) > 1 else None,
+                texts_of(shard),
                 shard.number,
                 places(shard, len(self.index.shard_samples(shard.number))),
                 checksums_name(shard.name) if shard.crc32 else "",
@@ -236,13 +242,14 @@ class Store:
                 self._known.pop(next(iter(self._known)), None)  # another thread may do so, too
         return known
 
-    def _layout_of(self, shard: ShardInfo, line: int) -> Layout:
-        """What a sample looks like. Raises BadShard: the index does not say."""
-        sizes = self._about(shard).sizes
-        found = self.index.layouts[0 if sizes is None else sizes[line]]
+    def _layouts_of(self, shard: ShardInfo, line: int) -> tuple[Layout, Layout | None]:
+        """What a sample looks like, and one of its size that holds its text. Raises BadShard: nobody says."""
+        numbers = self._about(shard).layouts
+        number = 0 if numbers is None else int(numbers[line])
+        found = self.index.layouts[number]
         if found is None:
             raise BadShard(f"{INDEX} does not say what the samples of {shard.name} look like")
-        return found
+        return found, self.index.layouts[number % len(self.index.image_sizes)]
 
     def _key(self, shard: ShardInfo, row: int) -> str:
         return make_key(shard.number, places(shard, len(self.index.shard_samples(shard.number)))[row])
@@ -297,22 +304,23 @@ class Store:
     def _filled(self, wanted: Sequence[Place], prompts: bool, cache: ReadCache | None) -> dict[int, BadSample]:
         """`fill`, once. What is right is kept in the cache, and what came from there and is not is dropped."""
         bad: dict[int, BadSample] = {}
-        readings: dict[int, Reading] = {}
+        readings: dict[int, list[Reading]] = {}  # of each its own, and that of the sample which holds its text
         for at, (rows, row, (i, states)) in enumerate(wanted):
             shard, line = self.locate(i)
             try:
-                readings[at] = self._reading(shard, line, rows, row, states, prompts)
+                readings[at] = self._readings(shard, line, rows, row, states, prompts)
             except BadShard as error:
                 bad[at] = self._bad(shard, self._key(shard, line), error)
-        lacking = self._read(list(readings.values()), cache)
+        lacking = self._read([one for those in readings.values() for one in those], cache)
         numbers = self._kept(lacking)
-        for at, one in readings.items():
+        for at, those in readings.items():
             try:
-                self._accept(one, numbers)
+                self._accept(those, numbers)
             except BadSample as error:
-                bad[at] = self._bad(one.shard, one.key, error)
+                bad[at] = self._bad(those[0].shard, those[0].key, error)
             if cache is not None:
-                one.settle(cache, right=at not in bad)
+                for one in those:
+                    one.settle(cache, right=at not in bad)
         return bad
 
     def _read(self, readings: Sequence[Reading], cache: ReadCache | None) -> dict[Range, bytes]:
@@ -339,41 +347,71 @@ class Store:
         replaced = " (the file was replaced since the store was opened)" if self.folder.was_replaced(shard.name) else ""
         return BadSample(f"sample {key} in {shard.name} of {self.folder.name}: {error}{replaced}")
 
-    def _reading(
+    def _readings(
         self, shard: ShardInfo, line: int, rows: Rows, row: int, states: tuple[int, ...], prompts: bool
+    ) -> list[Reading]:
+        """What to read of a sample, and of the one that holds its text if that is another. Raises BadShard."""
+        layout, whole = self._layouts_of(shard, line)
+        if whole is not rows.layout:
+            raise ValueError(f"sample {self._key(shard, line)} is of another size than the rows it is read into")
+        facts = self._facts_part(shard, line, layout) if prompts else None
+        found = [self._reading(shard, line, plan_reads(layout, states, facts), rows, row, states)]
+        holder, place = held_by(self.index, shard, line, lambda one: self._about(one).texts)
+        if (holder, place) != (shard, line):
+            spans = plan_text(self._layouts_of(holder, place)[0])
+            found.append(self._reading(holder, place, spans, rows, row, (), only=self._shared))
+        return found
+
+    def _reading(
+        self,
+        shard: ShardInfo,
+        line: int,
+        spans: Sequence[Span],
+        rows: Rows,
+        row: int,
+        states: tuple[int, ...],
+        only: Set[str] | None = None,
     ) -> Reading:
         if self.verify_sha256:
             self._verify(shard)
-        layout = self._layout_of(shard, line)
-        if layout is not rows.layout:
-            raise ValueError(f"sample {self._key(shard, line)} is of another size than the rows it is read into")
-        facts = self._facts_part(shard, line, layout) if prompts else None
-        spans = plan_reads(layout, states, facts)
-        known = self._about(shard)
-        return Reading(shard, line, known, start_of(self.index.identity, known.key(line)), spans, rows, row, states)
+        known, (layout, _) = self._about(shard), self._layouts_of(shard, line)
+        text_of = self.index.text_of(shard.number * self.index.samples_per_shard + line, int(known.texts[line]))
+        start = start_of(self.index.identity, known.key(line), text_of)
+        return Reading(shard, line, known, layout, start, spans, rows, row, states, only)
 
-    def _accept(self, one: Reading, numbers: Mapping[Range, bytes]) -> None:
-        """Checks what was read of a sample. Raises BadSample."""
-        layout = one.rows.layout
+    def _accept(self, readings: Sequence[Reading], numbers: Mapping[Range, bytes]) -> None:
+        """Checks what was read of a sample, its own and its text that another holds. Raises BadSample."""
+        own, *others = readings
+        self._check_head(own)
+        for one in others:
+            with _naming(one):
+                self._check_head(one)
+        facts = bytes(own.buffers[FACTS]) if FACTS in own.buffers else None
+        own.rows.repeat(own.row, own.states)
+        problems = [self._checksum_problem(one, numbers) if one.found else "" for one in readings]
+        if any(problems) or not all(one.found for one in readings):  # checksums are made of finite values only
+            _check_finite(own.rows, own.row, own.states)
+        prompt = "" if facts is None else _prompt(own.key, facts)
+        if problems[0]:
+            raise BadSample(problems[0])
+        for one, problem in zip(others, problems[1:], strict=True):
+            if problem:
+                with _naming(one):
+                    raise BadSample(problem)
+        own.rows.name(own.row, own.key, own.states, self.index.times, prompt)
+
+    def _check_head(self, one: Reading) -> None:
+        """Whether what was read begins like the sample that it should be of. Raises BadSample."""
         if not one.is_whole:
             raise BadSample("the shard ends within it")
         head = bytes(one.buffers[HEAD])
-        if head[: tar.BLOCK] != tar.header(f"{one.key}.safetensors", layout.payload_bytes):
+        if head[: tar.BLOCK] != tar.header(f"{one.key}.safetensors", one.layout.payload_bytes):
             raise BadSample("its tar header is damaged or another sample's")
-        if head[tar.BLOCK :] != layout.header:
+        if head[tar.BLOCK :] != one.layout.header:
             raise BadSample("its safetensors header is damaged or of another shape")
         if bytes(one.buffers[TIMES]) != self._times:
             said = one.rows.stored_times(one.buffers[TIMES])
             raise BadSample(f"its times {short(said)} are not the store's")
-        facts = bytes(one.buffers[FACTS]) if FACTS in one.buffers else None
-        one.rows.repeat(one.row, one.states)
-        problem = self._checksum_problem(one, numbers) if one.found else ""
-        if problem or not one.found:  # checksums are made of finite values only
-            _check_finite(one.rows, one.row, one.states)
-        prompt = "" if facts is None else _prompt(one.key, facts)
-        if problem:
-            raise BadSample(problem)
-        one.rows.name(one.row, one.key, one.states, self.index.times, prompt)
 
     def _checksum_problem(self, one: Reading, numbers: Mapping[Range, bytes]) -> str:
         part, begin = self._checksums_of(one)
@@ -419,11 +457,12 @@ class Store:
 
 class _Known(NamedTuple):
     """What the index says of a shard's samples, line by line: the byte at which its tar header begins, the number of
-    its size (None: all have the first), and its place among the planned ones, which its key has. And the file with
-    their checksums, "" for none."""
+    its layout (None: all have the first), how many samples before it the one is that holds its text, and its place
+    among the planned ones, which its key has. And the file with their checksums, "" for none."""
 
     starts: NDArray[np.int64]
-    sizes: NDArray[np.int64] | None
+    layouts: NDArray[np.int64] | None
+    texts: NDArray[np.int64]
     number: int
     places: Sequence[int]
     checksums: str
@@ -432,14 +471,24 @@ class _Known(NamedTuple):
         return make_key(self.number, self.places[line])
 
 
+@contextmanager
+def _naming(one: Reading) -> Iterator[None]:
+    """Says in a BadSample that what is wrong is the sample whose text another one has."""
+    try:
+        yield
+    except BadSample as error:
+        raise BadSample(f"its text is that of sample {one.key} in {one.shard.name}, and of that {error}") from None
+
+
 class Reading:
     """A sample that is being read.
 
     Args:
-        shard, line: where it is: which of the shard's samples; `known` says more.
+        shard, line: where it is: which of the shard's samples; `known` and `layout` say more.
         checksums_start: where its checksums begin (`start_of`).
         rows, row: where it is put.
         states: places of its states that are wanted, in their order.
+        only: the tensors that are put there; None is all, and the others are read to be checked alone.
 
     Attributes:
         requests: what to read, span by span.
@@ -453,13 +502,16 @@ class Reading:
         shard: ShardInfo,
         line: int,
         known: _Known,
+        layout: Layout,
         checksums_start: int,
         spans: Sequence[Span],
         rows: Rows,
         row: int,
         states: tuple[int, ...],
+        only: Set[str] | None = None,
     ) -> None:
-        self.shard, self.line, self.known, self.checksums_start = shard, line, known, checksums_start
+        self.shard, self.line, self.known, self.layout = shard, line, known, layout
+        self.checksums_start = checksums_start
         self.rows, self.row, self.states = rows, row, states
         self.key, start = known.key(line), int(known.starts[line])
         self.requests: list[Scattered] = []
@@ -472,7 +524,10 @@ class Reading:
         for span in spans:
             found = []
             for part in span.parts:
-                buffer = rows.buffer(part, row, states)
+                if only is None or part.name in only:
+                    buffer = rows.buffer(part, row, states)
+                else:
+                    buffer = memoryview(bytearray(part.end - part.begin))
                 found.append(buffer)
                 if part.name in (STATES, FACTS):
                     self._alone.add(id(buffer))

@@ -61,6 +61,11 @@ def plan_reads(layout: Layout, states: tuple[int, ...], facts: Piece | None = No
     return spans if facts is None else _merged([*(part for span in spans for part in span.parts), facts])
 
 
+def plan_text(layout: Layout) -> tuple[Span, ...]:
+    """What to read of a sample for its text: all but its states and its JSON, which one checksum is of."""
+    return _spans(layout.header, ())
+
+
 @lru_cache(maxsize=4096)
 def _spans(layout_bytes: bytes, states: tuple[int, ...]) -> tuple[Span, ...]:
     layout = Layout.parse(layout_bytes)

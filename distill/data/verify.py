@@ -20,15 +20,17 @@ from distill.data.index import (
     StoreIndex,
     dump,
     file_order,
+    layout_numbers,
     load_facts,
     payload_offsets,
     places,
-    sizes_of,
+    texts_of,
 )
 from distill.data.record import (
     GUIDANCE,
     MAX_JSON_BYTES,
     TIMES,
+    BadShard,
     Layout,
     StoreError,
     finite,
@@ -37,6 +39,7 @@ from distill.data.record import (
     short,
     view,
 )
+from distill.data.sharing import TEXT_OF, held_by
 from distill.data.storage import Folder
 from distill.data.writer import note_name, publish_checksums
 
@@ -142,12 +145,12 @@ class _Hashing:
 def _samples(file: _Hashing, index: StoreIndex, shard: ShardInfo, rows: bytearray) -> Iterator[str | None]:
     """Reads sample after sample and yields what is wrong with each. Raises StoreError where the tar breaks."""
     lengths = index.payload_sizes
-    offsets, sizes = payload_offsets(shard, lengths), sizes_of(shard, lengths)
+    offsets, layouts, texts = payload_offsets(shard, lengths), layout_numbers(shard, lengths), texts_of(shard)
     indices = index.shard_samples(shard.number)
     there, checksums = places(shard, len(indices)), dict[int, bytes]()
     for row in file_order(shard, lengths).tolist():
-        place, layout = there[row], index.layouts[sizes[row]]
-        assert layout is not None  # `sizes_of` has looked
+        place, layout = there[row], index.layouts[layouts[row]]
+        assert layout is not None  # `layout_numbers` has looked
         key = make_key(shard.number, place)
         payload = _member(file, f"{key}.safetensors", layout.payload_bytes)
         start = file.at - len(payload) - tar.padding(len(payload))
@@ -155,10 +158,12 @@ def _samples(file: _Hashing, index: StoreIndex, shard: ShardInfo, rows: bytearra
             raise StoreError(f"sample {key} starts at byte {start}, {INDEX} says {offsets[row]}")
         facts = _member(file, f"{key}.json", MAX_JSON_BYTES)
         problem = _payload_problem(index, layout, payload)
-        problem = problem or _facts_problem(index, layout, key, indices[place], payload, facts)
+        text_of = index.text_of(indices[place], int(texts[row]))
+        problem = problem or _facts_problem(index, layout, key, indices[place], text_of, payload, facts)
+        problem = problem or _text_problem(index, shard, row)
         if problem is None:
             member = tar.member(f"{key}.json", facts)
-            checksums[row] = make_row(layout, payload, member, start_of(index.identity, key))
+            checksums[row] = make_row(layout, payload, member, start_of(index.identity, key, text_of))
         yield f"sample {key}: {problem}" if problem else None
     rows += b"".join(checksums[row] for row in sorted(checksums))
 
@@ -195,14 +200,25 @@ def _payload_problem(index: StoreIndex, layout: Layout, payload: bytes) -> str |
     return None
 
 
-def _facts_problem(plan: StoreIndex, layout: Layout, key: str, i: int, payload: bytes, data: bytes) -> str | None:
+def _text_problem(index: StoreIndex, shard: ShardInfo, row: int) -> str | None:
+    """Whether there is the sample that holds a sample's text; that one is read with its own shard."""
+    try:
+        held_by(index, shard, row)
+    except BadShard as error:
+        return str(error)
+    return None
+
+
+def _facts_problem(
+    plan: StoreIndex, layout: Layout, key: str, i: int, text_of: str, payload: bytes, data: bytes
+) -> str | None:
     """Whether KEY.json belongs to this sample of this store."""
     try:
         facts = parse_json(data)
     except ValueError as error:
         return f"{key}.json is not JSON ({short(error)})"
     w = float(view(bytearray(payload), layout.start(GUIDANCE), torch.float32, (1,)))
-    expected = {"key": key, "index": i, **{name: getattr(plan, name) for name in PROVENANCE}}
+    expected = {"key": key, "index": i, TEXT_OF: text_of or None, **{name: getattr(plan, name) for name in PROVENANCE}}
     for name, value in expected.items():
         if not isinstance(facts, dict) or facts.get(name) != value:
             return f"{key}.json does not say {name} {short(repr(value))}"

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import safetensors.torch
 
@@ -39,6 +39,8 @@ from distill.data.index import (
     StorePlan,
     check_shard,
     dump,
+    header_facts,
+    headers_of,
     load_facts,
     plan_arguments,
     plan_facts,
@@ -47,6 +49,7 @@ from distill.data.index import (
 )
 from distill.data.progress import Progress, counted
 from distill.data.record import STATE_DTYPES, Layout, StoreError, describe, encode, finite, make_key, shard_name, short
+from distill.data.sharing import TEXT_OF, Holders
 from distill.data.storage import Folder
 from distill.diffusion.prediction import Conditioning
 from distill.diffusion.trajectory import Trajectory
@@ -161,10 +164,10 @@ def _write_shards(
     )
     samples = sum(len(plan.shard_samples(shard)) for shard in todo)
     progress = Progress(f"{plan.kind}, rank {rank}", samples, "samples", bar=rank == 0)
-    due = 0.0
+    holders, due = Holders(plan, prompts, size_of), 0.0
     for shard in todo:
         if shard not in notes.finished([shard]):  # another job may be writing the same store
-            write_shard(notes, shard, prompts, solve, size_of, progress)
+            write_shard(notes, shard, holders, solve, progress)
         if (start := time.monotonic()) >= due:
             notes.publish_index()
             end = time.monotonic()
@@ -173,49 +176,59 @@ def _write_shards(
     notes.publish_skipped()
 
 
-def write_shard(
-    notes: Notes, shard: int, prompts: Sequence[str], solve: Solve, size_of: SizeOf, progress: Progress
-) -> None:
+class _Written(NamedTuple):
+    """Of a sample in its shard: where its payload begins, the number of its size, how many samples before it the one is
+    that holds its text, and its checksums."""
+
+    offset: int
+    size: int
+    back: int
+    row: bytes
+
+
+def write_shard(notes: Notes, shard: int, holders: Holders, solve: Solve, progress: Progress) -> None:
     """Writes one shard, then the note that says it is finished; nothing if someone else finished it meanwhile."""
     folder, plan, name = notes.folder, notes.plan, shard_name(shard)
     with folder.staged(name) as (path, file):
-        out, store = _Hashed(file), plan.identity
+        out, store, first = _Hashed(file), plan.identity, plan.shard_samples(shard).start
         headers: dict[int, bytes] = {}
         skipped: dict[int, str] = {}
-        written: dict[int, tuple[int, int, bytes]] = {}  # by place: where, its size, its checksums
-        for place, size, record in _records(plan, shard, prompts, solve, size_of):
+        written: dict[int, _Written] = {}  # by place
+        for place, size, record in _records(plan, shard, holders, solve):
             progress.update(1)
             if isinstance(record, str):
                 skipped[place] = record
                 continue
-            key, (payload, description) = make_key(shard, place), record
-            header = headers.setdefault(size, Layout.parse(payload).header)
+            key, (payload, description, back) = make_key(shard, place), record
+            layout = size + (len(plan.image_sizes) if back else 0)
+            header = headers.setdefault(layout, Layout.parse(payload).header)
             if not payload.startswith(header):
                 raise StoreError(f"sample {key}: its tensors differ in shape or kind from the shard's first sample")
             facts = tar.member(f"{key}.json", description)
-            row = make_row(Layout.parse(header), payload, facts, start_of(store, key))
-            written[place] = out.size + tar.BLOCK, size, row
+            start = start_of(store, key, plan.text_of(first + place, back))
+            row = make_row(Layout.parse(header), payload, facts, start)
+            written[place] = _Written(out.size + tar.BLOCK, size, back, row)
             out.write(tar.member(f"{key}.safetensors", payload) + facts)
         out.write(tar.END)
         if shard in notes.finished([shard]):
             return
         folder.commit_staged(path, file, name)
     in_order = [written[place] for place in sorted(written)]
-    offsets, sizes = _numbers(at for at, _, _ in in_order), [size for _, size, _ in in_order]
-    info = ShardInfo(name, len(in_order), out.size, out.sha256.hexdigest(), offsets, _numbers(sorted(skipped)))
-    info = replace(info, sizes=_numbers(sizes) if any(sizes) else "")
-    info = publish_checksums(folder, info, b"".join(row for _, _, row in in_order))
+    offsets, lacking = _numbers(one.offset for one in in_order), _numbers(sorted(skipped))
+    info = ShardInfo(name, len(in_order), out.size, out.sha256.hexdigest(), offsets, lacking)
+    if any(one.size for one in in_order):
+        info = replace(info, sizes=_numbers(one.size for one in in_order))
+    if any(one.back for one in in_order):
+        info = replace(info, texts=_numbers(one.back for one in in_order))
+    info = publish_checksums(folder, info, b"".join(one.row for one in in_order))
     said = {"schema": schema_of(plan), "plan": plan.identity, **_headers_said(plan, headers), **info.facts()}
     reasons = [skipped[place] for place in sorted(skipped)]
     folder.publish(note_name(shard), dump(said | ({"reasons": reasons} if reasons else {})))
 
 
 def _headers_said(plan: StorePlan, headers: Mapping[int, bytes]) -> dict[str, Any]:
-    """The headers of a shard's samples as its note has them: one, or one for each size that there is."""
-    texts = {number: header[8:].decode() for number, header in sorted(headers.items())}
-    if plan.sizes:
-        return {"headers": {plan.sizes[number]: text for number, text in texts.items()}}
-    return {"header": texts.get(0, "")}
+    """The headers of a shard's samples as its note has them."""
+    return header_facts(plan, {number: header[8:].decode() for number, header in headers.items()})
 
 
 def publish_checksums(folder: Folder, info: ShardInfo, rows: bytes) -> ShardInfo:
@@ -236,7 +249,7 @@ class Notes:
         self.folder, self.plan, self.earlier = folder, plan, tuple(earlier)
         # By their digests, as notes of before stores could grow have them.
         self._plans = {plan.identity, *(one.digest() for one in (plan, *earlier))}
-        self._read: dict[int, tuple[ShardInfo, dict[str, str], tuple[str, ...]]] = {}
+        self._read: dict[int, tuple[ShardInfo, dict[int, str], tuple[str, ...]]] = {}
 
     def finished(self, shards: Iterable[int] | None = None) -> dict[int, ShardInfo]:
         """Those of these shards (or of all) with a note of this plan and a file of the size it says."""
@@ -319,8 +332,8 @@ class Notes:
 
     def _understood(
         self, shard: int, facts: Mapping[str, Any], note: str
-    ) -> tuple[ShardInfo, dict[str, str], tuple[str, ...]]:
-        """A shard, the headers of its samples by their sizes, and why it lacks others, as its note says.
+    ) -> tuple[ShardInfo, dict[int, str], tuple[str, ...]]:
+        """What a note says: a shard, the headers of its samples by the numbers of their layouts, why it lacks others.
 
         Raises:
             StoreError: it makes no sense.
@@ -333,24 +346,23 @@ class Notes:
             reasons = [str(reason) for reason in facts.get("reasons", ())]
             if info.name != shard_name(shard) or len(reasons) != len(info.skipped.split()):
                 raise StoreError(f"{note} is of {info.name}, with {len(reasons)} reasons for the samples it lacks")
-            headers = dict(facts["headers"]) if self.plan.sizes else {"": facts["header"]} if info.samples else {}
-            if unknown := set(headers) - set(self.plan.sizes or ("",)):
-                raise StoreError(f"{note} has headers of {short(sorted(unknown))}, which are none of the sizes")
+            headers = headers_of(self.plan, facts, note) if info.samples else {}
             for header in headers.values():
                 _layout(header)
             return info, headers, tuple(reasons)
 
     def _index(self, shards: Mapping[int, ShardInfo]) -> StoreIndex:
-        found: dict[str, tuple[str, int]] = {}  # of each size the header, and a shard that has it
+        found: dict[int, tuple[str, int]] = {}  # of each layout the header, and a shard that has it
         for shard, info in shards.items():
-            for size, header in self._read[shard][1].items() if info.samples else ():
-                one, first = found.setdefault(size, (header, shard))
+            for number, header in self._read[shard][1].items() if info.samples else ():
+                one, first = found.setdefault(number, (header, shard))
                 if one != header:
                     raise StoreMismatch(
                         f"samples of {shard_name(first)} and {shard_name(shard)} differ in shape or kind: "
                         f"{one} and {header}"
                     )
-        layouts = tuple(_layout(found[size][0]) if size in found else None for size in self.plan.sizes or ("",))
+        count = len(self.plan.image_sizes) * (2 if self.plan.shared else 1)
+        layouts = tuple(_layout(found[number][0]) if number in found else None for number in range(count))
         return StoreIndex(layouts=layouts, shards=tuple(shards.values()), **plan_facts(self.plan))
 
 
@@ -387,13 +399,14 @@ def _batches(plan: StorePlan, shard: int, size_of: SizeOf) -> Iterator[tuple[int
             yield size, indices[at : at + plan.batch_size]
 
 
-def _records(
-    plan: StorePlan, shard: int, prompts: Sequence[str], solve: Solve, size_of: SizeOf
-) -> Iterator[tuple[int, int, tuple[bytes, bytes] | str]]:
-    """Place in its shard, size, and (safetensors payload, JSON) of each sample, solved batch by batch; or why it has
-    none."""
-    first = plan.shard_samples(shard).start
-    for size, indices in _batches(plan, shard, size_of):
+Record = tuple[bytes, bytes, int]
+"""A sample's safetensors payload and JSON, and how many samples before it the one is that holds its text."""
+
+
+def _records(plan: StorePlan, shard: int, holders: Holders, solve: Solve) -> Iterator[tuple[int, int, Record | str]]:
+    """Place in its shard, size, and what there is of each sample, solved batch by batch; or why it has none."""
+    first, prompts = plan.shard_samples(shard).start, holders.prompts
+    for size, indices in _batches(plan, shard, holders.size_of):
         key = make_key(shard, indices[0] - first)
         solved = solve(indices, [plan.prompt_of(i, prompts) for i in indices])
         made, skipped = (solved.rest, solved.skipped) if isinstance(solved, Partly) else (solved, {})
@@ -405,28 +418,30 @@ def _records(
         yield from ((i - first, size, reason) for i, reason in sorted(skipped.items()))
         if made is not None:
             _check(made, plan, key, len(kept), size)
-            yield from ((place, size, record) for place, record in _encoded(plan, shard, prompts, kept, made))
+            yield from ((place, size, record) for place, record in _encoded(plan, shard, holders, kept, made))
 
 
 def _encoded(
-    plan: StorePlan, shard: int, prompts: Sequence[str], indices: Sequence[int], made: Trajectory
-) -> Iterator[tuple[int, tuple[bytes, bytes]]]:
+    plan: StorePlan, shard: int, holders: Holders, indices: Sequence[int], made: Trajectory
+) -> Iterator[tuple[int, Record]]:
     states = made.states.detach().cpu().to(STATE_DTYPES[plan.dtype])
     conditioning = {name: x.detach().cpu() for name, x in made.conditioning.items()}
+    own = {name: x for name, x in conditioning.items() if name not in plan.shared}
     for b, i in enumerate(indices):
-        place, text, w = i - plan.shard_samples(shard).start, plan.prompt_of(i, prompts), float(made.guidance[b])
-        key = make_key(shard, place)
+        place, text = i - plan.shard_samples(shard).start, plan.prompt_of(i, holders.prompts)
+        key, w, back = make_key(shard, place), float(made.guidance[b]), holders.back(i)
         try:
-            payload = encode(states[b], plan.times, w, {k: x[b] for k, x in conditioning.items()})
-            facts = _facts(plan, key, i, text, made.seeds[b], w)
+            payload = encode(states[b], plan.times, w, {k: x[b] for k, x in (own if back else conditioning).items()})
+            facts = _facts(plan, key, i, text, made.seeds[b], w, back)
         except StoreError as error:
             raise StoreError(f"sample {key} (prompt {short(repr(text))}): {error}") from None
-        yield place, (payload, facts)
+        yield place, (payload, facts, back)
 
 
-def _facts(plan: StorePlan, key: str, i: int, prompt: str, seed: int, w: float) -> bytes:
+def _facts(plan: StorePlan, key: str, i: int, prompt: str, seed: int, w: float, back: int) -> bytes:
     provenance = {name: getattr(plan, name) for name in PROVENANCE}
-    return describe(key=key, index=i, prompt=prompt, seed=seed, guidance=w, **provenance)
+    of_another = {TEXT_OF: plan.text_of(i, back)} if back else {}
+    return describe(key=key, index=i, prompt=prompt, seed=seed, guidance=w, **provenance, **of_another)
 
 
 def _check(trajectory: Trajectory, plan: StorePlan, key: str, B: int, size: int) -> None:
@@ -440,6 +455,8 @@ def _check(trajectory: Trajectory, plan: StorePlan, key: str, B: int, size: int)
     wanted = plan.image_sizes[size]
     if plan.sizes and shape[3] * wanted.width != shape[4] * wanted.height:
         raise StoreError(f"batch at {key}: the teacher gave states {list(shape)} for images of {wanted} pixels")
+    if missing := [name for name in plan.shared if name not in trajectory.conditioning]:
+        raise StoreError(f"batch at {key}: the teacher gave no {missing[0]}, which samples of a prompt are to share")
     given = {name: len(x) for name, x in trajectory.conditioning.items()}
     for name, found in {**given, "guidance": len(trajectory.guidance), "seeds": len(trajectory.seeds)}.items():
         if found != B:

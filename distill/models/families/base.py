@@ -124,6 +124,8 @@ class Text(ABC):
     """The greatest `max_sequence_length` that the pipeline takes."""
     stored: str | None = None
     """The dtype of its states in a store; None is that of the trajectories' states."""
+    shared = False
+    """Whether the samples of a prompt share one text in a store, unless `data.share_texts` says it."""
 
     def load(
         self,

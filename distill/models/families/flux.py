@@ -156,6 +156,7 @@ class FluxText(Text):
     )
     max_tokens = 512
     stored = "bfloat16"
+    shared = True
 
     def encode(self, towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, Tensor]:
         clip, t5 = towers

@@ -27,6 +27,7 @@ class Qwen3Text(Text):
 
     max_tokens = CHAT_TOKENS
     stored = "bfloat16"
+    shared = True
 
 
 @dataclass(frozen=True)

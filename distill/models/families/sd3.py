@@ -150,6 +150,7 @@ class SD3Text(Text):
     )
     max_tokens = 256
     stored = "bfloat16"
+    shared = True
 
     def load(
         self,
