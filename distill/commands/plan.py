@@ -18,7 +18,7 @@ from functools import partial
 from distill.config.settings import ClusterSettings, PlanSettings
 from distill.data.words import counted
 from distill.diffusion.samplers import SAMPLERS
-from distill.planning.estimates import best_interval, lost_share, most_samples, read_bytes
+from distill.planning.estimates import best_interval, lost_share, most_samples
 from distill.planning.inference import hours, inference
 from distill.planning.phases import (
     GB,
@@ -119,11 +119,14 @@ def bytes_reduced(run: PlannedRun, engine: str, phase: int) -> float:
 def storage(run: PlannedRun) -> Iterator[str]:
     cfg, cluster = run.cfg, run.cfg.cluster
     samples = cfg.data.num_samples
-    read = max(read_bytes(run.layout, picked(run, phase)) for phase in run.phases)
+    sample = run.sample
+    read = max(sample.read_bytes(picked(run, phase)) for phase in run.phases)
     rate = run.global_batch / step_seconds(run, run.engine)
-    yield f"Store: {run.stored / 2**20:.2f} MiB per sample of {len(run.times)} states" + (
-        f", {samples * run.stored / GIB:.1f} GiB for {counted(samples, 'sample')}" if samples else ""
-    )
+    each = f"{sample.size / 2**20:.2f} MiB per sample of {len(sample.times)} states"
+    if sample.bare is not None:
+        each += f", {sample.bare_size / 2**20:.2f} after the first of each of {counted(sample.prompts, 'prompt')}"
+    whole = f", {sample.store_bytes(samples) / GIB:.1f} GiB for {counted(samples, 'sample')}" if samples else ""
+    yield f"Store: {each}{whole}"
     need = rate * read / cluster.nodes
     yield (
         f"Reading: {read / 2**20:.2f} MiB per sample, {need / 1e6:.1f} MB/s per node "
@@ -232,7 +235,7 @@ def problems(run: PlannedRun) -> Iterator[str]:
             f"{room / GIB:.1f} are usable: take {advice(run, room)}"
         )
     step = step_seconds(run, run.engine)
-    read = max(read_bytes(run.layout, picked(run, phase)) for phase in run.phases)
+    read = max(run.sample.read_bytes(picked(run, phase)) for phase in run.phases)
     if (need := run.global_batch / step * read / cfg.cluster.nodes) > GB * cfg.cluster.read_gb_s:
         yield f"a node reads {cfg.cluster.read_gb_s:g} GB/s and needs {need / GB:.1f}: keep the store on local disks"
     if not cfg.measured_step_seconds and (sent := sent_seconds(run, run.engine)) > step / 2:

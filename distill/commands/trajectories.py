@@ -41,7 +41,7 @@ from distill.training.micro_batch import within_memory
 from distill.training.sizes import chosen_sizes, settled
 from distill.training.teacher import inference_dtype, open_teacher
 from distill.training.tracking import setup_logging
-from distill.training.trajectories import TrajectorySolver, stored
+from distill.training.trajectories import TrajectorySolver, shared_texts, stored
 from distill.training.watchdog import watched
 
 log = logging.getLogger("distill")
@@ -161,13 +161,5 @@ def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> StorePla
         text_dtype=teacher.family.text.stored or "",
         shift=teacher.schedule.shift or 0.0,
         empty_prompts=data.empty_prompts,
-        shared=shared_texts(data, teacher),
+        shared=shared_texts(data.share_texts, teacher),
     )
-
-
-def shared_texts(data: DataSettings, teacher: Teacher) -> tuple[str, ...]:
-    """The parts of the conditioning that samples of a prompt share in their store: all of the text, or none."""
-    text = teacher.family.text
-    if not (text.shared if data.share_texts == "auto" else data.share_texts):
-        return ()
-    return tuple(sorted(text.shapes(teacher.network.config, text.prompt_tokens(None) or 1)))

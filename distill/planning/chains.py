@@ -21,8 +21,8 @@ from distill.planning.phases import (
     engine_of,
     prepared,
     ranks_of,
-    sample_bytes,
     step_seconds,
+    store_bytes,
     usable,
 )
 from distill.training.chain import Link
@@ -153,5 +153,5 @@ def _written(link: Link, cfg: PlanSettings) -> PlannedLink:
         memory=needed,
         fits=needed <= usable(cfg.cluster),
         hours=hours(samples * teacher.solve_flops(cfg.data), cfg.cluster, half) / ranks_of(cfg.cluster),
-        disk=samples * sample_bytes(cfg),
+        disk=store_bytes(cfg, samples),
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distill.config.settings import ClusterSettings
 from distill.data import tar
 from distill.data.record import Layout, describe, encode
-from distill.data.rows import plan_reads
+from distill.data.rows import plan_reads, plan_text
 from distill.planning.counting import Cost
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
@@ -226,9 +226,42 @@ def stored_bytes(layout: Layout, facts: Mapping[str, object]) -> int:
     return sum(tar.BLOCK + size + tar.padding(size) for size in (layout.payload_bytes, len(describe(**facts))))
 
 
-def read_bytes(layout: Layout, states: Sequence[int]) -> int:
-    """Bytes that are read of a sample for some of its states."""
-    return sum(span.end - span.begin for span in plan_reads(layout, tuple(states)))
+def read_bytes(layout: Layout, states: Sequence[int], holder: Layout | None = None) -> int:
+    """Bytes that are read of a sample for some of its states, and of the `holder` of its text if that is another."""
+    spans = (*plan_reads(layout, tuple(states)), *(() if holder is None else plan_text(holder)))
+    return sum(span.end - span.begin for span in spans)
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """What a sample of a store looks like, and what it takes.
+
+    Args:
+        times: of its states.
+        size: its bytes in a shard.
+        bare, bare_size: the same of one whose text an earlier sample of its prompt holds; None where there are none.
+        prompts: how many samples hold a text, where not all do.
+    """
+
+    layout: Layout
+    times: tuple[int, ...]
+    size: int
+    bare: Layout | None = None
+    bare_size: int = 0
+    prompts: int = 0
+
+    def store_bytes(self, samples: int) -> int:
+        """Bytes of a store of so many samples."""
+        if self.bare is None:
+            return samples * self.size
+        held = min(samples, self.prompts)
+        return held * self.size + (samples - held) * self.bare_size
+
+    def read_bytes(self, states: Sequence[int]) -> int:
+        """The most bytes that are read of a sample for some of its states."""
+        if self.bare is None:
+            return read_bytes(self.layout, states)
+        return read_bytes(self.bare, states, self.layout)
 
 
 def best_interval(save: float, mtbf: float) -> float:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from distill.config.loading import ConfigError, build, checking
-from distill.config.settings import ClusterSettings, PlanSettings
+from distill.config.settings import ClusterSettings, DataSettings, PlanSettings
 from distill.data.index import kept_times
 from distill.data.progress import Progress
-from distill.data.record import STATE_DTYPES, Layout, make_key
+from distill.data.prompts import read_prompts
+from distill.data.record import STATE_DTYPES, make_key
+from distill.data.sharing import TEXT_OF
 from distill.diffusion.random import Context, generator
 from distill.diffusion.solver import make_times
 from distill.diffusion.trajectory import Batch
@@ -24,6 +26,7 @@ from distill.planning.counting import TEACHERS, Architecture, Cost, architecture
 from distill.planning.estimates import (
     Counted,
     Held,
+    StoredSample,
     Traffic,
     checkpoint_bytes,
     counted,
@@ -40,6 +43,7 @@ from distill.training.engine import EngineSettings
 from distill.training.fitting import check_method
 from distill.training.micro_batch import Split, check_cut
 from distill.training.trained_network import optimizer_bytes
+from distill.training.trajectories import shared_texts
 
 GIB, GB, TERA = 2**30, 1e9, 1e12
 WALKED = 2  # samples of the batch that is walked through
@@ -81,9 +85,7 @@ class PlannedRun:
     modules: dict[tuple[str, ...], Counted]
     walks: dict[Way, list[list[Cost]]]
     optimizer: float
-    layout: Layout
-    times: tuple[int, ...]
-    stored: int
+    sample: StoredSample
 
     @property
     def bf16(self) -> bool:
@@ -283,9 +285,9 @@ def unwalked(cfg: PlanSettings) -> tuple[PlannedRun, Walker]:
     check_method(cfg, method)
     with checking():
         made = networks_of(cfg, built.teacher, method.requires, others_of(cfg, method))
-        layout, times, stored = sample_of(cfg, built)
+        sample = sample_of(cfg, built)
         for start in method.starts:
-            method.reads(start).check(times)
+            method.reads(start).check(sample.times)
     modules: dict[int, tuple[str, ...]] = {}
     for name, network in made.items():
         modules[id(network.module)] = (*modules.get(id(network.module), ()), name)
@@ -293,7 +295,7 @@ def unwalked(cfg: PlanSettings) -> tuple[PlannedRun, Walker]:
     weights = {names: counted(made[names[0]].module, seen) for names in modules.values()}
     phases = tuple(phases_of(method, cfg.max_train_steps))
     averages = {f"{name}_ema": made[name] for name in method.trains if f"{name}_ema" in method.requires}
-    picked = [len(method.reads(p.first).pick(times, generator("plan"))) for p in phases]
+    picked = [len(method.reads(p.first).pick(sample.times, generator("plan"))) for p in phases]
     walker = Walker(cfg, method, phases, {**made, **averages}, [batch_of(built, n, WALKED) for n in picked])
     run = PlannedRun(
         cfg=cfg,
@@ -303,9 +305,7 @@ def unwalked(cfg: PlanSettings) -> tuple[PlannedRun, Walker]:
         modules=weights,
         walks={},
         optimizer=optimizer_bytes(build(cfg.optimizer)),
-        layout=layout,
-        times=times,
-        stored=stored,
+        sample=sample,
     )
     return run, walker
 
@@ -409,8 +409,8 @@ def _walk(way: Way) -> tuple[Way, list[list[Cost]]]:
     return way, _taken[0].walk(*way)
 
 
-def sample_of(cfg: PlanSettings, built: Architecture) -> tuple[Layout, tuple[int, ...], int]:
-    """What a sample of the store looks like, the times of its states, and its bytes in a shard."""
+def sample_of(cfg: PlanSettings, built: Architecture) -> StoredSample:
+    """What a sample of the store looks like, and one whose text an earlier sample holds if there will be such."""
     data, teacher = cfg.data, built.teacher
     times: tuple[int, ...] = (0,)
     if data.guidance is not None:
@@ -421,16 +421,34 @@ def sample_of(cfg: PlanSettings, built: Architecture) -> tuple[Layout, tuple[int
         name: torch.zeros(x.shape[1:], dtype=torch.float32 if name == "time_ids" else dtype)
         for name, x in batch_of(built, 1).conditioning.items()
     }
-    layout = sample_layout(torch.zeros(len(times), *teacher.latent_shape, dtype=dtype), times, conditioning)
+    states = torch.zeros(len(times), *teacher.latent_shape, dtype=dtype)
     facts = {"key": make_key(0, 0), "index": 0, "prompt": "x" * 80, "seed": 2**62, "guidance": 1.0}
     facts |= {"teacher_id": teacher.teacher_id, "teacher_hash": "0" * 16, "schedule_fingerprint": "0" * 16}
     facts |= {"solver": data.solver, "solver_steps": data.solver_steps, "spacing": "trailing"}
-    return layout, times, stored_bytes(layout, facts)
+    layout = sample_layout(states, times, conditioning)
+    sample = StoredSample(layout, times, stored_bytes(layout, facts))
+    shared, prompts = shared_texts(data.share_texts, teacher), prompts_of(data)
+    if not shared or not prompts or data.guidance is None:
+        return sample
+    bare = sample_layout(states, times, {name: x for name, x in conditioning.items() if name not in shared})
+    size = stored_bytes(bare, {**facts, TEXT_OF: make_key(0, 0)})
+    return replace(sample, bare=bare, bare_size=size, prompts=prompts)
 
 
-def sample_bytes(cfg: PlanSettings) -> int:
-    """Bytes of a sample in its store."""
-    return sample_of(cfg, architecture(cfg.model, cfg.data.sizes))[2]
+def prompts_of(data: DataSettings) -> int:
+    """How many different prompts a store will have; 0 where that is not known yet, or as many as samples."""
+    if data.prompts is None or data.num_samples is None:
+        return 0
+    try:
+        found = len({*read_prompts(data.prompts, data.prompt_column)})
+    except (FileNotFoundError, ValueError):  # a plan needs no prompts
+        return 0
+    return found if found < data.num_samples else 0
+
+
+def store_bytes(cfg: PlanSettings, samples: int) -> int:
+    """Bytes of a store of so many samples."""
+    return sample_of(cfg, architecture(cfg.model, cfg.data.sizes)).store_bytes(samples)
 
 
 # ---- numbers of several parts -------------------------------------------------------------------------------------
@@ -490,4 +508,4 @@ def size_save_mtbf_restart(run: PlannedRun) -> tuple[float, float, float, float]
 
 def picked(run: PlannedRun, phase: Phase) -> tuple[int, ...]:
     """Places of the states that a sample of this phase reads, one random choice."""
-    return run.method.reads(phase.first).pick(run.times, generator("plan"))
+    return run.method.reads(phase.first).pick(run.sample.times, generator("plan"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -70,3 +71,15 @@ def stored(conditioning: Conditioning, plan: StorePlan) -> Conditioning:
     dtype = TEXT_DTYPES[plan.text_dtype or plan.dtype]
     exact = {name for name, x in conditioning.items() if name == "time_ids" or not x.is_floating_point()}
     return {name: x if name in exact else x.to(dtype) for name, x in conditioning.items()}
+
+
+def shared_texts(share: bool | Literal["auto"], teacher: Teacher) -> tuple[str, ...]:
+    """The parts of the conditioning that samples of a prompt share in their store: all of the text, or none.
+
+    Args:
+        share: `data.share_texts`; auto leaves it to the family.
+    """
+    text = teacher.family.text
+    if not (text.shared if share == "auto" else share):
+        return ()
+    return tuple(sorted(text.shapes(teacher.network.config, tokens=1)))

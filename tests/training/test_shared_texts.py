@@ -10,8 +10,10 @@ import torch
 
 from distill.commands import trajectories
 from distill.config.loading import load
-from distill.config.settings import TrainSettings
+from distill.config.settings import PlanSettings, TrainSettings
+from distill.data import tar
 from distill.data.reader import Store, open_store
+from distill.planning.phases import store_bytes as planned_store
 from distill.training.assembly import train_run
 from distill.training.checkpoint import read_weights
 from distill.training.run import checkpoints_of
@@ -21,6 +23,8 @@ GIVEN += ["data.guidance=2", "data.heldout_samples=4", "data.keep=milestones", "
 RUN = ["global_batch_size=4", "micro_batch_size=null", "lr_scheduler=constant", "lr_warmup_steps=0", "log_every=1"]
 RUN += ["validation_prompts=null", "dataloader_num_workers=0", "mixed_precision=no", "method.skip=250"]
 RUN += ["engine=single", "max_train_steps=5", "checkpointing_steps=5", "learning_rate=1e-3", "ema_decay=null"]
+
+SEPARATE = ("data.share_texts=false",)
 
 
 def store(folder: Path, model: str, share: str) -> Store:
@@ -65,3 +69,15 @@ def test_a_run_learns_the_same(tmp_path: Path) -> None:
 def test_stores_of_unets_are_what_they_were_unless_sharing_is_asked_for(tmp_path: Path) -> None:
     found = store(tmp_path, "toy", "auto")
     assert found.index.shared == () and '"schema": 1' in (tmp_path / "auto" / "index.json").read_text()
+
+
+def test_a_plan_counts_the_store(tmp_path: Path) -> None:
+    found = store(tmp_path, "toy_flow", "auto")
+    given = [*GIVEN, "model=toy_flow", f"data.prompts={tmp_path}/prompts.txt"]
+    planned = {share: planned_store(load("plan", PlanSettings, [*given, *share]), 24) for share in ((), SEPARATE)}
+    written = sum(shard.bytes - len(tar.END) for shard in found.index.shards)
+    assert planned[()] == written
+    text = sum(found.read(0).conditioning[name].nbytes for name in found.index.shared)
+    assert abs(planned[SEPARATE] - planned[()] - 21 * text) <= 21 * tar.BLOCK
+    unknown = [*given, "data.prompts=null"]  # as if each sample had a prompt of its own
+    assert planned_store(load("plan", PlanSettings, unknown), 24) == planned[SEPARATE]
