@@ -160,10 +160,10 @@ def test_every_experiment_can_be_planned(experiment: str) -> None:
     assert sum(phase.steps for phase in phases) == cfg.max_train_steps
     warm_up = 0 < getattr(method, "warmup", 0) < cfg.max_train_steps  # of a discriminator, alone
     assert len(method.starts) <= len(phases) <= len(method.starts) * method.period + warm_up
-    layout, times, stored = plan_run.sample_of(cfg, built)
-    assert stored > layout.payload_bytes > len(times) * layout.state_bytes
+    sample = plan_run.sample_of(cfg, built)
+    assert sample.size > sample.layout.payload_bytes > len(sample.times) * sample.layout.state_bytes
     for phase in phases:
-        method.reads(phase.first).check(times)
+        method.reads(phase.first).check(sample.times)
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)

@@ -7,6 +7,7 @@ distill benchmark lcm size=sd15        # LCM-LoRA's step here against that of th
 distill benchmark memory               # what the experiments hold, counted without weights
 distill benchmark reader               # planned reads against a sequential read of the same bytes
 distill benchmark checksums            # what comparing all that is read with its checksums costs
+distill benchmark texts                # a store whose samples of a prompt share its text, beside one where none do
 distill benchmark checkpoint size=sd15 # how long training stands still for a checkpoint written beside it
 distill benchmark start                # from an index to the first batch, for 10^3, 10^5, 10^7 samples
 distill benchmark sample size=toy      # seconds per picture of teacher and student, here and in diffusers' own pipeline
@@ -63,6 +64,7 @@ def main(cfg: BenchmarkSettings) -> int | None:
         "memory": bench_memory,
         "reader": lambda: bench_reader(samples[0], cfg.workers or 0),
         "checksums": bench_checksums,
+        "texts": bench_texts,
         "checkpoint": lambda: bench_saving(size, cfg.rounds or 0),
         "start": lambda: bench_start(samples),
         "gpu": lambda: bench_gpu(size, cfg.sections or [], cfg.budget or 0, cfg.output_dir or ""),
@@ -89,6 +91,12 @@ def bench_lcm(size: str, rounds: int, repeats: int) -> None:
     from distill.benchmarks import lcm_recipe
 
     lcm_recipe.compare(size, rounds, repeats)
+
+
+def bench_texts() -> None:
+    from distill.benchmarks import texts
+
+    texts.run()
 
 
 def bench_memory() -> None:

@@ -578,6 +578,7 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     "memory": {},
     "reader": {"samples": [512], "workers": 1},
     "checksums": {},
+    "texts": {},
     "checkpoint": {"size": "toy", "rounds": 3},
     "start": {"samples": [10**3, 10**5, 10**7]},
     "gpu": {"size": "full", "budget": 460, "sections": list(GPU_SECTIONS), "output_dir": "outputs/benchmark-gpu"},
@@ -595,7 +596,7 @@ class BenchmarkSettings(Settings):
     """`configs/benchmark.yaml`: what is measured, and how; null is the measurement's own default."""
 
     measure: Literal[
-        "step", "deterministic", "lcm", "memory", "reader", "checksums", "checkpoint", "start", "gpu", "sample"
+        "step", "deterministic", "lcm", "memory", "reader", "checksums", "texts", "checkpoint", "start", "gpu", "sample"
     ]
     size: Size | None
     repeats: Positive | None
