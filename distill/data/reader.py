@@ -14,8 +14,7 @@ import hashlib
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -233,7 +232,7 @@ class Store:
             known = self._known[shard.name] = _Known(
                 payload_offsets(shard, self.index.payload_sizes) - tar.BLOCK,
                 layout_numbers(shard, self.index.payload_sizes) if len(self.index.layouts) > 1 else None,
-                texts_of(shard),
+                texts_of(shard) if shard.texts else None,
                 shard.number,
                 places(shard, len(self.index.shard_samples(shard.number))),
                 checksums_name(shard.name) if shard.crc32 else "",
@@ -242,14 +241,12 @@ class Store:
                 self._known.pop(next(iter(self._known)), None)  # another thread may do so, too
         return known
 
-    def _layouts_of(self, shard: ShardInfo, line: int) -> tuple[Layout, Layout | None]:
-        """What a sample looks like, and one of its size that holds its text. Raises BadShard: nobody says."""
-        numbers = self._about(shard).layouts
-        number = 0 if numbers is None else int(numbers[line])
-        found = self.index.layouts[number]
+    def _layout_of(self, shard: ShardInfo, known: _Known, line: int) -> Layout:
+        """What a sample looks like. Raises BadShard: the index does not say."""
+        found = self.index.layouts[0 if known.layouts is None else known.layouts[line]]
         if found is None:
             raise BadShard(f"{INDEX} does not say what the samples of {shard.name} look like")
-        return found, self.index.layouts[number % len(self.index.image_sizes)]
+        return found
 
     def _key(self, shard: ShardInfo, row: int) -> str:
         return make_key(shard.number, places(shard, len(self.index.shard_samples(shard.number)))[row])
@@ -351,67 +348,62 @@ class Store:
         self, shard: ShardInfo, line: int, rows: Rows, row: int, states: tuple[int, ...], prompts: bool
     ) -> list[Reading]:
         """What to read of a sample, and of the one that holds its text if that is another. Raises BadShard."""
-        layout, whole = self._layouts_of(shard, line)
+        if self.verify_sha256:
+            self._verify(shard)
+        known = self._about(shard)
+        layout, back = self._layout_of(shard, known, line), known.back(line)
+        whole: Layout | None = layout
+        if back and known.layouts is not None:
+            whole = self.index.layouts[int(known.layouts[line]) % len(self.index.image_sizes)]
         if whole is not rows.layout:
             raise ValueError(f"sample {self._key(shard, line)} is of another size than the rows it is read into")
         facts = self._facts_part(shard, line, layout) if prompts else None
-        found = [self._reading(shard, line, plan_reads(layout, states, facts), rows, row, states)]
-        holder, place = held_by(self.index, shard, line, lambda one: self._about(one).texts)
-        if (holder, place) != (shard, line):
-            spans = plan_text(self._layouts_of(holder, place)[0])
-            found.append(self._reading(holder, place, spans, rows, row, (), only=self._shared))
-        return found
-
-    def _reading(
-        self,
-        shard: ShardInfo,
-        line: int,
-        spans: Sequence[Span],
-        rows: Rows,
-        row: int,
-        states: tuple[int, ...],
-        only: Set[str] | None = None,
-    ) -> Reading:
-        if self.verify_sha256:
-            self._verify(shard)
-        known, (layout, _) = self._about(shard), self._layouts_of(shard, line)
-        text_of = self.index.text_of(shard.number * self.index.samples_per_shard + line, int(known.texts[line]))
+        spans, text_of = plan_reads(layout, states, facts), ""
+        if back:
+            text_of = self.index.text_of(shard.number * self.index.samples_per_shard + line, back)
         start = start_of(self.index.identity, known.key(line), text_of)
-        return Reading(shard, line, known, layout, start, spans, rows, row, states, only)
+        own = Reading(shard, line, known, layout, start, spans, rows, row, states)
+        return [own, self._text_reading(shard, line, rows, row)] if back else [own]
+
+    def _text_reading(self, shard: ShardInfo, line: int, rows: Rows, row: int) -> Reading:
+        """What to read of the sample that holds the text of another. Raises BadShard."""
+        holder, place = held_by(self.index, shard, line, lambda one, at: self._about(one).back(at))
+        if self.verify_sha256:
+            self._verify(holder)
+        known = self._about(holder)
+        layout, start = self._layout_of(holder, known, place), start_of(self.index.identity, known.key(place))
+        return Reading(holder, place, known, layout, start, plan_text(layout), rows, row, (), only=self._shared)
 
     def _accept(self, readings: Sequence[Reading], numbers: Mapping[Range, bytes]) -> None:
         """Checks what was read of a sample, its own and its text that another holds. Raises BadSample."""
-        own, *others = readings
-        self._check_head(own)
-        for one in others:
-            with _naming(one):
-                self._check_head(one)
+        own, problem, checked = readings[0], "", True
+        for one in readings:
+            self._check_head(one)
+            checked = checked and bool(one.found)
+            if one.found and not problem:
+                found = self._checksum_problem(one, numbers)
+                problem = found and one.whose + found
         facts = bytes(own.buffers[FACTS]) if FACTS in own.buffers else None
         own.rows.repeat(own.row, own.states)
-        problems = [self._checksum_problem(one, numbers) if one.found else "" for one in readings]
-        if any(problems) or not all(one.found for one in readings):  # checksums are made of finite values only
+        if problem or not checked:  # checksums are made of finite values only
             _check_finite(own.rows, own.row, own.states)
         prompt = "" if facts is None else _prompt(own.key, facts)
-        if problems[0]:
-            raise BadSample(problems[0])
-        for one, problem in zip(others, problems[1:], strict=True):
-            if problem:
-                with _naming(one):
-                    raise BadSample(problem)
+        if problem:
+            raise BadSample(problem)
         own.rows.name(own.row, own.key, own.states, self.index.times, prompt)
 
     def _check_head(self, one: Reading) -> None:
         """Whether what was read begins like the sample that it should be of. Raises BadSample."""
         if not one.is_whole:
-            raise BadSample("the shard ends within it")
+            raise BadSample(f"{one.whose}the shard ends within it")
         head = bytes(one.buffers[HEAD])
         if head[: tar.BLOCK] != tar.header(f"{one.key}.safetensors", one.layout.payload_bytes):
-            raise BadSample("its tar header is damaged or another sample's")
+            raise BadSample(f"{one.whose}its tar header is damaged or another sample's")
         if head[tar.BLOCK :] != one.layout.header:
-            raise BadSample("its safetensors header is damaged or of another shape")
+            raise BadSample(f"{one.whose}its safetensors header is damaged or of another shape")
         if bytes(one.buffers[TIMES]) != self._times:
             said = one.rows.stored_times(one.buffers[TIMES])
-            raise BadSample(f"its times {short(said)} are not the store's")
+            raise BadSample(f"{one.whose}its times {short(said)} are not the store's")
 
     def _checksum_problem(self, one: Reading, numbers: Mapping[Range, bytes]) -> str:
         part, begin = self._checksums_of(one)
@@ -457,12 +449,13 @@ class Store:
 
 class _Known(NamedTuple):
     """What the index says of a shard's samples, line by line: the byte at which its tar header begins, the number of
-    its layout (None: all have the first), how many samples before it the one is that holds its text, and its place
-    among the planned ones, which its key has. And the file with their checksums, "" for none."""
+    its layout (None: all have the first), how many samples before it the one is that holds its text (None: each holds
+    its own), and its place among the planned ones, which its key has. And the file with their checksums, "" for none.
+    """
 
     starts: NDArray[np.int64]
     layouts: NDArray[np.int64] | None
-    texts: NDArray[np.int64]
+    texts: NDArray[np.int64] | None
     number: int
     places: Sequence[int]
     checksums: str
@@ -470,14 +463,8 @@ class _Known(NamedTuple):
     def key(self, line: int) -> str:
         return make_key(self.number, self.places[line])
 
-
-@contextmanager
-def _naming(one: Reading) -> Iterator[None]:
-    """Says in a BadSample that what is wrong is the sample whose text another one has."""
-    try:
-        yield
-    except BadSample as error:
-        raise BadSample(f"its text is that of sample {one.key} in {one.shard.name}, and of that {error}") from None
+    def back(self, line: int) -> int:
+        return 0 if self.texts is None else int(self.texts[line])
 
 
 class Reading:
@@ -511,7 +498,7 @@ class Reading:
         only: Set[str] | None = None,
     ) -> None:
         self.shard, self.line, self.known, self.layout = shard, line, known, layout
-        self.checksums_start = checksums_start
+        self.checksums_start, self._is_of_another = checksums_start, only is not None
         self.rows, self.row, self.states = rows, row, states
         self.key, start = known.key(line), int(known.starts[line])
         self.requests: list[Scattered] = []
@@ -538,6 +525,13 @@ class Reading:
                 else:
                     self.buffers[part.name] = buffer
             self.requests.append((shard.name, start + span.begin, found))
+
+    @property
+    def whose(self) -> str:
+        """How a message about it begins: nothing, or that it is another sample's text."""
+        if not self._is_of_another:
+            return ""
+        return f"its text is that of sample {self.key} in {self.shard.name}, and of that "
 
     def not_in(self, cache: ReadCache) -> list[Scattered]:
         """Fills what a cache has of the sample, and returns the requests for the rest.

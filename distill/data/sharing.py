@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, takewhile
 
-import numpy as np
-from numpy.typing import NDArray
-
 from distill.data.index import ShardInfo, StoreIndex, StorePlan, texts_of
 from distill.data.record import BadShard, shard_name
 
@@ -63,26 +60,30 @@ class Holders:
         return self._first_of_sizes[size] == i
 
 
-Texts = Callable[[ShardInfo], NDArray[np.int64]]
-"""Of a shard, how many samples before each of its samples the one is that holds its text (`index.texts_of`)."""
+def back_of(shard: ShardInfo, line: int) -> int:
+    """How many samples before a shard's sample the one is that holds its text; 0: it does itself. Raises BadShard."""
+    return int(texts_of(shard)[line])
 
 
-def held_by(index: StoreIndex, shard: ShardInfo, line: int, texts: Texts = texts_of) -> tuple[ShardInfo, int]:
+def held_by(
+    index: StoreIndex, shard: ShardInfo, line: int, back: Callable[[ShardInfo, int], int] = back_of
+) -> tuple[ShardInfo, int]:
     """Shard, and line in it, of the sample that holds the text of a sample: its own, or another's.
+
+    Args:
+        back: `back_of`, or what knows it faster.
 
     Raises:
         BadShard: there is no such sample, or it holds none.
     """
-    back = int(texts(shard)[line])
-    if not back:
-        return shard, line
-    i = shard.number * index.samples_per_shard + line - back
+    before = back(shard, line)
+    i = shard.number * index.samples_per_shard + line - before
     if i < 0:
-        raise BadShard(f"its text should lie {back} samples before it, where there is none")
+        raise BadShard(f"its text should lie {before} samples before it, where there is none")
     number, place = divmod(i, index.samples_per_shard)
     holder = index.numbered.get(number)
     if holder is None:
         raise BadShard(f"its text is in {shard_name(number)}, which is not finished")
-    if place >= holder.samples or texts(holder)[place]:
+    if before and (place >= holder.samples or back(holder, place)):
         raise BadShard(f"its text should be in {index.key_of(i)} of {holder.name}, which holds none")
     return holder, place

@@ -160,7 +160,7 @@ def _samples(file: _Hashing, index: StoreIndex, shard: ShardInfo, rows: bytearra
         problem = _payload_problem(index, layout, payload)
         text_of = index.text_of(indices[place], int(texts[row]))
         problem = problem or _facts_problem(index, layout, key, indices[place], text_of, payload, facts)
-        problem = problem or _text_problem(index, shard, row)
+        problem = problem or (_text_problem(index, shard, row) if text_of else None)
         if problem is None:
             member = tar.member(f"{key}.json", facts)
             checksums[row] = make_row(layout, payload, member, start_of(index.identity, key, text_of))
