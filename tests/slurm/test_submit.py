@@ -17,7 +17,7 @@ from distill.config.settings import TrainSettings
 from tests.forked import python
 from tests.slurm.cluster import Cluster, until
 
-STEPS = 60
+STEPS = 30
 REAL = f"slurm.python={sys.executable}"  # forks are not below the processes that SLURM has started, and signals
 
 
