@@ -18,7 +18,7 @@ from functools import partial
 from distill.config.settings import ClusterSettings, PlanSettings
 from distill.data.words import counted
 from distill.diffusion.samplers import SAMPLERS
-from distill.planning.estimates import best_interval, lost_share, most_samples
+from distill.planning.estimates import most_samples
 from distill.planning.inference import hours, inference
 from distill.planning.phases import (
     GB,
@@ -32,8 +32,8 @@ from distill.planning.phases import (
     picked,
     prepared,
     rate_of,
+    saving,
     sent_seconds,
-    size_save_mtbf_restart,
     step_seconds,
     usable,
 )
@@ -155,14 +155,14 @@ def speed(run: PlannedRun) -> Iterator[str]:
 
 def checkpoints(run: PlannedRun) -> Iterator[str]:
     cfg = run.cfg
-    size, save, mtbf, restart = size_save_mtbf_restart(run)
-    step = step_seconds(run, run.engine)
+    costs, step = saving(run), step_seconds(run, run.engine)
     interval = min(cfg.checkpointing_steps, cfg.max_train_steps) * step
-    lost, best = lost_share(interval, save, mtbf, restart), best_interval(save, mtbf)
-    least = lost_share(best, save, mtbf, restart)
-    yield f"Checkpoint: {size / GIB:.2f} GiB, {save:.1f} s to write it and read it back for its hashes"
+    lost, best = costs.lost(interval), costs.best_interval
+    least = costs.lost(best)
+    waits = f"{costs.stood:.1f} s of them training stands still" if costs.stood < costs.written else "training waits"
+    yield f"Checkpoint: {costs.size / GIB:.2f} GiB, {costs.written:.1f} s to write it; {waits}"
     yield (
-        f"Failures: one in {mtbf / 3600:.0f} h; {100 * lost:.2f} % of the time is lost with a checkpoint every "
+        f"Failures: one in {costs.mtbf / 3600:.0f} h; {100 * lost:.2f} % of the time is lost with a checkpoint every "
         f"{cfg.checkpointing_steps} steps ({interval / 60:.1f} min)"
     )
     yield (
@@ -245,11 +245,9 @@ def problems(run: PlannedRun) -> Iterator[str]:
 
 def rarely_saved(run: PlannedRun, step: float) -> Iterator[str]:
     """A line where another interval of checkpoints saves at least a fiftieth of the run and six minutes."""
-    cfg, (_, save, mtbf, restart) = run.cfg, size_save_mtbf_restart(run)
-    best = min(cfg.max_train_steps, max(1, round(best_interval(save, mtbf) / step)))
-    now, then = (
-        lost_share(min(n, cfg.max_train_steps) * step, save, mtbf, restart) for n in (cfg.checkpointing_steps, best)
-    )
+    cfg, costs = run.cfg, saving(run)
+    best = min(cfg.max_train_steps, max(1, round(costs.best_interval / step)))
+    now, then = (costs.lost(min(n, cfg.max_train_steps) * step) for n in (cfg.checkpointing_steps, best))
     if now - then > 0.02 and (now - then) * cfg.max_train_steps * step > 360:
         yield (
             f"{100 * now:.0f} % of the time is lost to saving and failures, {100 * then:.0f} % with "

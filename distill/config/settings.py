@@ -357,6 +357,7 @@ class ClusterSettings(Settings):
     node_link_gb_s: Annotated[Number, Field(gt=0)]
     network_gb_s: Annotated[Number, Field(gt=0)]
     link_efficiency: Annotated[Number, Field(gt=0, le=1)]
+    host_link_gb_s: Annotated[Number, Field(gt=0)]
     read_gb_s: Annotated[Number, Field(gt=0)]
     write_gb_s: Annotated[Number, Field(gt=0)]
     node_mtbf_hours: Annotated[Number, Field(gt=0)]

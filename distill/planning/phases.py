@@ -28,10 +28,12 @@ from distill.planning.estimates import (
     Held,
     StoredSample,
     Traffic,
+    best_interval,
     checkpoint_bytes,
     counted,
     frozen,
     held,
+    lost_share,
     passes,
     sample_layout,
     snapshot_bytes,
@@ -497,13 +499,49 @@ def step_seconds(run: PlannedRun, engine: str) -> float:
     return computed / rate_of(run) + sent_seconds(run, engine)
 
 
-def size_save_mtbf_restart(run: PlannedRun) -> tuple[float, float, float, float]:
-    """Bytes of a checkpoint, and seconds: to save it, between failures of the job, from a failure to a next step."""
-    cluster, size = run.cfg.cluster, run.checkpoint(run.engine)
-    read = GB * cluster.read_gb_s * cluster.nodes
-    save = size / (GB * cluster.write_gb_s) + size / read
-    restart = 60 * cluster.restart_minutes + size / read
-    return size, save, 3600 * cluster.node_mtbf_hours / cluster.nodes, restart
+@dataclass(frozen=True)
+class Saving:
+    """What checkpoints take of a run's time.
+
+    Args:
+        size: bytes of one.
+        written: seconds until it is complete.
+        stood: seconds of those that training stands still for.
+        mtbf: seconds between failures of the job, on average.
+        restart: seconds from a failure to the next step.
+    """
+
+    size: float
+    written: float
+    stood: float
+    mtbf: float
+    restart: float
+
+    def lost(self, interval: float) -> float:
+        """The share of time that saving every so many seconds and failures take.
+
+        A failure while a checkpoint is being written costs what has been done since the one before: on average it is as
+        if each took that time more to recover from.
+        """
+        return lost_share(interval, self.stood, self.mtbf, self.restart + self.written - self.stood)
+
+    @property
+    def best_interval(self) -> float:
+        """Seconds of work between checkpoints with which the least is lost."""
+        return max(self.written, best_interval(self.stood, self.mtbf))
+
+
+def saving(run: PlannedRun) -> Saving:
+    """As the settings have it: beside the training, which waits for a copy only, or with the training waiting."""
+    cluster, size, copied = run.cfg.cluster, run.checkpoint(run.engine), run.snapshot(run.engine)
+    written = size / (GB * cluster.write_gb_s)
+    return Saving(
+        size=size,
+        written=written,
+        stood=min(written, copied / (GB * cluster.host_link_gb_s)) if copied else written,
+        mtbf=3600 * cluster.node_mtbf_hours / cluster.nodes,
+        restart=60 * cluster.restart_minutes + size / (GB * cluster.read_gb_s * cluster.nodes),
+    )
 
 
 def picked(run: PlannedRun, phase: Phase) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ from distill.planning.estimates import (
     sample_layout,
     stored_bytes,
 )
+from distill.planning.phases import Saving
 from distill.training.trained_network import optimizer_bytes
 from tests.tiny import CHANNELS, tiny_conditioning, tiny_transformer
 from tests.training.planning_worker import SCHEDULE, adamw, batch_of, game_of, student_of, teacher_of
@@ -284,6 +285,17 @@ def test_lost_time_is_that_of_simulated_failures(interval: float, save: float, m
         else:
             clock, left, need = clock + left, next(failures), restart + interval + save
     assert lost_share(interval, save, mtbf, restart) == pytest.approx(1 - done * interval / clock, abs=0.01)
+
+
+@pytest.mark.parametrize(("interval", "written"), [(900, 300), (900, 20), (3600, 600)])
+def test_lost_time_beside_saves_in_the_background_is_that_of_failures(interval: float, written: float) -> None:
+    """Where a failure comes before a checkpoint is complete, it costs what has been done since the one before."""
+    stood, mtbf, restart = 10.0, 7200.0, 300.0
+    random = torch.Generator().manual_seed(0)
+    failures = -mtbf * torch.rand(200_000, generator=random, dtype=torch.float64).log()
+    complete = ((failures - restart + stood - written) / (interval + stood)).floor().clamp(min=0)
+    lost = Saving(size=0, written=written, stood=stood, mtbf=mtbf, restart=restart).lost(interval)
+    assert lost == pytest.approx(1 - (complete * interval).sum().item() / failures.sum().item(), abs=0.01)
 
 
 def test_the_best_interval_loses_least_and_begins_as_youngs() -> None:
