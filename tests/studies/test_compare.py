@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from distill.config.loading import ConfigError, load
+from distill.config.loading import ConfigError, build, load
 from distill.config.settings import CompareSettings, TrainSettings
+from distill.diffusion.schedule import NoiseSchedule
 from distill.methods.sampling import Sampling
 from distill.studies import compare
 from distill.studies.compare import settled
@@ -25,6 +26,7 @@ from distill.studies.compare_rows import best, samplings, verdict
 from distill.studies.compare_runs import Contestant, Runs, check_methods, known_methods
 from tests.forked import python
 
+SCHEDULE = NoiseSchedule.scaled_linear()
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = (
     "overrides=[data.num_samples=8,data.heldout_samples=0,data.solver_steps=20,global_batch_size=4,lr_warmup_steps=1]"
@@ -93,6 +95,17 @@ def test_all_methods_share_the_teacher_store_lora_and_batch(name: str) -> None:
     found["optimizer"]["lr"] = usual["optimizer"]["lr"]  # which is the learning rate
     own = {key for key, value in found.items() if value != usual[key]}
     assert own <= tuned, own - tuned
+
+
+@pytest.mark.parametrize("name", known_methods())
+def test_every_method_can_be_trained_for_any_number_of_steps(name: str) -> None:
+    """The lengths of runs follow from counted costs: what a file derives from them has to fit each."""
+    for steps in (97, 225):
+        cfg = load(
+            "train", TrainSettings, [f"experiment=compare/{name}", f"max_train_steps={steps}", "data.store=STORE"]
+        )
+        method = build(cfg.method, schedule=SCHEDULE)
+        assert method.steps in (None, steps)
 
 
 def test_every_method_of_the_list_has_a_family_and_a_file() -> None:
