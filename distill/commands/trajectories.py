@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before what is heavy is imported
     run("trajectories")
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from distill.data.heldout import heldout_plan, heldout_prompts, heldout_samples,
 from distill.data.index import StorePlan, kept_times
 from distill.data.prompts import read_prompts, read_sized_prompts
 from distill.data.sizes import ImageSize, read_sizes
+from distill.data.words import counted
 from distill.data.writer import work_split, write_store
 from distill.diffusion.solver import make_times
 from distill.models.devices import described, own_device
@@ -139,6 +141,14 @@ def size_by_prompt(plan: StorePlan, sizes: list[ImageSize] | None) -> Callable[[
     return lambda i: numbers[sizes[i % len(sizes)]]
 
 
+def source_of(prompts: str | list[str]) -> str:
+    """Where prompts come from: a file's name; or how many are written out, and a hash that tells them from others."""
+    if isinstance(prompts, str):
+        return os.path.basename(prompts)
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return f"{counted(len(prompts), 'prompt')} of the settings ({digest[:8]})"
+
+
 def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> StorePlan:
     data = cfg.data
     assert data.guidance is not None and data.num_samples is not None and data.prompts is not None  # prompts_of
@@ -152,7 +162,7 @@ def plan_of(cfg: TrainSettings, teacher: Teacher, teacher_hash: str) -> StorePla
         guidance=data.guidance,
         times=kept_times(make_times("trailing", teacher.schedule.T, data.solver_steps), data.keep, data.segments),
         resolution=teacher.resolution,
-        prompt_source=os.path.basename(data.prompts),
+        prompt_source=source_of(data.prompts),
         seed=cfg.seed,
         samples=data.num_samples,
         samples_per_shard=data.samples_per_shard,

@@ -195,7 +195,7 @@ class DataSettings(Settings):
     """
 
     store: FilePath
-    prompts: FilePath | None = None
+    prompts: list[str] | TextOrPath | None = None
     prompt_column: str | None = None
     empty_prompts: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     share_texts: Literal["auto"] | Flag = "auto"
