@@ -190,6 +190,7 @@ class EngineSettings:
         record_collectives()
         processes = Processes(sharding.join(launched, timeout), sharding.leave, timeout)
         check_precision(self.mixed_precision, processes.device)
+        sharding.check_precision(self.mixed_precision)
         if processes.world_size != expected:
             raise ValueError(
                 f"{expected} processes were launched, but this one sees {processes.world_size}: "

@@ -192,10 +192,15 @@ def test_the_grace_period_ends_in_the_save(touch: int, runs: Runs, fault: Fault,
 @pytest.mark.faults
 @pytest.mark.parametrize("touch", [2, 16, 42])
 def test_signals_in_a_save_do_not_harm_it(touch: int, runs: Runs, fault: Fault, tmp_path: Path) -> None:
-    """It is finished, the next step is taken and saved, and then the run ends, on both ranks."""
+    """It is finished, the step that is being taken beside it is saved, and then the run ends, on both ranks.
+
+    A checkpoint that is due waits for the one before, so that no more than one can be saved between them.
+    """
     run = tmp_path / "run"
     ended = runs.run(run, ranks=2, faults=[{"do": "SIGTERM SIGUSR1 SIGTERM", "rank": 0, "save": 1, "touch": touch}])
-    assert ended.codes == [75, 75] and saved(run) == [2, 3] and (run / "PREEMPTED").read_text() == "3\n"
+    assert ended.codes == [75, 75], ended.said[-4000:]
+    step = int((run / "PREEMPTED").read_text())
+    assert step in (3, 4, 5) and saved(run) == sorted({2, step, *([4] if step > 4 else [])})
     seconds, _ = runs.goes_on(run, ranks=2)
     lost, differ = runs.difference(run, ranks=2)
     assert (lost, differ) == (0, 0)

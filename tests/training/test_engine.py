@@ -591,6 +591,16 @@ def limits() -> list[timedelta]:
     return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 
+def test_float16_that_deepspeed_does_not_compute_here_is_one_line() -> None:
+    deepspeed = pytest.importorskip("deepspeed")
+    if deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        pytest.skip("DeepSpeed computes float16 on this processor")
+    ways = EngineSettings(kind="deepspeed", deepspeed={"zero_optimization": {"stage": 2}}).sharding()
+    ways.check_precision("bf16")
+    with pytest.raises(ValueError, match="^mixed_precision=fp16: DeepSpeed computes no float16 here, for engine=zero2"):
+        ways.check_precision("fp16")
+
+
 @pytest.mark.parametrize("kind", ["ddp", "deepspeed"])
 def test_collectives_wait_longer_than_the_watchdog_in_groups_of_libraries_too(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -64,6 +64,10 @@ class Sharding(ABC):
         """Raises ValueError where blocks of networks cannot be compiled."""
         return
 
+    def check_precision(self, mixed_precision: str) -> None:
+        """Raises ValueError where this machine cannot compute in it; once this process has taken its device."""
+        return
+
     def check_networks(self, trained: Collection[str]) -> None:
         """Raises ValueError where the settings speak of a network that is not trained."""
         return

@@ -86,6 +86,15 @@ class ZeRO(Sharding):
         if 3 in (self.stage, *self.stages.values()):
             raise ValueError("compile needs all weights on every rank, which ZeRO-3 shards: set compile=false or zero2")
 
+    def check_precision(self, mixed_precision: str) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        if mixed_precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ValueError(
+                f"mixed_precision=fp16: DeepSpeed computes no float16 here, for engine={self.name_of()}: set "
+                "mixed_precision=bf16, or engine=ddp"
+            )
+
     def check_networks(self, trained: Collection[str]) -> None:
         for name in self.stages:
             if name not in trained:
