@@ -116,11 +116,13 @@ class Watchdog:
             if (now := self._request()) != self._seen:
                 self._seen = now
                 write_stacks(self.folder, self.rank)
-            for waits in (self._waits, self._at(), *list(self._beside.values())):
-                if waits is not None and (waited := time.monotonic() - waits[1]) > limit:
-                    why = f"rank {self.rank} has waited {waited:.0f} s for {waits[0]} (watchdog_minutes={limit / 60:g})"
-                    self._ask_others(why, pause)
-                    give_up(why)
+            waits = [one for one in (self._waits, self._at(), *list(self._beside.values())) if one is not None]
+            # what began first is what the others wait for: a step for a checkpoint that is written beside it
+            what, since = min(waits, key=lambda one: one[1], default=("", time.monotonic()))
+            if (waited := time.monotonic() - since) > limit:
+                why = f"rank {self.rank} has waited {waited:.0f} s for {what} (watchdog_minutes={limit / 60:g})"
+                self._ask_others(why, pause)
+                give_up(why)
 
     def _request(self) -> int | None:
         """When the request was written that lies in the folder; None without one."""

@@ -105,9 +105,11 @@ def test_a_disk_that_is_full_when_checkpoints_are_written(runs: Runs, fault: Fau
 def test_a_rank_that_alone_cannot_write(rank: int, method: str, runs: Runs, fault: Fault, tmp_path: Path) -> None:
     """The others, which could, do not wait for it in a collective that it never comes to."""
     run = tmp_path / "run"
-    ended = runs.run(run, method, 2, [{"do": "limit", "rank": rank, "step": 2, "bytes": 8000}])
+    ended = runs.run(run, method, 2, [{"do": "limit", "rank": rank, "step": 4, "bytes": 8000}])
     assert ended.codes == [NOT_SAVED] * 2, ended.said[-4000:]
-    assert (run / "checkpoints/latest").read_text() == "step-00000002\n" and len(errors(ended.said)) == 1
+    # that of step 2 is complete by then, that of step 4 may be: it is written beside the step
+    assert (run / "checkpoints/latest").read_text() in ("step-00000002\n", "step-00000004\n")
+    assert len(errors(ended.said)) == 1
     seconds, _ = runs.goes_on(run, method, 2)
     lost, differ = runs.difference(run, method, 2)
     assert (lost, differ) == (0, 0)
