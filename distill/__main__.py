@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from distill import __version__
 from distill.commands import COMMANDS, run
-from distill.commands.running import fail, nobody_reads
+from distill.commands.running import fail, flushed_output
 from distill.config import signatures
 from distill.config.mistakes import ConfigError
 
@@ -28,7 +28,8 @@ def main() -> NoReturn:
     """The command line: the name of a command, and its settings."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE.format(commands="\n".join(f"    {name:<13} {summary(name)}" for name in COMMANDS)))
+        with flushed_output():
+            print(USAGE.format(commands="\n".join(f"    {name:<13} {summary(name)}" for name in COMMANDS)))
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--version":
         print(f"distill {__version__}")
@@ -49,13 +50,11 @@ def complete(what: str) -> int:
     """Prints what a shell needs to complete command lines, or its completions; returns the exit code."""
     from distill import completion
 
-    try:
-        print(completion.answer(what))
-        sys.stdout.flush()
-    except ConfigError as error:
-        return fail(error)
-    except BrokenPipeError:
-        return nobody_reads()
+    with flushed_output():
+        try:
+            print(completion.answer(what))
+        except ConfigError as error:
+            return fail(error)
     return 0
 
 

@@ -200,8 +200,20 @@ NOT_BY_DEFAULT |= {"cluster.device", "protocol.tuning_n", "chain.experiment", "c
 """Keys of files that a group does not choose by itself."""
 
 
-def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
-    command = [sys.executable, "scripts/train.py", "experiment=quickstart", "--cfg"]
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["scripts/train.py", "experiment=quickstart", "--cfg"],
+        ["-m", "distill", "--help"],
+        ["-m", "distill", "configs"],
+        ["-m", "distill", "doctor", "--help"],
+        ["-m", "distill", "study", "compare", "--help"],
+        ["-m", "distill", "-sc", "install=bash"],
+    ],
+    ids=" ".join,
+)
+def test_output_that_nobody_reads_to_its_end_is_no_error(typed: list[str]) -> None:
+    command = [sys.executable, *typed]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None and running.stderr is not None
         running.stdout.close()

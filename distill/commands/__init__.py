@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from distill.commands import interrupts
-from distill.commands.running import run_script
+from distill.commands.running import flushed_output, run_script
 from distill.config import signatures
 from distill.config.loading import Settings
 from distill.config.settings import (
@@ -115,7 +115,9 @@ def run_command(typed: Sequence[str], command: Command) -> NoReturn:
     interrupts.catch()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft, it warns of kernels nobody asked for
     try:
-        sys.exit(command.run(typed))
+        with flushed_output():
+            code = command.run(typed)
+        sys.exit(code)
     except KeyboardInterrupt:
         interrupts.end(typed[-1])
     finally:

@@ -19,10 +19,11 @@ from distill.config.mistakes import ConfigError, suggest
 def main() -> int:
     """Runs the command line; returns the exit code."""
     try:
-        print(answer(sys.argv[1:]))
+        found = answer(sys.argv[1:])
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(found)
     return 0
 
 

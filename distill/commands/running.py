@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import yaml
@@ -62,8 +63,8 @@ def run_script(
         sys.exit(fail(error, NOT_WRITTEN))
     except (ConfigError, StoreError, FileNotFoundError) as error:
         sys.exit(fail(error))
-    except BrokenPipeError:
-        sys.exit(nobody_reads())
+    except BrokenPipeError:  # for those that end the process
+        raise
     except (OSError, ImportError) as error:
         line = surroundings_line(error)
         if line is None:
@@ -152,10 +153,15 @@ def _file_line(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, (str, bytes)) else said
 
 
-def nobody_reads() -> int:
-    """Ends quietly when what reads the output, `head` for one, has closed it; returns the exit code shells know."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
+@contextmanager
+def flushed_output() -> Iterator[None]:
+    """Ends the process quietly, with the exit code shells know, if what reads its output has closed it (`head`)."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def part_of(settings: dict[str, Any], key: str) -> str:
