@@ -116,13 +116,20 @@ class Watchdog:
             if (now := self._request()) != self._seen:
                 self._seen = now
                 write_stacks(self.folder, self.rank)
-            waits = [one for one in (self._waits, self._at(), *list(self._beside.values())) if one is not None]
-            # what began first is what the others wait for: a step for a checkpoint that is written beside it
-            what, since = min(waits, key=lambda one: one[1], default=("", time.monotonic()))
-            if (waited := time.monotonic() - since) > limit:
-                why = f"rank {self.rank} has waited {waited:.0f} s for {what} (watchdog_minutes={limit / 60:g})"
+            if why := self._waited(limit, pause):
                 self._ask_others(why, pause)
                 give_up(why)
+
+    def _waited(self, limit: float, pause: float) -> str:
+        """What this rank has waited for, if one of it took too long. What began first leads: others may wait for it,
+        as a step does for a checkpoint that is written beside it."""
+        now = time.monotonic()
+        waits = [one for one in (self._waits, self._at(), *list(self._beside.values())) if one is not None]
+        waited = sorted(((now - since, what) for what, since in waits), reverse=True)
+        if not waited or waited[0][0] <= limit:
+            return ""
+        said = ", and ".join(f"{seconds:.0f} s for {what}" for seconds, what in waited if seconds > limit - pause)
+        return f"rank {self.rank} has waited {said} (watchdog_minutes={limit / 60:g})"
 
     def _request(self) -> int | None:
         """When the request was written that lies in the folder; None without one."""

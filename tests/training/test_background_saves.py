@@ -161,7 +161,7 @@ def test_the_watchdog_looks_at_the_thread_too(monkeypatch: pytest.MonkeyPatch) -
         for _ in range(8):
             with watchdog.over("a step"):
                 time.sleep(0.1)
-    assert said and "for the checkpoint of step 3, which is being written (watchdog_minutes=" in said[0]
+    assert said and " s for the checkpoint of step 3, which is being written" in said[0]
 
 
 def test_the_line_about_a_full_disk_names_it_whoever_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,20 @@ def test_the_rank_that_gives_up_has_the_others_write_where_they_stand(tmp_path: 
         assert said.startswith(f"rank {rank}, process ") and "in is_stuck_here" in said
 
 
+def test_what_began_first_is_named_first_and_what_waits_for_it_too() -> None:
+    watchdog = Watchdog(1)
+    with watchdog.beside("the checkpoint of step 2"), watchdog.over("step 4"):
+        number, (what, _) = next(iter(watchdog._beside.items()))
+        now = time.monotonic()
+        watchdog._waits = "step 4", now - 55
+        assert watchdog._waited(60, 5) == ""
+        watchdog._waits, watchdog._beside[number] = ("step 4", now - 58), (what, now - 62)
+        said = watchdog._waited(60, 5)
+        assert said.startswith("rank 0 has waited 62 s for the checkpoint of step 2, and 58 s for step 4 (watchdog_")
+        watchdog._waits = "step 5", now - 3
+        assert watchdog._waited(60, 5) == "rank 0 has waited 62 s for the checkpoint of step 2 (watchdog_minutes=1)"
+
+
 def test_an_outer_wait_begins_anew_after_an_inner_one() -> None:
     watchdog = Watchdog(1)
     with watchdog.over("outer"):
