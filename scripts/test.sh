@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what the tests need, then runs format, lint, types and tests. Arguments go to pytest: scripts/test.sh -m slow
-# Without arguments two workers share the tests; those that start several processes are all with one of them. Tests hide
-# GPUs from themselves; those that are marked `gpu` follow, if there is one.
+# Without arguments three workers share the tests: one has those that start several processes, one those that wait for
+# SLURM, and two cores suffice. Tests hide GPUs from themselves; those that are marked `gpu` follow, if there is one.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 
@@ -12,7 +12,7 @@ mypy distill
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-python -m pytest -n 2
+python -m pytest -n 3
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     python -m pytest -m gpu
 fi
