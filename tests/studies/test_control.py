@@ -23,6 +23,7 @@ TINY = ["n=100", "steps=[1]", "teacher_steps=2", "guidances=[1]", "control_steps
 TINY += ["train_batch_size=8"]
 
 
+@pytest.mark.slow
 def test_the_command_trains_once_and_writes_a_report(tmp_path: Path) -> None:
     output = tmp_path / "out"
     given = [f"lora={random_lora(tmp_path / 'lora', 0)}", f"output_dir={output}", *TINY]

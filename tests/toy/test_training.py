@@ -39,6 +39,7 @@ def test_training_from_nothing_is_reproducible_and_resumes(tmp_path: Path, capsy
     assert any(not torch.equal(first[key], value) for key, value in weights(tmp_path / "one").items())
 
 
+@pytest.mark.slow
 def test_the_flow_teacher_trains_beside_the_other_with_the_same_autoencoder_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,7 +98,7 @@ class Recorder(torch.optim.AdamW):
         return super().step(closure)
 
 
-@pytest.fixture(params=["epsilon", "v_prediction"])
+@pytest.fixture(params=["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
 def teacher(request: pytest.FixtureRequest, tmp_path) -> Teacher:  # type: ignore[no-untyped-def]
     return load_teacher(save_tiny(tmp_path / "teacher", "sd15", prediction_type=request.param))
 
