@@ -63,7 +63,7 @@ def run_script(
         sys.exit(fail(error, NOT_WRITTEN))
     except (ConfigError, StoreError, FileNotFoundError) as error:
         sys.exit(fail(error))
-    except BrokenPipeError:  # for those that end the process
+    except BrokenPipeError:  # an OSError, of which `flushed_output` makes an end
         raise
     except (OSError, ImportError) as error:
         line = surroundings_line(error)
