@@ -5,8 +5,8 @@ started again and again, each time with one fault more, until all have been met 
 brings must be one of: a run that goes on by itself, one that the same command resumes, or one line that says what a
 person must do, which is then done. In the end all exported weights are those of a chain that met none.
 
-What is set makes the chain short, and lets it end at once where a step is not finite (engine.max_nonfinite_steps=1):
-with a step that is passed over it would be another chain. All else is as it comes.
+What is set makes the chain short, and lets it end at once where a step is not finite (engine.max_nonfinite_steps=1, and
+no way back by spikes.rollbacks): with samples that are passed over it would be another chain. All else is as it comes.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ OVERRIDES = [
     "global_batch_size=8",
     "log_every=1",
     "engine.max_nonfinite_steps=1",
+    "spikes.rollbacks=0",
     "watchdog_minutes=0.5",
 ]
 SHORTER = ((r"max_train_steps=\d+", f"max_train_steps={STEPS}"), (r"warmup=\d+", "warmup=2"))
