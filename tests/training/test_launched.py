@@ -20,6 +20,12 @@ from tests.faults.ranks import ROOT
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
 
+def unlaunched() -> dict[str, str]:
+    """The environment without what a launcher sets, and DeepSpeed, if an earlier test ran it in this process."""
+    left = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC")
+    return {name: value for name, value in os.environ.items() if not name.startswith(left)}
+
+
 def test_what_a_launcher_says_is_believed() -> None:
     environment = LAUNCHED | {"TORCHELASTIC_RUN_ID": "none", "PATH": "/bin"}
     settle(environment)
@@ -74,7 +80,7 @@ def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path: Path) -
         require_one_task({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"})
     (tmp_path / "mpirun").symlink_to("/bin/bash")
     check = "from distill.training.launched import settle; settle()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMPI_COMM_WORLD_SIZE": "4"}
+    environment = {**unlaunched(), "PYTHONPATH": str(ROOT), "OMPI_COMM_WORLD_SIZE": "4"}
     command = [str(tmp_path / "mpirun"), "-c", f"{sys.executable} -c '{check}'; exit $?"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "LaunchError: mpirun has started 4 of these processes" in done.stderr
@@ -99,7 +105,7 @@ def orphaned(tmp_path: Path, how: str, environment: dict[str, str], shell: bool 
     """A child of a process that is killed: whether it ended in 10 s, and what it said."""
     (tmp_path / "rank.py").write_text(RANK)
     log = tmp_path / "log"
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "RANK"))}
+    own = unlaunched()
     start = f"{sys.executable} {tmp_path}/rank.py {how} >{log} 2>&1"
     parent = ["bash", "-c", f"{start}; true"]
     if not shell:
@@ -162,7 +168,7 @@ PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv
 )
 def test_one_process_where_more_were_asked_for(arguments: list[str], variables: dict[str, str], words: str) -> None:
     """The parent has the arguments of `accelerate launch`, and hands on the variables that it does."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment = unlaunched()
     environment |= {"ACCELERATE_MIXED_PRECISION": "no", "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-c", PARENT, CHILD, *arguments]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
