@@ -94,7 +94,7 @@ def noise(config: Any) -> Batch:
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         conditioning |= {"text_embeds": torch.randn(1, pooled), "time_ids": torch.full((1, 6), 32.0)}
-    return Batch(states, torch.full((1, 1), 500.0), conditioning, {}, torch.ones(1), ("noise",), (0,))
+    return Batch(states, torch.full((1, 1), 500), conditioning, {}, torch.ones(1), ("noise",), (0,))
 
 
 def distance(networks: Any, batch: Batch, context: Any) -> Losses:
