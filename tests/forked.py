@@ -42,6 +42,12 @@ def python() -> str:
     return str(executable)
 
 
+def unlaunched() -> dict[str, str]:
+    """The environment without what a launcher sets, and DeepSpeed, if an earlier test ran it in this process."""
+    left = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC")
+    return {name: value for name, value in os.environ.items() if not name.startswith(left)}
+
+
 def settled(since: float) -> None:
     """Waits for the ends of all programs that were started after a time: those of killed ones follow a moment later."""
     import time

@@ -114,9 +114,7 @@ def _run(main: Callable[[S], int | None] | str, settings: S) -> int:
     body: Callable[[S], int | None] = importlib.import_module(main).main if isinstance(main, str) else main
     arithmetic.settle(deterministic, getattr(settings, "matmul_precision", "highest"))
     arithmetic.choose_attention(getattr(settings, "attention", "auto"))
-    code = body(check_components(settings))
-    sys.stdout.flush()
-    return code or 0
+    return body(check_components(settings)) or 0
 
 
 _MENDABLE = {

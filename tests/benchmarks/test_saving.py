@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.forked import python
+from tests.forked import python, unlaunched
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.distributed
@@ -17,8 +16,7 @@ pytestmark = pytest.mark.distributed
 
 def test_both_ways_are_timed() -> None:
     command = [python(), "-m", "distill", "benchmark", "checkpoint", "size=toy", "rounds=1"]
-    own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    own = {name: value for name, value in own.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    own = {**unlaunched(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     seconds = {name: float(value) for name, value in re.findall(r"  (\S.*?) {2,}([\d.]+) ", done.stdout)}

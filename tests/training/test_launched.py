@@ -16,14 +16,9 @@ import pytest
 from distill.commands.running import RANK_0_SECONDS
 from distill.training.launched import LaunchError, require_one_task, settle
 from tests.faults.ranks import ROOT
+from tests.forked import unlaunched
 
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-
-
-def unlaunched() -> dict[str, str]:
-    """The environment without what a launcher sets, and DeepSpeed, if an earlier test ran it in this process."""
-    left = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC")
-    return {name: value for name, value in os.environ.items() if not name.startswith(left)}
 
 
 def test_what_a_launcher_says_is_believed() -> None:
